@@ -1,0 +1,78 @@
+"""Measure the CPU codec: MB/s of BF16 per core, and bits per weight, after comparing the bits.
+
+    python scripts/bench_codec.py [--rows 4096 --cols 4096] [--json FILE]
+
+One thread; the median of several runs; weights N(0, 0.02).
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ["VLLM_DFLOAT_THREADS"] = "1"
+
+import numpy as np
+
+from vllm_dfloat.codec.decode import decode
+from vllm_dfloat.codec.encode import encode
+
+RUNS = 7
+
+
+def median_seconds(call: Callable[[], Any]) -> float:
+    times = []
+    for _ in range(RUNS):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next(
+        (line.split(":")[1].strip() for line in lines if "model name" in line), platform.machine()
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=4096)
+    parser.add_argument("--cols", type=int, default=4096)
+    parser.add_argument("--json", type=Path, help="also write the result here")
+    args = parser.parse_args()
+    rng = np.random.default_rng(0)
+    values = (rng.standard_normal((args.rows, args.cols)) * 0.02).astype(np.float32)
+    weight = (values.view(np.uint32) >> 16).astype(np.uint16)
+    packed = encode(weight)
+    if not np.array_equal(decode(packed), weight):
+        print(
+            "DIFFERENT: the decoded bits are not the encoded ones; no time is reported",
+            file=sys.stderr,
+        )
+        return 1
+    megabytes = weight.nbytes / 1e6
+    result = {
+        "shape": [args.rows, args.cols],
+        "bits_per_weight": round(packed.bits_per_weight, 4),
+        "encode_mb_per_s": round(megabytes / median_seconds(lambda: encode(weight))),
+        "decode_mb_per_s": round(megabytes / median_seconds(lambda: decode(packed))),
+        "processor": processor(),
+        "threads": 1,
+    }
+    print(json.dumps(result, indent=1))
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,208 @@
+"""The packed layout: how one BF16 weight matrix lies in memory while a model is served.
+
+A matrix is flattened row by row and cut into tiles of `TILE_WEIGHTS` weights. A tile has `LANES` lanes; a lane owns
+`LANE_WEIGHTS` weights and its own codes, so any lane can be decoded alone and one pass suffices. The bytes, with a
+worked example in bits, are written down in docs/packed-layout.md; this file is the only place that knows them.
+
+A payload is one run of bytes:
+
+    lut            uint16[1 << code_bits]        symbol << 7 | code length; 0 where no code leads
+    sign_mantissa  uint32[num_tiles, 4, 32, 4]   sign and mantissa bits, in the order in which decoding merges them
+    lane_lengths   uint8[num_tiles, 32]          bits of each lane in units of LANE_LENGTH_UNIT, rounded up
+    tile_starts    uint32[num_tiles + 1]         first word of each tile in `words`; then padding to 16 bytes
+    words          uint32[num_words]             the codes, most significant bit first; the last PAD_WORDS are zero
+
+or, where coding would not make it smaller, the BF16 bits themselves, padded to whole tiles (`is_raw`).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_dfloat.errors import FormatError, UnsupportedError
+
+LAYOUT_VERSION = 1
+
+LANES = 32
+STEPS = 8  # a lane's weights come in steps of STEP_WEIGHTS, so that a lane stores 16 bytes at once
+STEP_WEIGHTS = 8
+LANE_WEIGHTS = STEPS * STEP_WEIGHTS
+TILE_WEIGHTS = LANES * LANE_WEIGHTS
+
+CODE_BITS = (
+    10  # longest code the encoder makes; 10 costs about 0.01 bit per weight over unlimited codes
+)
+MIN_CODE_BITS = 8  # below this, 256 symbols would not fit
+MAX_CODE_BITS = 12  # above this, a lane's length would not fit its byte, and the LUT not the cache
+LANE_LENGTH_UNIT = 4
+
+SYMBOL_SHIFT = 7  # where a BF16 weight holds its exponent, and a LUT entry its symbol
+LENGTH_MASK = 15  # code length of a LUT entry: 4 bits
+SIGN_MANTISSA_MASK = 0x807F807F  # the bits of two BF16 weights that are not exponent
+MAX_WORDS = 1 << 31
+# Words a lane can read beyond its first one whatever the bytes say: the longest codes a LUT can state, and a window.
+PAD_WORDS = LANE_WEIGHTS * LENGTH_MASK // 32 + 2
+ALIGNMENT = 16
+
+U16Array = npt.NDArray[np.uint16]
+U8Array = npt.NDArray[np.uint8]
+U32Array = npt.NDArray[np.uint32]
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
+
+
+@dataclass(frozen=True)
+class PackedLayout:
+    """Sizes and byte offsets of a packed matrix [rows, cols]; everything follows from these four numbers."""
+
+    rows: int
+    cols: int
+    num_words: int  # words of code, padding included; 0 if the payload is raw BF16
+    code_bits: int = CODE_BITS
+
+    @property
+    def numel(self) -> int:
+        return self.rows * self.cols
+
+    @property
+    def num_tiles(self) -> int:
+        return -(-self.numel // TILE_WEIGHTS)
+
+    @property
+    def padded_numel(self) -> int:
+        """Weights a decoder writes: whole tiles, the last one filled up."""
+        return self.num_tiles * TILE_WEIGHTS
+
+    @property
+    def is_raw(self) -> bool:
+        return self.num_words == 0
+
+    @property
+    def sign_mantissa_offset(self) -> int:
+        return 2 << self.code_bits
+
+    @property
+    def lane_lengths_offset(self) -> int:
+        return self.sign_mantissa_offset + self.padded_numel
+
+    @property
+    def tile_starts_offset(self) -> int:
+        return self.lane_lengths_offset + self.num_tiles * LANES
+
+    @property
+    def words_offset(self) -> int:
+        return self.tile_starts_offset + _aligned(4 * (self.num_tiles + 1))
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the payload, all metadata included."""
+        if self.is_raw:
+            return 2 * self.padded_numel
+        return self.words_offset + 4 * self.num_words
+
+
+@dataclass(frozen=True)
+class PackedTensor:
+    """One weight matrix in the packed layout.
+
+    Attributes:
+        layout: sizes and offsets.
+        payload: uint8 [layout.num_bytes], C-contiguous; the sections below are views of it.
+        name: the tensor's name, for messages.
+    """
+
+    layout: PackedLayout
+    payload: U8Array
+    name: str = ""
+
+    @property
+    def is_raw(self) -> bool:
+        return self.layout.is_raw
+
+    @property
+    def num_bytes(self) -> int:
+        return self.layout.num_bytes
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.num_bytes / self.layout.numel if self.layout.numel else 0.0
+
+    @property
+    def lut(self) -> U16Array:
+        return self.payload[: self.layout.sign_mantissa_offset].view(np.uint16)
+
+    @property
+    def sign_mantissa(self) -> U32Array:
+        lay = self.layout
+        section = self.payload[lay.sign_mantissa_offset : lay.lane_lengths_offset]
+        return section.view(np.uint32).reshape(lay.num_tiles, 4, LANES, 4)
+
+    @property
+    def lane_lengths(self) -> U8Array:
+        lay = self.layout
+        section = self.payload[lay.lane_lengths_offset : lay.tile_starts_offset]
+        return section.reshape(lay.num_tiles, LANES)
+
+    @property
+    def tile_starts(self) -> U32Array:
+        start = self.layout.tile_starts_offset
+        return self.payload[start : start + 4 * (self.layout.num_tiles + 1)].view(np.uint32)
+
+    @property
+    def words(self) -> U32Array:
+        return self.payload[self.layout.words_offset :].view(np.uint32)
+
+
+def validate(packed: PackedTensor) -> None:
+    """Check everything the decoders rely on, before one of them runs.
+
+    Raises:
+        FormatError: sizes, tile starts, lane lengths or the LUT contradict the layout.
+        UnsupportedError: a code length limit outside MIN_CODE_BITS..MAX_CODE_BITS.
+    """
+    lay, where = packed.layout, packed.name or "packed tensor"
+    if not MIN_CODE_BITS <= lay.code_bits <= MAX_CODE_BITS:
+        raise UnsupportedError(
+            f"{where}: codes of up to {lay.code_bits} bits; this version decodes "
+            f"{MIN_CODE_BITS} to {MAX_CODE_BITS}. Encode the weights again."
+        )
+    if lay.rows < 0 or lay.cols < 0 or not 0 <= lay.num_words < MAX_WORDS:
+        raise FormatError(
+            f"{where}: shape [{lay.rows}, {lay.cols}] with {lay.num_words} words; sizes are not "
+            f"negative and words fewer than {MAX_WORDS}. Encode the weights again."
+        )
+    if packed.payload.dtype != np.uint8 or packed.payload.shape != (lay.num_bytes,):
+        raise FormatError(
+            f"{where}: payload {packed.payload.dtype}{list(packed.payload.shape)}; expected "
+            f"uint8[{lay.num_bytes}] for shape [{lay.rows}, {lay.cols}]. Encode the weights again."
+        )
+    if not packed.is_raw:
+        _validate_stream(packed, where)
+
+
+def _validate_stream(packed: PackedTensor, where: str) -> None:
+    lay = packed.layout
+    starts = packed.tile_starts.astype(np.int64)
+    usable = lay.num_words - PAD_WORDS
+    if starts[0] != 0 or starts[-1] != usable:
+        raise FormatError(
+            f"{where}: tiles span words {starts[0]} to {starts[-1]}; expected 0 to {usable}. "
+            "The bytes were changed after encoding; encode the weights again."
+        )
+    lane_bits = packed.lane_lengths.astype(np.int64).sum(axis=1) * LANE_LENGTH_UNIT
+    wrong = np.flatnonzero(np.diff(starts) != -(-lane_bits // 32))
+    if wrong.size:
+        tile = int(wrong[0])
+        raise FormatError(
+            f"{where}: tile {tile} holds {starts[tile + 1] - starts[tile]} words, but its lanes need "
+            f"{lane_bits[tile]} bits. The bytes were changed after encoding; encode the weights again."
+        )
+    lengths = packed.lut & np.uint16(LENGTH_MASK)
+    if int(lengths.max()) > lay.code_bits:
+        raise FormatError(
+            f"{where}: the LUT holds a code of {int(lengths.max())} bits; the longest allowed is "
+            f"{lay.code_bits}. The bytes were changed after encoding; encode the weights again."
+        )
