@@ -1,0 +1,53 @@
+"""How to compile one kernel without a GPU: the signature and constants that its launcher uses.
+
+Each kernel module lists its kernels in `COMPILE_SPECS`; tests compile them for several GPUs and the
+kernel report counts their registers and instructions. Works only where TRITON_INTERPRET is unset:
+under the interpreter `triton.jit` makes functions that cannot be compiled.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TARGETS = (80, 89, 90, 100)  # compute capability times ten
+_ALIGNMENT = 16  # bytes; what Triton's launcher finds out about pointers and sizes by itself
+
+
+@dataclass(frozen=True)
+class CompileSpec:
+    """One kernel with everything `triton.compile` needs.
+
+    Attributes:
+        name: unique name for the report.
+        fn: the `triton.jit` function.
+        signature: argument name -> Triton type ("*u8", "i32", "constexpr"), every argument.
+        constexprs: value of every argument whose type is "constexpr".
+        aligned_args: arguments that the launcher guarantees to be divisible by 16.
+        num_warps: as launched.
+        weights_per_program: weights that one program handles, typical where it varies.
+    """
+
+    name: str
+    fn: Any
+    signature: dict[str, str]
+    constexprs: dict[str, Any] = field(default_factory=dict)
+    aligned_args: tuple[str, ...] = ()
+    num_warps: int = 4
+    weights_per_program: int = 1
+
+    def compile(self, capability: int, **options: Any) -> Any:
+        """Return Triton's compiled kernel for a capability such as 90 (sm_90); needs no GPU."""
+        attrs = {
+            (self.fn.arg_names.index(arg),): [["tt.divisibility", _ALIGNMENT]]
+            for arg in self.aligned_args
+        }
+        source = ASTSource(self.fn, self.signature, self.constexprs, attrs)
+        target = GPUTarget("cuda", capability, 32)
+        return triton.compile(
+            source, target=target, options={"num_warps": self.num_warps, **options}
+        )

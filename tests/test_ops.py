@@ -1,0 +1,128 @@
+"""The torch side: packed weights, the custom ops under opcheck, the scratch arena."""
+
+import os
+from unittest import mock
+
+import pytest
+import torch
+from helpers import gaussian, hard_matrices, same_bits, to_torch, unlike
+
+from vllm_dfloat import ops
+from vllm_dfloat.errors import DeviceError, FormatError, UnsupportedError
+from vllm_dfloat.scratch import ScratchArena
+
+CPU = torch.device("cpu")
+
+
+def decode_with_op(packed: ops.PackedWeight, poison: int) -> torch.Tensor:
+    out = torch.full((ops.padded_numel(packed.rows, packed.cols),), poison, dtype=torch.uint16)
+    out = out.view(torch.bfloat16)
+    status = torch.full((ops.num_tiles(packed.rows, packed.cols),), -1, dtype=torch.int32)
+    torch.ops.vllm_dfloat.decode(packed.desc, packed.rows, packed.cols, out, status)
+    assert not status.any()
+    return out[: packed.rows * packed.cols].view(packed.rows, packed.cols)
+
+
+@pytest.mark.parametrize("name", hard_matrices())
+def test_op_decodes_every_hard_matrix(name: str) -> None:
+    bits = hard_matrices()[name]
+    packed = ops.pack(to_torch(bits), name)
+    assert same_bits(decode_with_op(packed, unlike(bits)), to_torch(bits))
+
+
+def test_both_backends_give_the_same_bits() -> None:
+    bits = gaussian(20, 500)
+    packed = ops.pack(to_torch(bits), "w")
+    for backend in ("numba", "triton"):
+        with mock.patch.dict(os.environ, VLLM_DFLOAT_BACKEND=backend):
+            assert same_bits(decode_with_op(packed, unlike(bits)), to_torch(bits))
+            rows = torch.ops.vllm_dfloat.decode_rows(packed.desc, torch.tensor([3, 19]), 20, 500)
+            assert same_bits(rows, to_torch(bits[[3, 19]]))
+
+
+def test_an_unknown_backend_is_refused() -> None:
+    packed = ops.pack(to_torch(gaussian(20, 500)), "w")
+    with (
+        mock.patch.dict(os.environ, VLLM_DFLOAT_BACKEND="magic"),
+        pytest.raises(DeviceError, match="VLLM_DFLOAT_BACKEND=magic: expected triton or numba"),
+    ):
+        ops.unpack(packed)
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_ops_pass_opcheck(raw: bool) -> None:
+    bits = gaussian(64, 3) if raw else gaussian(80, 102)  # no NaN: opcheck compares values
+    packed = ops.pack(to_torch(bits), "w")
+    assert packed.is_raw == raw
+    out = torch.zeros(ops.padded_numel(*bits.shape), dtype=torch.bfloat16)
+    status = torch.zeros(ops.num_tiles(*bits.shape), dtype=torch.int32)
+    torch.library.opcheck(torch.ops.vllm_dfloat.decode, (packed.desc, *bits.shape, out, status))
+    ids = torch.tensor([0, 5, 63])
+    torch.library.opcheck(torch.ops.vllm_dfloat.decode_rows, (packed.desc, ids, *bits.shape))
+
+
+def test_a_compiled_graph_keeps_the_order_of_decodes_into_one_buffer() -> None:
+    # Bug caught: an op that does not declare what it writes lets the compiler decode twice before it reads once.
+    first, second = gaussian(80, 102, seed=1), gaussian(80, 102, seed=2)
+    a, b = ops.pack(to_torch(first), "a"), ops.pack(to_torch(second), "b")
+
+    def both(
+        desc_a: torch.Tensor, desc_b: torch.Tensor, out: torch.Tensor, status: torch.Tensor
+    ) -> torch.Tensor:
+        torch.ops.vllm_dfloat.decode(desc_a, 80, 102, out, status)
+        copy = out.clone()
+        torch.ops.vllm_dfloat.decode(desc_b, 80, 102, out, status)
+        return copy
+
+    out = torch.zeros(ops.padded_numel(80, 102), dtype=torch.bfloat16)
+    status = torch.zeros(ops.num_tiles(80, 102), dtype=torch.int32)
+    copy = torch.compile(both, backend="aot_eager", fullgraph=True)(a.desc, b.desc, out, status)
+    assert same_bits(copy[:8160].view(80, 102), to_torch(first))
+    assert same_bits(out[:8160].view(80, 102), to_torch(second))
+
+
+def test_packing_keeps_no_reference_to_the_matrix_and_counts_its_bytes() -> None:
+    weight = to_torch(gaussian(256, 256))
+    packed = ops.pack(weight, "w")
+    kept = weight.clone()
+    weight.zero_()
+    assert same_bits(ops.unpack(packed), kept)
+    assert packed.num_bytes == packed.payload.numel() + 32
+    assert packed.num_bytes < 0.7 * kept.nbytes
+
+
+@pytest.mark.parametrize(
+    "weight", [torch.zeros(4, 4), torch.zeros(4, 4, dtype=torch.float16), torch.zeros(4).bfloat16()]
+)
+def test_what_is_not_a_bf16_matrix_is_refused_by_name(weight: torch.Tensor) -> None:
+    with pytest.raises(UnsupportedError, match=r"layers.0.w: torch\..* expected a BF16 matrix"):
+        ops.pack(weight, "layers.0.w")
+
+
+def test_unpack_reports_a_corrupt_payload_by_name() -> None:
+    packed = ops.pack(to_torch(gaussian(64, 96)), "layers.0.w")
+    packed.payload[-2000] ^= 0xFF
+    with pytest.raises(FormatError, match=r"layers\.0\.w: tile .* ended with status"):
+        ops.unpack(packed)
+
+
+def test_scratch_is_one_buffer_for_all_layers_and_one_more_per_lane() -> None:
+    lane = 0
+    arena = ScratchArena(lambda: lane)
+    arena.require(CPU, 4096)
+    arena.require(CPU, 8192)
+    arena.require(CPU, 2048)
+    assert arena.reserve(CPU) == 2 * 8192 + 4 * 4
+    out, status = arena.take(CPU, 2048)
+    assert (out.numel(), status.numel()) == (8192, 4)
+    assert arena.take(CPU, 8192)[0].data_ptr() == out.data_ptr()
+    lane = 1
+    assert arena.take(CPU, 2048)[0].data_ptr() != out.data_ptr()
+
+
+def test_scratch_grows_for_a_layer_nobody_announced() -> None:
+    arena = ScratchArena()
+    assert arena.take(CPU, 2048)[0].numel() == 2048
+    assert arena.take(CPU, 6144)[0].numel() == 6144
+    arena.release()
+    assert arena.take(CPU, 2048)[0].numel() == 2048

@@ -1,0 +1,211 @@
+"""The one bridge between the codec and the kernels: packed weights as torch tensors, and the custom ops on them.
+
+Ops (namespace `vllm_dfloat`), each with a CPU implementation (numba), a CUDA one (Triton) and a fake:
+
+    decode(desc, rows, cols, out, status)       the whole matrix into a buffer the caller lends
+    decode_rows(desc, ids, rows, cols) -> rows  chosen rows only, for embedding look-ups
+
+They take a descriptor, int64[4] with the payload's address, and never the payload: its size depends on the weights, and
+nothing that does may reach a traced graph. The owner of a `PackedWeight` keeps the payload alive.
+"""
+
+import ctypes
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from vllm_dfloat.codec import layout
+from vllm_dfloat.codec.decode import check_status, decode_into
+from vllm_dfloat.codec.decode import decode_rows as _decode_rows_numba
+from vllm_dfloat.codec.encode import encode
+from vllm_dfloat.codec.layout import PackedLayout, PackedTensor
+from vllm_dfloat.errors import DeviceError, UnsupportedError
+
+DESC_LENGTH = 4
+KIND_PACKED, KIND_RAW = 0, 1
+MIN_CAPABILITY = (8, 0)  # BF16 arithmetic begins with Ampere
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """One packed matrix on its device.
+
+    Attributes:
+        payload: uint8, all bytes of the matrix (docs/packed-layout.md).
+        desc: int64 [4]: address of the payload, kind (0 packed, 1 raw BF16), number of words, longest code.
+        rows, cols: shape of the BF16 matrix.
+        name: the tensor's name, for messages.
+    """
+
+    payload: torch.Tensor
+    desc: torch.Tensor
+    rows: int
+    cols: int
+    name: str
+
+    @property
+    def is_raw(self) -> bool:
+        """True where coding would not have made the matrix smaller, and it is held as BF16."""
+        return self.payload.numel() == 2 * padded_numel(self.rows, self.cols)
+
+    @property
+    def num_bytes(self) -> int:
+        """Resident bytes, all metadata included."""
+        return self.payload.numel() + self.desc.numel() * self.desc.element_size()
+
+
+def padded_numel(rows: int, cols: int) -> int:
+    """Return the elements that a decode output must hold: whole tiles."""
+    return PackedLayout(rows, cols, 0).padded_numel
+
+
+def num_tiles(rows: int, cols: int) -> int:
+    """Return the status words that a decode writes."""
+    return PackedLayout(rows, cols, 0).num_tiles
+
+
+def pack(weight: torch.Tensor, name: str = "") -> PackedWeight:
+    """Encode a BF16 matrix; the result lies on the matrix's device and does not keep the matrix.
+
+    Args:
+        weight: BF16 [rows, cols] on a CPU or an NVIDIA GPU.
+        name: the tensor's name, for messages.
+
+    Raises:
+        UnsupportedError: not a BF16 matrix.
+        DeviceError: the device cannot decode.
+    """
+    if weight.dtype != torch.bfloat16 or weight.dim() != 2:
+        raise UnsupportedError(
+            f"{name or 'weight'}: {weight.dtype} {list(weight.shape)}; expected a BF16 matrix. "
+            "Name this layer in `ignore`, or load the model with dtype bfloat16."
+        )
+    check_device(weight.device)
+    bits = weight.detach().contiguous().view(torch.uint16).cpu().numpy()
+    packed = encode(bits, name)
+    payload = torch.from_numpy(packed.payload).to(weight.device)
+    rows, cols = weight.shape
+    return PackedWeight(payload, _descriptor(payload, packed), rows, cols, name)
+
+
+def _descriptor(payload: torch.Tensor, packed: PackedTensor) -> torch.Tensor:
+    kind = KIND_RAW if packed.is_raw else KIND_PACKED
+    fields = [payload.data_ptr(), kind, packed.layout.num_words, packed.layout.code_bits]
+    return torch.tensor(fields, dtype=torch.int64, device="cpu").to(payload.device)
+
+
+def check_device(device: torch.device) -> None:
+    """Raise DeviceError, in one sentence, if weights on `device` could not be decoded."""
+    if device.type == "cpu":
+        return
+    if device.type != "cuda" or torch.version.hip is not None:
+        raise DeviceError(f"device {device}: dfloat11 decodes on CPUs and on NVIDIA GPUs only")
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MIN_CAPABILITY:
+        raise DeviceError(
+            f"{torch.cuda.get_device_name(device)}: compute capability {capability[0]}.{capability[1]}; "
+            "dfloat11 needs 8.0 (Ampere) or newer"
+        )
+
+
+def _uses_triton(device: torch.device) -> bool:
+    """Return whether the Triton kernels decode on `device`.
+
+    VLLM_DFLOAT_BACKEND=triton asks for them on a CPU too (in Triton's interpreter), =numba for the CPU decoder.
+    """
+    backend = os.environ.get("VLLM_DFLOAT_BACKEND", "")
+    if backend not in ("", "triton", "numba"):
+        raise DeviceError(f"VLLM_DFLOAT_BACKEND={backend}: expected triton or numba")
+    return device.type == "cuda" if not backend else backend == "triton"
+
+
+def _packed_at(desc: torch.Tensor, rows: int, cols: int) -> PackedTensor:
+    """Return the packed matrix that a descriptor in CPU memory points to, without a copy."""
+    address, kind, num_words, code_bits = desc.tolist()
+    lay = PackedLayout(rows, cols, 0 if kind == KIND_RAW else num_words, code_bits)
+    if not lay.num_bytes:
+        return PackedTensor(lay, np.empty(0, np.uint8))
+    view = (ctypes.c_uint8 * lay.num_bytes).from_address(address)
+    return PackedTensor(lay, np.ctypeslib.as_array(view))
+
+
+def decode(
+    desc: torch.Tensor, rows: int, cols: int, out: torch.Tensor, status: torch.Tensor
+) -> None:
+    """Decode the matrix [rows, cols] that `desc` describes; waits for nothing, allocates nothing on a GPU.
+
+    Args:
+        desc: int64 [4], from a PackedWeight.
+        rows, cols: its shape.
+        out: BF16, flat, contiguous, at least `padded_numel(rows, cols)` elements, aligned to 16 bytes.
+        status: int32, at least `num_tiles(rows, cols)`; 0 per tile, or a sum of STATUS_* bits.
+    """
+    if not rows * cols:
+        return
+    if _uses_triton(out.device):
+        from vllm_dfloat.kernels.decode import decode as decode_triton
+
+        decode_triton(desc, num_tiles(rows, cols), layout.CODE_BITS, out, status)
+    else:
+        packed = _packed_at(desc, rows, cols)
+        decode_into(packed, out.view(torch.uint16).numpy(), status.numpy())
+
+
+def decode_rows(desc: torch.Tensor, ids: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
+    """Return rows `ids` (int64 [n]) of the matrix that `desc` describes: BF16 [n, cols]."""
+    if _uses_triton(ids.device):
+        from vllm_dfloat.kernels.decode import decode_rows as decode_rows_triton
+
+        out = torch.empty(ids.numel(), cols, dtype=torch.bfloat16, device=ids.device)
+        decode_rows_triton(desc, ids, rows, cols, layout.CODE_BITS, out)
+        return out
+    bits = _decode_rows_numba(_packed_at(desc, rows, cols), ids.numpy())
+    return torch.from_numpy(bits).view(torch.bfloat16)
+
+
+def unpack(packed: PackedWeight) -> torch.Tensor:
+    """Return the BF16 matrix [rows, cols] on the packed weight's device, every tile's status checked.
+
+    Raises:
+        FormatError: a tile's codes contradict its lane lengths.
+    """
+    device = packed.desc.device
+    out = torch.empty(padded_numel(packed.rows, packed.cols), dtype=torch.bfloat16, device=device)
+    status = torch.empty(num_tiles(packed.rows, packed.cols), dtype=torch.int32, device=device)
+    decode(packed.desc, packed.rows, packed.cols, out, status)
+    check_status(status.cpu().numpy(), packed.name)
+    return out[: packed.rows * packed.cols].view(packed.rows, packed.cols)
+
+
+_library = torch.library.Library("vllm_dfloat", "FRAGMENT")  # type: ignore[no-untyped-call]
+_SCHEMAS = (
+    "decode(Tensor desc, int rows, int cols, Tensor(a!) out, Tensor(b!) status) -> ()",
+    "decode_rows(Tensor desc, Tensor ids, int rows, int cols) -> Tensor",
+)
+
+
+def _decode_fake(
+    desc: torch.Tensor, rows: int, cols: int, out: torch.Tensor, status: torch.Tensor
+) -> None:
+    return None
+
+
+def _decode_rows_fake(desc: torch.Tensor, ids: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
+    return torch.empty(ids.numel(), cols, dtype=torch.bfloat16, device=ids.device)
+
+
+def _register() -> None:
+    library: Any = _library  # its methods carry no annotations
+    for schema in _SCHEMAS:
+        library.define(schema)
+    for key in ("CPU", "CUDA"):
+        library.impl("decode", decode, key)
+        library.impl("decode_rows", decode_rows, key)
+    torch.library.register_fake("vllm_dfloat::decode", _decode_fake, lib=library)
+    torch.library.register_fake("vllm_dfloat::decode_rows", _decode_rows_fake, lib=library)
+
+
+_register()

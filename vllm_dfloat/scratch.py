@@ -1,0 +1,73 @@
+"""The scratch arena: one BF16 buffer per device into which layers are decoded, one after the other.
+
+A layer's weights are valid in it until the next layer decodes, which is long enough: its GEMM is queued on the same
+stream right behind. Work on a side stream would overwrite them, so it gets a buffer of its own, told apart by `lane`.
+"""
+
+from collections.abc import Callable, Hashable
+
+import torch
+
+from vllm_dfloat.codec.layout import TILE_WEIGHTS
+from vllm_dfloat.errors import DeviceError
+
+
+class ScratchArena:
+    """Buffers that every compressed layer of a process shares.
+
+    Attributes:
+        lane: tells which of the concurrent streams of work is running; one buffer is kept per lane. Work that
+            never runs concurrently must share a lane.
+    """
+
+    def __init__(self, lane: Callable[[], Hashable] = lambda: 0) -> None:
+        self.lane = lane
+        self._needed: dict[torch.device, int] = {}
+        self._buffers: dict[tuple[torch.device, Hashable], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def require(self, device: torch.device, numel: int) -> None:
+        """Note that layers of up to `numel` weights (whole tiles) will be decoded; allocates nothing."""
+        self._needed[device] = max(self._needed.get(device, 0), numel)
+
+    def reserve(self, device: torch.device) -> int:
+        """Allocate the buffer of the current lane for the largest layer noted; return its bytes."""
+        out, status = self.take(device, self._needed.get(device, 0))
+        return out.nbytes + status.nbytes
+
+    def take(self, device: torch.device, numel: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the current lane's buffer and its status words.
+
+        Args:
+            device: where the layer lies.
+            numel: BF16 elements needed, whole tiles.
+
+        Returns:
+            BF16 [>= numel] and int32 [>= numel / 2048]; their content is the last layer's.
+
+        Raises:
+            DeviceError: the buffer would have to grow while a CUDA graph is captured.
+        """
+        key = device, self.lane()
+        held = self._buffers.get(key)
+        if held is not None and held[0].numel() >= numel:
+            return held
+        if device.type == "cuda" and held is not None and torch.cuda.is_current_stream_capturing():
+            raise DeviceError(
+                f"{device}: a layer of {numel} weights during CUDA graph capture; the scratch holds "
+                f"{held[0].numel()}. Reserve it before capture."
+            )
+        numel = max(numel, self._needed.get(device, 0))
+        self._buffers.pop(key, None)  # the old buffer goes before the new one comes
+        del held
+        out = torch.empty(numel, dtype=torch.bfloat16, device=device)
+        status = torch.zeros(numel // TILE_WEIGHTS, dtype=torch.int32, device=device)
+        self._buffers[key] = out, status
+        return out, status
+
+    def release(self) -> None:
+        """Drop all buffers and notes, as when an engine shuts down in a process that goes on."""
+        self._buffers.clear()
+        self._needed.clear()
+
+
+scratch = ScratchArena()
