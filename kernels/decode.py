@@ -122,12 +122,13 @@ def _lane_starts(payload, tile, num_tiles, num_words, CODE_BITS: tl.constexpr):
     return words, start, end, is_full
 
 
-@triton.jit
+# Sizes are not specialized: a layer of another size must not compile another kernel while requests wait.
+@triton.jit(do_not_specialize=["num_tiles"])
 def _decode_kernel(
     desc_ptr,  # int64[4]                        see above
     out_ptr,  # uint32[num_tiles * 1024]        pairs of BF16, whole tiles
     status_ptr,  # int32[num_tiles]                0, or a sum of STATUS_* bits
-    num_tiles,  # int64
+    num_tiles,  # int32
     CODE_BITS: tl.constexpr,
     TILES: tl.constexpr,
 ):
@@ -139,6 +140,7 @@ def _decode_kernel(
     """
     payload = tl.load(desc_ptr)
     num_words = tl.load(desc_ptr + 2)
+    num_tiles = num_tiles.to(tl.int64)  # times 2048 it passes 2**31
     tile = (tl.program_id(0).to(tl.int64) * TILES + tl.arange(0, TILES))[:, None]
     tile = tl.minimum(tile, num_tiles - 1)
     lane = tl.arange(0, LANES)[None, :]
@@ -176,13 +178,13 @@ def _decode_kernel(
         tl.store(status_ptr + tile, wrong)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "cols"])
 def _decode_rows_kernel(
     desc_ptr,  # int64[4]                        see above
     ids_ptr,  # int64[num_ids]                  rows asked for
     out_ptr,  # uint16[num_ids, cols]           BF16 bits
-    rows,  # int64
-    cols,  # int64
+    rows,  # int32
+    cols,  # int32
     CODE_BITS: tl.constexpr,
 ):
     """Decode one tile that one chosen row touches, and store the part of it that is the row's.
@@ -192,7 +194,7 @@ def _decode_rows_kernel(
     """
     payload = tl.load(desc_ptr)
     num_words = tl.load(desc_ptr + 2)
-    num_tiles = (rows * cols + TILE_WEIGHTS - 1) // TILE_WEIGHTS
+    num_tiles = (rows.to(tl.int64) * cols + TILE_WEIGHTS - 1) // TILE_WEIGHTS
     row = tl.minimum(tl.maximum(tl.load(ids_ptr + tl.program_id(0)), 0), rows - 1)
     first = row * cols
     nearest = first // TILE_WEIGHTS + tl.program_id(1)
