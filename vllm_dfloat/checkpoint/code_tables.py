@@ -1,0 +1,91 @@
+"""Turn the `luts` of a DFloat11 unit into decode tables in which every entry can be trusted.
+
+The official encoder leaves meaningless values in the slots of its end marker, pointers included,
+so `luts` cannot be followed blindly. Here only slots that can be a code are entered: a code of
+length L fills an aligned run of slots in a table at depth (L - 1) // 8. A copy of such a run is
+entered as well: it is the end marker's, or the code itself behind filler of the same value (an
+encoder that fills with 0), and data of a valid file reach only the real one.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_dfloat.errors import FormatError
+
+MAX_ROWS = 18  # root, 16 children, lengths
+MAX_CODE_BITS = 32
+MAX_DEPTH = 3
+FIRST_POINTER = 240  # slot values from here on name a table: 255 is row 1, 240 is row 16
+
+# An entry of the decode tables is 0 (no code), `symbol | length << LENGTH_SHIFT`, or `POINTER | row`.
+LENGTH_SHIFT = 8
+LENGTH_MASK = 0x3F
+POINTER = 1 << 15
+
+
+def build_tables(luts: npt.NDArray[np.uint8], where: str) -> npt.NDArray[np.int32]:
+    """Return decode tables int32 [R - 1, 256] for checked `luts` uint8 [R, 256].
+
+    Slots that can be no code become 0, so running into one is an error, never a wrong weight.
+
+    Raises:
+        FormatError: `luts` is not a code book of this format.
+    """
+    check_luts(luts, where)
+    lengths = luts[-1].tolist()
+    rows = luts[:-1].tolist()
+    tables = np.zeros((len(rows), 256), np.int32)
+    depth = {0: 0}
+    placed: set[int] = set()
+    queue = [0]
+    for row in queue:  # grows while it is walked: parents come before children
+        for slot, value in enumerate(rows[row]):
+            if value >= FIRST_POINTER:
+                child = 256 - value
+                # A second pointer to a table, or one at the last level, is a stale slot.
+                if child not in depth and depth[row] < MAX_DEPTH:
+                    depth[child] = depth[row] + 1
+                    queue.append(child)
+                    tables[row, slot] = POINTER | child
+            elif (lengths[value] + 7) // 8 == depth[row] + 1:
+                span = 1 << (8 * (depth[row] + 1) - lengths[value])
+                if slot % span == 0 and rows[row][slot : slot + span] == [value] * span:
+                    placed.add(value)
+                    tables[row, slot : slot + span] = value | lengths[value] << LENGTH_SHIFT
+    missing = [symbol for symbol in range(256) if lengths[symbol] and symbol not in placed]
+    if missing:
+        raise FormatError(
+            f"{where}: exponent {missing[0]} has a code of {lengths[missing[0]]} bits, but no "
+            "table holds that code. The file was changed after encoding; fetch it again."
+        )
+    return tables
+
+
+def check_luts(luts: npt.NDArray[np.uint8], where: str) -> None:
+    """Refuse code lengths and pointers that the format cannot have."""
+    num_rows = len(luts)
+    lengths = luts[-1]
+    used = np.flatnonzero(lengths)
+    if used.size == 0:
+        raise FormatError(f"{where}: the last row has no code length; at least one is expected.")
+    if used[-1] >= FIRST_POINTER:
+        raise FormatError(
+            f"{where}: exponent {used[-1]} has a code of {lengths[used[-1]]} bits; exponents from "
+            f"{FIRST_POINTER} on (values of 2**113 and more, Inf, NaN) must have none, because "
+            "their slots mean pointers. This weight cannot be decoded; take the original BF16 file."
+        )
+    longest = int(np.argmax(lengths))
+    if lengths[longest] > MAX_CODE_BITS:
+        raise FormatError(
+            f"{where}: exponent {longest} has a code of {lengths[longest]} bits; "
+            f"at most {MAX_CODE_BITS} are expected."
+        )
+    children = 256 - luts[:-1].astype(np.int64)
+    children = children[children <= 256 - FIRST_POINTER]
+    if children.size and children.max() > num_rows - 2:
+        raise FormatError(
+            f"{where}: a slot refers to table {children.max()}; tables 1 to {num_rows - 2} are "
+            f"expected with {num_rows} rows."
+        )

@@ -1,0 +1,198 @@
+"""Open an official DFloat11 checkpoint: config.json, and units found by tensor name in all files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_dfloat.checkpoint.patterns import Patterns, compile_patterns
+from vllm_dfloat.checkpoint.safetensors_file import StoredTensor, read_header
+from vllm_dfloat.checkpoint.unit import FIELDS, UnitEntry, check_entry
+from vllm_dfloat.errors import FormatError, UnsupportedError
+
+CONFIG_KEY = "dfloat11_config"
+_CONFIG_FILE = "config.json"
+_MAX_CONFIG_BYTES = 16 << 20
+_THREADS_PER_BLOCK = [512]
+_BYTES_PER_THREAD = 8
+
+
+@dataclass(frozen=True)
+class Dfloat11Checkpoint:
+    """An official DFloat11 checkpoint whose headers and config have been checked.
+
+    Attributes:
+        path: its directory.
+        config: config.json as a dictionary.
+        units: the compressed modules by module path.
+        plain: every tensor that belongs to no unit, by tensor name.
+    """
+
+    path: Path
+    config: Mapping[str, Any]
+    units: Mapping[str, UnitEntry]
+    plain: Mapping[str, StoredTensor]
+
+    @property
+    def tie_word_embeddings(self) -> bool | None:
+        """Return what config.json says about tied embeddings, None if it says nothing."""
+        text = self.config.get("text_config")
+        for config in (self.config, text if isinstance(text, dict) else {}):
+            if isinstance(config.get("tie_word_embeddings"), bool):
+                return bool(config["tie_word_embeddings"])
+        return None
+
+    def validate(self) -> None:
+        """Check every unit's tables, positions and splits; decodes nothing.
+
+        Raises:
+            FormatError: a unit cannot be decoded.
+        """
+        for unit in self.units.values():
+            unit.load()
+
+
+def open_checkpoint(path: str | Path) -> Dfloat11Checkpoint:
+    """Open the DFloat11 checkpoint in directory `path`.
+
+    Reads config.json and the headers of all *.safetensors files there; file names and grouping
+    carry no meaning. No tensor is read.
+
+    Raises:
+        FormatError: the directory is no DFloat11 checkpoint, or one of its files is damaged.
+        UnsupportedError: a legacy (0.1.0) checkpoint, or settings that were never published.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise FormatError(f"{path}: not a directory; a DFloat11 checkpoint is one.")
+    config = _read_config(path)
+    files = sorted(path.glob("*.safetensors"))
+    if config is None or CONFIG_KEY not in config:
+        _refuse_directory(path, config, files)
+    assert config is not None
+    patterns = parse_config(config[CONFIG_KEY], f"{_CONFIG_FILE}: {CONFIG_KEY}")
+    if not files:
+        raise FormatError(
+            f"{path}: config.json has {CONFIG_KEY}, but there is no *.safetensors file beside it."
+        )
+    tensors = _merge(read_header(file) for file in files)
+    units = {name: _unit(name, fields, patterns) for name, fields in _group(tensors).items()}
+    used = {tensor.name for unit in units.values() for tensor in unit.fields.values()}
+    plain = {name: tensor for name, tensor in tensors.items() if name not in used}
+    _refuse_stored_twice(units, plain)
+    return Dfloat11Checkpoint(path, config, units, plain)
+
+
+def parse_config(config: Any, where: str) -> Patterns:
+    """Check a `dfloat11_config` object and return its compiled patterns."""
+    keys = ("version", "threads_per_block", "bytes_per_thread", "pattern_dict")
+    if not isinstance(config, dict) or set(config) != set(keys):
+        found = sorted(config) if isinstance(config, dict) else type(config).__name__
+        raise FormatError(f"{where}: found {found}; an object with {', '.join(keys)} is expected.")
+    if not isinstance(config["version"], str):
+        raise FormatError(f"{where}: version is {config['version']!r}; a string is expected.")
+    if config["threads_per_block"] != _THREADS_PER_BLOCK:
+        raise UnsupportedError(
+            f"{where}: threads_per_block is {config['threads_per_block']!r}; "
+            f"{_THREADS_PER_BLOCK} is the only published value."
+        )
+    if config["bytes_per_thread"] != _BYTES_PER_THREAD:
+        raise UnsupportedError(
+            f"{where}: bytes_per_thread is {config['bytes_per_thread']!r}; "
+            f"{_BYTES_PER_THREAD} is the only published value."
+        )
+    pattern_dict = config["pattern_dict"]
+    if not isinstance(pattern_dict, dict) or not all(
+        isinstance(names, list) and all(isinstance(name, str) for name in names)
+        for names in pattern_dict.values()
+    ):
+        raise FormatError(
+            f"{where}: pattern_dict must be an object of lists of attribute paths, regex -> list."
+        )
+    return compile_patterns(pattern_dict, f"{where}: pattern_dict")
+
+
+def _read_config(path: Path) -> dict[str, Any] | None:
+    file = path / _CONFIG_FILE
+    if not file.is_file():
+        return None
+    if file.stat().st_size > _MAX_CONFIG_BYTES:
+        raise FormatError(f"{_CONFIG_FILE}: has {file.stat().st_size} bytes; 16 MiB is the limit.")
+    try:
+        config = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise FormatError(f"{_CONFIG_FILE}: is not valid JSON: {error}.") from error
+    if not isinstance(config, dict):
+        raise FormatError(f"{_CONFIG_FILE}: holds a {type(config).__name__}, not an object.")
+    return config
+
+
+def _refuse_directory(path: Path, config: dict[str, Any] | None, files: list[Path]) -> None:
+    pickles = sorted(path.glob("*.pkl"))
+    if pickles:
+        raise UnsupportedError(
+            f"{path}: found {pickles[0].name} and no {CONFIG_KEY} in config.json: the legacy "
+            "DFloat11 0.1.0 layout, whose pickle files can run code when they are read. Expected "
+            f"are *.safetensors and {CONFIG_KEY}; use a release made with DFloat11 0.2.0 or later."
+        )
+    found = "no config.json" if config is None else f"a config.json without {CONFIG_KEY}"
+    raise FormatError(
+        f"{path}: found {found} and {len(files)} *.safetensors file(s); "
+        f"a DFloat11 checkpoint has {CONFIG_KEY} in config.json."
+    )
+
+
+def _merge(headers: Iterable[dict[str, StoredTensor]]) -> dict[str, StoredTensor]:
+    tensors: dict[str, StoredTensor] = {}
+    for header in headers:
+        for name, tensor in header.items():
+            if name in tensors:
+                raise FormatError(
+                    f"{tensor.where}: the tensor is also in {tensors[name].file.name}; one file is "
+                    "expected to hold it. Remove the file that does not belong here."
+                )
+            tensors[name] = tensor
+    return tensors
+
+
+def _group(tensors: dict[str, StoredTensor]) -> dict[str, dict[str, StoredTensor]]:
+    """Return the fields of every unit: tensors named `<module path>.<field>`."""
+    units: dict[str, dict[str, StoredTensor]] = {}
+    for name, tensor in tensors.items():
+        module, _, field = name.rpartition(".")
+        if field in FIELDS:
+            units.setdefault(module, {})[field] = tensor
+    return units
+
+
+def _unit(name: str, fields: dict[str, StoredTensor], patterns: Patterns) -> UnitEntry:
+    some = next(iter(fields.values()))
+    missing = [field for field in FIELDS if field not in fields]
+    if missing:
+        raise FormatError(
+            f"{some.file.name}: {name}: found {', '.join(sorted(fields))} without "
+            f"{', '.join(missing)}; a DFloat11 unit has all six tensors."
+        )
+    members = patterns.members(name)
+    if members is None:
+        raise FormatError(
+            f"{some.file.name}: {name}: no key of pattern_dict in config.json matches this unit; "
+            f"found keys {[key.pattern for key, _ in patterns.entries][:20]}."
+        )
+    entry = UnitEntry(name, members, fields)
+    check_entry(entry)
+    return entry
+
+
+def _refuse_stored_twice(units: Mapping[str, UnitEntry], plain: Mapping[str, StoredTensor]) -> None:
+    for unit in units.values():
+        for member in unit.members or ("",):
+            name = f"{unit.name}.{member}.weight" if member else f"{unit.name}.weight"
+            if name in plain:
+                raise FormatError(
+                    f"{plain[name].where}: the weight is also in the DFloat11 unit {unit.name} "
+                    f"({unit.fields['luts'].file.name}); it is expected once."
+                )

@@ -1,0 +1,126 @@
+"""The regular expressions of `pattern_dict`, matched without a chance to explode.
+
+Python's engine backtracks, so a hostile config.json could hang the loader with a pattern such as
+`(a+)+`. The work of a match grows exponentially only if something that is repeated or has choices
+is itself repeated, and else with (length of the path) ** (number of quantifiers). So a pattern may
+hold no repeated group of that kind, no look-around, no back-reference and few quantifiers, and
+paths are short. Every published pattern has at most one quantifier.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from vllm_dfloat.errors import FormatError, UnsupportedError
+
+MAX_PATTERN = 256  # characters
+MAX_PATH = 256
+MAX_QUANTIFIERS = 3  # 256 ** 3 / 6 steps, a few hundredths of a second
+MAX_PATTERNS = 256
+
+_QUANTIFIER = re.compile(r"(?:[*+?]|\{(?:\d+,?\d*|,\d+)\})[+?]?")
+_CLASS = re.compile(r"\[\^?\]?(?:[^\]\\]|\\.)*\]", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Patterns:
+    """Compiled patterns with the attribute paths of each.
+
+    Attributes:
+        where: file and key, for messages.
+        entries: (compiled pattern, attribute paths) pairs.
+    """
+
+    where: str
+    entries: tuple[tuple[re.Pattern[str], tuple[str, ...]], ...]
+
+    def members(self, path: str) -> tuple[str, ...] | None:
+        """Return the attribute paths listed for module `path`, None if no pattern matches it.
+
+        Raises:
+            FormatError: two patterns match and their lists differ, or the path is too long.
+        """
+        if len(path) > MAX_PATH:
+            raise FormatError(
+                f"{self.where}: module path {path[:40]!r}... has {len(path)} characters; "
+                f"at most {MAX_PATH} are matched."
+            )
+        found = [(key, members) for key, members in self.entries if key.fullmatch(path)]
+        if len({members for _, members in found}) > 1:
+            raise FormatError(
+                f"{self.where}: {path} matches both {found[0][0].pattern!r} and "
+                f"{found[1][0].pattern!r}, which list different weights."
+            )
+        return found[0][1] if found else None
+
+
+def compile_patterns(pattern_dict: Mapping[str, Sequence[str]], where: str) -> Patterns:
+    """Compile the keys of `pattern_dict` after refusing those that could run for long."""
+    if len(pattern_dict) > MAX_PATTERNS:
+        raise UnsupportedError(
+            f"{where}: {len(pattern_dict)} patterns; at most {MAX_PATTERNS} are supported."
+        )
+    entries = []
+    for key, members in pattern_dict.items():
+        _check_cost(key, where)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # future warnings about odd character classes
+                entries.append((re.compile(key), tuple(members)))
+        except (re.error, OverflowError, RecursionError) as error:
+            raise FormatError(f"{where}: {key!r} is not a regular expression: {error}.") from error
+    return Patterns(where, tuple(entries))
+
+
+def _check_cost(pattern: str, where: str) -> None:
+    reason = None
+    if len(pattern) > MAX_PATTERN:
+        reason = f"it has {len(pattern)} characters, at most {MAX_PATTERN} are supported"
+    else:
+        reason = _costly_part(pattern)
+    if reason:
+        raise UnsupportedError(
+            f"{where}: pattern {pattern[:60]!r} is refused: {reason}. "
+            "Module paths need no more than literal text, classes and a few quantifiers."
+        )
+
+
+def _costly_part(pattern: str) -> str | None:
+    """Return why `pattern` could take long to match, None if it cannot."""
+    at = quantifiers = 0
+    groups = [False]  # per open group: does it hold a quantifier or a choice so far?
+    repeatable = True  # may the item just passed be repeated?
+    while at < len(pattern):
+        char = pattern[at]
+        step, repeats = 1, None
+        if char == "\\":
+            if pattern[at + 1 : at + 2] in tuple("123456789"):
+                return "it has a back-reference"
+            step = 2
+        elif char == "[" and (found := _CLASS.match(pattern, at)):
+            step = found.end() - at
+        elif char == "(":
+            if pattern[at + 1 : at + 2] == "?" and pattern[at + 2 : at + 3] != ":":
+                return "it has a group other than (...) and (?:...)"
+            groups.append(False)
+            step = 3 if pattern.startswith("(?:", at) else 1
+        elif char == ")" and len(groups) > 1:
+            inner = groups.pop()
+            groups[-1] |= inner
+            at, repeatable = at + 1, not inner
+            continue
+        elif char == "|":
+            groups[-1] = True
+        elif repeats := _QUANTIFIER.match(pattern, at):
+            if not repeatable and char != "?":
+                return "it repeats a group that holds a quantifier or a choice"
+            quantifiers += 1
+            groups[-1] = True
+            step = repeats.end() - at
+        at, repeatable = at + step, True
+    if quantifiers > MAX_QUANTIFIERS:
+        return f"it has {quantifiers} quantifiers, at most {MAX_QUANTIFIERS} are supported"
+    return None

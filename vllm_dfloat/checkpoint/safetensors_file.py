@@ -1,0 +1,159 @@
+"""Read safetensors files lazily: headers are checked in full, tensors are mapped one at a time.
+
+The safetensors library copies every tensor it hands to NumPy and has no NumPy dtype for BF16. A
+DFloat11 unit is one tensor of up to a gigabyte, so this reader maps the bytes instead.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_dfloat.errors import FormatError, UnsupportedError
+
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
+_LENGTH_BYTES = 8
+
+# dtype name -> the NumPy dtype that holds its bits (BF16 and FP8 as integers of the same width)
+BITS_DTYPES = {
+    "BOOL": "?", "U8": "u1", "I8": "i1", "F8_E4M3": "u1", "F8_E5M2": "u1", "F8_E8M0": "u1",
+    "U16": "<u2", "I16": "<i2", "F16": "<f2", "BF16": "<u2",
+    "U32": "<u4", "I32": "<i4", "F32": "<f4", "U64": "<u8", "I64": "<i8", "F64": "<f8",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a safetensors file; nothing is read before `bits` is called.
+
+    Attributes:
+        file: the file that holds it.
+        name, dtype, shape: as the header has them.
+        begin: its first byte, counted from the start of the file.
+        num_bytes: its size in bytes.
+    """
+
+    file: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    num_bytes: int
+
+    @property
+    def where(self) -> str:
+        """Return "file: tensor" for messages."""
+        return f"{self.file.name}: {self.name}"
+
+    def bits(self) -> npt.NDArray[Any]:
+        """Return the tensor's bits, mapped privately from the file: a write never reaches it."""
+        dtype = np.dtype(BITS_DTYPES[self.dtype])
+        if self.num_bytes == 0:
+            return np.empty(self.shape, dtype)
+        try:
+            raw = np.memmap(self.file, np.uint8, "c", self.begin, (self.num_bytes,))
+        except (OSError, ValueError) as error:
+            raise FormatError(
+                f"{self.where}: cannot read {self.num_bytes} bytes at byte {self.begin}: {error}. "
+                "The file was changed after it was opened; fetch it again."
+            ) from error
+        plain = raw.view(np.ndarray)  # numba does not know the subclass
+        if plain.ctypes.data % dtype.itemsize:
+            plain = plain.copy()  # an unusual header length left the data unaligned
+        return plain.view(dtype).reshape(self.shape)
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """Return the tensors of a safetensors file by name, in the order of their data.
+
+    Raises:
+        FormatError: the header is not valid or does not fit the file's size.
+        UnsupportedError: a tensor has a dtype that this package does not know.
+    """
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
+            if size < _LENGTH_BYTES or length > min(size - _LENGTH_BYTES, MAX_HEADER_BYTES):
+                raise FormatError(
+                    f"{file.name}: its first 8 bytes announce a header of {length} bytes, but the "
+                    f"file has {size} bytes. It is truncated or not safetensors; fetch it again."
+                )
+            text = stream.read(length)
+    except OSError as error:
+        raise FormatError(f"{file.name}: cannot be read: {error}.") from error
+    header = _parse(file, text)
+    header.pop("__metadata__", None)
+    start = _LENGTH_BYTES + length
+    tensors = [_tensor(file, name, entry, start) for name, entry in header.items()]
+    tensors.sort(key=lambda tensor: (tensor.begin, tensor.num_bytes))
+    _check_layout(file, tensors, start, size)
+    return {tensor.name: tensor for tensor in tensors}
+
+
+def _parse(file: Path, text: bytes) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise ValueError("it names a tensor twice")
+        return found
+
+    try:
+        header = json.loads(text, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{file.name}: the header is not valid JSON: {error}.") from error
+    if not isinstance(header, dict):
+        raise FormatError(f"{file.name}: the header is a {type(header).__name__}, not an object.")
+    return header
+
+
+def _tensor(file: Path, name: str, entry: Any, start: int) -> StoredTensor:
+    where = f"{file.name}: {name}"
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise FormatError(f"{where}: the header entry must hold dtype, shape and data_offsets.")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in BITS_DTYPES:
+        raise UnsupportedError(
+            f"{where}: dtype {str(dtype)[:40]!r}; known are {', '.join(BITS_DTYPES)}."
+        )
+    if not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2:
+        raise FormatError(f"{where}: shape and data_offsets must be lists of sizes.")
+    begin, end = offsets
+    need = math.prod(shape) * np.dtype(BITS_DTYPES[dtype]).itemsize
+    if end - begin != need:
+        raise FormatError(
+            f"{where}: data_offsets span {end - begin} bytes; {dtype} {shape} takes {need}."
+        )
+    return StoredTensor(file, name, dtype, tuple(shape), start + begin, need)
+
+
+def _is_sizes(value: Any) -> bool:
+    """Return whether `value` is a short list of integers that can be sizes in a file."""
+    return (
+        isinstance(value, list)
+        and len(value) <= 16
+        and all(type(item) is int and 0 <= item < 1 << 63 for item in value)
+    )
+
+
+def _check_layout(file: Path, tensors: list[StoredTensor], start: int, size: int) -> None:
+    """Refuse holes, overlaps and data that ends anywhere but at the end of the file."""
+    at = start
+    for tensor in tensors:
+        if tensor.begin != at:
+            raise FormatError(
+                f"{tensor.where}: starts at byte {tensor.begin}; the tensor before it ends at "
+                f"byte {at}. safetensors has neither holes nor overlaps; fetch the file again."
+            )
+        at += tensor.num_bytes
+    if at != size:
+        raise FormatError(
+            f"{file.name}: the header describes {at} bytes, but the file has {size}. "
+            "It is truncated or was changed; fetch it again."
+        )

@@ -1,0 +1,184 @@
+"""Give out a DFloat11 checkpoint as plain BF16 tensors under the original names, one at a time."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_dfloat.checkpoint.decode_unit import decode_unit
+from vllm_dfloat.checkpoint.dfloat11 import Dfloat11Checkpoint
+from vllm_dfloat.checkpoint.safetensors_file import StoredTensor
+from vllm_dfloat.checkpoint.shapes import Shapes, module_shapes, resolve_shape
+from vllm_dfloat.checkpoint.unit import Unit, UnitEntry
+from vllm_dfloat.errors import FormatError
+
+if TYPE_CHECKING:
+    import torch
+
+Bits = npt.NDArray[Any]
+
+_TORCH_DTYPES = {
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32",
+    "I32": "int32", "U64": "uint64", "I64": "int64", "F16": "float16", "BF16": "bfloat16",
+    "F32": "float32", "F64": "float64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Member:
+    """One weight of a unit.
+
+    Attributes:
+        name: tensor name in the original checkpoint, such as "model.layers.0.mlp.up_proj.weight".
+        entry: the unit.
+        start, stop: its weights within the unit, stop excluded.
+        shape: (out_features, in_features).
+    """
+
+    name: str
+    entry: UnitEntry
+    start: int
+    stop: int
+    shape: tuple[int, ...]
+
+
+def unit_members(entry: UnitEntry, shapes: Shapes | None = None) -> list[Member]:
+    """Return the weights of a unit in storage order; without `shapes` they are [1, n].
+
+    Raises:
+        FormatError: a size in the file and a size in `shapes` differ.
+    """
+    where = f"{entry.fields['split_positions'].where}"
+    paths = [f"{entry.name}.{member}" for member in entry.members]
+    if not paths or (entry.num_members == 1 and (len(paths) > 1 or entry.name in (shapes or ()))):
+        # The list of a module that is itself the weight means nothing.
+        paths = [entry.name]
+        if entry.members and shapes is not None and entry.name not in shapes:
+            raise FormatError(
+                f"{where}: found 1 weight; {len(entry.members)} are expected by pattern_dict: "
+                f"{', '.join(entry.members)}."
+            )
+    bounds = entry.splits.tolist()
+    members = []
+    for path, start, stop in zip(paths, bounds[:-1], bounds[1:], strict=True):
+        shape: tuple[int, ...] = (1, stop - start)
+        if shapes is not None:
+            shape = resolve_shape(path, stop - start, shapes, where)
+        members.append(Member(f"{path}.weight", entry, start, stop, shape))
+    return members
+
+
+def iter_weights(
+    checkpoint: Dfloat11Checkpoint,
+    shapes: Shapes | None = None,
+    skip: Callable[[str], bool] | None = None,
+) -> Iterator[tuple[str, Bits]]:
+    """Yield (name, bits) of every tensor; BF16 as uint16, other dtypes as NumPy has them.
+
+    Weights of units are decoded one at a time, each into memory of its own. `lm_head` is left out
+    where the config ties it to the embeddings. See `weights` for the order and the arguments.
+    """
+    shapes = module_shapes(checkpoint.path) if shapes is None else shapes
+    for name, _, bits in typed_weights(checkpoint, shapes, skip):
+        yield name, bits
+
+
+def weights(
+    checkpoint: Dfloat11Checkpoint,
+    shapes: Shapes | None = None,
+    skip: Callable[[str], bool] | None = None,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (name, tensor) of every tensor of the checkpoint on the CPU, compressed ones decoded.
+
+    All tensors of one transformer layer come together: first the weights of its unit in storage
+    order, each followed by the bias of the same module (a loader that counts what a layer has
+    received must see the weight first), then the others.
+
+    Args:
+        checkpoint: an open checkpoint.
+        shapes: module path -> (out_features, in_features); from `module_shapes` if None.
+        skip: names for which it returns True are neither decoded nor yielded.
+
+    Raises:
+        FormatError: a unit is damaged or does not fit `shapes`; raised before the first tensor
+            wherever it can be found without decoding.
+    """
+    import torch
+
+    shapes = module_shapes(checkpoint.path) if shapes is None else shapes
+    for name, dtype, bits in typed_weights(checkpoint, shapes, skip):
+        flat = torch.from_numpy(bits.reshape(-1).view(np.uint8))
+        yield name, flat.view(getattr(torch, _TORCH_DTYPES[dtype])).reshape(bits.shape)
+
+
+def typed_weights(
+    checkpoint: Dfloat11Checkpoint,
+    shapes: Shapes | None = None,
+    skip: Callable[[str], bool] | None = None,
+) -> Iterator[tuple[str, str, Bits]]:
+    """Yield (name, safetensors dtype, bits) in the order of `weights`.
+
+    Needs no model: without `shapes` every decoded weight is [1, n]. Holds one unit open at a time.
+    """
+    items = plan(checkpoint, shapes, skip)
+    checkpoint.validate()
+    unit: Unit | None = None
+    for item in items:
+        if isinstance(item, StoredTensor):
+            yield item.name, item.dtype, item.bits()
+            continue
+        if unit is None or unit.name != item.entry.name:
+            unit = item.entry.load()
+        yield item.name, "BF16", decode_unit(unit, item.start, item.stop).reshape(item.shape)
+
+
+def plan(
+    checkpoint: Dfloat11Checkpoint,
+    shapes: Shapes | None,
+    skip: Callable[[str], bool] | None = None,
+) -> list[Member | StoredTensor]:
+    """Return what `weights` yields, in its order, without decoding."""
+    members = [
+        member for entry in checkpoint.units.values() for member in unit_members(entry, shapes)
+    ]
+    items: list[Member | StoredTensor] = [*members, *checkpoint.plain.values()]
+    modules = {_module(member.name): member for member in members}
+    items = [item for item in items if not (skip and skip(item.name))]
+    if checkpoint.tie_word_embeddings:
+        items = [item for item in items if not _is_lm_head(item.name)]
+    return sorted(items, key=lambda item: _order(item.name, modules))
+
+
+def _order(name: str, modules: dict[str, Member]) -> tuple[Any, ...]:
+    """Return the sort key: layer, then unit members as stored, then others; weight before bias."""
+    module, _, leaf = name.rpartition(".")
+    member = modules.get(module)
+    rank = (0, member.start) if member else (1, 0)
+    return (_natural(_layer(name)), *rank, _natural(module), leaf != "weight", leaf)
+
+
+def _layer(name: str) -> str:
+    """Return the path up to the first number ("model.layers.3"), or else the module."""
+    found = re.match(r"(?:[^.]+\.)*?\d+(?=\.)", name)
+    return found.group() if found else name.rpartition(".")[0]
+
+
+def _natural(path: str) -> tuple[Any, ...]:
+    """Return a sort key under which layers.2 comes before layers.10."""
+    return tuple(
+        (0, int(part), "") if part.isdecimal() else (1, 0, part) for part in path.split(".")
+    )
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _is_lm_head(name: str) -> bool:
+    return "lm_head" in name.split(".")
