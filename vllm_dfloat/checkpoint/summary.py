@@ -1,0 +1,136 @@
+"""What a checkpoint on disk holds: which modules are compressed, and how many bits each weight takes."""
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_dfloat.checkpoint.dfloat11 import CONFIG_KEY, open_checkpoint
+from vllm_dfloat.checkpoint.folder import has_dfloat11_config, stored_tensors
+
+COMPRESSED, PLAIN = "dfloat11", "plain"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One unit, or one tensor that is not compressed.
+
+    Attributes:
+        name: module path of a unit, or tensor name.
+        kind: "dfloat11" or "plain".
+        members: weights that share the unit's stream.
+        weights: number of elements.
+        num_bytes: bytes on disk, all metadata included.
+        bf16_bytes: bytes without compression; for a plain tensor the same as num_bytes.
+    """
+
+    name: str
+    kind: str
+    members: int
+    weights: int
+    num_bytes: int
+    bf16_bytes: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.num_bytes / self.weights if self.weights else 0.0
+
+
+@dataclass(frozen=True)
+class Summary:
+    """All rows of a checkpoint, units first, and their totals."""
+
+    path: str
+    rows: list[Row]
+
+    def total(self, kind: str | None = None) -> Row:
+        """Return the sum over the rows of one kind, or over all."""
+        rows = [row for row in self.rows if kind in (None, row.kind)]
+        sums = [sum(getattr(row, field) for row in rows) for field in _SUMMED]
+        return Row("total", kind or "all", *sums)
+
+    def as_json(self) -> dict[str, Any]:
+        rows = [{**asdict(row), "bits_per_weight": row.bits_per_weight} for row in self.rows]
+        totals = {}
+        for kind in (COMPRESSED, PLAIN, None):
+            total = self.total(kind)
+            totals[total.kind] = {
+                **{field: getattr(total, field) for field in _SUMMED},
+                "bits_per_weight": total.bits_per_weight,
+            }
+        return {"path": self.path, "modules": rows, "totals": totals}
+
+    def as_table(self) -> str:
+        """Return a table for people; the last line is the whole in one sentence."""
+        heads = ["module", "kind", "members", "weights", "bytes", "bits/weight", "of BF16"]
+        body = [
+            _cells(row)
+            for row in [*self.rows, self.total(COMPRESSED), self.total(PLAIN), self.total()]
+        ]
+        widths = [max(len(line[i]) for line in [heads, *body]) for i in range(len(heads))]
+        lines = []
+        for line in [heads, *body]:
+            left = [cell.ljust(width) for cell, width in zip(line[:2], widths[:2], strict=True)]
+            right = [cell.rjust(width) for cell, width in zip(line[2:], widths[2:], strict=True)]
+            lines.append("  ".join(left + right))
+        lines.insert(len(self.rows) + 1, "-" * len(lines[0]))
+        units = self.total(COMPRESSED)
+        if not units.weights:
+            lines.append(
+                f"{self.path}: nothing is compressed on disk (config.json has no {CONFIG_KEY})"
+            )
+        else:
+            lines.append(
+                f"{self.path}: {len(self.rows) - sum(r.kind == PLAIN for r in self.rows)} units compressed, "
+                f"{units.bits_per_weight:.3f} bits per weight; {self.total().num_bytes:,} bytes in all "
+                f"against {self.total().bf16_bytes:,} uncompressed"
+            )
+        return "\n".join(lines)
+
+
+_SUMMED = ("members", "weights", "num_bytes", "bf16_bytes")
+
+
+def _cells(row: Row) -> list[str]:
+    ratio = f"{100 * row.num_bytes / row.bf16_bytes:.1f} %" if row.bf16_bytes else "-"
+    bits = f"{row.bits_per_weight:.3f}" if row.weights else "-"
+    return [
+        row.name,
+        row.kind,
+        str(row.members),
+        f"{row.weights:,}",
+        f"{row.num_bytes:,}",
+        bits,
+        ratio,
+    ]
+
+
+def summarize(path: Path) -> Summary:
+    """Return what the checkpoint in directory `path` holds; reads headers and small tables, decodes nothing.
+
+    Raises:
+        FormatError: the directory is no safetensors checkpoint, or a file is damaged.
+        UnsupportedError: a legacy DFloat11 layout.
+    """
+    if not has_dfloat11_config(path):
+        plain, units = stored_tensors(path), {}
+    else:
+        checkpoint = open_checkpoint(path)
+        checkpoint.validate()
+        plain, units = dict(checkpoint.plain), dict(checkpoint.units)
+    rows = [
+        Row(
+            name,
+            COMPRESSED,
+            unit.num_members,
+            unit.num_weights,
+            unit.num_bytes,
+            2 * unit.num_weights,
+        )
+        for name, unit in units.items()
+    ]
+    rows += [
+        Row(name, PLAIN, 1, math.prod(tensor.shape), tensor.num_bytes, tensor.num_bytes)
+        for name, tensor in plain.items()
+    ]
+    return Summary(str(path), rows)

@@ -1,0 +1,110 @@
+"""The command line: vllm-dfloat inspect | verify.
+
+Results go to stdout, progress and errors to stderr. Exit 0: fine; 1: compared and different; 2: bad input.
+"""
+
+import argparse
+import json
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from vllm_dfloat import __version__
+from vllm_dfloat.errors import DFloatError
+
+EXIT_EQUAL, EXIT_DIFFERENT, EXIT_BAD_INPUT = 0, 1, 2
+MAX_DIFFERENCES_SHOWN = 20
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    args = _parser().parse_args(argv)
+    try:
+        status: int = args.run(args)
+        return status
+    except (DFloatError, OSError) as error:
+        if args.debug:
+            traceback.print_exc()
+        print(f"vllm-dfloat: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vllm-dfloat", description="Look at and check DFloat11 checkpoints."
+    )
+    parser.add_argument("--version", action="version", version=f"vllm-dfloat {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    inspect = commands.add_parser(
+        "inspect",
+        help="show what is compressed, and how many bits each weight takes",
+        epilog="example: vllm-dfloat inspect ./Qwen3-8B-DF11",
+    )
+    inspect.add_argument("path", type=Path, help="folder of a checkpoint, DFloat11 or plain")
+    inspect.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    inspect.set_defaults(run=_inspect)
+    verify = commands.add_parser(
+        "verify",
+        help="decode everything, and compare it bit for bit with the original",
+        epilog="example: vllm-dfloat verify ./Qwen3-8B-DF11 --against ./Qwen3-8B. "
+        "Exit status: 0 equal, 1 different, 2 bad input.",
+    )
+    verify.add_argument("path", type=Path, help="folder of a checkpoint, DFloat11 or plain")
+    verify.add_argument(
+        "--against", type=Path, metavar="BF16_PATH", help="folder of the BF16 original"
+    )
+    verify.add_argument("--quiet", action="store_true", help="print differences and errors only")
+    verify.set_defaults(run=_verify)
+    for command in (inspect, verify):
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from vllm_dfloat.checkpoint.summary import summarize
+
+    summary = summarize(args.path)
+    print(json.dumps(summary.as_json(), indent=1) if args.json else summary.as_table())
+    return EXIT_EQUAL
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from vllm_dfloat.checkpoint.compare import check, compare
+
+    def progress(name: str) -> None:
+        if not args.quiet and sys.stderr.isatty():
+            print(f"\r\x1b[K{name}", end="", file=sys.stderr, flush=True)
+
+    result = (
+        compare(args.path, args.against, progress) if args.against else check(args.path, progress)
+    )
+    if not args.quiet and sys.stderr.isatty():
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+    for difference in result.differences[:MAX_DIFFERENCES_SHOWN]:
+        print(difference)
+    hidden = len(result.differences) - MAX_DIFFERENCES_SHOWN
+    if hidden > 0:
+        print(f"... and {hidden} more")
+    if not args.quiet:
+        print(
+            _last_line(
+                args, result.is_equal, result.tensors, result.num_bytes, len(result.differences)
+            )
+        )
+    return EXIT_EQUAL if result.is_equal else EXIT_DIFFERENT
+
+
+def _last_line(
+    args: argparse.Namespace, is_equal: bool, tensors: int, num_bytes: int, differences: int
+) -> str:
+    what = f"{tensors} tensors, {num_bytes:,} bytes"
+    if not args.against:
+        return f"{args.path}: {what} decode without an error (give --against to compare)"
+    if is_equal:
+        return f"{args.path}: equal to {args.against}, bit for bit ({what})"
+    return f"{args.path}: DIFFERENT from {args.against} in {differences} tensors ({what} compared)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
