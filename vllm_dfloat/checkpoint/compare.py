@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_dfloat.checkpoint.dfloat11 import open_checkpoint
-from vllm_dfloat.checkpoint.folder import has_dfloat11_config, stored_tensors
+from vllm_dfloat.checkpoint.folder import is_dfloat11, stored_tensors
 from vllm_dfloat.checkpoint.weights import typed_weights
 from vllm_dfloat.errors import FormatError
 
@@ -42,7 +42,7 @@ def compare(
     Raises:
         FormatError, UnsupportedError: one of the two cannot be read, or `against` is itself compressed.
     """
-    if has_dfloat11_config(against):
+    if is_dfloat11(against):
         raise FormatError(
             f"{against}: is a DFloat11 checkpoint; --against expects the uncompressed BF16 original."
         )
@@ -87,7 +87,7 @@ def check(path: Path, progress: Callable[[str], None] = lambda name: None) -> Co
 def _tensors(
     path: Path, shapes: Mapping[str, tuple[int, ...]] | None
 ) -> Iterator[tuple[str, str, Bits]]:
-    if has_dfloat11_config(path):
+    if is_dfloat11(path):
         yield from typed_weights(open_checkpoint(path), shapes)
     else:
         for name, tensor in stored_tensors(path).items():

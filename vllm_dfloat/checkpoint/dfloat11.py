@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from vllm_dfloat.checkpoint.folder import CONFIG_FILE, CONFIG_KEY, read_config, stored_tensors
 from vllm_dfloat.checkpoint.patterns import Patterns, compile_patterns
-from vllm_dfloat.checkpoint.safetensors_file import StoredTensor, read_header
+from vllm_dfloat.checkpoint.safetensors_file import StoredTensor
 from vllm_dfloat.checkpoint.unit import FIELDS, UnitEntry, check_entry
 from vllm_dfloat.errors import FormatError, UnsupportedError
 
-CONFIG_KEY = "dfloat11_config"
-_CONFIG_FILE = "config.json"
-_MAX_CONFIG_BYTES = 16 << 20
 _THREADS_PER_BLOCK = [512]
 _BYTES_PER_THREAD = 8
 
@@ -68,17 +65,16 @@ def open_checkpoint(path: str | Path) -> Dfloat11Checkpoint:
     path = Path(path)
     if not path.is_dir():
         raise FormatError(f"{path}: not a directory; a DFloat11 checkpoint is one.")
-    config = _read_config(path)
+    config = read_config(path)
     files = sorted(path.glob("*.safetensors"))
     if config is None or CONFIG_KEY not in config:
         _refuse_directory(path, config, files)
-    assert config is not None
-    patterns = parse_config(config[CONFIG_KEY], f"{_CONFIG_FILE}: {CONFIG_KEY}")
+    patterns = parse_config(config[CONFIG_KEY], f"{CONFIG_FILE}: {CONFIG_KEY}")
     if not files:
         raise FormatError(
             f"{path}: config.json has {CONFIG_KEY}, but there is no *.safetensors file beside it."
         )
-    tensors = _merge(read_header(file) for file in files)
+    tensors = stored_tensors(path)
     units = {name: _unit(name, fields, patterns) for name, fields in _group(tensors).items()}
     used = {tensor.name for unit in units.values() for tensor in unit.fields.values()}
     plain = {name: tensor for name, tensor in tensors.items() if name not in used}
@@ -115,22 +111,7 @@ def parse_config(config: Any, where: str) -> Patterns:
     return compile_patterns(pattern_dict, f"{where}: pattern_dict")
 
 
-def _read_config(path: Path) -> dict[str, Any] | None:
-    file = path / _CONFIG_FILE
-    if not file.is_file():
-        return None
-    if file.stat().st_size > _MAX_CONFIG_BYTES:
-        raise FormatError(f"{_CONFIG_FILE}: has {file.stat().st_size} bytes; 16 MiB is the limit.")
-    try:
-        config = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise FormatError(f"{_CONFIG_FILE}: is not valid JSON: {error}.") from error
-    if not isinstance(config, dict):
-        raise FormatError(f"{_CONFIG_FILE}: holds a {type(config).__name__}, not an object.")
-    return config
-
-
-def _refuse_directory(path: Path, config: dict[str, Any] | None, files: list[Path]) -> None:
+def _refuse_directory(path: Path, config: dict[str, Any] | None, files: list[Path]) -> NoReturn:
     pickles = sorted(path.glob("*.pkl"))
     if pickles:
         raise UnsupportedError(
@@ -143,19 +124,6 @@ def _refuse_directory(path: Path, config: dict[str, Any] | None, files: list[Pat
         f"{path}: found {found} and {len(files)} *.safetensors file(s); "
         f"a DFloat11 checkpoint has {CONFIG_KEY} in config.json."
     )
-
-
-def _merge(headers: Iterable[dict[str, StoredTensor]]) -> dict[str, StoredTensor]:
-    tensors: dict[str, StoredTensor] = {}
-    for header in headers:
-        for name, tensor in header.items():
-            if name in tensors:
-                raise FormatError(
-                    f"{tensor.where}: the tensor is also in {tensors[name].file.name}; one file is "
-                    "expected to hold it. Remove the file that does not belong here."
-                )
-            tensors[name] = tensor
-    return tensors
 
 
 def _group(tensors: dict[str, StoredTensor]) -> dict[str, dict[str, StoredTensor]]:

@@ -1,26 +1,43 @@
-"""A folder of safetensors files, whatever it holds."""
+"""A folder of safetensors files with a config.json, whatever it holds."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from vllm_dfloat.checkpoint.safetensors_file import StoredTensor, read_header
 from vllm_dfloat.errors import FormatError, UnsupportedError
 
 CONFIG_FILE = "config.json"
+CONFIG_KEY = "dfloat11_config"
+MAX_CONFIG_BYTES = 16 << 20
 
 
-def has_dfloat11_config(path: Path) -> bool:
-    """Return whether the folder says it is an official DFloat11 checkpoint, of today's or of the legacy layout."""
-    if any(path.glob("*.pkl")):
-        return True  # open_checkpoint says what is wrong with it
+def read_config(path: Path) -> dict[str, Any] | None:
+    """Return config.json of folder `path`, None if it has none.
+
+    Raises:
+        FormatError: it is no JSON object, or absurdly large.
+    """
     file = path / CONFIG_FILE
     if not file.is_file():
-        return False
+        return None
+    if file.stat().st_size > MAX_CONFIG_BYTES:
+        raise FormatError(
+            f"{CONFIG_FILE}: has {file.stat().st_size} bytes; {MAX_CONFIG_BYTES} is the limit."
+        )
     try:
         config = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise FormatError(f"{file}: is not valid JSON: {error}.") from error
-    return isinstance(config, dict) and "dfloat11_config" in config
+        raise FormatError(f"{CONFIG_FILE}: is not valid JSON: {error}.") from error
+    if not isinstance(config, dict):
+        raise FormatError(f"{CONFIG_FILE}: holds a {type(config).__name__}, not an object.")
+    return config
+
+
+def is_dfloat11(path: Path) -> bool:
+    """Return whether the folder holds an official DFloat11 checkpoint, of today's or of the legacy layout."""
+    return CONFIG_KEY in (read_config(path) or {}) or any(path.glob("*.pkl"))
 
 
 def stored_tensors(path: Path) -> dict[str, StoredTensor]:
@@ -28,6 +45,7 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
 
     Raises:
         FormatError: no such folder, no safetensors file in it, a damaged file, or a tensor stored twice.
+        UnsupportedError: only pickle files.
     """
     if not path.is_dir():
         raise FormatError(f"{path}: no such folder; expected one with *.safetensors files.")
@@ -39,13 +57,17 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
                 "code. Convert the model to safetensors."
             )
         raise FormatError(f"{path}: no *.safetensors file; expected at least one.")
+    return _merge(read_header(file) for file in files)
+
+
+def _merge(headers: Iterable[dict[str, StoredTensor]]) -> dict[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
-    for file in files:
-        for name, tensor in read_header(file).items():
+    for header in headers:
+        for name, tensor in header.items():
             if name in tensors:
                 raise FormatError(
-                    f"{file.name}: {name}: also stored in {tensors[name].file.name}; expected once. "
-                    "Remove the file that does not belong here."
+                    f"{tensor.where}: the tensor is also in {tensors[name].file.name}; one file is "
+                    "expected to hold it. Remove the file that does not belong here."
                 )
             tensors[name] = tensor
     return tensors

@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_dfloat.checkpoint.dfloat11 import CONFIG_KEY, open_checkpoint
-from vllm_dfloat.checkpoint.folder import has_dfloat11_config, stored_tensors
+from vllm_dfloat.checkpoint.dfloat11 import open_checkpoint
+from vllm_dfloat.checkpoint.folder import CONFIG_KEY, is_dfloat11, stored_tensors
 
 COMPRESSED, PLAIN = "dfloat11", "plain"
 
@@ -112,7 +112,7 @@ def summarize(path: Path) -> Summary:
         FormatError: the directory is no safetensors checkpoint, or a file is damaged.
         UnsupportedError: a legacy DFloat11 layout.
     """
-    if not has_dfloat11_config(path):
+    if not is_dfloat11(path):
         plain, units = stored_tensors(path), {}
     else:
         checkpoint = open_checkpoint(path)
