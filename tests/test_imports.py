@@ -21,13 +21,14 @@ ALLOWED = {
     "kernels": {"codec.layout"},
     "scratch": {"errors", "codec"},
     "ops": {"errors", "codec", "kernels", "scratch"},
-    "integration": {"errors", "codec", "checkpoint", "ops", "scratch", "__init__"},
+    "unit_ops": {"errors", "codec", "checkpoint", "kernels", "ops"},
+    "integration": {"errors", "codec", "checkpoint", "ops", "scratch", "unit_ops", "__init__"},
 }
 # Distribution -> the parts that may import it at all, inside functions included.
 ONLY_IN = {
     "vllm": {"integration"},
     "triton": {"kernels"},
-    "torch": {"checkpoint", "kernels", "scratch", "ops", "integration"},
+    "torch": {"checkpoint", "kernels", "scratch", "ops", "unit_ops", "integration"},
     "transformers": {"checkpoint", "integration"},
 }
 

@@ -111,7 +111,7 @@ def check_device(device: torch.device) -> None:
         )
 
 
-def _uses_triton(device: torch.device) -> bool:
+def uses_triton(device: torch.device) -> bool:
     """Return whether the Triton kernels decode on `device`.
 
     VLLM_DFLOAT_BACKEND=triton asks for them on a CPU too (in Triton's interpreter), =numba for the CPU decoder.
@@ -145,7 +145,7 @@ def decode(
     """
     if not rows * cols:
         return
-    if _uses_triton(out.device):
+    if uses_triton(out.device):
         from vllm_dfloat.kernels.decode import decode as decode_triton
 
         decode_triton(desc, num_tiles(rows, cols), layout.CODE_BITS, out, status)
@@ -156,7 +156,7 @@ def decode(
 
 def decode_rows(desc: torch.Tensor, ids: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
     """Return rows `ids` (int64 [n]) of the matrix that `desc` describes: BF16 [n, cols]."""
-    if _uses_triton(ids.device):
+    if uses_triton(ids.device):
         from vllm_dfloat.kernels.decode import decode_rows as decode_rows_triton
 
         out = torch.empty(ids.numel(), cols, dtype=torch.bfloat16, device=ids.device)

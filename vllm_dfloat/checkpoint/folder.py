@@ -37,7 +37,7 @@ def read_config(path: Path) -> dict[str, Any] | None:
 
 def is_dfloat11(path: Path) -> bool:
     """Return whether the folder holds an official DFloat11 checkpoint, of today's or of the legacy layout."""
-    return CONFIG_KEY in (read_config(path) or {}) or any(path.glob("*.pkl"))
+    return CONFIG_KEY in (read_config(path) or {}) or any(path.glob("layer_*.pkl"))
 
 
 def stored_tensors(path: Path) -> dict[str, StoredTensor]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 Bits = npt.NDArray[Any]
+Decode = Callable[[Unit, int, int], Any]
 
 _TORCH_DTYPES = {
     "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32",
@@ -93,8 +94,9 @@ def weights(
     checkpoint: Dfloat11Checkpoint,
     shapes: Shapes | None = None,
     skip: Callable[[str], bool] | None = None,
+    decode: Decode = decode_unit,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (name, tensor) of every tensor of the checkpoint on the CPU, compressed ones decoded.
+    """Yield (name, tensor) of every tensor of the checkpoint, compressed ones decoded.
 
     All tensors of one transformer layer come together: first the weights of its unit in storage
     order, each followed by the bias of the same module (a loader that counts what a layer has
@@ -104,6 +106,8 @@ def weights(
         checkpoint: an open checkpoint.
         shapes: module path -> (out_features, in_features); from `module_shapes` if None.
         skip: names for which it returns True are neither decoded nor yielded.
+        decode: (unit, start, stop) -> weights start..stop of the unit; by default on the CPU, each
+            into memory of its own.
 
     Raises:
         FormatError: a unit is damaged or does not fit `shapes`; raised before the first tensor
@@ -112,7 +116,10 @@ def weights(
     import torch
 
     shapes = module_shapes(checkpoint.path) if shapes is None else shapes
-    for name, dtype, bits in typed_weights(checkpoint, shapes, skip):
+    for name, dtype, bits in typed_weights(checkpoint, shapes, skip, decode):
+        if isinstance(bits, torch.Tensor):
+            yield name, bits
+            continue
         flat = torch.from_numpy(bits.reshape(-1).view(np.uint8))
         yield name, flat.view(getattr(torch, _TORCH_DTYPES[dtype])).reshape(bits.shape)
 
@@ -121,7 +128,8 @@ def typed_weights(
     checkpoint: Dfloat11Checkpoint,
     shapes: Shapes | None = None,
     skip: Callable[[str], bool] | None = None,
-) -> Iterator[tuple[str, str, Bits]]:
+    decode: Decode = decode_unit,
+) -> Iterator[tuple[str, str, Any]]:
     """Yield (name, safetensors dtype, bits) in the order of `weights`.
 
     Needs no model: without `shapes` every decoded weight is [1, n]. Holds one unit open at a time.
@@ -135,7 +143,7 @@ def typed_weights(
             continue
         if unit is None or unit.name != item.entry.name:
             unit = item.entry.load()
-        yield item.name, "BF16", decode_unit(unit, item.start, item.stop).reshape(item.shape)
+        yield item.name, "BF16", decode(unit, item.start, item.stop).reshape(item.shape)
 
 
 def plan(
