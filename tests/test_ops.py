@@ -107,17 +107,17 @@ def test_unpack_reports_a_corrupt_payload_by_name() -> None:
 
 
 def test_scratch_is_one_buffer_for_all_layers_and_one_more_per_lane() -> None:
-    lane = 0
-    arena = ScratchArena(lambda: lane)
+    arena = ScratchArena()
     arena.require(CPU, 4096)
     arena.require(CPU, 8192)
     arena.require(CPU, 2048)
-    assert arena.reserve(CPU) == 2 * 8192 + 4 * 4
+    arena.reserve(CPU)
+    assert arena.num_bytes(CPU) == 2 * 8192 + 4 * 4
     out, status = arena.take(CPU, 2048)
     assert (out.numel(), status.numel()) == (8192, 4)
     assert arena.take(CPU, 8192)[0].data_ptr() == out.data_ptr()
-    lane = 1
-    assert arena.take(CPU, 2048)[0].data_ptr() != out.data_ptr()
+    assert arena.take(CPU, 2048, lane="beside")[0].data_ptr() != out.data_ptr()
+    assert arena.num_bytes(CPU) == 2 * (2 * 8192 + 4 * 4)
 
 
 def test_scratch_grows_for_a_layer_nobody_announced() -> None:

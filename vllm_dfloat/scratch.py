@@ -4,24 +4,20 @@ A layer's weights are valid in it until the next layer decodes, which is long en
 stream right behind. Work on a side stream would overwrite them, so it gets a buffer of its own, told apart by `lane`.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable, Iterable
 
 import torch
 
 from vllm_dfloat.codec.layout import TILE_WEIGHTS
 from vllm_dfloat.errors import DeviceError
 
+MAIN_LANE = 0
+
 
 class ScratchArena:
-    """Buffers that every compressed layer of a process shares.
+    """Buffers that every compressed layer of a process shares, one per device and lane."""
 
-    Attributes:
-        lane: tells which of the concurrent streams of work is running; one buffer is kept per lane. Work that
-            never runs concurrently must share a lane.
-    """
-
-    def __init__(self, lane: Callable[[], Hashable] = lambda: 0) -> None:
-        self.lane = lane
+    def __init__(self) -> None:
         self._needed: dict[torch.device, int] = {}
         self._buffers: dict[tuple[torch.device, Hashable], tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -29,17 +25,25 @@ class ScratchArena:
         """Note that layers of up to `numel` weights (whole tiles) will be decoded; allocates nothing."""
         self._needed[device] = max(self._needed.get(device, 0), numel)
 
-    def reserve(self, device: torch.device) -> int:
-        """Allocate the buffer of the current lane for the largest layer noted; return its bytes."""
-        out, status = self.take(device, self._needed.get(device, 0))
-        return out.nbytes + status.nbytes
+    def reserve(self, device: torch.device, lanes: Iterable[Hashable] = (MAIN_LANE,)) -> None:
+        """Allocate the buffers of these lanes for the largest layer noted."""
+        for lane in lanes:
+            self.take(device, self._needed.get(device, 0), lane)
 
-    def take(self, device: torch.device, numel: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the current lane's buffer and its status words.
+    def num_bytes(self, device: torch.device) -> int:
+        """Return what the buffers of all lanes on `device` take now."""
+        held = [buffers for (at, _), buffers in self._buffers.items() if at == device]
+        return sum(out.nbytes + status.nbytes for out, status in held)
+
+    def take(
+        self, device: torch.device, numel: int, lane: Hashable = MAIN_LANE
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a lane's buffer and its status words.
 
         Args:
             device: where the layer lies.
             numel: BF16 elements needed, whole tiles.
+            lane: which of the concurrent streams of work asks; work that never runs concurrently shares a lane.
 
         Returns:
             BF16 [>= numel] and int32 [>= numel / 2048]; their content is the last layer's.
@@ -47,7 +51,7 @@ class ScratchArena:
         Raises:
             DeviceError: the buffer would have to grow while a CUDA graph is captured.
         """
-        key = device, self.lane()
+        key = device, lane
         held = self._buffers.get(key)
         if held is not None and held[0].numel() >= numel:
             return held
