@@ -1,0 +1,52 @@
+"""Settings that must stand before vLLM or Triton is imported, and checkpoints that several tests share."""
+
+import logging
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # no GPU needed; read when triton is imported
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # engines run in this process; 2 s each, not 40
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+Checkpoint = Callable[[str], Path]
+
+
+@pytest.fixture(scope="session")
+def bf16_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """Return a function: the name of an architecture or of a vector -> a folder with its BF16 checkpoint."""
+    import tiny_models
+
+    root = tmp_path_factory.mktemp("bf16")
+
+    def make(name: str) -> Path:
+        path = root / name
+        if not path.exists():
+            if name in tiny_models.ARCHITECTURES:
+                tiny_models.save(name, path)
+            else:
+                tiny_models.save_decoded(name, path)
+        return path
+
+    return make
+
+
+@pytest.fixture
+def log_lines() -> Iterator[list[str]]:
+    """Give the list of lines that the plugin logs from here on."""
+    lines: list[str] = []
+
+    def collect(record: logging.LogRecord) -> bool:
+        lines.append(record.getMessage())
+        return True
+
+    # A filter, because vLLM replaces all handlers when its first engine starts.
+    logger = logging.getLogger("vllm.dfloat11")
+    logger.addFilter(collect)
+    yield lines
+    logger.removeFilter(collect)

@@ -1,0 +1,159 @@
+"""Single layers, without an engine: slices of every rank, biases, the op, and the order of weights."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import same_bits
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers import linear as vllm_linear
+from vllm.model_executor.layers import vocab_parallel_embedding as vllm_embedding
+
+from vllm_dfloat import ops
+from vllm_dfloat.integration import gemm
+from vllm_dfloat.integration.config import DFloat11Config
+from vllm_dfloat.integration.loader import biases_after_weights
+from vllm_dfloat.integration.packed import packed_of
+
+COLS = 256
+
+
+@pytest.fixture(autouse=True)
+def vllm_config(tmp_path: Path) -> Iterator[None]:
+    """Stand where vLLM builds a model: one rank, BF16, a current config."""
+    from vllm.distributed import (
+        cleanup_dist_env_and_memory,
+        init_distributed_environment,
+        initialize_model_parallel,
+    )
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    with set_current_vllm_config(VllmConfig()):
+        init_distributed_environment(1, 0, f"file://{tmp_path}/store", 0, backend="gloo")
+        initialize_model_parallel(1, 1)
+        yield
+    cleanup_dist_env_and_memory()
+    torch.set_default_dtype(before)
+
+
+def random_weight(*shape: int) -> torch.Tensor:
+    return (
+        torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+        .mul(0.02)
+        .bfloat16()
+    )
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, rank: int, size: int) -> None:
+    """Let layers believe they are rank `rank` of `size`."""
+    import vllm.model_executor.parameter as parameter
+
+    for module in (vllm_linear, parameter, vllm_embedding):
+        monkeypatch.setattr(module, "get_tensor_model_parallel_rank", lambda: rank)
+        monkeypatch.setattr(module, "get_tensor_model_parallel_world_size", lambda: size)
+
+
+def qkv(**common: Any) -> tuple[Any, list[tuple[str | int | None, int, int]]]:
+    # Two KV heads: with four ranks each is on two of them.
+    layer = vllm_linear.QKVParallelLinear(COLS, 64, 8, 2, bias=False, **common)
+    return layer, [("q", 512, COLS), ("k", 128, COLS), ("v", 128, COLS)]
+
+
+def gate_up(**common: Any) -> tuple[Any, list[tuple[str | int | None, int, int]]]:
+    layer = vllm_linear.MergedColumnParallelLinear(COLS, [384, 384], bias=False, **common)
+    return layer, [(0, 384, COLS), (1, 384, COLS)]
+
+
+def column(**common: Any) -> tuple[Any, list[tuple[str | int | None, int, int]]]:
+    return vllm_linear.ColumnParallelLinear(COLS, 384, bias=False, **common), [(None, 384, COLS)]
+
+
+def row(**common: Any) -> tuple[Any, list[tuple[str | int | None, int, int]]]:
+    layer = vllm_linear.RowParallelLinear(COLS, 384, bias=False, **common)
+    return layer, [(None, 384, COLS)]
+
+
+def replicated(**common: Any) -> tuple[Any, list[tuple[str | int | None, int, int]]]:
+    return vllm_linear.ReplicatedLinear(COLS, 384, bias=False, **common), [(None, 384, COLS)]
+
+
+def embedding(**common: Any) -> tuple[Any, list[tuple[str | int | None, int, int]]]:
+    layer = vllm_embedding.VocabParallelEmbedding(500, COLS, **common)  # 512 with padding
+    return layer, [(None, 500, COLS)]
+
+
+def lm_head(**common: Any) -> tuple[Any, list[tuple[str | int | None, int, int]]]:
+    return vllm_embedding.ParallelLMHead(500, COLS, **common), [(None, 500, COLS)]
+
+
+def load(layer: torch.nn.Module, parts: list[tuple[str | int | None, int, int]]) -> None:
+    for shard, *shape in parts:
+        arguments = (random_weight(*shape),) if shard is None else (random_weight(*shape), shard)
+        layer.weight.weight_loader(layer.weight, *arguments)
+
+
+KINDS = [qkv, gate_up, column, row, replicated, embedding, lm_head]
+
+
+@pytest.mark.parametrize(("rank", "size"), [(0, 1), (0, 2), (1, 2), (3, 4)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_rank_of_every_kind_holds_the_bits_that_vllm_loads(
+    kind: Any, rank: int, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(monkeypatch, rank, size)
+    plain, parts = kind(quant_config=None, prefix="layer")
+    load(plain, parts)
+    packed, parts = kind(quant_config=DFloat11Config(), prefix="layer")
+    load(packed, parts)
+    if packed_of(packed) is None:  # padding is never loaded; vLLM processes such layers at the end
+        from vllm.model_executor.model_loader.reload import layerwise
+
+        layerwise._layerwise_process(packed, layerwise.get_layerwise_info(packed))
+    assert same_bits(packed.quant_method.dequantize_weight(packed), plain.weight.data)
+    assert packed.weight.numel() == 0
+    assert packed.dfloat11_desc.shape == (4,)
+
+
+@pytest.mark.parametrize("rows", [256, 3072])  # on CPUs with AMX, vLLM has a GEMM for each of these
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_layer_computes_what_the_unquantized_layer_computes(rows: int, with_bias: bool) -> None:
+    outputs = []
+    for quant_config in (None, DFloat11Config()):
+        layer = vllm_linear.ColumnParallelLinear(
+            COLS, rows, bias=with_bias, quant_config=quant_config, prefix="layer"
+        )
+        load(layer, [(None, rows, COLS)])
+        if with_bias:
+            layer.bias.weight_loader(layer.bias, random_weight(rows))
+        layer.quant_method.process_weights_after_loading(layer)
+        outputs.append([layer(random_weight(num_tokens, COLS))[0] for num_tokens in (1, 7, 64)])
+    for plain, packed in zip(*outputs, strict=True):
+        assert same_bits(packed, plain)
+
+
+def test_embedding_decodes_the_rows_asked_for() -> None:
+    layer, parts = embedding(quant_config=DFloat11Config(), prefix="embed")
+    load(layer, parts)
+    from vllm.model_executor.model_loader.reload import layerwise
+
+    layerwise._layerwise_process(layer, layerwise.get_layerwise_info(layer))
+    ids = torch.tensor([[0, 499], [7, 7]])
+    assert same_bits(layer(ids), random_weight(500, COLS)[ids])
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_linear_op_passes_opcheck(with_bias: bool) -> None:
+    packed = ops.pack(random_weight(384, COLS))
+    bias = random_weight(384) if with_bias else None
+    arguments = (random_weight(5, COLS), packed.desc, bias, 384, COLS, gemm.PLAIN)
+    torch.library.opcheck(gemm.op, arguments)
+
+
+def test_biases_come_after_the_weights_of_their_layers() -> None:
+    order = ["a.bias", "a.weight", "b.weight", "b.bias", "c.bias", "norm.weight"]
+    pairs = [(name, torch.empty(0)) for name in order]
+    got = [name for name, _ in biases_after_weights(pairs)]
+    assert got == ["a.weight", "a.bias", "b.weight", "b.bias", "norm.weight", "c.bias"]

@@ -1,0 +1,58 @@
+"""Options: what is taken, what is refused, and what a config.json may hold."""
+
+import pickle
+from typing import Any
+
+import pytest
+
+from vllm_dfloat.errors import UnsupportedError
+from vllm_dfloat.integration.config import DFloat11Config
+from vllm_dfloat.integration.options import Options
+
+
+def test_later_options_go_on_top_of_earlier_ones() -> None:
+    first = Options().updated({"ignore": ["a"], "layout": "packed"}, "here")
+    assert first.updated({"mode": "exact"}, "there") == Options(ignore=("a",))
+    assert first.updated({"ignore": []}, "there") == Options()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"ingore": []}, "here: unknown option 'ingore'; expected ignore, layout, mode"),
+        ({"ignore": "lm_head"}, "here: ignore is 'lm_head'; expected a list"),
+        ({"ignore": [1]}, r"here: ignore is \[1\]; expected a list"),
+        ({"ignore": ["re:["]}, "here: ignore has 're:\\['"),
+        ({"layout": "row"}, "here: layout: 'row'; expected one of packed"),
+        ({"mode": 1}, "here: mode: 1; expected one of exact"),
+    ],
+)
+def test_wrong_options_are_refused_with_their_place(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(UnsupportedError, match=message):
+        Options().updated(given, "here")
+
+
+def test_config_json_may_hold_options_or_an_official_config() -> None:
+    ours = DFloat11Config.from_config({"quant_method": "dfloat11", "ignore": ["lm_head"]})
+    assert (ours.options.ignore, ours.is_official) == (("lm_head",), False)
+    theirs = DFloat11Config.from_config({"quant_method": "dfloat11", "dfloat11_config": {}})
+    assert (theirs.options, theirs.is_official) == (Options(), True)
+
+
+def test_config_json_with_an_unknown_option_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match=r"config.json: quantization_config: unknown option"):
+        DFloat11Config.from_config({"quant_method": "dfloat11", "bits": 11})
+
+
+def test_config_survives_the_way_into_a_worker_and_brings_the_loaders_along() -> None:
+    # Bug caught: in a spawned worker nothing but the config itself can install the loaders.
+    from vllm.model_executor import model_loader
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    from vllm_dfloat.integration.loader import DFloat11ModelLoader
+
+    sent = pickle.dumps(DFloat11Config(Options(ignore=("x",)), is_official=True))
+    model_loader._LOAD_FORMAT_TO_MODEL_LOADER["auto"] = DefaultModelLoader
+    received = pickle.loads(sent)  # our own bytes
+    assert (received.options.ignore, received.is_official) == (("x",), True)
+    assert model_loader._LOAD_FORMAT_TO_MODEL_LOADER["auto"] is DFloat11ModelLoader

@@ -1,0 +1,201 @@
+"""Everything that differs between the supported vLLM versions, and every private name of vLLM that we need."""
+
+import inspect
+import sys
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_dfloat.integration.plugin import logger
+from vllm_dfloat.scratch import MAIN_LANE
+
+OLDEST = (0, 28)
+NEWEST_EXCLUDED = (0, 34)
+
+
+def warn_if_untested_version() -> None:
+    """Log one line if this vLLM is outside the range that the plugin was tested with."""
+    import vllm
+    from packaging.version import InvalidVersion, Version
+
+    try:
+        release = Version(vllm.__version__).release[:2]
+    except InvalidVersion:
+        release = (0, 0)
+    if not OLDEST <= release < NEWEST_EXCLUDED:
+        logger.warning(
+            "dfloat11: vLLM %s is outside the tested range >=%d.%d,<%d.%d",
+            vllm.__version__,
+            *OLDEST,
+            *NEWEST_EXCLUDED,
+        )
+
+
+def let_numba_be_scanned() -> None:
+    """Spare the next engine in this process a crash that numba, once imported, causes in vLLM's CPU worker.
+
+    The worker (0.32) calls vars() on every attribute of every module. llvmlite's library handle answers any attribute
+    with a function, `__dict__` too, unless its table of functions already has an entry.
+    """
+    ffi = sys.modules.get("llvmlite.binding.ffi")
+    table = getattr(getattr(ffi, "lib", None), "_fntab", None)
+    if isinstance(table, dict):
+        table.setdefault("__dict__", {})
+
+
+def current_config() -> Any | None:
+    """Return the VllmConfig of the model under construction, if there is one."""
+    from vllm.config import get_current_vllm_config_or_none
+
+    return get_current_vllm_config_or_none()
+
+
+def is_ignored(name: str, ignore: Iterable[str], fused: Mapping[str, list[str]]) -> bool:
+    """Return whether `ignore` covers the layer, as vLLM's online quantization would say.
+
+    Raises:
+        ValueError: it covers some parts of a fused layer, and not the others.
+    """
+    from vllm.model_executor.layers.quantization.compressed_tensors.utils import (
+        should_ignore_layer,
+    )
+
+    known = inspect.signature(should_ignore_layer).parameters
+    globs = {"use_fnmatch": True} if "use_fnmatch" in known else {}
+    return bool(should_ignore_layer(name, ignore=tuple(ignore), fused_mapping=fused, **globs))
+
+
+def refusal(config: Any) -> str | None:
+    """Return why a run with this VllmConfig cannot work with weights compressed while loading, or None."""
+    load_format = str(config.load_config.load_format)
+    if load_format in ("sharded_state", "runai_streamer_sharded", "tensorizer", "ipc_cache"):
+        return (
+            f"--load-format {load_format}: it restores a model's parameters as they were saved; expected a format "
+            "that reads a checkpoint. Use auto, hf or safetensors."
+        )
+    offload = getattr(config, "offload_config", None)
+    uva = getattr(offload, "uva", None) or config.cache_config
+    if getattr(uva, "cpu_offload_gb", 0) or getattr(uva, "cpu_offload_params", None):
+        return (
+            "--cpu-offload-gb: it moves parameters to the host before their weights have arrived; expected 0. "
+            "Remove it: compressed weights take about 0.68 of the memory."
+        )
+    prefetch = getattr(offload, "prefetch", None)
+    if getattr(prefetch, "offload_group_size", 0):
+        return (
+            "--offload-group-size: it moves parameters to the host before their weights have arrived; expected 0. "
+            "Remove it."
+        )
+    return None
+
+
+def linear_backend(config: Any | None) -> str:
+    """Return the user's --linear-backend; vLLM has it since 0.30."""
+    return str(getattr(getattr(config, "kernel_config", None), "linear_backend", "auto"))
+
+
+def unquantized_gemm(backend: str) -> Callable[..., torch.Tensor]:
+    """Return vLLM's GEMM (layer, x, weight, bias) for BF16 weights on this platform."""
+    from vllm.model_executor.layers.utils import dispatch_unquantized_gemm
+
+    if inspect.signature(dispatch_unquantized_gemm).parameters:
+        return dispatch_unquantized_gemm(backend)  # type: ignore[no-any-return]
+    return dispatch_unquantized_gemm()  # type: ignore[no-any-return]
+
+
+def batch_invariant_gemm() -> Callable[..., torch.Tensor]:
+    """Return vLLM's GEMM (x, weight, bias) under VLLM_BATCH_INVARIANT."""
+    try:
+        from vllm.model_executor.determinism.batch_invariant import linear_batch_invariant
+    except ImportError:  # before it moved
+        from vllm.model_executor.layers.batch_invariant import linear_batch_invariant
+    return linear_batch_invariant  # type: ignore[no-any-return]
+
+
+def is_batch_invariant() -> bool:
+    """Return whether BF16 vLLM would call `batch_invariant_gemm`."""
+    from vllm import envs
+    from vllm.platforms import current_platform
+
+    on_gpu = current_platform.is_cuda_alike() or current_platform.is_xpu()
+    return bool(on_gpu and envs.VLLM_BATCH_INVARIANT)
+
+
+def num_loaded(layer: torch.nn.Module) -> int:
+    """Return how many elements vLLM's loaders have given to a layer that is about to be processed."""
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+    return int(get_layerwise_info(layer).load_numel)
+
+
+def process_when_complete(layer: torch.nn.Module) -> None:
+    """Ask vLLM to hand the layer to process_weights_after_loading as soon as its last weight has arrived."""
+    from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
+
+    initialize_online_processing(layer)
+
+
+def model_device() -> torch.device:
+    """Return the device that vLLM runs models on in this process."""
+    from vllm.platforms import current_platform
+
+    return torch.device(current_platform.device_type)
+
+
+def lane(device: torch.device) -> Hashable:
+    """Return which of vLLM's concurrent streams of work is running: microbatch, and whether beside the main one.
+
+    Shared experts run on `aux_stream` while the routed ones run; two microbatches overlap under --enable-dbo. The
+    streams for warm-up and for graph capture never overlap, so they share.
+    """
+    if device.type != "cuda":
+        return MAIN_LANE
+    from vllm.utils.torch_utils import aux_stream
+    from vllm.v1.worker import ubatching
+
+    try:
+        ubatch = int(ubatching.dbo_current_ubatch_id())
+    except KeyError:  # microbatches run, but this thread is none of theirs
+        ubatch = 0
+    return _lane(ubatch, torch.cuda.current_stream() == aux_stream())
+
+
+def _lane(ubatch: int, is_beside: bool) -> Hashable:
+    return (ubatch, is_beside) if ubatch or is_beside else MAIN_LANE
+
+
+def lanes(config: Any | None) -> list[Hashable]:
+    """Return every value that `lane` can take with this VllmConfig."""
+    model = getattr(config, "model_config", None)
+    parallel = getattr(config, "parallel_config", None)
+    overlaps = getattr(parallel, "use_ubatching", False)
+    num_ubatches = int(getattr(parallel, "num_ubatches", 1)) if overlaps else 1
+    beside = (False, True) if getattr(model, "is_moe", False) else (False,)
+    return [_lane(ubatch, side) for ubatch in range(num_ubatches) for side in beside]
+
+
+def checkpoint_folder(loader: Any, model_config: Any, model: torch.nn.Module) -> Path:
+    """Return the local folder with the checkpoint's files and config.json, downloaded by vLLM if need be."""
+    from vllm.model_executor.model_loader.weight_utils import download_weights_from_hf
+
+    wanted = {
+        "model_name_or_path": model_config.model,
+        "subfolder": None,
+        "revision": model_config.revision,
+        "fall_back_to_pt": getattr(model, "fall_back_to_pt_during_load", True),
+        "allow_patterns_overrides": getattr(model, "allow_patterns_overrides", None),
+    }
+    known = inspect.signature(loader._prepare_weights).parameters
+    folder, *_ = loader._prepare_weights(**{k: v for k, v in wanted.items() if k in known})
+    if not (Path(folder) / "config.json").exists() and not Path(model_config.model).exists():
+        download_dir = loader.load_config.download_dir
+        patterns = ["config.json"]
+        download_weights_from_hf(model_config.model, download_dir, patterns, model_config.revision)
+    return Path(folder)
+
+
+def is_gate(layer: torch.nn.Module) -> bool:
+    """Return whether the layer is a router with GEMMs of its own, which it keeps only if unquantized."""
+    return any(cls.__name__ == "GateLinear" for cls in type(layer).__mro__)

@@ -1,0 +1,147 @@
+"""The quantization config `dfloat11`: decides, layer by layer, what is compressed."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.quantization.base_config import (
+    QuantizationConfig,
+    QuantizeMethodBase,
+)
+
+from vllm_dfloat.checkpoint.folder import CONFIG_KEY
+from vllm_dfloat.errors import UnsupportedError
+from vllm_dfloat.integration import compat
+from vllm_dfloat.integration.options import Options
+from vllm_dfloat.integration.plugin import METHOD, logger
+
+NAMELESS_EMBEDDING = "model.embed_tokens"  # some models build theirs without telling its name
+
+
+class DFloat11Config(QuantizationConfig):  # type: ignore[misc]  # vLLM is untyped
+    """Options of one run, and the choice of a method for each layer.
+
+    vLLM makes it in the front-end process and pickles it into every worker.
+    """
+
+    def __init__(self, options: Options | None = None, is_official: bool = False) -> None:
+        super().__init__()
+        self.options = options or Options()
+        self.is_official = is_official
+        self._started = False
+        self._left_alone: set[str] = set()
+        _install_loaders()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        _install_loaders()  # in the worker that received this config
+
+    def __repr__(self) -> str:
+        return f"DFloat11Config({self.options})"
+
+    @classmethod
+    def get_name(cls) -> str:
+        return METHOD
+
+    @classmethod
+    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
+        return [torch.bfloat16]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "DFloat11Config":
+        """Return the config for a config.json's `quantization_config`."""
+        known = ("quant_method", CONFIG_KEY)
+        given = {name: value for name, value in config.items() if name not in known}
+        options = Options().updated(given, "config.json: quantization_config")
+        return cls(options, is_official=CONFIG_KEY in config)
+
+    def maybe_update_config(
+        self, model_name: str, hf_config: Any = None, revision: str | None = None
+    ) -> None:
+        self.is_official = self.is_official or hasattr(hf_config, CONFIG_KEY)
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+        from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+        self._start()
+        if isinstance(layer, LinearBase):
+            from vllm_dfloat.integration.linear import DFloat11LinearMethod
+
+            if self._is_left_alone(layer, prefix):
+                return UnquantizedLinearMethod()
+            return DFloat11LinearMethod(prefix)
+        if isinstance(layer, VocabParallelEmbedding):
+            return self._embedding_method(layer, prefix)
+        if type(layer).__name__ == "RoutedExperts":
+            self._log_left_alone("RoutedExperts (mixture of experts)")
+        return None  # vLLM's default for this kind of layer
+
+    def _embedding_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+        from vllm_dfloat.integration.embedding import DFloat11EmbeddingMethod, IgnoredLMHeadMethod
+
+        is_head = isinstance(layer, ParallelLMHead)
+        name = prefix or ("lm_head" if is_head else NAMELESS_EMBEDDING)
+        if self._is_left_alone(layer, name):
+            return IgnoredLMHeadMethod() if is_head else None
+        return DFloat11EmbeddingMethod(name)
+
+    def _is_left_alone(self, layer: torch.nn.Module, name: str) -> bool:
+        if compat.is_ignored(name, self.options.ignore, self.packed_modules_mapping):
+            return True
+        if compat.is_gate(layer):
+            self._log_left_alone("GateLinear (router of a mixture of experts)")
+            return True
+        dtype = getattr(layer, "params_dtype", torch.get_default_dtype())
+        if dtype != torch.bfloat16:
+            self._log_left_alone(f"{type(layer).__name__} with {dtype} weights")
+            return True
+        return False
+
+    def _log_left_alone(self, kind: str) -> None:
+        if kind not in self._left_alone:
+            self._left_alone.add(kind)
+            logger.info("dfloat11: left uncompressed: %s", kind)
+
+    def _start(self) -> None:
+        """Once a VllmConfig can be seen: read the command line's options, refuse what cannot work."""
+        config = compat.current_config()
+        if self._started or config is None:
+            return
+        extra = config.additional_config
+        given = extra.get(METHOD, {}) if isinstance(extra, Mapping) else {}
+        if not isinstance(given, Mapping):
+            raise UnsupportedError(
+                f"--additional-config: {METHOD} is {given!r}; expected an object."
+            )
+        self.options = self.options.updated(given, f"--additional-config: {METHOD}")
+        if reason := compat.refusal(config):
+            raise UnsupportedError(f"dfloat11 does not work with {reason}")
+        self._check_official(str(config.load_config.load_format))
+        self._started = True
+
+    def _check_official(self, load_format: str) -> None:
+        from vllm_dfloat.integration import loader
+
+        if self.is_official and not loader.reads_official(load_format):
+            raise UnsupportedError(
+                f"--load-format {load_format}: it cannot read an official DFloat11 checkpoint; "
+                "expected auto, hf or safetensors."
+            )
+
+
+def _install_loaders() -> None:
+    from vllm_dfloat.integration import loader
+
+    loader.install()
+    compat.let_numba_be_scanned()  # by the worker that vLLM starts next

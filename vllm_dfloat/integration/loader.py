@@ -1,0 +1,106 @@
+"""Model loaders: vLLM's own, which also read official DFloat11 checkpoints and report what was compressed."""
+
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm.model_executor import model_loader
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
+
+from vllm_dfloat.checkpoint.folder import is_dfloat11
+from vllm_dfloat.integration import compat
+from vllm_dfloat.integration.plugin import METHOD
+
+Weights = Iterator[tuple[str, torch.Tensor]]
+
+
+def install() -> None:
+    """Put our loaders where vLLM looks them up by load format. A second call changes nothing.
+
+    vLLM's register_model_loader would do the same, with two lines of log per format.
+    """
+    ours = {DefaultModelLoader: DFloat11ModelLoader, DummyModelLoader: DFloat11DummyLoader}
+    formats = model_loader._LOAD_FORMAT_TO_MODEL_LOADER
+    for load_format, loader in list(formats.items()):
+        formats[load_format] = ours.get(loader, loader)
+
+
+def reads_official(load_format: str) -> bool:
+    """Return whether official checkpoints can be read with this --load-format."""
+    loader = model_loader._LOAD_FORMAT_TO_MODEL_LOADER.get(load_format)
+    return loader in (DFloat11ModelLoader, DFloat11DummyLoader)
+
+
+class _Reporting:
+    """A mixin for vLLM's loaders: after loading, say what was compressed."""
+
+    def load_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> torch.nn.Module:
+        model: torch.nn.Module = super().load_model(  # type: ignore[misc]  # the loader beside this mixin
+            vllm_config=vllm_config, model_config=model_config, prefix=prefix
+        )
+        if model_config.quantization == METHOD:
+            from vllm_dfloat.integration import report  # the ops, which other runs do not need
+
+            report.log_summary(model)
+        return model
+
+
+class DFloat11DummyLoader(_Reporting, DummyModelLoader):  # type: ignore[misc]  # vLLM is untyped
+    """Made-up weights, compressed like real ones."""
+
+
+class DFloat11ModelLoader(_Reporting, DefaultModelLoader):  # type: ignore[misc]  # vLLM is untyped
+    """Hands (name, BF16 tensor) pairs to vLLM's weight loaders, whatever the checkpoint holds."""
+
+    def get_all_weights(self, model_config: Any, model: torch.nn.Module) -> Weights:
+        if model_config.quantization != METHOD:
+            return super().get_all_weights(model_config, model)  # type: ignore[no-any-return]
+        # Asked of the files, not of model_config: vLLM reloads from other folders too.
+        folder = compat.checkpoint_folder(self, model_config, model)
+        if not is_dfloat11(folder):
+            return biases_after_weights(super().get_all_weights(model_config, model))
+        self.counter_before_loading_weights = time.perf_counter()  # for vLLM's log
+        return official_weights(folder, model_config.hf_config)
+
+
+def official_weights(folder: Path, hf_config: Any) -> Weights:
+    """Return the weights of an official checkpoint, decoded where the model is: all of a unit at once on a GPU.
+
+    Their shapes come from the model that config.json describes; where it describes none, from `hf_config`.
+    """
+    from vllm_dfloat.checkpoint.dfloat11 import open_checkpoint
+    from vllm_dfloat.checkpoint.shapes import module_shapes
+    from vllm_dfloat.checkpoint.weights import weights
+    from vllm_dfloat.ops import uses_triton
+    from vllm_dfloat.unit_ops import UnitDecoder
+
+    checkpoint = open_checkpoint(folder)
+    shapes = None if "model_type" in checkpoint.config else module_shapes(hf_config)
+    device = compat.model_device()
+    if uses_triton(device):
+        return weights(checkpoint, shapes, decode=UnitDecoder(device))
+    return weights(checkpoint, shapes)
+
+
+def biases_after_weights(pairs: Iterable[tuple[str, torch.Tensor]]) -> Weights:
+    """Yield the same pairs, each bias after the weight of its layer.
+
+    vLLM counts a layer's elements from its first weight on. A bias that came before would be missed, and the layer
+    would wait, uncompressed, for the end of the checkpoint.
+    """
+    waiting: dict[str, torch.Tensor] = {}
+    seen: set[str] = set()
+    for name, tensor in pairs:
+        layer, _, kind = name.rpartition(".")
+        if kind == "bias" and layer not in seen:
+            waiting[layer] = tensor
+            continue
+        yield name, tensor
+        if kind == "weight":
+            seen.add(layer)
+            if layer in waiting:
+                yield f"{layer}.bias", waiting.pop(layer)
+    yield from ((f"{layer}.bias", tensor) for layer, tensor in waiting.items())

@@ -1,0 +1,67 @@
+"""The options a user can give, where they come from, and what is wrong with them."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from vllm_dfloat.errors import UnsupportedError
+
+LAYOUTS = ("packed",)
+MODES = ("exact",)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user chose.
+
+    Attributes:
+        ignore: layers left in BF16: names, names with * and ?, or "re:" and a regular expression, as vLLM's
+            online quantization takes them. A fused layer (qkv_proj) may be named itself or by all its parts.
+        layout: how compressed weights are held.
+        mode: "exact" gives the bits of BF16 vLLM.
+    """
+
+    ignore: tuple[str, ...] = ()
+    layout: str = "packed"
+    mode: str = "exact"
+
+    def updated(self, given: Mapping[str, Any], where: str) -> "Options":
+        """Return these options with the entries of `given` on top.
+
+        Raises:
+            UnsupportedError: an unknown option, or a value it cannot take; `where` says whose it is.
+        """
+        merged = asdict(self)
+        for name, value in given.items():
+            if name not in merged:
+                raise UnsupportedError(
+                    f"{where}: unknown option {name!r}; expected {', '.join(merged)}. Correct or remove it."
+                )
+            merged[name] = value
+        return Options(
+            ignore=_patterns(merged["ignore"], where),
+            layout=_one_of(LAYOUTS, merged["layout"], f"{where}: layout"),
+            mode=_one_of(MODES, merged["mode"], f"{where}: mode"),
+        )
+
+
+def _one_of(choices: tuple[str, ...], value: Any, where: str) -> str:
+    if value not in choices:
+        raise UnsupportedError(f"{where}: {value!r}; expected one of {', '.join(choices)}.")
+    return str(value)
+
+
+def _patterns(value: Any, where: str) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple) or not all(isinstance(entry, str) for entry in value):
+        raise UnsupportedError(
+            f"{where}: ignore is {value!r}; expected a list of layer names or 're:' patterns."
+        )
+    for entry in value:
+        try:
+            re.compile(entry.removeprefix("re:") if entry.startswith("re:") else "")
+        except re.error as error:
+            raise UnsupportedError(
+                f"{where}: ignore has {entry!r}, which is no regular expression ({error})."
+            ) from error
+    return tuple(value)

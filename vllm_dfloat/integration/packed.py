@@ -1,0 +1,93 @@
+"""What linear layers and embeddings have in common: a weight that vLLM loads as BF16 and we hold packed."""
+
+import torch
+from torch.nn import Parameter
+
+from vllm_dfloat import ops
+from vllm_dfloat.errors import UnsupportedError
+from vllm_dfloat.integration import compat
+from vllm_dfloat.integration.gemm import BATCH_INVARIANT, PLAIN, settle_bias
+from vllm_dfloat.scratch import MAIN_LANE, scratch
+
+PACKED = "dfloat11"  # the attribute of a compressed layer that holds its PackedWeight
+DESC = "dfloat11_desc"  # and the parameter that tells the ops where it lies
+PROCESSED = "_already_called_process_weights_after_loading"  # vLLM's flag; it deletes it on reload
+
+
+def packed_of(layer: torch.nn.Module) -> ops.PackedWeight | None:
+    """Return the layer's compressed weight, or None if the layer has none."""
+    return layer.__dict__.get(PACKED)
+
+
+class PackedMethod:
+    """A mixin for vLLM's quantization methods: `weight` arrives on the meta device and ends packed.
+
+    vLLM materializes the layer when its last weight has arrived, calls process_weights_after_loading and frees the
+    BF16 copy before the next layer. After the whole model is loaded it calls once more for every layer.
+    """
+
+    uses_meta_device = True
+    rows: int
+    cols: int
+
+    def __init__(self, name: str) -> None:
+        compat.let_numba_be_scanned()
+        config = compat.current_config()
+        self.name = name
+        self.gemm = BATCH_INVARIANT if compat.is_batch_invariant() else self._backend(config)
+        self.lanes = compat.lanes(config)
+        load_config = getattr(config, "load_config", None)
+        self.makes_up_weights = getattr(load_config, "load_format", None) == "dummy"
+
+    def _backend(self, config: object) -> str:
+        return compat.linear_backend(config)
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        if getattr(layer, PROCESSED, False):
+            self._reserve_scratch(layer)
+            return
+        weight = layer.get_parameter("weight").data
+        if not self.makes_up_weights:
+            self._check_arrived(layer, weight)
+        if getattr(layer, "_cpu_skip_gemm_dispatch", False):  # vLLM's wish for MLA's kv_b_proj
+            self.gemm = PLAIN
+        else:
+            settle_bias(layer)
+        packed = ops.pack(weight, self.name)
+        del weight
+        self._replace_weight(layer, packed)
+
+    def _check_arrived(self, layer: torch.nn.Module, weight: torch.Tensor) -> None:
+        found, expected = compat.num_loaded(layer), self._expected_numel(layer, weight)
+        if found < expected:
+            raise UnsupportedError(
+                f"{self.name}: {found} of {expected} weights arrived from the checkpoint; expected all. "
+                "The checkpoint is incomplete, or names this layer otherwise; a layer that is to stay "
+                "partly empty belongs into `ignore`."
+            )
+
+    def _expected_numel(self, layer: torch.nn.Module, weight: torch.Tensor) -> int:
+        return weight.numel()
+
+    def _replace_weight(self, layer: torch.nn.Module, packed: ops.PackedWeight) -> None:
+        device = layer.get_parameter("weight").device
+        del layer.weight
+        layer.__dict__[PACKED] = packed
+        layer.register_parameter(DESC, Parameter(packed.desc, requires_grad=False))
+        # LoRA, MLA and many models ask a layer's weight for its device and dtype, and for nothing else.
+        placeholder = torch.empty(0, dtype=torch.bfloat16, device=device)
+        layer.register_parameter("weight", Parameter(placeholder, requires_grad=False))
+        layer.__dict__[PROCESSED] = True
+        scratch.require(device, ops.padded_numel(self.rows, self.cols))
+
+    def _reserve_scratch(self, layer: torch.nn.Module) -> None:
+        # Now all layers are known; later vLLM measures what is left for the KV cache.
+        device = layer.get_parameter("weight").device
+        scratch.reserve(device, self.lanes if device.type == "cuda" else (MAIN_LANE,))
+
+    def dequantize_weight(self, layer: torch.nn.Module) -> torch.Tensor:
+        """Return the BF16 weight, for vLLM's callers that must see it."""
+        packed = packed_of(layer)
+        if packed is None:
+            raise UnsupportedError(f"{self.name}: its weights have not been loaded yet.")
+        return ops.unpack(packed)

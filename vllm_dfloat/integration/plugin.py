@@ -1,0 +1,40 @@
+"""The entry point `vllm.general_plugins`: vLLM calls `register` in every process it starts."""
+
+import logging
+
+METHOD = "dfloat11"  # what users pass as --quantization
+
+# vLLM configures only the loggers below its own name; under another name INFO lines would be lost.
+logger = logging.getLogger("vllm.dfloat11")
+
+
+def register() -> None:
+    """Make vLLM know `--quantization dfloat11` and recognise official checkpoints.
+
+    vLLM calls this in every run on the machine, also in those that never use the plugin, and lets an exception end
+    them. So it does little, may be called again, and reports a failure in one line of the log.
+    """
+    try:
+        _register()
+    except Exception as error:
+        logger.warning(
+            "dfloat11: could not register with vLLM (%s: %s); --quantization dfloat11 will be unknown",
+            type(error).__name__,
+            error,
+        )
+
+
+def _register() -> None:
+    from vllm.model_executor.layers.quantization import (
+        QUANTIZATION_METHODS,
+        register_quantization_config,
+    )
+
+    from vllm_dfloat.integration import autodetect, compat
+    from vllm_dfloat.integration.config import DFloat11Config
+
+    if METHOD not in QUANTIZATION_METHODS:
+        register_quantization_config(METHOD)(DFloat11Config)
+        compat.warn_if_untested_version()
+    autodetect.install()
+    compat.let_numba_be_scanned()
