@@ -1,0 +1,161 @@
+"""Run real vLLM engines and return everything they answered, for comparison to the last bit.
+
+Also a script, for engines that need a process of their own: python engines.py RUNS.json ANSWERS.json
+"""
+
+import gc
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+# Prompts of different lengths, so that prefill and decode run in batches.
+PROMPTS = [[(7 * i + 13 * k) % 250 + 3 for i in range(5 + 9 * k)] for k in range(3)]
+SETTINGS: dict[str, Any] = dict(
+    skip_tokenizer_init=True,
+    max_model_len=128,
+    max_num_seqs=4,
+    enable_prefix_caching=False,
+    max_logprobs=-1,
+    num_gpu_blocks_override=64,  # a KV cache that takes no time to clear
+    seed=0,
+)
+
+Answers = list[dict[str, Any]]
+
+
+@contextmanager
+def engine(model: Path, **settings: Any) -> Iterator[Any]:
+    """Give an LLM on the folder `model` (eager unless settings say otherwise), and shut it down."""
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    _inspect_in_this_process(model)
+    gc.freeze()  # vLLM collects garbage eight times per engine; over all modules, that is most of its time
+    try:
+        llm = LLM(str(model), **{"enforce_eager": True, **SETTINGS, **settings})
+    except BaseException:
+        cleanup_dist_env_and_memory()  # or the next engine would find this one's process group
+        raise
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+
+
+def _inspect_in_this_process(model: Path) -> None:
+    """Spare vLLM the process that it starts to look at an architecture it has not seen: 10 s each."""
+    from vllm.model_executor.models import ModelRegistry
+
+    config = Path(model) / "config.json"
+    names = json.loads(config.read_text()).get("architectures", []) if config.exists() else []
+    for name in names:
+        if type(ModelRegistry.models.get(name)).__name__ == "_LazyRegisteredModel":
+            ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
+
+
+def ask(llm: Any, prompts: list[list[int]] = PROMPTS, num_tokens: int = 12) -> Answers:
+    """Return greedy tokens and all logprobs, of the whole vocabulary at every position."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(
+        temperature=0,
+        max_tokens=num_tokens,
+        logprobs=-1,
+        prompt_logprobs=-1,
+        ignore_eos=True,
+        detokenize=False,
+    )
+    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)
+    return [
+        {
+            "tokens": list(output.outputs[0].token_ids),
+            "logprobs": [_values(position) for position in output.outputs[0].logprobs],
+            "prompt_logprobs": [_values(position) for position in output.prompt_logprobs[1:]],
+        }
+        for output in outputs
+    ]
+
+
+def _values(position: dict[int, Any]) -> list[tuple[int, float]]:
+    return [(token, position[token].logprob) for token in sorted(position)]
+
+
+def answers(model: Path, **settings: Any) -> Answers:
+    """Return what a fresh engine on `model` answers."""
+    with engine(model, **settings) as llm:
+        return ask(llm)
+
+
+def answers_elsewhere(
+    runs: list[dict[str, Any]], folder: Path, environment: dict[str, str], timeout: float
+) -> list[Answers]:
+    """Return the answers of several engines, run one after the other in a process of its own.
+
+    The process and all its workers are gone afterwards, whatever happens.
+    """
+    (folder / "runs.json").write_text(json.dumps(runs))
+    command = [sys.executable, __file__, str(folder / "runs.json"), str(folder / "answers.json")]
+    run_bounded(command, folder / "log.txt", environment, timeout)
+    return json.loads((folder / "answers.json").read_text())
+
+
+def run_bounded(command: list[str], log: Path, environment: dict[str, str], timeout: float) -> None:
+    """Run a command in a session of its own, end the session, and raise with its log if it failed."""
+    with start(command, log, environment) as process:
+        try:
+            status = process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"no end after {timeout} s: {_tail(log)}") from None
+    if status:
+        raise AssertionError(f"exit {status}: {_tail(log)}")
+
+
+@contextmanager
+def start(
+    command: list[str], log: Path, environment: dict[str, str]
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Start a command in a session of its own; afterwards end the whole session."""
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            command,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **environment},
+            start_new_session=True,
+        )
+        try:
+            yield process
+        finally:
+            for number in (signal.SIGTERM, signal.SIGKILL):
+                try:
+                    os.killpg(process.pid, number)
+                    process.wait(10)
+                except (ProcessLookupError, subprocess.TimeoutExpired):
+                    continue
+
+
+def _tail(log: Path) -> str:
+    return log.read_text(errors="replace")[-4000:]
+
+
+def normal(given: Answers) -> Answers:
+    """Return answers as they look after a trip through JSON."""
+    return json.loads(json.dumps(given))
+
+
+def as_script(runs: str, result: str) -> None:
+    collected: list[Answers] = []
+    for run in json.loads(Path(runs).read_text()):
+        collected.append(answers(Path(run.pop("model")), **run))
+    Path(result).write_text(json.dumps(collected))
+
+
+if __name__ == "__main__":
+    as_script(*sys.argv[1:])

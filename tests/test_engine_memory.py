@@ -1,0 +1,166 @@
+"""Compressed weights take the bytes they should, no BF16 copy of them survives, and none piles up while loading."""
+
+import ctypes
+import gc
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+import transformers
+from conftest import Checkpoint
+from engines import answers, engine
+from safetensors.torch import load_file
+from torch._subclasses import FakeTensor
+
+from vllm_dfloat import ops
+from vllm_dfloat.integration import compat, loader, report
+from vllm_dfloat.integration.packed import packed_of
+from vllm_dfloat.scratch import scratch
+
+pytestmark = pytest.mark.engine
+
+DESC_BYTES = 32
+MIB = 1 << 20
+
+
+def model_of(llm: Any) -> torch.nn.Module:
+    return llm.llm_engine.model_executor.driver_worker.get_model()
+
+
+def fused(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a Llama checkpoint's matrices as vLLM holds them: qkv and gate_up fused."""
+    matrices = {name.removesuffix(".weight"): w for name, w in weights.items() if w.dim() == 2}
+    for name in [name for name in matrices if name.endswith("q_proj")]:
+        parts = [matrices.pop(name.replace("q_proj", f"{part}_proj")) for part in "qkv"]
+        matrices[name.replace("q_proj", "qkv_proj")] = torch.cat(parts)
+    for name in [name for name in matrices if name.endswith("gate_proj")]:
+        parts = [matrices.pop(name.replace("gate", part)) for part in ("gate", "up")]
+        matrices[name.replace("gate_proj", "gate_up_proj")] = torch.cat(parts)
+    return matrices
+
+
+def test_layers_hold_the_packed_weights_of_the_checkpoint_and_nothing_else(
+    bf16_checkpoint: Checkpoint,
+) -> None:
+    path = bf16_checkpoint("llama")
+    weights = load_file(path / "model.safetensors")
+    bf16_bytes = sum(weight.nbytes for weight in weights.values())
+    expected = {name: ops.pack(weight) for name, weight in fused(weights).items()}
+    rest = bf16_bytes - sum(2 * packed.rows * packed.cols for packed in expected.values())
+    packed_bytes = sum(packed.payload.nbytes + DESC_BYTES for packed in expected.values())
+    with engine(path, quantization="dfloat11") as llm:
+        model = model_of(llm)
+        for name, packed in expected.items():
+            held = packed_of(model.get_submodule(name))
+            assert held is not None, name
+            assert torch.equal(held.payload, packed.payload), name
+        parameters = sum(parameter.nbytes for parameter in model.parameters())
+        assert parameters == rest + DESC_BYTES * len(expected)
+        summary = report.summarize(model)
+    assert (summary.bf16_bytes, summary.held_bytes) == (bf16_bytes, rest + packed_bytes)
+    assert summary.num_layers == summary.num_compressed == len(expected)
+    assert summary.held_bytes < 0.7 * summary.bf16_bytes
+
+
+def bf16_copies(prints: dict[str, bytes]) -> list[str]:
+    """Return the names whose bytes lie in any live BF16 tensor of this process, at any offset."""
+    gc.unfreeze()  # vLLM hides the objects of a started engine from the collector, and so from this scan
+    storages = {}
+    for thing in gc.get_objects():
+        if not issubclass(type(thing), torch.Tensor) or issubclass(type(thing), FakeTensor):
+            continue  # fake tensors, left behind by tracing, have no memory
+        if thing.dtype == torch.bfloat16 and thing.device.type == "cpu" and thing.numel():
+            storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage()
+    # The scratch holds the layer that was decoded last, which is its purpose.
+    storages.pop(scratch.take(torch.device("cpu"), 0)[0].data_ptr(), None)
+    contents = [ctypes.string_at(s.data_ptr(), s.nbytes()) for s in storages.values()]
+    return [name for name, print_ in prints.items() for content in contents if print_ in content]
+
+
+def test_no_bf16_copy_of_a_compressed_weight_survives_loading(tmp_path: Path) -> None:
+    # Weights of its own: earlier engines of this process may have left theirs.
+    path = tiny_models.save("llama", tmp_path, seed=11)
+    prints = {  # 64 bytes of each matrix; not of the first row, which is zero in an embedding
+        name: weight[5, :32].view(torch.uint8).numpy().tobytes()
+        for name, weight in load_file(path / "model.safetensors").items()
+        if weight.dim() == 2
+    }
+    gc.collect()
+    with engine(path, quantization="dfloat11"):
+        assert bf16_copies(prints) == []
+    with engine(path):
+        assert "model.embed_tokens.weight" in bf16_copies(prints)  # the scan finds what is there
+
+
+# A model whose weights are made up while they are loaded, so that no file is mapped into memory.
+HIDDEN, INTERMEDIATE, LAYERS, VOCABULARY = 2048, 4096, 4, 256
+LARGEST_LAYER = 2 * 2 * INTERMEDIATE * HIDDEN  # gate_up_proj
+
+
+def made_up_weights() -> Iterator[tuple[str, torch.Tensor]]:
+    def make(name: str, *shape: int) -> tuple[str, torch.Tensor]:
+        return f"{name}.weight", torch.empty(*shape, dtype=torch.bfloat16).normal_(0, 0.02)
+
+    yield make("model.embed_tokens", VOCABULARY, HIDDEN)
+    for layer in range(LAYERS):
+        prefix = f"model.layers.{layer}"
+        yield make(f"{prefix}.input_layernorm", HIDDEN)
+        yield make(f"{prefix}.post_attention_layernorm", HIDDEN)
+        yield make(f"{prefix}.mlp.down_proj", HIDDEN, INTERMEDIATE)
+        yield make(f"{prefix}.mlp.gate_proj", INTERMEDIATE, HIDDEN)
+        yield make(f"{prefix}.mlp.up_proj", INTERMEDIATE, HIDDEN)
+        for part in "qkvo":
+            yield make(f"{prefix}.self_attn.{part}_proj", HIDDEN, HIDDEN)
+    yield make("model.norm", HIDDEN)
+    yield make("lm_head", VOCABULARY, HIDDEN)
+
+
+def memory_now(field: str) -> int:
+    """Return VmRSS (now) or VmHWM (the highest since the mark was reset) of this process, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+def give_large_blocks_back_at_once() -> None:
+    """Keep the C library from holding freed blocks, which would be counted as used."""
+    m_mmap_threshold = -3
+    assert ctypes.CDLL(None).mallopt(m_mmap_threshold, 256 * 1024) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's peak counter is in Linux's /proc")
+def test_peak_memory_while_loading_is_the_compressed_model_and_two_layers(
+    bf16_checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transformers.LlamaConfig(
+        architectures=["LlamaForCausalLM"], dtype="bfloat16", tie_word_embeddings=False,
+        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=INTERMEDIATE,
+        num_hidden_layers=LAYERS, num_attention_heads=16, num_key_value_heads=16,
+        max_position_embeddings=256,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    answers(bf16_checkpoint("llama"), quantization="dfloat11")  # compiles what compiles once
+    give_large_blocks_back_at_once()
+    seen: dict[str, int] = {}
+    original = loader.DFloat11ModelLoader.load_model
+
+    def measured(self: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+        seen["start"] = memory_now("VmRSS")
+        model = original(self, *args, **kwargs)
+        seen["peak"] = memory_now("VmHWM")
+        return model
+
+    monkeypatch.setattr(loader.DFloat11ModelLoader, "load_model", measured)
+    monkeypatch.setattr(loader.DefaultModelLoader, "get_all_weights", lambda *_: made_up_weights())
+    monkeypatch.setattr(compat, "checkpoint_folder", lambda *_: tmp_path)
+    with engine(tmp_path, quantization="dfloat11") as llm:
+        summary = report.summarize(model_of(llm))
+    growth = seen["peak"] - seen["start"]
+    print(f"{growth / MIB:.1f} MiB at the peak, {summary.held_bytes / MIB:.1f} held")
+    assert summary.num_compressed == summary.num_layers
+    assert growth > 0.95 * summary.held_bytes  # the measurement sees the model at all
+    assert growth < summary.held_bytes + 2 * LARGEST_LAYER
+    assert growth < summary.bf16_bytes
