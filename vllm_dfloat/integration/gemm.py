@@ -38,11 +38,12 @@ def find_gemm(name: str) -> Gemm:
 
 def _cpu_gemm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Do what BF16 vLLM does on a CPU: pack the weight for oneDNN or sgl, then multiply; other kernels, other bits."""
-    layer = _packed_for_cpu(weight, None)
-    return layer.cpu_linear(x, weight, bias)  # type: ignore[no-any-return]
+    # A bias of its own for the packing: 0.28 takes it from the layer, later versions change the layer's.
+    layer = _packed_for_cpu(weight, None if bias is None else bias.detach())
+    return layer.cpu_linear(x, weight, layer.bias)  # type: ignore[no-any-return]
 
 
-def _packed_for_cpu(weight: torch.Tensor, bias: torch.nn.Parameter | None) -> SimpleNamespace:
+def _packed_for_cpu(weight: torch.Tensor, bias: torch.Tensor | None) -> SimpleNamespace:
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
     layer = SimpleNamespace(weight=weight, bias=bias, cpu_linear=None)
@@ -56,9 +57,8 @@ def settle_bias(layer: torch.nn.Module) -> None:
 
     bias = getattr(layer, "bias", None)
     if current_platform.is_cpu() and bias is not None:
-        _packed_for_cpu(
-            layer.get_parameter("weight").data, bias
-        )  # one of its kernels wants, and makes it, float32
+        # One of its kernels wants, and makes it, float32.
+        _packed_for_cpu(layer.get_parameter("weight").data, bias)
 
 
 def linear(
