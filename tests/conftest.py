@@ -50,3 +50,7 @@ def log_lines() -> Iterator[list[str]]:
     logger.addFilter(collect)
     yield lines
     logger.removeFilter(collect)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="run the whole matrix of engines too")

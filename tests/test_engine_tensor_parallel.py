@@ -13,26 +13,39 @@ ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # two ranks on one NUMA node
     "VLLM_CPU_CI_ENV": "1",  # Dynamo traces, without Inductor's C++ compiles
 }
-CASES = ["bf16 checkpoint with biases, traced", "official checkpoint with tied embeddings, eager"]
+OFFICIAL = {"qwen3-tiny-tied", "llama-tiny", "phi3-tiny-fused"}
+# (model, mode). A pair of engines takes most of a minute, so the rest of the matrix runs on demand.
+ALWAYS = [("qwen2", "traced"), ("qwen3-tiny-tied", "eager")]
+ON_DEMAND = [
+    *((name, "eager") for name in tiny_models.ARCHITECTURES if name != "qwen3_moe"),
+    ("shipped", "eager"),
+    ("shipped", "traced"),
+    ("llama-tiny", "traced"),
+    ("phi3-tiny-fused", "eager"),
+]
 
 
 @pytest.fixture(scope="module")
 def pairs(
-    bf16_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, tuple[Answers, Answers]]:
+    request: pytest.FixtureRequest,
+    bf16_checkpoint: Checkpoint,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[tuple[str, str], tuple[Answers, Answers]]:
     """Run all engines in one process, because only its first one pays for vLLM's import."""
-    compressed = dict(quantization="dfloat11")
-    runs = [
-        (bf16_checkpoint("qwen2"), dict(enforce_eager=False)),
-        (bf16_checkpoint("qwen2"), dict(enforce_eager=False, **compressed)),
-        (bf16_checkpoint("qwen3-tiny-tied"), {}),
-        (tiny_models.official("qwen3-tiny-tied"), {}),
-    ]
+    cases = ALWAYS + (ON_DEMAND if request.config.getoption("--full") else [])
+    given = []
+    for name, mode in cases:
+        plain = tiny_models.SHIPPED if name == "shipped" else bf16_checkpoint(name)
+        settings = dict(tensor_parallel_size=2, enforce_eager=mode == "eager")
+        given.append(dict(model=str(plain), **settings))
+        if name in OFFICIAL:
+            given.append(dict(model=str(tiny_models.official(name)), **settings))
+        else:
+            given.append(dict(model=str(plain), quantization="dfloat11", **settings))
     folder = tmp_path_factory.mktemp("tp")
-    given = [dict(model=str(model), tensor_parallel_size=2, **settings) for model, settings in runs]
-    results = answers_elsewhere(given, folder, ENVIRONMENT, timeout=600)
-    assert_both_ranks_compressed(folder / "log.txt", num_engines=2)
-    return dict(zip(CASES, zip(results[::2], results[1::2], strict=True), strict=True))
+    results = answers_elsewhere(given, folder, ENVIRONMENT, timeout=120 * len(given))
+    assert_both_ranks_compressed(folder / "log.txt", num_engines=len(cases))
+    return dict(zip(cases, zip(results[::2], results[1::2], strict=True), strict=True))
 
 
 def assert_both_ranks_compressed(log: Path, num_engines: int) -> None:
@@ -40,9 +53,11 @@ def assert_both_ranks_compressed(log: Path, num_engines: int) -> None:
     assert len(lines) == 2 * num_engines, lines
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("name", "mode"), ALWAYS + ON_DEMAND)
 def test_two_ranks_answer_as_two_ranks_of_bf16_vllm(
-    case: str, pairs: dict[str, tuple[Answers, Answers]]
+    name: str, mode: str, pairs: dict[tuple[str, str], tuple[Answers, Answers]]
 ) -> None:
-    plain, compressed = pairs[case]
+    if (name, mode) not in pairs:
+        pytest.skip("takes most of a minute: runs with --full")
+    plain, compressed = pairs[name, mode]
     assert compressed == plain
