@@ -15,10 +15,14 @@ ENVIRONMENT = {
 }
 OFFICIAL = {"qwen3-tiny-tied", "llama-tiny", "phi3-tiny-fused"}
 # (model, mode). A pair of engines takes most of a minute, so the rest of the matrix runs on demand.
-ALWAYS = [("qwen2", "traced"), ("qwen3-tiny-tied", "eager")]
-ON_DEMAND = [
-    *((name, "eager") for name in tiny_models.ARCHITECTURES if name != "qwen3_moe"),
+ALWAYS = [
+    ("qwen2", "traced"),
+    ("qwen3-tiny-tied", "eager"),
+    ("phi3", "eager"),
     ("shipped", "eager"),
+]
+ON_DEMAND = [
+    *((name, "eager") for name in tiny_models.ARCHITECTURES if name not in ("phi3", "qwen3_moe")),
     ("shipped", "traced"),
     ("llama-tiny", "traced"),
     ("phi3-tiny-fused", "eager"),
