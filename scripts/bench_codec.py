@@ -21,7 +21,9 @@ os.environ["VLLM_DFLOAT_THREADS"] = "1"
 import numpy as np
 
 from vllm_dfloat.codec.decode import decode
-from vllm_dfloat.codec.encode import encode
+from vllm_dfloat.codec.encode import count_exponents, encode
+from vllm_dfloat.codec.huffman import code_lengths
+from vllm_dfloat.codec.layout import LANE_LENGTH_UNIT, PAD_WORDS, PackedTensor
 
 RUNS = 7
 
@@ -33,6 +35,24 @@ def median_seconds(call: Callable[[], Any]) -> float:
         call()
         times.append(time.perf_counter() - start)
     return statistics.median(times)
+
+
+def parts(packed: PackedTensor, weight: np.ndarray) -> dict[str, float]:
+    """Return where the bits of a packed matrix go, per weight."""
+    lay = packed.layout
+    counts = count_exponents(weight.reshape(-1))
+    code = int(counts @ code_lengths(counts, lay.code_bits).astype(np.int64))
+    lanes = int(packed.lane_lengths.sum(dtype=np.int64)) * LANE_LENGTH_UNIT
+    bits = {
+        "sign and mantissa": 8 * lay.padded_numel,
+        "code": code,
+        "lane lengths": 8 * packed.lane_lengths.size,
+        "rounding of lanes": lanes - code,
+        "rounding of tiles": 32 * (lay.num_words - PAD_WORDS) - lanes,
+        "tile starts": 8 * (lay.words_offset - lay.tile_starts_offset),
+        "lut and padding": 8 * lay.sign_mantissa_offset + 32 * PAD_WORDS,
+    }
+    return {name: round(value / lay.numel, 4) for name, value in bits.items()}
 
 
 def processor() -> str:
@@ -62,6 +82,11 @@ def main() -> int:
     result = {
         "shape": [args.rows, args.cols],
         "bits_per_weight": round(packed.bits_per_weight, 4),
+        "bits_per_weight_by_part": parts(packed, weight),
+        "bits_per_weight_by_code_limit": {
+            limit: round(encode(weight, code_bits=limit).bits_per_weight, 4)
+            for limit in range(8, 13)
+        },
         "encode_mb_per_s": round(megabytes / median_seconds(lambda: encode(weight))),
         "decode_mb_per_s": round(megabytes / median_seconds(lambda: decode(packed))),
         "processor": processor(),
