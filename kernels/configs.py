@@ -1,0 +1,70 @@
+"""Launch parameters per device, as data: the one table that the launchers read. Nothing is tuned while serving.
+
+`python scripts/tune_kernels.py` tries the candidates on the GPU at hand and prints an entry to paste here. No parameter
+changes a bit of a decoded weight; those of the fused kernel may change the order of its additions.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """How the kernels are launched on one kind of device.
+
+    Attributes:
+        decode_tiles_per_program: tiles, and warps, of a program that decodes the packed layout; a power of two.
+        rows_num_warps: warps of a program that decodes chosen rows.
+        dfloat11_num_warps: warps of a program that decodes a block of the official layout.
+        fused_gemv_tiles_per_program: tiles of a program of the fused kernel without tensor cores.
+        fused_dot_rows: output rows of a program of the fused kernel with tensor cores.
+        fused_dot_num_warps: warps of such a program.
+        fused_max_rows: largest number of input rows for which the fused kernel is used; beyond it, decode then GEMM.
+        block_decode_max_numel: transformer blocks of up to this many weights are decoded in one launch; 0: per layer.
+        measured: False where the values are reasoned.
+    """
+
+    decode_tiles_per_program: int = 4
+    rows_num_warps: int = 1
+    dfloat11_num_warps: int = 4
+    fused_gemv_tiles_per_program: int = 4
+    fused_dot_rows: int = 16
+    fused_dot_num_warps: int = 4
+    fused_max_rows: int = 16
+    block_decode_max_numel: int = 0
+    measured: bool = False
+
+
+DEFAULT = LaunchConfig()
+
+# A part of the device's name, or its compute capability -> parameters. A name goes before a capability, the longest
+# name before the others, the default last.
+CONFIGS: dict[str | tuple[int, int], LaunchConfig] = {
+    (8, 0): LaunchConfig(),  # A100
+    (8, 9): LaunchConfig(),  # Ada: L4, L40S, RTX 40
+    (9, 0): LaunchConfig(),  # Hopper: H100, H200
+    (10, 0): LaunchConfig(),  # Blackwell: B200
+}
+
+
+def config_for(device_name: str, capability: tuple[int, int]) -> LaunchConfig:
+    """Return the launch parameters for a device.
+
+    Args:
+        device_name: as the driver calls it, such as "NVIDIA H100 80GB HBM3".
+        capability: its compute capability, such as (9, 0).
+    """
+    names = [key for key in CONFIGS if isinstance(key, str) and key in device_name]
+    if names:
+        return CONFIGS[max(names, key=len)]
+    return CONFIGS.get(capability, DEFAULT)
+
+
+@lru_cache
+def config_of(device: torch.device) -> LaunchConfig:
+    """Return the launch parameters for a torch device; the default, and no CUDA call, for any but a CUDA device."""
+    if device.type != "cuda":
+        return DEFAULT
+    return config_for(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
