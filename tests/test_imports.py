@@ -21,14 +21,24 @@ ALLOWED = {
     "kernels": {"codec.layout"},
     "scratch": {"errors", "codec"},
     "ops": {"errors", "codec", "kernels", "scratch"},
+    "fused": {"errors", "codec", "kernels", "ops"},
     "unit_ops": {"errors", "codec", "checkpoint", "kernels", "ops"},
-    "integration": {"errors", "codec", "checkpoint", "ops", "scratch", "unit_ops", "__init__"},
+    "integration": {
+        "errors",
+        "codec",
+        "checkpoint",
+        "ops",
+        "fused",
+        "scratch",
+        "unit_ops",
+        "__init__",
+    },
 }
 # Distribution -> the parts that may import it at all, inside functions included.
 ONLY_IN = {
     "vllm": {"integration"},
     "triton": {"kernels"},
-    "torch": {"checkpoint", "kernels", "scratch", "ops", "unit_ops", "integration"},
+    "torch": {"checkpoint", "kernels", "scratch", "ops", "fused", "unit_ops", "integration"},
     "transformers": {"checkpoint", "integration"},
 }
 

@@ -1,0 +1,55 @@
+"""What both forms of the fused multiplication share: where a tile's weights lie in rows, and how its sums are kept.
+
+A tile's 2048 weights run on from one row of the matrix to the next. The part of a tile that lies in one row is a
+*segment*; a tile has one segment if the number of columns is a multiple of 2048, and at most `MAX_SEGMENTS`.
+"""
+
+import triton
+import triton.language as tl
+
+from vllm_dfloat.codec import layout
+from vllm_dfloat.kernels.decode import STATUS_LANE_END, STATUS_TILE_END
+
+LANE_LENGTH_UNIT = tl.constexpr(layout.LANE_LENGTH_UNIT)
+MAX_SEGMENTS = 4
+
+
+def num_segments(cols: int) -> int:
+    """Return how many rows of a matrix with `cols` columns one tile touches at most."""
+    if cols % layout.TILE_WEIGHTS == 0:
+        return 1
+    return (layout.TILE_WEIGHTS - layout.STEP_WEIGHTS) // cols + 2
+
+
+@triton.jit
+def _wrap(column, cols, SEGMENTS: tl.constexpr):
+    """Return a column counted from the start of a tile's first row as (column in its row, segment)."""
+    segment = tl.zeros_like(column)
+    for _ in tl.static_range(SEGMENTS - 1):
+        beyond = column >= cols
+        column -= tl.where(beyond, cols, 0)
+        segment += beyond.to(tl.int32)
+    return column, segment
+
+
+@triton.jit
+def _store_sums(
+    part_ptr,
+    tile,
+    is_stored,
+    sums,
+    segment: tl.constexpr,
+    ROWS: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+):
+    """Store sums [TILES, ROWS] of one segment of tiles int64 [TILES, 1] in float32[num_tiles, SEGMENTS, ROWS]."""
+    row = tl.arange(0, ROWS)[None, :]
+    tl.store(part_ptr + (tile * SEGMENTS + segment) * ROWS + row, sums, mask=is_stored)
+
+
+@triton.jit
+def _end_of_tile(bit, end, is_full):
+    """Return the status of tiles [TILES, 1], as the decode kernel does."""
+    used = (bit + (LANE_LENGTH_UNIT - 1)) // LANE_LENGTH_UNIT * LANE_LENGTH_UNIT
+    wrong = tl.max((used != end).to(tl.int32), axis=1, keep_dims=True) * STATUS_LANE_END
+    return wrong + (1 - is_full.to(tl.int32)) * STATUS_TILE_END

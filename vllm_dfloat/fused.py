@@ -1,0 +1,101 @@
+"""The bridge to the fused kernels: multiply a few rows of activations by a packed weight, never decoded to memory.
+
+Only Triton does this; on a CPU it runs in Triton's interpreter, for tests. The result is not promised to have the bits
+of a GEMM on the decoded weight, which adds in another order; kernels/matmul.py derives how far it can be off.
+"""
+
+import torch
+
+from vllm_dfloat import ops
+from vllm_dfloat.codec import layout
+from vllm_dfloat.codec.decode import check_status
+from vllm_dfloat.errors import UnsupportedError
+
+
+def is_supported(cols: int) -> bool:
+    """Return whether `matmul` takes weights of `cols` columns: multiples of 8 from 688 on."""
+    from vllm_dfloat.kernels import matmul as kernels
+
+    return kernels.is_supported(cols)
+
+
+def matmul(
+    x: torch.Tensor,
+    desc: torch.Tensor,
+    rows: int,
+    cols: int,
+    bias: torch.Tensor | None = None,
+    scratch: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """Return x @ w.T + bias, BF16 [num_x, rows], for the packed weight w [rows, cols] that `desc` describes.
+
+    Waits for nothing, and allocates nothing but the result if `scratch` is given.
+
+    Args:
+        x: BF16 [num_x, cols], 1 to 32 rows, on the device of `desc`.
+        desc: int64 [4], from a PackedWeight.
+        rows, cols: its shape.
+        bias: BF16 [rows] or None.
+        scratch: BF16 [>= padded_numel(rows, cols)] and int32 [>= num_tiles(rows, cols)], both overwritten; afterwards
+            the second holds a status per tile, 0 or a sum of STATUS_* bits.
+
+    Raises:
+        UnsupportedError: a dtype, shape or device that the kernels do not take.
+    """
+    from vllm_dfloat.kernels import matmul as kernels
+
+    _check(x, desc, rows, cols, bias)
+    num_x, num_tiles = x.shape[0], ops.num_tiles(rows, cols)
+    out = torch.empty(num_x, rows, dtype=torch.bfloat16, device=x.device)
+    if scratch is None:
+        scratch = _scratch(rows, cols, x.device)
+    memory, status = scratch
+    partials = memory.view(torch.float32)[: kernels.num_partials(num_tiles, cols, num_x)]
+    kernels.matmul(x.contiguous(), desc, bias, cols, layout.CODE_BITS, out, partials, status)
+    return out
+
+
+def multiply(
+    packed: ops.PackedWeight, x: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return what `matmul` returns, every tile's status checked.
+
+    Raises:
+        FormatError: a tile's codes contradict its lane lengths.
+        UnsupportedError: as `matmul`.
+    """
+    scratch = _scratch(packed.rows, packed.cols, x.device)
+    scratch[1].fill_(-1)
+    out = matmul(x, packed.desc, packed.rows, packed.cols, bias, scratch)
+    check_status(scratch[1].cpu().numpy(), packed.name)
+    return out
+
+
+def _scratch(rows: int, cols: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    memory = torch.empty(ops.padded_numel(rows, cols), dtype=torch.bfloat16, device=device)
+    return memory, torch.empty(ops.num_tiles(rows, cols), dtype=torch.int32, device=device)
+
+
+def _check(
+    x: torch.Tensor, desc: torch.Tensor, rows: int, cols: int, bias: torch.Tensor | None
+) -> None:
+    from vllm_dfloat.kernels.matmul import MAX_ROWS
+
+    found = f"activations {x.dtype} {list(x.shape)} on {x.device}"
+    if x.dtype != torch.bfloat16 or x.dim() != 2 or x.shape[1] != cols or x.device != desc.device:
+        raise UnsupportedError(
+            f"{found}; expected BF16 [1 to {MAX_ROWS}, {cols}] on {desc.device}. Convert or move them."
+        )
+    if not 1 <= x.shape[0] <= MAX_ROWS:
+        raise UnsupportedError(
+            f"{found}; the fused kernels multiply 1 to {MAX_ROWS} rows. Decode the weight and use a GEMM."
+        )
+    if bias is not None and (bias.dtype != torch.bfloat16 or bias.shape != (rows,)):
+        raise UnsupportedError(
+            f"bias {bias.dtype} {list(bias.shape)}; expected BF16 [{rows}]. Convert it."
+        )
+    if not is_supported(cols):
+        raise UnsupportedError(
+            f"weight [{rows}, {cols}]; the fused kernels take multiples of 8 columns, at least 688. "
+            "Decode the weight and use a GEMM."
+        )
