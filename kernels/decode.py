@@ -122,27 +122,13 @@ def _lane_starts(payload, tile, num_tiles, num_words, CODE_BITS: tl.constexpr):
     return words, start, end, is_full
 
 
-# Sizes are not specialized: a layer of another size must not compile another kernel while requests wait.
-@triton.jit(do_not_specialize=["num_tiles"])
-def _decode_kernel(
-    desc_ptr,  # int64[4]                        see above
-    out_ptr,  # uint32[num_tiles * 1024]        pairs of BF16, whole tiles
-    status_ptr,  # int32[num_tiles]                0, or a sum of STATUS_* bits
-    num_tiles,  # int32
-    CODE_BITS: tl.constexpr,
-    TILES: tl.constexpr,
+@triton.jit
+def _decode_tiles(
+    desc_ptr, tile, num_tiles, out_ptr, status_ptr, CODE_BITS: tl.constexpr, TILES: tl.constexpr
 ):
-    """Decode TILES tiles per program to BF16.
-
-    Equal bit for bit to `vllm_dfloat.codec.reference.decode`. Grid (ceil(num_tiles / TILES),).
-    Reads about 10.8 bits and writes 16 per weight. A program past the end repeats the last tile: the same bits
-    written twice cost less than a mask on every store.
-    """
+    """Decode tiles int64 [TILES, 1] of one matrix, one a warp; the pointers are those of `_decode_kernel`."""
     payload = tl.load(desc_ptr)
     num_words = tl.load(desc_ptr + 2)
-    num_tiles = num_tiles.to(tl.int64)  # times 2048 it passes 2**31
-    tile = (tl.program_id(0).to(tl.int64) * TILES + tl.arange(0, TILES))[:, None]
-    tile = tl.minimum(tile, num_tiles - 1)
     lane = tl.arange(0, LANES)[None, :]
     quad = tl.arange(0, 4)[None, None, :]
     out_base = out_ptr + (tile * (TILE_WEIGHTS // 2))[:, :, None]
@@ -176,6 +162,28 @@ def _decode_kernel(
         wrong = tl.max((used != end).to(tl.int32), axis=1, keep_dims=True) * STATUS_LANE_END
         wrong += (1 - is_full.to(tl.int32)) * STATUS_TILE_END
         tl.store(status_ptr + tile, wrong)
+
+
+# Sizes are not specialized: a layer of another size must not compile another kernel while requests wait.
+@triton.jit(do_not_specialize=["num_tiles"])
+def _decode_kernel(
+    desc_ptr,  # int64[4]                        see above
+    out_ptr,  # uint32[num_tiles * 1024]        pairs of BF16, whole tiles
+    status_ptr,  # int32[num_tiles]                0, or a sum of STATUS_* bits
+    num_tiles,  # int32
+    CODE_BITS: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """Decode TILES tiles per program to BF16.
+
+    Equal bit for bit to `vllm_dfloat.codec.reference.decode`. Grid (ceil(num_tiles / TILES),).
+    Reads about 10.8 bits and writes 16 per weight. A program past the end repeats the last tile: the same bits
+    written twice cost less than a mask on every store.
+    """
+    num_tiles = num_tiles.to(tl.int64)  # times 2048 it passes 2**31
+    tile = (tl.program_id(0).to(tl.int64) * TILES + tl.arange(0, TILES))[:, None]
+    tile = tl.minimum(tile, num_tiles - 1)
+    _decode_tiles(desc_ptr, tile, num_tiles, out_ptr, status_ptr, CODE_BITS, TILES)
 
 
 @triton.jit(do_not_specialize=["rows", "cols"])

@@ -22,6 +22,7 @@ ALLOWED = {
     "scratch": {"errors", "codec"},
     "ops": {"errors", "codec", "kernels", "scratch"},
     "fused": {"errors", "codec", "kernels", "ops"},
+    "blocks": {"errors", "codec", "kernels", "ops"},
     "unit_ops": {"errors", "codec", "checkpoint", "kernels", "ops"},
     "integration": {
         "errors",
@@ -29,6 +30,7 @@ ALLOWED = {
         "checkpoint",
         "ops",
         "fused",
+        "blocks",
         "scratch",
         "unit_ops",
         "__init__",
@@ -38,7 +40,16 @@ ALLOWED = {
 ONLY_IN = {
     "vllm": {"integration"},
     "triton": {"kernels"},
-    "torch": {"checkpoint", "kernels", "scratch", "ops", "fused", "unit_ops", "integration"},
+    "torch": {
+        "checkpoint",
+        "kernels",
+        "scratch",
+        "ops",
+        "fused",
+        "blocks",
+        "unit_ops",
+        "integration",
+    },
     "transformers": {"checkpoint", "integration"},
 }
 

@@ -1,0 +1,115 @@
+"""No kernel of the packed layout touches a byte outside its tensors, whatever the payload says.
+
+In a process of its own, with a page that may not be touched before and behind every tensor: in Triton's interpreter an
+access beyond them ends the process instead of reading what lies there by chance.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+_GUARDED = """
+import ctypes, mmap, sys
+import numpy as np, torch
+from helpers import gaussian, to_torch
+from vllm_dfloat import blocks, ops
+from vllm_dfloat.codec import layout
+from vllm_dfloat.codec.encode import encode
+from vllm_dfloat.kernels import decode, decode_block, matmul
+
+PAGE, keep = mmap.PAGESIZE, []
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+def guarded(array, at_end=True):
+    size = max(1, -(-array.nbytes // PAGE)) * PAGE
+    memory = mmap.mmap(-1, size + 2 * PAGE)
+    keep.append(memory)
+    base = np.frombuffer(memory, np.uint8)
+    for guard in (0, size + PAGE):
+        assert libc.mprotect(base.ctypes.data + guard, PAGE, 0) == 0
+    first = PAGE + (size - array.nbytes if at_end else 0)
+    view = base[first : first + array.nbytes].view(array.dtype).reshape(array.shape)
+    view[...] = array
+    return torch.from_numpy(view)
+
+ROWS, COLS = 5, 2304  # 6 tiles, the last one partly filled; rows begin within tiles
+BITS = layout.CODE_BITS
+weight = gaussian(ROWS, COLS)
+packed = encode(weight)
+lay = packed.layout
+tiles = lay.num_tiles
+
+def run(kernel, payload, at_end):
+    memory = guarded(payload, at_end)
+    desc = guarded(np.array([memory.data_ptr(), 0, lay.num_words, BITS]))
+    out = guarded(np.full(lay.padded_numel, 0x7FC1, np.uint16), at_end).view(torch.bfloat16)
+    status = guarded(np.full(tiles, -1, np.int32), at_end)
+    if kernel == "decode":
+        decode.decode(desc, tiles, BITS, out, status)
+    elif kernel == "decode_block":
+        table = guarded(np.array([[desc.data_ptr(), 0], [0, tiles]]))
+        decode_block.decode_block(table, tiles, BITS, out, status)
+    elif kernel == "decode_rows":
+        ids = guarded(np.array([0, ROWS - 1, 2, -1, ROWS, 1 << 62]))  # vLLM masks ids outside afterwards
+        rows = guarded(np.full((6, COLS), 0x7FC1, np.uint16), at_end).view(torch.bfloat16)
+        status = guarded(np.full(6, -1, np.int32), at_end)
+        decode.decode_rows(desc, ids, ROWS, COLS, BITS, rows, status)
+        out = rows[:3].reshape(-1)
+    else:
+        num_x = {"gemv": 3, "dot": 6}[kernel]
+        x = guarded(np.full((num_x, COLS), 0x3F80, np.uint16), at_end).view(torch.bfloat16)
+        bias = guarded(np.full(ROWS, 0x3F80, np.uint16), at_end).view(torch.bfloat16)
+        partials = guarded(np.full(matmul.num_partials(tiles, COLS, num_x), np.nan, np.float32), at_end)
+        out = guarded(np.full((num_x, ROWS), 0x7FC1, np.uint16), at_end).view(torch.bfloat16)
+        matmul.matmul(x, desc, bias, COLS, BITS, out, partials, status)
+    assert (status >= 0).all(), "a status word was not written"
+    return out.clone(), status.clone()
+
+SECTIONS = {
+    "lut": (0, lay.sign_mantissa_offset),
+    "sign_mantissa": (lay.sign_mantissa_offset, lay.lane_lengths_offset),
+    "lane_lengths": (lay.lane_lengths_offset, lay.tile_starts_offset),
+    "tile_starts": (lay.tile_starts_offset, lay.words_offset),
+    "words": (lay.words_offset, lay.num_bytes),
+}
+kernel = sys.argv[1]
+for at_end in (True, False):
+    sound, status = run(kernel, packed.payload, at_end)
+    assert not status.any()
+    assert not (sound.view(torch.uint16) == 0x7FC1).any()
+rng = np.random.default_rng(0)
+for name, (first, last) in SECTIONS.items():
+    reported = 0
+    for kind in range(3):  # a few bits; random bytes; all ones
+        payload = packed.payload.copy()
+        part = payload[first:last]
+        if kind == 0:
+            for at in rng.integers(0, part.size, 8):
+                part[at] ^= 1 << rng.integers(0, 8)
+        else:
+            part[:] = rng.integers(0, 256, part.size) if kind == 1 else 255
+        out, status = run(kernel, payload, bool(kind % 2))
+        reported += bool(status.any())
+    # Signs and mantissas stand for themselves: any bytes are weights.
+    assert (reported == 0) if name == "sign_mantissa" else (reported >= 2), (name, reported)
+print("done")
+"""
+
+
+@pytest.mark.parametrize("kernel", ["decode", "decode_rows", "decode_block", "gemv", "dot"])
+def test_no_access_leaves_the_tensors_whatever_the_bytes_say(kernel: str) -> None:
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", _GUARDED, kernel],
+        env={**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, f"exit {done.returncode}: {done.stderr}"
+    assert done.stdout == "done\n"

@@ -1,0 +1,82 @@
+"""The bridge for whole transformer blocks: decode all their matrices in one launch, one behind the other."""
+
+import ctypes
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+
+from vllm_dfloat import ops
+from vllm_dfloat.codec import layout
+from vllm_dfloat.errors import UnsupportedError
+
+MAX_MEMBERS = 16
+
+
+def first_tiles(shapes: Sequence[tuple[int, int]]) -> list[int]:
+    """Return where each matrix of a block begins in the decoded output, in tiles, and behind the last one the end."""
+    return list(accumulate((ops.num_tiles(*shape) for shape in shapes), initial=0))
+
+
+def block_table(descs: Sequence[torch.Tensor], shapes: Sequence[tuple[int, int]]) -> torch.Tensor:
+    """Return the table that `decode_block` reads: int64 [members + 1, 2] on the device of the descriptors.
+
+    It holds the addresses of the descriptors, which must stay where they are as long as the table is used; what they
+    say may change.
+
+    Raises:
+        UnsupportedError: no members, too many, or an empty one.
+    """
+    if not 1 <= len(descs) <= MAX_MEMBERS or not all(rows * cols for rows, cols in shapes):
+        raise UnsupportedError(
+            f"block of {len(descs)} matrices {list(shapes)[:20]}; expected 1 to {MAX_MEMBERS}, none of them empty. "
+            "Decode them one by one."
+        )
+    addresses = [desc.data_ptr() for desc in descs] + [0]
+    rows = list(zip(addresses, first_tiles(shapes), strict=True))
+    return torch.tensor(rows, dtype=torch.int64, device="cpu").to(descs[0].device)
+
+
+def decode_block(
+    table: torch.Tensor, num_tiles: int, out: torch.Tensor, status: torch.Tensor
+) -> None:
+    """Decode the matrices that `table` lists; waits for nothing, allocates nothing on a GPU.
+
+    Args:
+        table: from `block_table`.
+        num_tiles: tiles of all of them, `first_tiles(shapes)[-1]`.
+        out: BF16, flat, contiguous, at least `num_tiles * 2048` elements, aligned to 16 bytes.
+        status: int32, at least `num_tiles`; 0 per tile, or a sum of STATUS_* bits.
+    """
+    if ops.uses_triton(out.device):
+        from vllm_dfloat.kernels.decode_block import decode_block as decode_block_triton
+
+        decode_block_triton(table, num_tiles, layout.CODE_BITS, out, status)
+        return
+    starts = table.tolist()
+    for (address, first), (_, after) in pairwise(starts):
+        desc = torch.tensor((ctypes.c_int64 * ops.DESC_LENGTH).from_address(address))
+        # A matrix of as many whole tiles lies in memory as the member does.
+        shape = after - first, layout.TILE_WEIGHTS
+        ops.decode(desc, *shape, out[first * layout.TILE_WEIGHTS :], status[first:])
+
+
+def _decode_block_fake(
+    table: torch.Tensor, num_tiles: int, out: torch.Tensor, status: torch.Tensor
+) -> None:
+    return None
+
+
+def _register() -> torch.library.Library:
+    library: Any = torch.library.Library("vllm_dfloat", "FRAGMENT")  # type: ignore[no-untyped-call]
+    library.define(
+        "decode_block(Tensor table, int num_tiles, Tensor(a!) out, Tensor(b!) status) -> ()"
+    )
+    for key in ("CPU", "CUDA"):
+        library.impl("decode_block", decode_block, key)
+    torch.library.register_fake("vllm_dfloat::decode_block", _decode_block_fake, lib=library)
+    return library  # type: ignore[no-any-return]
+
+
+_library = _register()
