@@ -13,13 +13,16 @@ from vllm_dfloat.errors import DeviceError
 
 MAIN_LANE = 0
 
+Buffers = tuple[torch.Tensor, torch.Tensor]
+
 
 class ScratchArena:
     """Buffers that every compressed layer of a process shares, one per device and lane."""
 
     def __init__(self) -> None:
         self._needed: dict[torch.device, int] = {}
-        self._buffers: dict[tuple[torch.device, Hashable], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._buffers: dict[tuple[torch.device, Hashable], Buffers] = {}
+        self._blocks: dict[tuple[torch.device, Hashable], tuple[Hashable, set[int]]] = {}
 
     def require(self, device: torch.device, numel: int) -> None:
         """Note that layers of up to `numel` weights (whole tiles) will be decoded; allocates nothing."""
@@ -35,9 +38,7 @@ class ScratchArena:
         held = [buffers for (at, _), buffers in self._buffers.items() if at == device]
         return sum(out.nbytes + status.nbytes for out, status in held)
 
-    def take(
-        self, device: torch.device, numel: int, lane: Hashable = MAIN_LANE
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def take(self, device: torch.device, numel: int, lane: Hashable = MAIN_LANE) -> Buffers:
         """Return a lane's buffer and its status words.
 
         Args:
@@ -52,6 +53,7 @@ class ScratchArena:
             DeviceError: the buffer would have to grow while a CUDA graph is captured.
         """
         key = device, lane
+        self._blocks.pop(key, None)
         held = self._buffers.get(key)
         if held is not None and held[0].numel() >= numel:
             return held
@@ -68,9 +70,37 @@ class ScratchArena:
         self._buffers[key] = out, status
         return out, status
 
+    def take_for_block(
+        self,
+        device: torch.device,
+        numel: int,
+        block: Hashable,
+        member: int,
+        lane: Hashable = MAIN_LANE,
+    ) -> tuple[Buffers, bool]:
+        """Return a lane's buffer for a whole transformer block, and whether the block must be decoded into it first.
+
+        It need not if the buffer holds this block and `member` has not been used since: every forward pass uses each
+        member once, so a second use begins another pass, before which anything may have happened. Passes call in the
+        same order, so what is decided while a CUDA graph is captured is right when it is replayed.
+
+        Args:
+            device, numel, lane: as for `take`; numel is that of the block.
+            block: what tells it from other blocks.
+            member: which of its matrices is wanted.
+        """
+        key = device, lane
+        held, used = self._blocks.get(key, (None, set()))
+        before = self._buffers.get(key)
+        buffers = self.take(device, numel, lane)
+        is_stale = held != block or member in used or buffers is not before
+        self._blocks[key] = block, {member} if is_stale else used | {member}
+        return buffers, is_stale
+
     def release(self) -> None:
         """Drop all buffers and notes, as when an engine shuts down in a process that goes on."""
         self._buffers.clear()
+        self._blocks.clear()
         self._needed.clear()
 
 

@@ -1,0 +1,56 @@
+"""When a transformer block must be decoded into the shared buffer, and when it still lies there."""
+
+import torch
+
+from vllm_dfloat.scratch import ScratchArena
+
+CPU = torch.device("cpu")
+
+
+def decodes(arena: ScratchArena, calls: list[tuple[str, int]], lane: str = "main") -> list[bool]:
+    """Return for calls of (block, member) whether the block had to be decoded."""
+    return [arena.take_for_block(CPU, 4096, block, member, lane)[1] for block, member in calls]
+
+
+def test_a_block_is_decoded_once_per_pass() -> None:
+    arena = ScratchArena()
+    one_pass = [(block, member) for block in "ab" for member in range(3)]
+    for _ in range(3):
+        assert decodes(arena, one_pass) == [True, False, False, True, False, False]
+
+
+def test_a_model_of_one_block_decodes_it_in_every_pass() -> None:
+    # Bug caught: a graph captured after warm-up would hold no decoding at all, and replay on whatever lies there.
+    arena = ScratchArena()
+    for _ in range(3):
+        assert decodes(arena, [("a", 0), ("a", 1)]) == [True, False]
+
+
+def test_members_may_come_in_any_order_and_be_left_out() -> None:
+    arena = ScratchArena()
+    assert decodes(arena, [("a", 2), ("a", 0), ("b", 1), ("a", 1)]) == [True, False, True, True]
+    assert decodes(arena, [("a", 2), ("a", 2)]) == [False, True]  # a pass that was broken off
+
+
+def test_another_layer_in_the_buffer_ends_a_block() -> None:
+    arena = ScratchArena()
+    assert decodes(arena, [("a", 0)]) == [True]
+    arena.take(CPU, 2048, "main")  # an LM head, say
+    assert decodes(arena, [("a", 1)]) == [True]
+
+
+def test_lanes_hold_blocks_of_their_own() -> None:
+    arena = ScratchArena()
+    assert decodes(arena, [("a", 0)]) == [True]
+    assert decodes(arena, [("b", 0), ("b", 1)], "beside") == [True, False]
+    assert decodes(arena, [("a", 1)]) == [False]
+
+
+def test_a_buffer_that_had_to_grow_holds_nothing() -> None:
+    arena = ScratchArena()
+    arena.take_for_block(CPU, 4096, "a", 0)
+    (out, status), is_stale = arena.take_for_block(CPU, 8192, "a", 1)
+    assert is_stale
+    assert (out.numel(), status.numel()) == (8192, 4)
+    arena.release()
+    assert arena.take_for_block(CPU, 4096, "a", 2)[1]
