@@ -4,6 +4,8 @@ Three passes over the weights, each a numba kernel over a range of tiles: count 
 the codes. The same bits come out for the same weights, whatever the number of threads.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import numpy.typing as npt
 from numba import njit
@@ -53,14 +55,8 @@ def encode(weight: U16Array, name: str = "", code_bits: int = CODE_BITS) -> Pack
     lengths = code_lengths(counts, code_bits)
     tiles = _tiles(flat, lengths)
     lane_lengths, starts = _measure(tiles, raw.num_tiles, lengths)
-    num_words = int(starts[-1]) + PAD_WORDS
-    if num_words >= MAX_WORDS:
-        raise UnsupportedError(
-            f"{name or 'weight'}: {num_words} words of code; the layout addresses fewer than "
-            f"{MAX_WORDS}. Split the tensor or leave it out of compression."
-        )
-    layout = PackedLayout(rows, cols, num_words, code_bits)
-    if layout.num_bytes >= 2 * layout.numel:
+    layout = layout_for(raw, int(starts[-1]), name)
+    if layout.is_raw:
         return _raw(flat, raw, name)
     packed = PackedTensor(layout, np.zeros(layout.num_bytes, np.uint8), name)
     packed.lut[:] = build_lut(lengths, code_bits)
@@ -94,6 +90,27 @@ def count_exponents(flat: U16Array) -> npt.NDArray[np.int64]:
     return np.asarray(sum(partial) + rest, np.int64)
 
 
+def layout_for(raw: PackedLayout, num_code_words: int, name: str) -> PackedLayout:
+    """Return the layout of a matrix whose codes need `num_code_words` words; `raw` where that would not be smaller.
+
+    Raises:
+        UnsupportedError: over 2**31 words of code.
+    """
+    num_words = num_code_words + PAD_WORDS
+    if num_words >= MAX_WORDS:
+        raise UnsupportedError(
+            f"{name or 'weight'}: {num_words} words of code; the layout addresses fewer than "
+            f"{MAX_WORDS}. Split the tensor or leave it out of compression."
+        )
+    coded = replace(raw, num_words=num_words)
+    return coded if coded.num_bytes < 2 * coded.numel else raw
+
+
+def filler(lengths: U8Array) -> int:
+    """Return the BF16 bits that fill up the last tile: a weight of the shortest code."""
+    return int(np.where(lengths > 0, lengths, 255).argmin()) << SYMBOL_SHIFT
+
+
 def _raw(flat: U16Array, layout: PackedLayout, name: str) -> PackedTensor:
     payload = np.zeros(layout.num_bytes, np.uint8)
     payload.view(np.uint16)[: flat.size] = flat
@@ -106,8 +123,7 @@ def _tiles(flat: U16Array, lengths: U8Array) -> tuple[U16Array, U16Array]:
     rest = flat[body.size :]
     if not rest.size:
         return body, rest
-    cheapest = int(np.where(lengths > 0, lengths, 255).argmin())
-    tail = np.full(TILE_WEIGHTS, cheapest << SYMBOL_SHIFT, np.uint16)
+    tail = np.full(TILE_WEIGHTS, filler(lengths), np.uint16)
     tail[: rest.size] = rest
     return body, tail
 
