@@ -26,7 +26,15 @@ import triton
 
 from vllm_dfloat.kernels.compile_spec import TARGETS, CompileSpec
 
-MODULES = ("decode", "decode_dfloat11", "decode_block", "matmul_gemv", "matmul_dot", "matmul")
+MODULES = (
+    "decode",
+    "decode_block",
+    "decode_dfloat11",
+    "encode",
+    "matmul_gemv",
+    "matmul_dot",
+    "matmul",
+)
 TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 INSTRUCTION = re.compile(
     r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE

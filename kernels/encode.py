@@ -1,0 +1,307 @@
+"""Encode BF16 into the packed layout on the GPU: count the exponents, measure the lanes, write the codes.
+
+Three passes over the weights, as in vllm_dfloat.codec.encode, and the same bytes come out. Between them the host makes
+the code from 256 counts, and allocates the payload once the number of words is known. Measuring and writing go one tile
+a warp, one lane of 64 weights a thread, as decoding does.
+
+Neighbouring lanes share a word where one does not end at a word's last bit, so words are joined by atomic OR on zeros.
+The bits are disjoint: the result does not depend on who comes first.
+
+Kernels look codes up in a table:
+
+    table  uint32[256]  per exponent the code in the uppermost bits | its length; 0 for one that does not occur
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_dfloat.codec import layout
+from vllm_dfloat.kernels.compile_spec import CompileSpec
+
+LANES = tl.constexpr(layout.LANES)
+STEPS = tl.constexpr(layout.STEPS)
+TILE_PAIRS = tl.constexpr(layout.TILE_WEIGHTS // 2)
+LANE_LENGTH_UNIT = tl.constexpr(layout.LANE_LENGTH_UNIT)
+LENGTH_MASK = tl.constexpr(layout.LENGTH_MASK)
+SYMBOL_SHIFT = tl.constexpr(layout.SYMBOL_SHIFT)
+SIGN_MANTISSA_MASK = tl.constexpr(layout.SIGN_MANTISSA_MASK)
+NUM_SYMBOLS = tl.constexpr(256)
+
+TILES_PER_PROGRAM = 4
+TILES_PER_COUNT = (
+    32  # tiles that one program counts before it adds its histogram to that of the matrix
+)
+COUNT_WARPS = 4
+
+
+# Sizes are not specialized: a layer of another size must not compile another kernel while the model loads.
+@triton.jit(do_not_specialize=["num_tiles"])
+def _count_kernel(
+    weights_ptr,  # uint32[num_tiles * 1024]   pairs of BF16, whole tiles
+    counts_ptr,  # int64[256]                  added to
+    num_tiles,  # int32
+    TILES: tl.constexpr,
+):
+    """Add to `counts` how often each exponent occurs in TILES tiles per program. Grid (ceil(num_tiles / TILES),)."""
+    first = tl.program_id(0).to(tl.int64) * TILES
+    pair = tl.arange(0, TILE_PAIRS)
+    counts = tl.zeros([NUM_SYMBOLS], tl.int32)
+    for i in range(TILES):
+        tile = first + i
+        if tile < num_tiles:
+            pairs = tl.load(weights_ptr + tile * TILE_PAIRS + pair)
+            low = (pairs >> SYMBOL_SHIFT) & 0xFF
+            high = (pairs >> (SYMBOL_SHIFT + 16)) & 0xFF
+            both = tl.reshape(tl.join(low, high), [TILE_PAIRS * 2])
+            counts += tl.histogram(both.to(tl.int32), NUM_SYMBOLS)
+    symbol = tl.arange(0, NUM_SYMBOLS)
+    tl.atomic_add(counts_ptr + symbol, counts.to(tl.int64), mask=counts > 0, sem="relaxed")
+
+
+@triton.jit
+def _tiles_of_program(num_tiles, TILES: tl.constexpr):
+    """Return the tiles of this program, int64 [TILES, 1]; past the end the last one again, which does no harm."""
+    tile = (tl.program_id(0).to(tl.int64) * TILES + tl.arange(0, TILES))[:, None]
+    return tl.minimum(tile, num_tiles.to(tl.int64) - 1)
+
+
+@triton.jit(do_not_specialize=["first_tile", "num_tiles"])
+def _measure_kernel(
+    weights_ptr,  # uint32[num_tiles * 1024]   as above, tile `first_tile` and following of the matrix
+    table_ptr,  # uint32[256]                  see above
+    lane_lengths_ptr,  # uint8[all tiles, 32]  bits of each lane in units of 4, rounded up
+    tile_words_ptr,  # int32[all tiles]        words of each tile
+    first_tile,  # int32
+    num_tiles,  # int32
+    TILES: tl.constexpr,
+):
+    """Measure the lanes of TILES tiles per program. Grid (ceil(num_tiles / TILES),)."""
+    tile = _tiles_of_program(num_tiles, TILES)
+    lane = tl.arange(0, LANES)[None, :]
+    pairs_ptr = weights_ptr + (tile * TILE_PAIRS)[:, :, None]
+    target = first_tile + tile
+    lengths_ptr = table_ptr.to(tl.pointer_type(tl.uint8))  # the low byte of an entry is the length
+    quad = tl.arange(0, 4)[None, None, :]
+    bits = tl.zeros([TILES, LANES, 4], tl.int32)
+    for step in tl.static_range(STEPS):
+        pairs = tl.load(pairs_ptr + (((lane + step * LANES) * 4)[:, :, None] + quad))
+        low = tl.load(lengths_ptr + ((pairs >> (SYMBOL_SHIFT - 2)) & 0x3FC))
+        high = tl.load(lengths_ptr + ((pairs >> (SYMBOL_SHIFT + 14)) & 0x3FC))
+        bits += low.to(tl.int32) + high.to(tl.int32)
+    units = (tl.sum(bits, axis=2) + (LANE_LENGTH_UNIT - 1)) // LANE_LENGTH_UNIT
+    tl.store(lane_lengths_ptr + (target * LANES + lane), units.to(tl.uint8))
+    tile_bits = tl.sum(units, axis=1, keep_dims=True) * LANE_LENGTH_UNIT
+    tl.store(tile_words_ptr + target, (tile_bits + 31) // 32)
+
+
+@triton.jit
+def _append(words_ptr, bit, pending, codes, length):
+    """Append up to 30 bits of codes, left-aligned with zeros below, at `bit`; return the bit after, and what waits.
+
+    pending: uint32, the bits of the current word so far, left-aligned; the word is written when it is full.
+    """
+    fill = (bit & 31).to(tl.uint32)
+    pending |= codes >> fill
+    end = bit + length
+    is_full = (end >> 5) != (bit >> 5)
+    tl.atomic_or(words_ptr + (bit >> 5), pending, mask=is_full, sem="relaxed")
+    # In two shifts, because fill may be 0; then all bits fitted and none wait.
+    return end, tl.where(is_full, (codes << 1) << (31 - fill), pending)
+
+
+@triton.jit
+def _append_eight(words_ptr, bit, pending, table_ptr, w0, w1, w2, w3, CODE_BITS: tl.constexpr):
+    """Append the codes of 8 weights, given as 4 pairs; return the bit after them, and what waits."""
+    GROUP: tl.constexpr = 30 // CODE_BITS  # codes joined before they are appended
+    codes = tl.zeros_like(pending)
+    length = tl.zeros_like(pending)
+    for j in tl.static_range(8):
+        if j // 2 == 0:
+            pair = w0
+        elif j // 2 == 1:
+            pair = w1
+        elif j // 2 == 2:
+            pair = w2
+        else:
+            pair = w3
+        symbol = (pair >> (SYMBOL_SHIFT + 16 * (j % 2))) & 0xFF
+        entry = tl.load(table_ptr + symbol)
+        # Shifted by one bit or more for each code before it, the entry's length has left the bits that codes use.
+        if j % GROUP == 0:
+            codes = entry & (LENGTH_MASK ^ 0xFFFFFFFF)
+            length = entry & LENGTH_MASK
+        else:
+            codes |= (entry >> length) & ((LENGTH_MASK >> (j % GROUP)) ^ 0xFFFFFFFF)
+            length += entry & LENGTH_MASK
+        if j % GROUP == GROUP - 1 or j == 7:
+            bit, pending = _append(words_ptr, bit, pending, codes, length.to(tl.int32))
+    return bit, pending
+
+
+@triton.jit
+def _signs_and_mantissas(low, high):
+    """Return those of 4 weights as one word: the first two in place, the second two rotated left by 8."""
+    turned = high & SIGN_MANTISSA_MASK
+    return (low & SIGN_MANTISSA_MASK) | (turned << 8) | (turned >> 24)
+
+
+@triton.jit(do_not_specialize=["first_tile", "num_tiles"])
+def _write_kernel(
+    weights_ptr,  # uint32[num_tiles * 1024]    as above, tile `first_tile` and following of the matrix
+    table_ptr,  # uint32[256]                   see above
+    lane_lengths_ptr,  # uint8[all tiles, 32]   as measured
+    tile_starts_ptr,  # int32[all tiles]        first word of each tile
+    sign_mantissa_ptr,  # uint32[all tiles, 4, 32, 4]
+    words_ptr,  # uint32[num_words]             zeros before
+    first_tile,  # int32
+    num_tiles,  # int32
+    CODE_BITS: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """Write the codes, signs and mantissas of TILES tiles per program. Grid (ceil(num_tiles / TILES),)."""
+    tile = _tiles_of_program(num_tiles, TILES)
+    lane = tl.arange(0, LANES)[None, :]
+    quad = tl.arange(0, 4)[None, None, :]
+    target = first_tile + tile
+    units = tl.load(lane_lengths_ptr + (target * LANES + lane)).to(tl.int32)
+    bit = (tl.cumsum(units, axis=1) - units) * LANE_LENGTH_UNIT
+    words_ptr += tl.load(tile_starts_ptr + target).to(tl.int64)
+    pending = tl.zeros_like(bit).to(tl.uint32)
+    pairs_ptr = weights_ptr + (tile * TILE_PAIRS)[:, :, None]
+    plane_ptr = sign_mantissa_ptr + (target * (TILE_PAIRS // 2))[:, :, None]
+    sm0 = pending
+    sm1 = pending
+    for step in tl.static_range(STEPS):
+        pairs = tl.load(pairs_ptr + (((lane + step * LANES) * 4)[:, :, None] + quad))
+        even, odd = tl.split(tl.reshape(pairs, [TILES, LANES, 2, 2]))
+        w0, w2 = tl.split(even)
+        w1, w3 = tl.split(odd)
+        bit, pending = _append_eight(words_ptr, bit, pending, table_ptr, w0, w1, w2, w3, CODE_BITS)
+        if step % 2 == 0:
+            sm0 = _signs_and_mantissas(w0, w1)
+            sm1 = _signs_and_mantissas(w2, w3)
+        else:
+            sm2 = _signs_and_mantissas(w0, w1)
+            sm3 = _signs_and_mantissas(w2, w3)
+            four = tl.reshape(tl.join(tl.join(sm0, sm2), tl.join(sm1, sm3)), [TILES, LANES, 4])
+            offset = ((lane + (step // 2) * LANES) * 4)[:, :, None] + quad
+            tl.store(plane_ptr + offset, four)
+    tl.atomic_or(words_ptr + (bit >> 5), pending, mask=(bit & 31) != 0, sem="relaxed")
+
+
+def count_exponents(
+    tiles: torch.Tensor, counts: torch.Tensor, tiles_per_program: int = TILES_PER_COUNT
+) -> None:
+    """Add to `counts`, int64 [256], how often each exponent occurs.
+
+    Args:
+        tiles: BF16 (or other 16-bit words), flat, whole tiles, aligned to 16 bytes.
+        counts: int64 [256], added to.
+    """
+    num_tiles = tiles.numel() // layout.TILE_WEIGHTS
+    if num_tiles:
+        _count_kernel[(triton.cdiv(num_tiles, tiles_per_program),)](
+            tiles.view(torch.uint32), counts, num_tiles, tiles_per_program, num_warps=COUNT_WARPS
+        )
+
+
+def measure(
+    tiles: torch.Tensor,
+    first_tile: int,
+    table: torch.Tensor,
+    lane_lengths: torch.Tensor,
+    tile_words: torch.Tensor,
+    tiles_per_program: int = TILES_PER_PROGRAM,
+) -> None:
+    """Measure the codes of each lane and tile.
+
+    Args:
+        tiles: as above.
+        first_tile: which tile of the matrix the first of these is.
+        table: uint32 [256], see above.
+        lane_lengths: uint8 [all tiles, 32]; written for these tiles: bits in units of 4, rounded up.
+        tile_words: int32 [all tiles]; written for these tiles: words of the tile's codes.
+    """
+    num_tiles = tiles.numel() // layout.TILE_WEIGHTS
+    if num_tiles:
+        _measure_kernel[(triton.cdiv(num_tiles, tiles_per_program),)](
+            tiles.view(torch.uint32), table, lane_lengths, tile_words,
+            first_tile, num_tiles, tiles_per_program, num_warps=tiles_per_program,
+        )  # fmt: skip
+
+
+def write(
+    tiles: torch.Tensor,
+    first_tile: int,
+    table: torch.Tensor,
+    lane_lengths: torch.Tensor,
+    tile_starts: torch.Tensor,
+    sign_mantissa: torch.Tensor,
+    words: torch.Tensor,
+    code_bits: int = layout.CODE_BITS,
+    tiles_per_program: int = TILES_PER_PROGRAM,
+) -> None:
+    """Write the codes, signs and mantissas of whole tiles into their sections of a payload.
+
+    Args:
+        tiles: as above.
+        first_tile: which tile of the matrix the first of these is.
+        table: uint32 [256], see above.
+        lane_lengths: uint8 [all tiles, 32], as measured.
+        tile_starts: int32 [all tiles + 1], first word of each tile.
+        sign_mantissa: uint32 [all tiles * 512], written for these tiles.
+        words: uint32 [num_words], zeros where these tiles write.
+        code_bits: longest code of the table.
+    """
+    num_tiles = tiles.numel() // layout.TILE_WEIGHTS
+    if num_tiles:
+        _write_kernel[(triton.cdiv(num_tiles, tiles_per_program),)](
+            tiles.view(torch.uint32), table, lane_lengths, tile_starts, sign_mantissa, words,
+            first_tile, num_tiles, code_bits, tiles_per_program, num_warps=tiles_per_program,
+        )  # fmt: skip
+
+
+_TABLE = {"weights_ptr": "*u32", "table_ptr": "*u32", "lane_lengths_ptr": "*u8"}
+_SIZES = {"first_tile": "i32", "num_tiles": "i32", "TILES": "constexpr"}
+COMPILE_SPECS = [
+    CompileSpec(
+        name="encode_count",
+        fn=_count_kernel,
+        signature={
+            "weights_ptr": "*u32",
+            "counts_ptr": "*i64",
+            "num_tiles": "i32",
+            "TILES": "constexpr",
+        },
+        constexprs={"TILES": TILES_PER_COUNT},
+        aligned_args=("weights_ptr", "counts_ptr"),
+        num_warps=COUNT_WARPS,
+        weights_per_program=layout.TILE_WEIGHTS,  # of one run of the loop
+    ),
+    CompileSpec(
+        name="encode_measure",
+        fn=_measure_kernel,
+        signature={**_TABLE, "tile_words_ptr": "*i32", **_SIZES},
+        constexprs={"TILES": TILES_PER_PROGRAM},
+        aligned_args=(*_TABLE, "tile_words_ptr"),
+        num_warps=TILES_PER_PROGRAM,
+        weights_per_program=TILES_PER_PROGRAM * layout.TILE_WEIGHTS,
+    ),
+    CompileSpec(
+        name="encode_write",
+        fn=_write_kernel,
+        signature={
+            **_TABLE,
+            "tile_starts_ptr": "*i32",
+            "sign_mantissa_ptr": "*u32",
+            "words_ptr": "*u32",
+            **_SIZES,
+            "CODE_BITS": "constexpr",
+        },
+        constexprs={"CODE_BITS": layout.CODE_BITS, "TILES": TILES_PER_PROGRAM},
+        aligned_args=(*_TABLE, "tile_starts_ptr", "sign_mantissa_ptr", "words_ptr"),
+        num_warps=TILES_PER_PROGRAM,
+        weights_per_program=TILES_PER_PROGRAM * layout.TILE_WEIGHTS,
+    ),
+]
