@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from vllm_dfloat import device_encode
 from vllm_dfloat.codec import layout
 from vllm_dfloat.codec.decode import check_status, decode_into
 from vllm_dfloat.codec.decode import decode_rows as _decode_rows_numba
@@ -76,7 +77,7 @@ def pack(weight: torch.Tensor, name: str = "") -> PackedWeight:
 
     Raises:
         UnsupportedError: not a BF16 matrix.
-        DeviceError: the device cannot decode.
+        DeviceError: the device cannot decode, or is a GPU and Triton is not installed.
     """
     if weight.dtype != torch.bfloat16 or weight.dim() != 2:
         raise UnsupportedError(
@@ -84,16 +85,18 @@ def pack(weight: torch.Tensor, name: str = "") -> PackedWeight:
             "Name this layer in `ignore`, or load the model with dtype bfloat16."
         )
     check_device(weight.device)
-    bits = weight.detach().contiguous().view(torch.uint16).cpu().numpy()
-    packed = encode(bits, name)
-    payload = torch.from_numpy(packed.payload).to(weight.device)
+    if weight.device.type == "cuda":
+        lay, payload = device_encode.encode(weight, name)
+    else:
+        packed = encode(weight.detach().contiguous().view(torch.uint16).numpy(), name)
+        lay, payload = packed.layout, torch.from_numpy(packed.payload)
     rows, cols = weight.shape
-    return PackedWeight(payload, _descriptor(payload, packed), rows, cols, name)
+    return PackedWeight(payload, _descriptor(payload, lay), rows, cols, name)
 
 
-def _descriptor(payload: torch.Tensor, packed: PackedTensor) -> torch.Tensor:
-    kind = KIND_RAW if packed.is_raw else KIND_PACKED
-    fields = [payload.data_ptr(), kind, packed.layout.num_words, packed.layout.code_bits]
+def _descriptor(payload: torch.Tensor, lay: PackedLayout) -> torch.Tensor:
+    kind = KIND_RAW if lay.is_raw else KIND_PACKED
+    fields = [payload.data_ptr(), kind, lay.num_words, lay.code_bits]
     return torch.tensor(fields, dtype=torch.int64, device="cpu").to(payload.device)
 
 
