@@ -1,12 +1,20 @@
-"""Decode units of the official DFloat11 format on the GPU: count, scan, write.
+"""Decode the official DFloat11 layout on the GPU, one block of 4096 stream bytes per program (dfloat11_block.py).
 
-One program decodes one block of 4096 stream bytes; each of its 512 windows of 8 bytes belongs to
-one lane. Codes are not aligned to weights, so a first pass counts the codes of every window, a scan
-gives each window its first weight, and a second pass decodes again and writes. Code lengths vary
-up to 32 bits: a lookup walks at most four tables of 256 entries.
+Three kernels share that body: one decodes a unit from its tensors, as it comes from a file; two decode a matrix that is
+held so while a model is served, the whole of it or chosen rows. These take a descriptor, for the reasons given in
+decode.py, and one run of bytes, each section starting on a multiple of 16:
 
-Equal bit for bit to vllm_dfloat.checkpoint.reference_unit.decode. Whatever the bytes are, loops end
-after a number of steps fixed here and no access leaves the given tensors.
+    desc  int64[4]  address of the payload, kind (0 coded, 1 raw BF16), bytes of the stream, number of tables
+
+    tables         int32[num_tables, 256]
+    positions      int64[num_blocks + 1]
+    gaps           uint8[320 * num_blocks]
+    sign_mantissa  uint8[num_weights]
+    stream         uint8[num_bytes]
+
+or the BF16 bits themselves. How many blocks there are depends on the weights, and a launch must not: a matrix is coded
+only if its stream takes at most one byte per weight, so one program per 4096 weights is always enough, and most of them
+find nothing to do.
 """
 
 from __future__ import annotations
@@ -15,27 +23,20 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_dfloat.codec import layout
 from vllm_dfloat.kernels.compile_spec import CompileSpec
+from vllm_dfloat.kernels.dfloat11_block import BLOCK_BYTES, MIN_BLOCK_WEIGHTS, decode_block
 
-# Status of a block, a sum of bits; the CPU decoder in checkpoint/decode_unit.py uses the same.
-STATUS_OK = 0
-STATUS_BAD_CODE = 1  # bits that are no code, or a code beyond the end of the stream
-STATUS_COUNT = 2  # the number of codes differs from the positions
-STATUS_GAP = 4  # a window does not end where the next one starts
-
-BLOCK_BYTES = 4096
-WINDOWS = tl.constexpr(512)
-_WINDOW_BITS = tl.constexpr(64)  # a code has at least one bit: at most 64 codes per window
-_STRIDE = tl.constexpr(8)  # codes between two looks at whether any lane is still busy
-_LEVELS = tl.constexpr(4)
-
-# An entry of the tables: 0 (no code), `symbol | length << 8`, or `_POINTER | row`.
-_POINTER = tl.constexpr(1 << 15)
-_LENGTH_SHIFT = tl.constexpr(8)
-_LENGTH_MASK = tl.constexpr(0x3F)
-_BAD_CODE = tl.constexpr(STATUS_BAD_CODE)
-_COUNT = tl.constexpr(STATUS_COUNT)
-_GAP = tl.constexpr(STATUS_GAP)
+PROGRAM_WEIGHTS = (
+    BLOCK_BYTES  # weights for which one program is launched, and which it copies if raw
+)
+_BLOCK_BYTES = tl.constexpr(BLOCK_BYTES)
+_BLOCK_GAP_BYTES = tl.constexpr(320)
+_PROGRAM_WEIGHTS = tl.constexpr(PROGRAM_WEIGHTS)
+_TILE_WEIGHTS = tl.constexpr(layout.TILE_WEIGHTS)
+_ROW_PART = tl.constexpr(1024)  # weights of a raw row that one program copies; >= MIN_BLOCK_WEIGHTS
+_SEARCH_STEPS = tl.constexpr(19)  # a stream of less than 2**31 bytes has at most 2**19 blocks
+_FIRST_STEP = tl.constexpr(1 << 18)
 
 NUM_WARPS = 4  # 4 windows per thread: look-ups overlap, and nothing spills
 TYPICAL_BLOCK_WEIGHTS = 12_400  # at 2.64 bits per code
@@ -101,46 +102,6 @@ def _check(name: str, tensor: torch.Tensor, dtype: torch.dtype, numel: int) -> N
         )
 
 
-@triton.jit
-def _load_word(stream_ptr, at, num_bytes):
-    """Return 4 bytes from byte `at` on, most significant first, zeros beyond the end."""
-    word = tl.zeros_like(at).to(tl.uint32)
-    for i in tl.static_range(4):
-        byte = tl.load(stream_ptr + at + i, mask=at + i < num_bytes, other=0)
-        word = (word << 8) | byte.to(tl.uint32)
-    return word
-
-
-@triton.jit
-def _load_gap(gaps_ptr, window, num_windows):
-    """Return the 5-bit field of each window, 0 beyond the last."""
-    bit = window * 5
-    byte = bit >> 3
-    inside = window < num_windows
-    high = tl.load(gaps_ptr + byte, mask=inside, other=0).to(tl.int32)
-    # The last field of the array ends with its last byte, so its second byte is masked out.
-    more = inside & (byte + 1 < num_windows * 5 // 8)
-    low = tl.load(gaps_ptr + byte + 1, mask=more, other=0).to(tl.int32)
-    return (((high << 8) | low) >> (11 - (bit & 7)).to(tl.int32)) & 31
-
-
-@triton.jit
-def _look_up(tables_ptr, num_rows, first, second, third, at, active):
-    """Return `symbol | length << 8` for the code at bit `at` (0..63) of each window, 0 if none."""
-    high = tl.where(at < 32, first, second)
-    low = tl.where(at < 32, second, third)
-    shift = (at & 31).to(tl.uint32)
-    peek = (high << shift) | ((low >> 1) >> (31 - shift))
-    entry = tl.load(tables_ptr + (peek >> 24).to(tl.int32), mask=active, other=0)
-    for level in tl.static_range(1, _LEVELS):
-        deeper = (entry & _POINTER) != 0
-        row = tl.minimum(entry & 0xFF, num_rows - 1)
-        slot = ((peek >> (24 - 8 * level)) & 0xFF).to(tl.int32)
-        below = tl.load(tables_ptr + row * 256 + slot, mask=active & deeper, other=0)
-        entry = tl.where(deeper, below, entry)
-    return tl.where((entry & _POINTER) != 0, 0, entry)
-
-
 # Sizes differ from unit to unit: one compiled kernel serves all of them.
 @triton.jit(do_not_specialize=["num_bytes", "num_weights", "num_blocks", "num_rows"])
 def _decode_dfloat11_kernel(
@@ -156,72 +117,149 @@ def _decode_dfloat11_kernel(
     num_blocks,
     num_rows,
 ):
-    """Decode one block per program: out = sign << 15 | symbol << 7 | mantissa.
-
-    Grid (num_blocks,). Reads the block's bytes and one byte per weight, writes two per weight.
-    Both loops run at most 64 codes per window, so corrupt bytes end with a status bit.
-    """
+    """Decode one block per program; grid (num_blocks,). Reads its bytes and one byte per weight, writes two."""
     block = tl.program_id(0).to(tl.int64)
-    window = block * WINDOWS + tl.arange(0, WINDOWS)
-    num_windows = num_blocks.to(tl.int64) * WINDOWS
-    byte = window * 8
-    first = _load_word(stream_ptr, byte, num_bytes)
-    second = _load_word(stream_ptr, byte + 4, num_bytes)
-    third = _load_word(stream_ptr, byte + 8, num_bytes)
-    gap = _load_gap(gaps_ptr, window, num_windows)
-    # Codes may neither start in the next window nor reach beyond the stream.
-    end = tl.minimum(tl.maximum((num_bytes - byte) * 8, 0), 1 << 20).to(tl.int32)
-    stop = tl.minimum(end, _WINDOW_BITS)
+    decode_block(
+        stream_ptr, sign_mantissa_ptr, tables_ptr, positions_ptr, gaps_ptr, out_ptr, status_ptr,
+        num_bytes, num_weights, num_blocks.to(tl.int64), num_rows, block, 0, num_weights,
+    )  # fmt: skip
 
-    # Count. A lane halts at its window's end, or for good at bits that are no code.
-    at = gap
-    count = tl.zeros_like(gap)
-    bad = gap != gap
-    step = 0
-    busy = tl.max((at < stop).to(tl.int32), axis=0)
-    while (step < _WINDOW_BITS) & (busy != 0):
-        for _ in tl.static_range(_STRIDE):
-            active = (at < stop) & ~bad
-            entry = _look_up(tables_ptr, num_rows, first, second, third, at, active)
-            length = (entry >> _LENGTH_SHIFT) & _LENGTH_MASK
-            good = active & (length != 0) & (at + length <= end)
-            bad = bad | (active & ~good)
-            count += good.to(tl.int32)
-            at += tl.where(good, length, 0)
-        busy = tl.max(((at < stop) & ~bad).to(tl.int32), axis=0)
-        step += _STRIDE
 
-    # Scan, and compare with what the file says. Past the last weight anything may follow.
-    here = tl.load(positions_ptr + block)
-    after = tl.load(positions_ptr + block + 1)
-    begin = here + (tl.cumsum(count, axis=0) - count).to(tl.int64)
-    following = begin + count
-    total = here + tl.sum(count, axis=0).to(tl.int64)
-    is_last = after >= num_weights
-    miscount = (total < after) | ((total > after) & (is_last == 0))
-    unfinished = following < num_weights
-    next_gap = _load_gap(gaps_ptr, window + 1, num_windows)
-    astray = unfinished & ~bad & (at != next_gap + _WINDOW_BITS) & (end > _WINDOW_BITS)
-    status = tl.max((bad & unfinished).to(tl.int32), axis=0) * _BAD_CODE
-    status += tl.max(astray.to(tl.int32), axis=0) * _GAP
-    status += miscount.to(tl.int32) * _COUNT
-    tl.store(status_ptr + block, status)
+@triton.jit
+def _section(payload, offset, dtype: tl.constexpr):
+    """Return a pointer to a section of the payload; payload and sections start on multiples of 16 bytes."""
+    base = tl.multiple_of(payload.to(tl.pointer_type(tl.uint8)), 16)
+    return (base + offset).to(tl.pointer_type(dtype))
 
-    # Write. The same walk, which now has a place for every code.
-    limit = tl.minimum(after, num_weights)
-    most = tl.max(count, axis=0)
-    at = gap
-    step = 0
-    while (step < _WINDOW_BITS) & (step < most):
-        active = step < count
-        entry = _look_up(tables_ptr, num_rows, first, second, third, at, active)
-        at += (entry >> _LENGTH_SHIFT) & _LENGTH_MASK
-        index = begin + step
-        inside = active & (index >= 0) & (index < limit)
-        rest = tl.load(sign_mantissa_ptr + index, mask=inside, other=0).to(tl.int32)
-        bits = ((rest & 0x80) << 8) | ((entry & 0xFF) << 7) | (rest & 0x7F)
-        tl.store(out_ptr + index, bits.to(tl.int16), mask=inside)
-        step += 1
+
+@triton.jit
+def _sections(payload, num_weights, num_bytes, num_tables):
+    """Return pointers to stream, sign_mantissa, tables, positions and gaps, and the number of blocks."""
+    num_blocks = (num_bytes + _BLOCK_BYTES - 1) // _BLOCK_BYTES
+    positions = num_tables * 1024
+    gaps = positions + (num_blocks * 8 + 8 + 15) // 16 * 16
+    sign_mantissa = gaps + num_blocks * _BLOCK_GAP_BYTES
+    stream = sign_mantissa + (num_weights + 15) // 16 * 16
+    return (
+        _section(payload, stream, tl.uint8),
+        _section(payload, sign_mantissa, tl.uint8),
+        _section(payload, 0, tl.int32),
+        _section(payload, positions, tl.int64),
+        _section(payload, gaps, tl.uint8),
+        num_blocks,
+    )
+
+
+@triton.jit(do_not_specialize=["num_weights"])
+def _decode_resident_kernel(
+    desc_ptr,  # int64[4]                       see above
+    out_ptr,  # int16[num_weights]              BF16 bits
+    status_ptr,  # int32[num_tiles]             block b's status in word b, and 0 in all others
+    num_weights,
+):
+    """Decode one block of a resident matrix per program, or copy 4096 weights of one held as BF16.
+
+    Grid (ceil(num_weights / 4096),), which is at least the number of blocks and half the number of tiles.
+    """
+    payload = tl.load(desc_ptr)
+    program = tl.program_id(0).to(tl.int64)
+    num_weights = num_weights.to(tl.int64)
+    spare = tl.num_programs(0) + program
+    num_tiles = (num_weights + _TILE_WEIGHTS - 1) // _TILE_WEIGHTS
+    tl.store(status_ptr + spare, 0, mask=spare < num_tiles)
+    if tl.load(desc_ptr + 1) != 0:
+        at = program * _PROGRAM_WEIGHTS + tl.arange(0, _PROGRAM_WEIGHTS)
+        inside = at < num_weights
+        bits = tl.load(_section(payload, 0, tl.int16) + at, mask=inside, other=0)
+        tl.store(out_ptr + at, bits, mask=inside)
+        tl.store(status_ptr + program, 0)
+    else:
+        num_bytes = tl.load(desc_ptr + 2)
+        num_tables = tl.load(desc_ptr + 3).to(tl.int32)
+        stream, sign_mantissa, tables, positions, gaps, num_blocks = _sections(
+            payload, num_weights, num_bytes, num_tables
+        )
+        if program < num_blocks:
+            decode_block(
+                stream, sign_mantissa, tables, positions, gaps, out_ptr, status_ptr,
+                num_bytes, num_weights, num_blocks, num_tables, program, 0, num_weights,
+            )  # fmt: skip
+        else:
+            tl.store(status_ptr + program, 0)
+
+
+@triton.jit(do_not_specialize=["rows", "cols"])
+def _decode_resident_rows_kernel(
+    desc_ptr,  # int64[4]                       see above
+    ids_ptr,  # int64[num_ids]                  rows asked for
+    out_ptr,  # int16[num_ids, cols]            BF16 bits
+    rows,
+    cols,
+):
+    """Decode one block that one chosen row touches, and store the part of it that is the row's.
+
+    Grid (num_ids, blocks a row can touch). An id outside the matrix reads the nearest row: vLLM masks such ids out
+    afterwards.
+    """
+    payload = tl.load(desc_ptr)
+    row = tl.minimum(tl.maximum(tl.load(ids_ptr + tl.program_id(0)), 0), rows - 1)
+    first = row * cols
+    end = first + cols
+    # Where weight 0 of the matrix would lie in the output.
+    out_ptr += tl.program_id(0).to(tl.int64) * cols - first
+    if tl.load(desc_ptr + 1) != 0:
+        at = first + tl.program_id(1) * _ROW_PART + tl.arange(0, _ROW_PART)
+        bits = tl.load(_section(payload, 0, tl.int16) + at, mask=at < end, other=0)
+        tl.store(out_ptr + at, bits, mask=at < end)
+    else:
+        num_weights = rows.to(tl.int64) * cols
+        num_bytes = tl.load(desc_ptr + 2)
+        num_tables = tl.load(desc_ptr + 3).to(tl.int32)
+        stream, sign_mantissa, tables, positions, gaps, num_blocks = _sections(
+            payload, num_weights, num_bytes, num_tables
+        )
+        # The last block that begins at or before the row's first weight.
+        block = tl.zeros([], tl.int64)
+        for i in tl.static_range(_SEARCH_STEPS):
+            ahead = block + (_FIRST_STEP >> i)
+            begin = tl.load(positions + ahead, mask=ahead < num_blocks, other=num_weights)
+            block = tl.where(begin <= first, ahead, block)
+        block += tl.program_id(1)
+        begin = tl.load(positions + block, mask=block < num_blocks, other=num_weights)
+        if begin < end:
+            decode_block(
+                stream, sign_mantissa, tables, positions, gaps, out_ptr, None,
+                num_bytes, num_weights, num_blocks, num_tables, block, first, end,
+            )  # fmt: skip
+
+
+def decode_resident(
+    desc: torch.Tensor, num_weights: int, out: torch.Tensor, status: torch.Tensor
+) -> None:
+    """Decode the matrix that `desc` describes into `out`; allocates nothing and waits for nothing.
+
+    Args:
+        desc: int64 [4] on the device; the payload it points to was made by `resident_units.pack`.
+        num_weights: rows times columns.
+        out: BF16, flat, contiguous, at least `num_weights` elements, aligned to 16 bytes.
+        status: int32, at least one word per 2048 weights; word b becomes that of block b, all others 0.
+    """
+    if num_weights:
+        _decode_resident_kernel[(triton.cdiv(num_weights, PROGRAM_WEIGHTS),)](
+            desc, out.view(torch.int16), status, num_weights, num_warps=NUM_WARPS
+        )
+
+
+def decode_resident_rows(
+    desc: torch.Tensor, ids: torch.Tensor, rows: int, cols: int, out: torch.Tensor
+) -> None:
+    """Decode rows `ids` (int64 [n]) of the matrix that `desc` describes into `out`, BF16 [n, cols]."""
+    if out.numel():
+        # A row may begin with the last weight of a block and end with the first of another.
+        blocks_per_row = cols // MIN_BLOCK_WEIGHTS + 2
+        _decode_resident_rows_kernel[(ids.numel(), blocks_per_row)](
+            desc, ids, out.view(torch.int16), rows, cols, num_warps=NUM_WARPS
+        )
 
 
 COMPILE_SPECS = [
@@ -244,5 +282,32 @@ COMPILE_SPECS = [
         aligned_args=("stream_ptr", "sign_mantissa_ptr", "tables_ptr", "out_ptr"),
         num_warps=NUM_WARPS,
         weights_per_program=TYPICAL_BLOCK_WEIGHTS,
-    )
+    ),
+    CompileSpec(
+        name="decode_dfloat11_resident",
+        fn=_decode_resident_kernel,
+        signature={
+            "desc_ptr": "*i64",
+            "out_ptr": "*i16",
+            "status_ptr": "*i32",
+            "num_weights": "i32",
+        },
+        aligned_args=("desc_ptr", "out_ptr", "status_ptr"),
+        num_warps=NUM_WARPS,
+        weights_per_program=TYPICAL_BLOCK_WEIGHTS,
+    ),
+    CompileSpec(
+        name="decode_dfloat11_rows",
+        fn=_decode_resident_rows_kernel,
+        signature={
+            "desc_ptr": "*i64",
+            "ids_ptr": "*i64",
+            "out_ptr": "*i16",
+            "rows": "i32",
+            "cols": "i32",
+        },
+        aligned_args=("desc_ptr", "ids_ptr", "out_ptr"),
+        num_warps=NUM_WARPS,
+        weights_per_program=TYPICAL_BLOCK_WEIGHTS,
+    ),
 ]

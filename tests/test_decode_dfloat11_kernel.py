@@ -17,6 +17,7 @@ from vllm_dfloat.checkpoint.dfloat11 import open_checkpoint
 from vllm_dfloat.checkpoint.unit import Unit
 from vllm_dfloat.errors import FormatError
 from vllm_dfloat.kernels import decode_dfloat11 as kernel
+from vllm_dfloat.kernels import dfloat11_block as block
 
 EDGE_UNITS = vector_units("edge-good")
 
@@ -74,14 +75,14 @@ def first_blocks(unit: Unit, count: int) -> Unit:
 
 def test_status_bits_of_kernel_and_cpu_decoder_are_the_same() -> None:
     for name in ("STATUS_OK", "STATUS_BAD_CODE", "STATUS_COUNT", "STATUS_GAP"):
-        assert getattr(kernel, name) == getattr(decode_blocks, name)
+        assert getattr(block, name) == getattr(decode_blocks, name)
 
 
 def test_missing_code_gap_and_count_each_end_with_their_status_bit() -> None:
     unit = EDGE_UNITS["edge-good/prime4099"]
     for index, change, bit in (
-        (2, lambda tables: tables[0].fill_(0), kernel.STATUS_BAD_CODE),
-        (4, lambda gaps: gaps[1].bitwise_xor_(0x20), kernel.STATUS_GAP),
+        (2, lambda tables: tables[0].fill_(0), block.STATUS_BAD_CODE),
+        (4, lambda gaps: gaps[1].bitwise_xor_(0x20), block.STATUS_GAP),
     ):
         inputs = device_tensors(unit)
         change(inputs[index])
@@ -92,14 +93,14 @@ def test_missing_code_gap_and_count_each_end_with_their_status_bit() -> None:
         inputs = device_tensors(unit)
         inputs[3][1] += shift
         # Weights of the next block are then misplaced as well.
-        assert run(inputs, 0xFFFF)[1].tolist() == [kernel.STATUS_COUNT, kernel.STATUS_COUNT, 0]
+        assert run(inputs, 0xFFFF)[1].tolist() == [block.STATUS_COUNT, block.STATUS_COUNT, 0]
 
 
 def test_stream_cut_within_its_last_code_ends_with_a_status_bit() -> None:
     # The code starts in byte 239 and ends in byte 240, which is missing.
     inputs = device_tensors(EDGE_UNITS["edge-good/tail_straddle_window_aligned"])
     inputs[0] = inputs[0][:240].clone()
-    assert run(inputs, 0xFFFF)[1].tolist() == [kernel.STATUS_BAD_CODE + kernel.STATUS_COUNT]
+    assert run(inputs, 0xFFFF)[1].tolist() == [block.STATUS_BAD_CODE + block.STATUS_COUNT]
 
 
 @pytest.mark.parametrize(("name", "flips"), [("odd77", 6), ("prime4099", 4), ("all_0_to_239", 4)])
@@ -161,6 +162,7 @@ import ctypes, mmap
 import numpy as np, torch
 import test_decode_dfloat11_kernel as tests
 from vllm_dfloat.kernels import decode_dfloat11 as kernel
+from vllm_dfloat.kernels import dfloat11_block as block
 
 PAGE, keep = mmap.PAGESIZE, []
 libc = ctypes.CDLL(None, use_errno=True)
@@ -208,10 +210,12 @@ for spec in COMPILE_SPECS:
 """
 
 
-def test_kernel_compiles_for_every_target_without_a_gpu(tmp_path: Path) -> None:
+def test_every_kernel_compiles_for_every_target_without_a_gpu(tmp_path: Path) -> None:
     done = _python(_COMPILE, {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)})
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [f"decode_dfloat11 {t} True" for t in (80, 89, 90, 100)]
+    names = ("decode_dfloat11", "decode_dfloat11_resident", "decode_dfloat11_rows")
+    expected = [f"{name} {target} True" for name in names for target in (80, 89, 90, 100)]
+    assert done.stdout.splitlines() == expected
 
 
 def _python(code: str, env: dict[str, str]) -> "subprocess.CompletedProcess[str]":

@@ -25,6 +25,7 @@ ALLOWED = {
     "fused": {"errors", "codec", "kernels", "ops"},
     "blocks": {"errors", "codec", "kernels", "ops"},
     "unit_ops": {"errors", "codec", "checkpoint", "kernels", "ops"},
+    "resident_units": {"errors", "codec", "checkpoint", "kernels", "ops"},
     "integration": {
         "errors",
         "codec",
@@ -34,6 +35,7 @@ ALLOWED = {
         "blocks",
         "scratch",
         "unit_ops",
+        "resident_units",
         "__init__",
     },
 }
@@ -50,6 +52,7 @@ ONLY_IN = {
         "fused",
         "blocks",
         "unit_ops",
+        "resident_units",
         "integration",
     },
     "transformers": {"checkpoint", "integration"},
