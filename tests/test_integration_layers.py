@@ -11,10 +11,11 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers import linear as vllm_linear
 from vllm.model_executor.layers import vocab_parallel_embedding as vllm_embedding
 
-from vllm_dfloat import ops
-from vllm_dfloat.integration import gemm
+from vllm_dfloat import resident_units
+from vllm_dfloat.integration import gemm, layouts
 from vllm_dfloat.integration.config import DFloat11Config
 from vllm_dfloat.integration.loader import biases_after_weights
+from vllm_dfloat.integration.options import LAYOUTS, Options
 from vllm_dfloat.integration.packed import packed_of
 
 COLS = 256
@@ -37,6 +38,10 @@ def vllm_config(tmp_path: Path) -> Iterator[None]:
         yield
     cleanup_dist_env_and_memory()
     torch.set_default_dtype(before)
+
+
+def config(layout: str) -> DFloat11Config:
+    return DFloat11Config(Options(layout=layout))
 
 
 def random_weight(*shape: int) -> torch.Tensor:
@@ -100,13 +105,14 @@ KINDS = [qkv, gate_up, column, row, replicated, embedding, lm_head]
 
 @pytest.mark.parametrize(("rank", "size"), [(0, 1), (0, 2), (1, 2), (3, 4)])
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_rank_of_every_kind_holds_the_bits_that_vllm_loads(
-    kind: Any, rank: int, size: int, monkeypatch: pytest.MonkeyPatch
+    layout: str, kind: Any, rank: int, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pretend(monkeypatch, rank, size)
     plain, parts = kind(quant_config=None, prefix="layer")
     load(plain, parts)
-    packed, parts = kind(quant_config=DFloat11Config(), prefix="layer")
+    packed, parts = kind(quant_config=config(layout), prefix="layer")
     load(packed, parts)
     if packed_of(packed) is None:  # padding is never loaded; vLLM processes such layers at the end
         from vllm.model_executor.model_loader.reload import layerwise
@@ -114,14 +120,19 @@ def test_every_rank_of_every_kind_holds_the_bits_that_vllm_loads(
         layerwise._layerwise_process(packed, layerwise.get_layerwise_info(packed))
     assert same_bits(packed.quant_method.dequantize_weight(packed), plain.weight.data)
     assert packed.weight.numel() == 0
+    held = packed_of(packed)
+    assert isinstance(held, resident_units.UnitWeight) == (layout == "dfloat11")
     assert packed.dfloat11_desc.shape == (4,)
 
 
 @pytest.mark.parametrize("rows", [256, 3072])  # on CPUs with AMX, vLLM has a GEMM for each of these
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_layer_computes_what_the_unquantized_layer_computes(rows: int, with_bias: bool) -> None:
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layer_computes_what_the_unquantized_layer_computes(
+    layout: str, rows: int, with_bias: bool
+) -> None:
     outputs = []
-    for quant_config in (None, DFloat11Config()):
+    for quant_config in (None, config(layout)):
         layer = vllm_linear.ColumnParallelLinear(
             COLS, rows, bias=with_bias, quant_config=quant_config, prefix="layer"
         )
@@ -134,8 +145,9 @@ def test_layer_computes_what_the_unquantized_layer_computes(rows: int, with_bias
         assert same_bits(packed, plain)
 
 
-def test_embedding_decodes_the_rows_asked_for() -> None:
-    layer, parts = embedding(quant_config=DFloat11Config(), prefix="embed")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_embedding_decodes_the_rows_asked_for(layout: str) -> None:
+    layer, parts = embedding(quant_config=config(layout), prefix="embed")
     load(layer, parts)
     from vllm.model_executor.model_loader.reload import layerwise
 
@@ -145,10 +157,11 @@ def test_embedding_decodes_the_rows_asked_for() -> None:
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_linear_op_passes_opcheck(with_bias: bool) -> None:
-    packed = ops.pack(random_weight(384, COLS))
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_linear_op_passes_opcheck(layout: str, with_bias: bool) -> None:
+    packed = layouts.BY_NAME[layout].pack(random_weight(384, COLS), "w")
     bias = random_weight(384) if with_bias else None
-    arguments = (random_weight(5, COLS), packed.desc, bias, 384, COLS, gemm.PLAIN)
+    arguments = (random_weight(5, COLS), packed.desc, bias, 384, COLS, gemm.PLAIN, layout)
     torch.library.opcheck(gemm.op, arguments)
 
 

@@ -6,14 +6,19 @@ from typing import Any
 import pytest
 
 from vllm_dfloat.errors import UnsupportedError
+from vllm_dfloat.integration import layouts
 from vllm_dfloat.integration.config import DFloat11Config
-from vllm_dfloat.integration.options import Options
+from vllm_dfloat.integration.options import LAYOUTS, Options
 
 
 def test_later_options_go_on_top_of_earlier_ones() -> None:
-    first = Options().updated({"ignore": ["a"], "layout": "packed"}, "here")
-    assert first.updated({"mode": "exact"}, "there") == Options(ignore=("a",))
-    assert first.updated({"ignore": []}, "there") == Options()
+    first = Options().updated({"ignore": ["a"], "layout": "dfloat11"}, "here")
+    assert first.updated({"mode": "exact"}, "there") == Options(("a",), "dfloat11")
+    assert first.updated({"ignore": [], "layout": "packed"}, "there") == Options()
+
+
+def test_every_layout_that_can_be_asked_for_has_its_functions() -> None:
+    assert tuple(layouts.BY_NAME) == LAYOUTS
 
 
 @pytest.mark.parametrize(
@@ -23,7 +28,7 @@ def test_later_options_go_on_top_of_earlier_ones() -> None:
         ({"ignore": "lm_head"}, "here: ignore is 'lm_head'; expected a list"),
         ({"ignore": [1]}, r"here: ignore is \[1\]; expected a list"),
         ({"ignore": ["re:["]}, "here: ignore has 're:\\['"),
-        ({"layout": "row"}, "here: layout: 'row'; expected one of packed"),
+        ({"layout": "row"}, "here: layout: 'row'; expected one of packed, dfloat11"),
         ({"mode": 1}, "here: mode: 1; expected one of exact"),
     ],
 )

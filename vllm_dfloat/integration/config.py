@@ -78,7 +78,7 @@ class DFloat11Config(QuantizationConfig):  # type: ignore[misc]  # vLLM is untyp
 
             if self._is_left_alone(layer, prefix):
                 return UnquantizedLinearMethod()
-            return DFloat11LinearMethod(prefix)
+            return DFloat11LinearMethod(prefix, self.options)
         if isinstance(layer, VocabParallelEmbedding):
             return self._embedding_method(layer, prefix)
         if type(layer).__name__ == "RoutedExperts":
@@ -94,7 +94,7 @@ class DFloat11Config(QuantizationConfig):  # type: ignore[misc]  # vLLM is untyp
         name = prefix or ("lm_head" if is_head else NAMELESS_EMBEDDING)
         if self._is_left_alone(layer, name):
             return IgnoredLMHeadMethod() if is_head else None
-        return DFloat11EmbeddingMethod(name)
+        return DFloat11EmbeddingMethod(name, self.options)
 
     def _is_left_alone(self, layer: torch.nn.Module, name: str) -> bool:
         if compat.is_ignored(name, self.options.ignore, self.packed_modules_mapping):

@@ -1,6 +1,5 @@
 """Compressed vocabulary embeddings and LM heads; a tied pair is one matrix, held once."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,10 +9,11 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 from vllm.model_executor.utils import set_weight_attrs
 
 from vllm_dfloat.integration import compat, gemm
+from vllm_dfloat.integration.layouts import BY_NAME
 from vllm_dfloat.integration.packed import PackedMethod
 
 # vLLM's cache of compiled models knows this file's text and not the ops': count up when they mean something else.
-OP_REVISION = 1
+OP_REVISION = 2
 
 
 class DFloat11EmbeddingMethod(PackedMethod, QuantizeMethodBase):  # type: ignore[misc]  # vLLM is untyped
@@ -39,11 +39,11 @@ class DFloat11EmbeddingMethod(PackedMethod, QuantizeMethodBase):  # type: ignore
     def apply(
         self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        return gemm.op(x, layer.dfloat11_desc, bias, self.rows, self.cols, self.gemm)
+        return gemm.op(x, layer.dfloat11_desc, bias, self.rows, self.cols, self.gemm, self.layout)
 
     def embedding(self, layer: torch.nn.Module, input_: torch.Tensor) -> torch.Tensor:
         ids = input_.reshape(-1)
-        rows = lookup(layer.dfloat11_desc, ids, self.rows, self.cols)
+        rows = BY_NAME[self.layout].lookup(layer.dfloat11_desc, ids, self.rows, self.cols)
         return rows.view(*input_.shape, self.cols)
 
     def tie_weights(self, layer: torch.nn.Module, embed_tokens: torch.nn.Module) -> torch.nn.Module:
@@ -64,6 +64,3 @@ class IgnoredLMHeadMethod(UnquantizedEmbeddingMethod):  # type: ignore[misc]  # 
 
     def tie_weights(self, layer: torch.nn.Module, embed_tokens: torch.nn.Module) -> torch.nn.Module:
         return embed_tokens
-
-
-lookup: Callable[..., torch.Tensor] = torch.ops.vllm_dfloat.decode_rows.default

@@ -12,6 +12,7 @@ import torch
 
 from vllm_dfloat import ops
 from vllm_dfloat.integration import compat
+from vllm_dfloat.integration.layouts import BY_NAME
 from vllm_dfloat.scratch import scratch
 
 # Names of GEMMs beside the values of vLLM's --linear-backend.
@@ -68,13 +69,18 @@ def linear(
     rows: int,
     cols: int,
     gemm: str,
+    layout: str,
 ) -> torch.Tensor:
-    """Return x @ weight.T + bias for the packed weight [rows, cols] that `desc` describes.
+    """Return x @ weight.T + bias for the weight [rows, cols] that `desc` describes.
+
+    Args:
+        gemm: name of the GEMM, for `find_gemm`.
+        layout: how the weight is held, a name in layouts.py.
 
     Waits for nothing and allocates nothing but what the GEMM returns, once the scratch is reserved.
     """
     out, status = scratch.take(x.device, ops.padded_numel(rows, cols), compat.lane(x.device))
-    ops.decode(desc, rows, cols, out, status)
+    BY_NAME[layout].decode(desc, rows, cols, out, status)
     return find_gemm(gemm)(x, out[: rows * cols].view(rows, cols), bias)
 
 
@@ -85,13 +91,14 @@ def _linear_fake(
     rows: int,
     cols: int,
     gemm: str,
+    layout: str,
 ) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], rows))
 
 
 _library = torch.library.Library("vllm_dfloat", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(  # type: ignore[no-untyped-call]
-    "linear(Tensor x, Tensor desc, Tensor? bias, int rows, int cols, str gemm) -> Tensor"
+    "linear(Tensor x, Tensor desc, Tensor? bias, int rows, int cols, str gemm, str layout) -> Tensor"
 )
 for _key in ("CPU", "CUDA"):
     _library.impl("linear", linear, _key)  # type: ignore[no-untyped-call]

@@ -7,7 +7,7 @@ from typing import Any
 
 from vllm_dfloat.errors import UnsupportedError
 
-LAYOUTS = ("packed",)
+LAYOUTS = ("packed", "dfloat11")  # layouts.py has their functions
 MODES = ("exact",)
 
 
@@ -18,7 +18,7 @@ class Options:
     Attributes:
         ignore: layers left in BF16: names, names with * and ?, or "re:" and a regular expression, as vLLM's
             online quantization takes them. A fused layer (qkv_proj) may be named itself or by all its parts.
-        layout: how compressed weights are held.
+        layout: how compressed weights are held: "packed", made for the kernel, or "dfloat11", the official one.
         mode: "exact" gives the bits of BF16 vLLM.
     """
 

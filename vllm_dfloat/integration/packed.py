@@ -1,4 +1,4 @@
-"""What linear layers and embeddings have in common: a weight that vLLM loads as BF16 and we hold packed."""
+"""What linear layers and embeddings have in common: a weight that vLLM loads as BF16 and we hold compressed."""
 
 import torch
 from torch.nn import Parameter
@@ -7,6 +7,8 @@ from vllm_dfloat import ops
 from vllm_dfloat.errors import UnsupportedError
 from vllm_dfloat.integration import compat
 from vllm_dfloat.integration.gemm import BATCH_INVARIANT, PLAIN, settle_bias
+from vllm_dfloat.integration.layouts import BY_NAME
+from vllm_dfloat.integration.options import Options
 from vllm_dfloat.scratch import MAIN_LANE, scratch
 
 PACKED = "dfloat11"  # the attribute of a compressed layer that holds its PackedWeight
@@ -30,10 +32,11 @@ class PackedMethod:
     rows: int
     cols: int
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, options: Options) -> None:
         compat.let_numba_be_scanned()
         config = compat.current_config()
         self.name = name
+        self.layout = options.layout
         self.gemm = BATCH_INVARIANT if compat.is_batch_invariant() else self._backend(config)
         self.lanes = compat.lanes(config)
         load_config = getattr(config, "load_config", None)
@@ -53,7 +56,7 @@ class PackedMethod:
             self.gemm = PLAIN
         else:
             settle_bias(layer)
-        packed = ops.pack(weight, self.name)
+        packed = BY_NAME[self.layout].pack(weight, self.name)
         del weight
         self._replace_weight(layer, packed)
 
@@ -90,4 +93,4 @@ class PackedMethod:
         packed = packed_of(layer)
         if packed is None:
             raise UnsupportedError(f"{self.name}: its weights have not been loaded yet.")
-        return ops.unpack(packed)
+        return BY_NAME[self.layout].unpack(packed)

@@ -1,14 +1,17 @@
 """The line that says, after loading, what compression gave."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from vllm_dfloat.integration.options import Options
 from vllm_dfloat.integration.packed import packed_of
 from vllm_dfloat.integration.plugin import logger
 from vllm_dfloat.scratch import scratch
 
 GIB = 1 << 30
+DEFAULT_LAYOUT = Options().layout
 
 
 @dataclass(frozen=True)
@@ -17,7 +20,8 @@ class Summary:
 
     Attributes:
         num_layers: linear and embedding layers, ignored ones included.
-        num_compressed: how many of them are held packed.
+        num_compressed: how many of them are held compressed.
+        layout: how, a name in layouts.py.
         raw_names: layers that coding would not have made smaller, held as BF16.
         weights, packed_bytes: of the compressed layers.
         bf16_bytes: all parameters as BF16 vLLM would hold them.
@@ -27,6 +31,7 @@ class Summary:
 
     num_layers: int
     num_compressed: int
+    layout: str
     raw_names: tuple[str, ...]
     weights: int
     packed_bytes: int
@@ -40,9 +45,10 @@ class Summary:
         return max(0, self.bf16_bytes - self.held_bytes - self.scratch_bytes)
 
     def __str__(self) -> str:
+        layout = "" if self.layout == DEFAULT_LAYOUT else f" in the {self.layout} layout"
         bits = 8 * self.packed_bytes / self.weights if self.weights else 16.0
         return (
-            f"compressed {self.num_compressed} of {self.num_layers} layers, {bits:.3f} bits per weight, "
+            f"compressed {self.num_compressed} of {self.num_layers} layers{layout}, {bits:.3f} bits per weight, "
             f"{self.bf16_bytes / GIB:.3f} GiB in BF16 -> {self.held_bytes / GIB:.3f} GiB, "
             f"{self.freed_bytes / GIB:.3f} GiB freed for the KV cache "
             f"({self.bf16_bytes} -> {self.held_bytes} bytes)"
@@ -51,8 +57,9 @@ class Summary:
 
 def summarize(model: torch.nn.Module) -> Summary:
     """Return what a loaded model holds. Tied layers count once."""
-    layers = [module for module in model.modules() if is_weight_layer(module)]
+    layers: list[Any] = [module for module in model.modules() if is_weight_layer(module)]
     held = [w for layer in layers if (w := packed_of(layer)) is not None]
+    layouts = {layer.quant_method.layout for layer in layers if packed_of(layer) is not None}
     packed = [weight for weight in held if not weight.is_raw]
     plain_bytes = sum(parameter.nbytes for parameter in model.parameters())
     desc_bytes = sum(weight.desc.nbytes for weight in held)
@@ -60,6 +67,7 @@ def summarize(model: torch.nn.Module) -> Summary:
     return Summary(
         num_layers=len(layers),
         num_compressed=len(packed),
+        layout=layouts.pop() if layouts else DEFAULT_LAYOUT,
         raw_names=tuple(weight.name for weight in held if weight.is_raw),
         weights=sum(weight.rows * weight.cols for weight in packed),
         packed_bytes=sum(weight.num_bytes for weight in packed),
