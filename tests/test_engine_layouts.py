@@ -1,0 +1,51 @@
+"""Layers held in the official layout: the same answers as BF16 vLLM, to the last bit, before and after a reload."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+from conftest import Checkpoint
+from engines import answers, ask, engine
+
+from vllm_dfloat.integration.packed import packed_of
+from vllm_dfloat.resident_units import UnitWeight
+
+pytestmark = pytest.mark.engine
+
+OFFICIAL: dict[str, Any] = dict(
+    quantization="dfloat11", additional_config={"dfloat11": {"layout": "dfloat11"}}
+)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])  # the second has tied embeddings
+@pytest.mark.parametrize("enforce_eager", [True, False])
+def test_engine_with_the_official_layout_answers_as_bf16_vllm(
+    name: str,
+    enforce_eager: bool,
+    bf16_checkpoint: Checkpoint,
+    log_lines: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("VLLM_CPU_CI_ENV", "1")  # Dynamo traces, without Inductor's C++ compiles
+    model, mode = bf16_checkpoint(name), dict(enforce_eager=enforce_eager)
+    assert answers(model, **OFFICIAL, **mode) == answers(model, **mode)
+    (line,) = [line for line in log_lines if line.startswith("dfloat11: compressed")]
+    assert "layers in the dfloat11 layout, " in line
+
+
+def test_reloaded_engine_holds_units_again_and_answers_as_one_that_was_started_so(
+    bf16_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    other = tiny_models.save("llama", tmp_path / "other", seed=7)
+    with engine(bf16_checkpoint("llama"), **OFFICIAL) as llm:
+        before = ask(llm)
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": str(other)})
+        after = ask(llm)
+        model = llm.llm_engine.model_executor.driver_worker.get_model()
+        held = [packed_of(module) for module in model.modules()]
+        held = [weight for weight in held if weight is not None]
+        assert len(held) == 10
+        assert all(isinstance(weight, UnitWeight) and not weight.is_raw for weight in held)
+    assert after != before
+    assert after == answers(other)
