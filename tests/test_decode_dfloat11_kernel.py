@@ -1,14 +1,12 @@
 """The two-phase kernel, in Triton's interpreter: equal to the CPU decoder, bounded on any bytes."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from dfloat11_helpers import VECTORS, edge_originals, vector_units
+from guard_pages import run_python
 from helpers import unlike
 
 from vllm_dfloat.checkpoint import decode_blocks
@@ -155,28 +153,11 @@ def test_inputs_of_a_wrong_size_are_refused_before_the_launch() -> None:
         kernel.decode(*device_tensors(unit), torch.zeros(4099), status)
 
 
-# Runs in a process of its own: with a page behind every tensor that may not be touched, an access
-# beyond its end kills the process instead of reading whatever lies there.
 _GUARDED = """
-import ctypes, mmap
 import numpy as np, torch
 import test_decode_dfloat11_kernel as tests
+from guard_pages import guarded
 from vllm_dfloat.kernels import decode_dfloat11 as kernel
-from vllm_dfloat.kernels import dfloat11_block as block
-
-PAGE, keep = mmap.PAGESIZE, []
-libc = ctypes.CDLL(None, use_errno=True)
-libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-
-def guarded(array):
-    size = -(-array.nbytes // PAGE) * PAGE
-    memory = mmap.mmap(-1, size + PAGE)
-    keep.append(memory)
-    base = np.frombuffer(memory, np.uint8)
-    assert libc.mprotect(base.ctypes.data + size, PAGE, 0) == 0
-    view = base[size - array.nbytes : size].view(array.dtype).reshape(array.shape)
-    view[...] = array
-    return torch.from_numpy(view)
 
 for name in ("odd77", "tail_window_aligned", "rows18"):
     unit = tests.EDGE_UNITS["edge-good/" + name]
@@ -196,7 +177,7 @@ print("done")
 
 
 def test_no_access_reaches_the_byte_behind_any_tensor() -> None:
-    done = _python(_GUARDED, {"TRITON_INTERPRET": "1"})
+    done = run_python(_GUARDED, {"TRITON_INTERPRET": "1"})
     assert done.returncode == 0, done.stderr
     assert done.stdout == "done\n"
 
@@ -211,20 +192,8 @@ for spec in COMPILE_SPECS:
 
 
 def test_every_kernel_compiles_for_every_target_without_a_gpu(tmp_path: Path) -> None:
-    done = _python(_COMPILE, {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)})
+    done = run_python(_COMPILE, {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)})
     assert done.returncode == 0, done.stderr
     names = ("decode_dfloat11", "decode_dfloat11_resident", "decode_dfloat11_rows")
     expected = [f"{name} {target} True" for name in names for target in (80, 89, 90, 100)]
     assert done.stdout.splitlines() == expected
-
-
-def _python(code: str, env: dict[str, str]) -> "subprocess.CompletedProcess[str]":
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": path, **env},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from dfloat11_helpers import edge_originals
+from guard_pages import run_python
 from helpers import Bits, gaussian, hard_matrices, same_bits, to_torch, unlike
 
 from vllm_dfloat import ops
@@ -211,6 +212,52 @@ def test_the_kernel_reports_damage_of_the_stream_as_the_cpu_decoder_does() -> No
         assert results[0][0] == results[1][0]
         if not results[0][0]:
             assert same_bits(results[0][1], results[1][1])
+
+
+_GUARDED = """
+import itertools, os
+import numpy as np, torch
+from guard_pages import guarded
+from helpers import gaussian, to_torch
+from vllm_dfloat import ops, resident_units as units
+
+rows, cols = 45, 204  # the last program has fewer weights than the others
+seeds = (gaussian(rows, cols, seed) for seed in itertools.count())
+held, bits = next((h, b) for b in seeds if not (h := units.pack(to_torch(b))).payload.numel() % 16)
+assert not held.is_raw
+payload, desc = guarded(held.payload.numpy()), guarded(held.desc.numpy())
+desc[0] = payload.data_ptr()
+out = guarded(np.zeros(rows * cols, np.uint16)).view(torch.bfloat16)
+status = guarded(np.full(ops.num_tiles(rows, cols), 9, np.int32))
+ids = guarded(np.array([0, rows - 1], np.int64))
+
+def run(check):
+    for backend in ("numba", "triton"):
+        os.environ["VLLM_DFLOAT_BACKEND"] = backend
+        units.decode(desc, rows, cols, out, status)
+        assert not check or not status.any()
+        assert not check or np.array_equal(out.view(torch.uint16).numpy().reshape(rows, cols), bits)
+        try:
+            found = units.decode_rows(desc, ids, rows, cols)
+        except units.FormatError:
+            assert not check
+        else:
+            assert not check or np.array_equal(found.view(torch.uint16).numpy(), bits[[0, -1]])
+
+run(True)
+rng = np.random.default_rng(0)
+for share in (0.001, 0.01, 1.0):
+    hit = rng.random(payload.numel()) < share
+    payload.numpy()[hit] = rng.integers(0, 256, int(hit.sum()))
+    run(False)
+print("done")
+"""
+
+
+def test_no_access_reaches_the_byte_behind_payload_or_output() -> None:
+    done = run_python(_GUARDED, {"TRITON_INTERPRET": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "done\n"
 
 
 def test_a_compiled_graph_keeps_the_order_of_decodes_into_one_buffer() -> None:

@@ -1,0 +1,43 @@
+"""Tensors with a page behind them that may not be touched: an access beyond their end kills the process.
+
+For code that runs in a process of its own (`run_python`).
+"""
+
+import ctypes
+import mmap
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+_keep: list[mmap.mmap] = []  # the memory of all tensors given out
+
+
+def guarded(array: np.ndarray) -> torch.Tensor:
+    """Return a copy of `array` that ends where a page without any access rights begins."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    size = -(-array.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, size + mmap.PAGESIZE)
+    _keep.append(memory)
+    base = np.frombuffer(memory, np.uint8)
+    assert libc.mprotect(base.ctypes.data + size, mmap.PAGESIZE, 0) == 0
+    view = base[size - array.nbytes : size].view(array.dtype).reshape(array.shape)
+    view[...] = array
+    return torch.from_numpy(view)
+
+
+def run_python(code: str, env: dict[str, str]) -> "subprocess.CompletedProcess[str]":
+    """Run `code`, which can import the tests' modules, in a process of its own."""
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": path, **env},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
