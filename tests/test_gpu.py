@@ -2,13 +2,14 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from helpers import gaussian, hard_matrices, same_bits, to_torch, unlike
 
-from vllm_dfloat import ops, unit_ops
+from vllm_dfloat import ops, resident_units, unit_ops
 from vllm_dfloat.checkpoint.decode_unit import decode_unit
 from vllm_dfloat.checkpoint.dfloat11 import open_checkpoint
 
@@ -22,13 +23,15 @@ pytestmark = [
 HARD = hard_matrices()
 
 
-def decode(packed: ops.PackedWeight, poison: int) -> torch.Tensor:
+def decode(
+    packed: ops.PackedWeight, poison: int, op: Any = torch.ops.vllm_dfloat.decode
+) -> torch.Tensor:
     numel = ops.padded_numel(packed.rows, packed.cols)
     out = torch.full((numel,), poison, dtype=torch.uint16, device="cuda").view(torch.bfloat16)
     status = torch.full(
         (ops.num_tiles(packed.rows, packed.cols),), -1, dtype=torch.int32, device="cuda"
     )
-    torch.ops.vllm_dfloat.decode(packed.desc, packed.rows, packed.cols, out, status)
+    op(packed.desc, packed.rows, packed.cols, out, status)
     assert not status.any()
     return out[: packed.rows * packed.cols].view(packed.rows, packed.cols)
 
@@ -50,17 +53,24 @@ def test_gpu_decodes_layers_of_real_size(shape: tuple[int, int]) -> None:
     assert same_bits(rows, weight[ids])
 
 
-def test_gpu_decodes_into_a_captured_graph_and_sees_new_weights_after_a_reload() -> None:
+HELD = {"packed": (ops.pack, ops.decode), "dfloat11": (resident_units.pack, resident_units.decode)}
+
+
+@pytest.mark.parametrize("layout", HELD)
+def test_gpu_decodes_into_a_captured_graph_and_sees_new_weights_after_a_reload(
+    layout: str,
+) -> None:
     # Bug caught: a kernel argument that is baked into the graph instead of read from the descriptor.
+    pack, decode_held = HELD[layout]
     first, second = (to_torch(gaussian(512, 640, seed=s)).cuda() for s in (1, 2))
-    a, b = ops.pack(first, "a"), ops.pack(second, "b")
+    a, b = pack(first, "a"), pack(second, "b")
     out = torch.zeros(ops.padded_numel(512, 640), dtype=torch.bfloat16, device="cuda")
     status = torch.zeros(ops.num_tiles(512, 640), dtype=torch.int32, device="cuda")
-    ops.decode(a.desc, 512, 640, out, status)  # compiles
+    decode_held(a.desc, 512, 640, out, status)  # compiles
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        ops.decode(a.desc, 512, 640, out, status)
+        decode_held(a.desc, 512, 640, out, status)
     for source, weight in ((a, first), (b, second)):
         a.desc.copy_(source.desc)
         out.fill_(1.0)
@@ -98,3 +108,23 @@ def test_gpu_decodes_every_official_edge_case() -> None:
         assert np.array_equal(weights.cpu().view(torch.uint16).numpy(), decode_unit(unit)), (
             unit.name
         )
+
+
+@pytest.mark.parametrize("name", HARD)
+def test_gpu_decodes_every_hard_matrix_held_in_the_official_layout(name: str) -> None:
+    weight = to_torch(HARD[name]).cuda()
+    held = resident_units.pack(weight, name)
+    assert same_bits(decode(held, unlike(HARD[name]), torch.ops.vllm_dfloat.decode_unit), weight)
+
+
+@pytest.mark.parametrize("shape", [(4096, 4096), (4097, 1023), (128, 53248)])
+def test_gpu_decodes_layers_of_real_size_held_in_the_official_layout(
+    shape: tuple[int, int],
+) -> None:
+    bits = gaussian(*shape)
+    weight = to_torch(bits).cuda()
+    held = resident_units.pack(weight, "w")
+    assert same_bits(decode(held, unlike(bits), torch.ops.vllm_dfloat.decode_unit), weight)
+    ids = torch.tensor([0, shape[0] - 1, 7], device="cuda")
+    rows = torch.ops.vllm_dfloat.decode_unit_rows(held.desc, ids, *shape)
+    assert same_bits(rows, weight[ids])
