@@ -38,6 +38,8 @@ class LaunchConfig:
 
 
 DEFAULT = LaunchConfig()
+# Triton's interpreter runs a program at a time, each as NumPy calls: few large programs.
+INTERPRETED = LaunchConfig(decode_tiles_per_program=32, fused_gemv_tiles_per_program=32)
 
 # A part of the device's name, or its compute capability -> parameters. A name goes before a capability, the longest
 # name before the others, the default last.
@@ -64,7 +66,7 @@ def config_for(device_name: str, capability: tuple[int, int]) -> LaunchConfig:
 
 @lru_cache
 def config_of(device: torch.device) -> LaunchConfig:
-    """Return the launch parameters for a torch device; the default, and no CUDA call, for any but a CUDA device."""
+    """Return the launch parameters for a torch device; no CUDA call for any but a CUDA device."""
     if device.type != "cuda":
-        return DEFAULT
+        return INTERPRETED
     return config_for(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))

@@ -62,7 +62,7 @@ def _round(value):
 @triton.jit(do_not_specialize=["rows", "cols", "num_x"])
 def _sum_kernel(
     part_ptr,  # float32[num_tiles, SEGMENTS, ROWS]
-    bias_ptr,  # bfloat16[rows], not read unless HAS_BIAS
+    bias_ptr,  # bfloat16 or float32[rows], not read unless HAS_BIAS
     out_ptr,  # uint16[num_x, rows]                   BF16 bits
     rows,  # int32
     cols,  # int32
@@ -104,7 +104,7 @@ def matmul(
     Args:
         x: BF16 [num_x, cols], contiguous, 1 to 32 rows; `is_supported(cols)`.
         desc: int64 [4], describes w, BF16 [rows, cols] in the packed layout; validated when it was made.
-        bias: BF16 [rows] or None.
+        bias: BF16 or FP32 [rows], or None.
         cols: columns of w.
         code_bits: longest code of the payload.
         out: BF16 [num_x, rows], contiguous.

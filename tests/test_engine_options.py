@@ -74,7 +74,10 @@ def test_half_ignored_fused_layer_is_refused(bf16_checkpoint: Checkpoint) -> Non
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (options(ignored=["lm_head"]), "unknown option 'ignored'; expected ignore, layout, mode"),
+        (
+            options(ignored=["lm_head"]),
+            "unknown option 'ignored'; expected ignore, layout, mode, granularity",
+        ),
         (options(ignore="lm_head"), "ignore is 'lm_head'; expected a list"),
         (options(ignore=["re:("]), "no regular expression"),
         (options(mode="fast"), "mode: 'fast'; expected one of exact"),

@@ -161,7 +161,19 @@ def test_embedding_decodes_the_rows_asked_for(layout: str) -> None:
 def test_linear_op_passes_opcheck(layout: str, with_bias: bool) -> None:
     packed = layouts.BY_NAME[layout].pack(random_weight(384, COLS), "w")
     bias = random_weight(384) if with_bias else None
-    arguments = (random_weight(5, COLS), packed.desc, bias, 384, COLS, gemm.PLAIN, layout)
+    arguments = (
+        random_weight(5, COLS),
+        packed.desc,
+        bias,
+        384,
+        COLS,
+        gemm.PLAIN,
+        layout,
+        0,
+        None,
+        0,
+        0,
+    )
     torch.library.opcheck(gemm.op, arguments)
 
 

@@ -145,8 +145,10 @@ def test_weights_and_biases_that_do_not_fit_are_refused() -> None:
     with pytest.raises(UnsupportedError, match=r"weight \[4, 684\]; .* multiples of 8 columns"):
         fused.matmul(activations(1, 684), narrow.desc, 4, 684)
     packed = ops.pack(to_torch(gaussian(4, 2048)), "w")
-    with pytest.raises(UnsupportedError, match=r"bias torch.float32 \[4\]; expected BF16 \[4\]"):
-        fused.matmul(activations(1, 2048), packed.desc, 4, 2048, torch.zeros(4))
+    with pytest.raises(
+        UnsupportedError, match=r"bias torch.float16 \[4\]; expected BF16 or FP32 \[4\]"
+    ):
+        fused.matmul(activations(1, 2048), packed.desc, 4, 2048, torch.zeros(4).half())
 
 
 def test_every_supported_number_of_columns_fits_its_segments() -> None:

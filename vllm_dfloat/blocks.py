@@ -38,6 +38,18 @@ def block_table(descs: Sequence[torch.Tensor], shapes: Sequence[tuple[int, int]]
     return torch.tensor(rows, dtype=torch.int64, device="cpu").to(descs[0].device)
 
 
+def max_numel(device: torch.device) -> int:
+    """Return up to how many weights of a block one launch for all was measured to be faster; 0 for none.
+
+    It is a launch parameter of the device (kernels/configs.py); without Triton a launch costs nothing.
+    """
+    if not ops.uses_triton(device):
+        return 0
+    from vllm_dfloat.kernels.configs import config_of
+
+    return config_of(device).block_decode_max_numel
+
+
 def decode_block(
     table: torch.Tensor, num_tiles: int, out: torch.Tensor, status: torch.Tensor
 ) -> None:

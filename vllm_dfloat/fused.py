@@ -12,11 +12,30 @@ from vllm_dfloat.codec.decode import check_status
 from vllm_dfloat.errors import UnsupportedError
 
 
-def is_supported(cols: int) -> bool:
-    """Return whether `matmul` takes weights of `cols` columns: multiples of 8 from 688 on."""
-    from vllm_dfloat.kernels import matmul as kernels
+def max_rows(device: torch.device, cols: int) -> int:
+    """Return up to how many rows of activations `matmul` is to be used for weights of `cols` columns; 0 for none.
 
-    return kernels.is_supported(cols)
+    It is a launch parameter of the device (kernels/configs.py); without Triton, as on a CPU, nothing is fused.
+    """
+    if not ops.uses_triton(device):
+        return 0
+    from vllm_dfloat.kernels import configs, matmul
+
+    return configs.config_of(device).fused_max_rows if matmul.is_supported(cols) else 0
+
+
+def compiled_for(rows: int) -> list[int]:
+    """Return numbers of activations' rows, at most `rows`, that need every kernel there is for them."""
+    from vllm_dfloat.kernels.matmul import compiled_rows
+
+    return list({compiled_rows(num_x): num_x for num_x in range(1, rows + 1)}.values())
+
+
+def num_segments(cols: int) -> int:
+    """Return what kernels for weights of `cols` columns are compiled for besides."""
+    from vllm_dfloat.kernels.matmul_parts import num_segments
+
+    return num_segments(cols)
 
 
 def matmul(
@@ -35,7 +54,7 @@ def matmul(
         x: BF16 [num_x, cols], 1 to 32 rows, on the device of `desc`.
         desc: int64 [4], from a PackedWeight.
         rows, cols: its shape.
-        bias: BF16 [rows] or None.
+        bias: BF16 or FP32 [rows], or None.
         scratch: BF16 [>= padded_numel(rows, cols)] and int32 [>= num_tiles(rows, cols)], both overwritten; afterwards
             the second holds a status per tile, 0 or a sum of STATUS_* bits.
 
@@ -79,22 +98,25 @@ def _scratch(rows: int, cols: int, device: torch.device) -> tuple[torch.Tensor, 
 def _check(
     x: torch.Tensor, desc: torch.Tensor, rows: int, cols: int, bias: torch.Tensor | None
 ) -> None:
-    from vllm_dfloat.kernels.matmul import MAX_ROWS
+    from vllm_dfloat.kernels import matmul as kernels
+
+    most = kernels.MAX_ROWS
 
     found = f"activations {x.dtype} {list(x.shape)} on {x.device}"
     if x.dtype != torch.bfloat16 or x.dim() != 2 or x.shape[1] != cols or x.device != desc.device:
         raise UnsupportedError(
-            f"{found}; expected BF16 [1 to {MAX_ROWS}, {cols}] on {desc.device}. Convert or move them."
+            f"{found}; expected BF16 [1 to {most}, {cols}] on {desc.device}. Convert or move them."
         )
-    if not 1 <= x.shape[0] <= MAX_ROWS:
+    if not 1 <= x.shape[0] <= most:
         raise UnsupportedError(
-            f"{found}; the fused kernels multiply 1 to {MAX_ROWS} rows. Decode the weight and use a GEMM."
+            f"{found}; the fused kernels multiply 1 to {most} rows. Decode the weight and use a GEMM."
         )
-    if bias is not None and (bias.dtype != torch.bfloat16 or bias.shape != (rows,)):
+    kinds = (torch.bfloat16, torch.float32)
+    if bias is not None and (bias.dtype not in kinds or bias.shape != (rows,)):
         raise UnsupportedError(
-            f"bias {bias.dtype} {list(bias.shape)}; expected BF16 [{rows}]. Convert it."
+            f"bias {bias.dtype} {list(bias.shape)}; expected BF16 or FP32 [{rows}]. Convert it."
         )
-    if not is_supported(cols):
+    if not kernels.is_supported(cols):
         raise UnsupportedError(
             f"weight [{rows}, {cols}]; the fused kernels take multiples of 8 columns, at least 688. "
             "Decode the weight and use a GEMM."

@@ -8,12 +8,12 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.utils import set_weight_attrs
 
-from vllm_dfloat.integration import compat, gemm
+from vllm_dfloat.integration import compat
 from vllm_dfloat.integration.layouts import BY_NAME
 from vllm_dfloat.integration.packed import PackedMethod
 
 # vLLM's cache of compiled models knows this file's text and not the ops': count up when they mean something else.
-OP_REVISION = 2
+OP_REVISION = 3
 
 
 class DFloat11EmbeddingMethod(PackedMethod, QuantizeMethodBase):  # type: ignore[misc]  # vLLM is untyped
@@ -39,7 +39,7 @@ class DFloat11EmbeddingMethod(PackedMethod, QuantizeMethodBase):  # type: ignore
     def apply(
         self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        return gemm.op(x, layer.dfloat11_desc, bias, self.rows, self.cols, self.gemm, self.layout)
+        return self.multiply(layer, x, bias)
 
     def embedding(self, layer: torch.nn.Module, input_: torch.Tensor) -> torch.Tensor:
         ids = input_.reshape(-1)

@@ -1,7 +1,8 @@
 """The op `vllm_dfloat::linear`: decode a weight into the scratch and run on it the GEMM that BF16 vLLM would run.
 
 One opaque op, because a decode op of its own would be hoisted: Inductor would decode all layers of a block before the
-first GEMM.
+first GEMM. By choice it decodes a whole transformer block for the first of its layers, or multiplies a small batch
+straight from the packed weight.
 """
 
 import functools
@@ -10,7 +11,8 @@ from types import SimpleNamespace
 
 import torch
 
-from vllm_dfloat import ops
+from vllm_dfloat import blocks, fused, ops
+from vllm_dfloat.codec.layout import TILE_WEIGHTS
 from vllm_dfloat.integration import compat
 from vllm_dfloat.integration.layouts import BY_NAME
 from vllm_dfloat.scratch import scratch
@@ -70,18 +72,57 @@ def linear(
     cols: int,
     gemm: str,
     layout: str,
+    fused_rows: int,
+    block: torch.Tensor | None,
+    first_tile: int,
+    block_tiles: int,
 ) -> torch.Tensor:
     """Return x @ weight.T + bias for the weight [rows, cols] that `desc` describes.
+
+    Waits for nothing and allocates nothing but the result, once the scratch is reserved.
 
     Args:
         gemm: name of the GEMM, for `find_gemm`.
         layout: how the weight is held, a name in layouts.py.
-
-    Waits for nothing and allocates nothing but what the GEMM returns, once the scratch is reserved.
+        fused_rows: up to this many rows of x are multiplied without decoding the weight.
+        block: table of the transformer block that is decoded as a whole (blocks.py), or None.
+        first_tile, block_tiles: where the weight lies in the decoded block, and the size of all, in tiles.
     """
-    out, status = scratch.take(x.device, ops.padded_numel(rows, cols), compat.lane(x.device))
-    BY_NAME[layout].decode(desc, rows, cols, out, status)
+    lane = compat.lane(x.device)
+    if 0 < x.numel() <= fused_rows * cols:
+        memory = scratch.take(x.device, ops.padded_numel(rows, cols), lane)
+        y = fused.matmul(x.reshape(-1, cols), desc, rows, cols, bias, memory)
+        return y.view(*x.shape[:-1], rows)
+    if block is None:
+        out, status = scratch.take(x.device, ops.padded_numel(rows, cols), lane)
+        BY_NAME[layout].decode(desc, rows, cols, out, status)
+    else:
+        numel = block_tiles * TILE_WEIGHTS
+        (out, status), is_stale = scratch.take_for_block(
+            x.device, numel, block.data_ptr(), first_tile, lane
+        )
+        if is_stale:
+            blocks.decode_block(block, block_tiles, out, status)
+        out = out[first_tile * TILE_WEIGHTS :]
     return find_gemm(gemm)(x, out[: rows * cols].view(rows, cols), bias)
+
+
+_compiled: set[tuple[object, ...]] = set()
+
+
+def compile_fused(packed: ops.PackedWeight | None, bias: torch.Tensor | None, rows: int) -> None:
+    """Compile the fused kernels that a layer will need for up to `rows` rows of activations, on a GPU.
+
+    vLLM's own warm-up may not come across every number of rows, and nothing compiles while requests wait.
+    """
+    if packed is None or packed.desc.device.type != "cuda":
+        return
+    for num_x in fused.compiled_for(rows):
+        key = (packed.desc.device, fused.num_segments(packed.cols), bias is None, num_x)
+        if key not in _compiled:
+            _compiled.add(key)
+            x = torch.zeros(num_x, packed.cols, dtype=torch.bfloat16, device=packed.desc.device)
+            fused.multiply(packed, x, bias)
 
 
 def _linear_fake(
@@ -92,13 +133,18 @@ def _linear_fake(
     cols: int,
     gemm: str,
     layout: str,
+    fused_rows: int,
+    block: torch.Tensor | None,
+    first_tile: int,
+    block_tiles: int,
 ) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], rows))
 
 
 _library = torch.library.Library("vllm_dfloat", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(  # type: ignore[no-untyped-call]
-    "linear(Tensor x, Tensor desc, Tensor? bias, int rows, int cols, str gemm, str layout) -> Tensor"
+    "linear(Tensor x, Tensor desc, Tensor? bias, int rows, int cols, str gemm, str layout, int fused_rows, "
+    "Tensor? block, int first_tile, int block_tiles) -> Tensor"
 )
 for _key in ("CPU", "CUDA"):
     _library.impl("linear", linear, _key)  # type: ignore[no-untyped-call]

@@ -10,11 +10,11 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.parameter import ModelWeightParameter
 from vllm.model_executor.utils import set_weight_attrs
 
-from vllm_dfloat.integration import compat, gemm
+from vllm_dfloat.integration import compat
 from vllm_dfloat.integration.packed import PackedMethod
 
 # vLLM's cache of compiled models knows this file's text and not the op's: count up when `linear` means something else.
-OP_REVISION = 2
+OP_REVISION = 3
 
 
 @register_weight_loader_v2_supported_method
@@ -44,4 +44,4 @@ class DFloat11LinearMethod(PackedMethod, LinearMethodBase):  # type: ignore[misc
     def apply(
         self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        return gemm.op(x, layer.dfloat11_desc, bias, self.rows, self.cols, self.gemm, self.layout)
+        return self.multiply(layer, x, bias)

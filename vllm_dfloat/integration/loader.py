@@ -42,8 +42,12 @@ class _Reporting:
             vllm_config=vllm_config, model_config=model_config, prefix=prefix
         )
         if model_config.quantization == METHOD:
-            from vllm_dfloat.integration import report  # the ops, which other runs do not need
+            from vllm_dfloat.integration import (  # the ops, which other runs do not need
+                grouping,
+                report,
+            )
 
+            grouping.group_blocks(model)
             report.log_summary(model)
         return model
 

@@ -8,7 +8,8 @@ from typing import Any
 from vllm_dfloat.errors import UnsupportedError
 
 LAYOUTS = ("packed", "dfloat11")  # layouts.py has their functions
-MODES = ("exact",)
+MODES = ("exact", "fused")
+GRANULARITIES = ("auto", "layer", "block")
 
 
 @dataclass(frozen=True)
@@ -19,18 +20,22 @@ class Options:
         ignore: layers left in BF16: names, names with * and ?, or "re:" and a regular expression, as vLLM's
             online quantization takes them. A fused layer (qkv_proj) may be named itself or by all its parts.
         layout: how compressed weights are held: "packed", made for the kernel, or "dfloat11", the official one.
-        mode: "exact" gives the bits of BF16 vLLM.
+        mode: "exact" gives the bits of BF16 vLLM; "fused" multiplies small batches straight from packed weights.
+        granularity: decode a "layer" at a time, or all linear layers of a transformer "block" in one launch; "auto" is
+            what was measured to be faster for blocks of that size on that GPU (kernels/configs.py).
     """
 
     ignore: tuple[str, ...] = ()
     layout: str = "packed"
     mode: str = "exact"
+    granularity: str = "auto"
 
     def updated(self, given: Mapping[str, Any], where: str) -> "Options":
         """Return these options with the entries of `given` on top.
 
         Raises:
-            UnsupportedError: an unknown option, or a value it cannot take; `where` says whose it is.
+            UnsupportedError: an unknown option, a value it cannot take, or values that exclude each other; `where`
+                says whose they are.
         """
         merged = asdict(self)
         for name, value in given.items():
@@ -39,11 +44,19 @@ class Options:
                     f"{where}: unknown option {name!r}; expected {', '.join(merged)}. Correct or remove it."
                 )
             merged[name] = value
-        return Options(
+        options = Options(
             ignore=_patterns(merged["ignore"], where),
             layout=_one_of(LAYOUTS, merged["layout"], f"{where}: layout"),
             mode=_one_of(MODES, merged["mode"], f"{where}: mode"),
+            granularity=_one_of(GRANULARITIES, merged["granularity"], f"{where}: granularity"),
         )
+        for name, value in (("mode", "fused"), ("granularity", "block")):
+            if options.layout != "packed" and getattr(options, name) == value:
+                raise UnsupportedError(
+                    f"{where}: {name} {value!r} with layout {options.layout!r}; it needs layout 'packed'. "
+                    "Remove one of the two."
+                )
+        return options
 
 
 def _one_of(choices: tuple[str, ...], value: Any, where: str) -> str:

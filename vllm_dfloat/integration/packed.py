@@ -3,16 +3,16 @@
 import torch
 from torch.nn import Parameter
 
-from vllm_dfloat import ops
+from vllm_dfloat import fused, ops
 from vllm_dfloat.errors import UnsupportedError
-from vllm_dfloat.integration import compat
-from vllm_dfloat.integration.gemm import BATCH_INVARIANT, PLAIN, settle_bias
+from vllm_dfloat.integration import compat, gemm
 from vllm_dfloat.integration.layouts import BY_NAME
 from vllm_dfloat.integration.options import Options
 from vllm_dfloat.scratch import MAIN_LANE, scratch
 
 PACKED = "dfloat11"  # the attribute of a compressed layer that holds its PackedWeight
 DESC = "dfloat11_desc"  # and the parameter that tells the ops where it lies
+BLOCK = "dfloat11_block"  # and the buffer of a layer that is decoded with its whole block
 PROCESSED = "_already_called_process_weights_after_loading"  # vLLM's flag; it deletes it on reload
 
 
@@ -37,7 +37,11 @@ class PackedMethod:
         config = compat.current_config()
         self.name = name
         self.layout = options.layout
-        self.gemm = BATCH_INVARIANT if compat.is_batch_invariant() else self._backend(config)
+        self.mode = options.mode
+        self.granularity = options.granularity
+        self.fused_rows = 0
+        self.place_in_block = 0, 0  # first tile, tiles of the whole block
+        self.gemm = gemm.BATCH_INVARIANT if compat.is_batch_invariant() else self._backend(config)
         self.lanes = compat.lanes(config)
         load_config = getattr(config, "load_config", None)
         self.makes_up_weights = getattr(load_config, "load_format", None) == "dummy"
@@ -47,15 +51,15 @@ class PackedMethod:
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         if getattr(layer, PROCESSED, False):
-            self._reserve_scratch(layer)
+            self._finish(layer)
             return
         weight = layer.get_parameter("weight").data
         if not self.makes_up_weights:
             self._check_arrived(layer, weight)
         if getattr(layer, "_cpu_skip_gemm_dispatch", False):  # vLLM's wish for MLA's kv_b_proj
-            self.gemm = PLAIN
+            self.gemm = gemm.PLAIN
         else:
-            settle_bias(layer)
+            gemm.settle_bias(layer)
         packed = BY_NAME[self.layout].pack(weight, self.name)
         del weight
         self._replace_weight(layer, packed)
@@ -83,10 +87,29 @@ class PackedMethod:
         layer.__dict__[PROCESSED] = True
         scratch.require(device, ops.padded_numel(self.rows, self.cols))
 
-    def _reserve_scratch(self, layer: torch.nn.Module) -> None:
+    def _finish(self, layer: torch.nn.Module) -> None:
         # Now all layers are known; later vLLM measures what is left for the KV cache.
         device = layer.get_parameter("weight").device
+        self.reserve_scratch(device)
+        if (
+            self.mode == "fused" and self.gemm != gemm.PLAIN
+        ):  # PLAIN: the result must be the weight itself
+            self.fused_rows = fused.max_rows(device, self.cols)
+            bias = getattr(layer, "bias", None)
+            gemm.compile_fused(packed_of(layer), bias, self.fused_rows)
+
+    def reserve_scratch(self, device: torch.device) -> None:
+        """Allocate the buffers of all lanes for the largest layer or block noted."""
         scratch.reserve(device, self.lanes if device.type == "cuda" else (MAIN_LANE,))
+
+    def multiply(
+        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return x @ weight.T + bias."""
+        return gemm.op(
+            x, layer.dfloat11_desc, bias, self.rows, self.cols, self.gemm, self.layout,
+            self.fused_rows, getattr(layer, BLOCK, None), *self.place_in_block,
+        )  # fmt: skip
 
     def dequantize_weight(self, layer: torch.nn.Module) -> torch.Tensor:
         """Return the BF16 weight, for vLLM's callers that must see it."""

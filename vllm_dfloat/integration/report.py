@@ -22,6 +22,8 @@ class Summary:
         num_layers: linear and embedding layers, ignored ones included.
         num_compressed: how many of them are held compressed.
         layout: how, a name in layouts.py.
+        is_fused: whether mode "fused" was asked for.
+        fused_rows: of the layers that use it, up to how many rows of activations.
         raw_names: layers that coding would not have made smaller, held as BF16.
         weights, packed_bytes: of the compressed layers.
         bf16_bytes: all parameters as BF16 vLLM would hold them.
@@ -32,6 +34,8 @@ class Summary:
     num_layers: int
     num_compressed: int
     layout: str
+    is_fused: bool
+    fused_rows: tuple[int, ...]
     raw_names: tuple[str, ...]
     weights: int
     packed_bytes: int
@@ -59,7 +63,8 @@ def summarize(model: torch.nn.Module) -> Summary:
     """Return what a loaded model holds. Tied layers count once."""
     layers: list[Any] = [module for module in model.modules() if is_weight_layer(module)]
     held = [w for layer in layers if (w := packed_of(layer)) is not None]
-    layouts = {layer.quant_method.layout for layer in layers if packed_of(layer) is not None}
+    methods = [layer.quant_method for layer in layers if packed_of(layer) is not None]
+    layouts = {method.layout for method in methods}
     packed = [weight for weight in held if not weight.is_raw]
     plain_bytes = sum(parameter.nbytes for parameter in model.parameters())
     desc_bytes = sum(weight.desc.nbytes for weight in held)
@@ -68,6 +73,8 @@ def summarize(model: torch.nn.Module) -> Summary:
         num_layers=len(layers),
         num_compressed=len(packed),
         layout=layouts.pop() if layouts else DEFAULT_LAYOUT,
+        is_fused=any(method.mode == "fused" for method in methods),
+        fused_rows=tuple(method.fused_rows for method in methods if method.fused_rows),
         raw_names=tuple(weight.name for weight in held if weight.is_raw),
         weights=sum(weight.rows * weight.cols for weight in packed),
         packed_bytes=sum(weight.num_bytes for weight in packed),
@@ -89,5 +96,12 @@ def log_summary(model: torch.nn.Module) -> None:
     """Log what was compressed, one line per rank, and a line naming layers that would not shrink, if any."""
     summary = summarize(model)
     logger.info("dfloat11: %s", summary)
+    if summary.is_fused:
+        logger.info(
+            "dfloat11: fused for up to %d rows of activations in %d of %d layers",
+            max(summary.fused_rows, default=0),
+            len(summary.fused_rows),
+            summary.num_layers,
+        )
     if summary.raw_names:
         logger.info("dfloat11: held as BF16, would not shrink: %s", ", ".join(summary.raw_names))

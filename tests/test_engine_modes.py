@@ -1,0 +1,114 @@
+"""Whole blocks decoded at once, to the last bit as BF16 vLLM; and small batches multiplied without decoding, nearly."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+from conftest import Checkpoint
+from engines import Answers, answers, ask, engine
+
+from vllm_dfloat.integration import packed
+from vllm_dfloat.scratch import scratch
+
+pytestmark = pytest.mark.engine
+
+
+def options(**given: Any) -> dict[str, Any]:
+    return dict(quantization="dfloat11", additional_config={"dfloat11": given})
+
+
+BLOCKWISE = options(granularity="block")
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "phi3"])
+@pytest.mark.parametrize("enforce_eager", [True, False])
+def test_engine_that_decodes_whole_blocks_answers_as_bf16_vllm(
+    name: str, enforce_eager: bool, bf16_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_CPU_CI_ENV", "1")  # Dynamo traces, without Inductor's C++ compiles
+    model, mode = bf16_checkpoint(name), dict(enforce_eager=enforce_eager)
+    assert answers(model, **BLOCKWISE, **mode) == answers(model, **mode)
+
+
+def test_every_pass_decodes_every_block_once(
+    bf16_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Bug caught: blocks that are never grouped, and answer just as well.
+    decoded: list[bool] = []
+    take = scratch.take_for_block
+
+    def watched(*arguments: Any) -> Any:
+        buffers, is_stale = take(*arguments)
+        decoded.append(is_stale)
+        return buffers, is_stale
+
+    with engine(bf16_checkpoint("llama"), **BLOCKWISE) as llm:
+        monkeypatch.setattr(scratch, "take_for_block", watched)
+        ask(llm, num_tokens=3)
+        model = llm.llm_engine.model_executor.driver_worker.get_model()
+        tables = {name for name, _ in model.named_buffers() if name.endswith(packed.BLOCK)}
+    assert len(tables) == 2  # a block's layers share a table
+    assert decoded == [True, False, False, False] * (len(decoded) // 4)
+    assert len(decoded) >= 2 * 3 * 4  # two blocks of four layers, three passes
+
+
+def test_reloaded_engine_decodes_the_new_blocks(
+    bf16_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    other = tiny_models.save("llama", tmp_path / "other", seed=7)
+    with engine(bf16_checkpoint("llama"), **BLOCKWISE) as llm:
+        before = ask(llm)
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": str(other)})
+        after = ask(llm)
+    assert after != before
+    assert after == answers(other)
+
+
+def test_model_of_one_block_is_decoded_in_every_pass(tmp_path: Path) -> None:
+    model = tiny_models.save("llama", tmp_path, num_hidden_layers=1)
+    assert answers(model, **BLOCKWISE) == answers(model)
+
+
+def largest_difference(a: Answers, b: Answers) -> float:
+    """Return how far logprobs of the same prompts are apart, up to where the sampled tokens part."""
+    differences = [0.0]
+    for one, other in zip(a, b, strict=True):
+        rows = [*zip(one["prompt_logprobs"], other["prompt_logprobs"], strict=True)]
+        for step, pair in enumerate(zip(one["logprobs"], other["logprobs"], strict=True)):
+            if one["tokens"][:step] == other["tokens"][:step]:
+                rows.append(pair)
+        for left, right in rows:
+            differences += [abs(x - y) for (_, x), (_, y) in zip(left, right, strict=True)]
+    return max(differences)
+
+
+@pytest.fixture(scope="module")
+def narrow_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a model as small as the fused kernels take: they run in Triton's interpreter here."""
+    shape = dict(num_hidden_layers=1, hidden_size=704, intermediate_size=704, head_dim=64)
+    path = tmp_path_factory.mktemp("narrow")
+    return tiny_models.save("qwen2", path, num_attention_heads=11, num_key_value_heads=1, **shape)
+
+
+def test_fused_engine_answers_nearly_as_bf16_vllm_and_always_the_same(
+    narrow_model: Path, log_lines: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [[5, 9, 40]]  # 3 rows of activations, then 1
+    with engine(narrow_model) as llm:
+        expected = ask(llm, prompts, num_tokens=2)
+    monkeypatch.setenv("VLLM_DFLOAT_BACKEND", "triton")
+    with engine(narrow_model, **options(mode="fused"), max_num_batched_tokens=128) as llm:
+        first = ask(llm, prompts, num_tokens=2)
+        assert ask(llm, prompts, num_tokens=2) == first
+    assert "dfloat11: fused for up to 16 rows of activations in 5 of 5 layers" in log_lines
+    # Logits of this model are of size 1, and BF16 has 8 bits; a wrong weight gives differences of size 1.
+    assert 0 < largest_difference(first, expected) < 0.1
+
+
+def test_fused_mode_without_triton_decodes_exactly_and_says_so(
+    bf16_checkpoint: Checkpoint, log_lines: list[str]
+) -> None:
+    model = bf16_checkpoint("llama")
+    assert answers(model, **options(mode="fused")) == answers(model)
+    assert "dfloat11: fused for up to 0 rows of activations in 0 of 10 layers" in log_lines
