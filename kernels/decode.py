@@ -123,6 +123,14 @@ def _lane_starts(payload, tile, num_tiles, num_words, CODE_BITS: tl.constexpr):
 
 
 @triton.jit
+def _tile_status(bit, end, is_full):
+    """Return the status of tiles [TILES, 1] from the last and expected last bits of their lanes [TILES, LANES]."""
+    used = (bit + (LANE_LENGTH_UNIT - 1)) // LANE_LENGTH_UNIT * LANE_LENGTH_UNIT
+    wrong = tl.max((used != end).to(tl.int32), axis=1, keep_dims=True) * STATUS_LANE_END
+    return wrong + (1 - is_full.to(tl.int32)) * STATUS_TILE_END
+
+
+@triton.jit
 def _decode_tiles(
     desc_ptr, tile, num_tiles, out_ptr, status_ptr, CODE_BITS: tl.constexpr, TILES: tl.constexpr
 ):
@@ -158,10 +166,7 @@ def _decode_tiles(
                     c, d = _merge(sm3, e2, e3)
                 offset = ((lane + (half * 2 + k) * LANES) * 4)[:, :, None] + quad
                 tl.store(out_base + offset, _interleave(a, b, c, d))
-        used = (bit + (LANE_LENGTH_UNIT - 1)) // LANE_LENGTH_UNIT * LANE_LENGTH_UNIT
-        wrong = tl.max((used != end).to(tl.int32), axis=1, keep_dims=True) * STATUS_LANE_END
-        wrong += (1 - is_full.to(tl.int32)) * STATUS_TILE_END
-        tl.store(status_ptr + tile, wrong)
+        tl.store(status_ptr + tile, _tile_status(bit, end, is_full))
 
 
 # Sizes are not specialized: a layer of another size must not compile another kernel while requests wait.
@@ -191,6 +196,7 @@ def _decode_rows_kernel(
     desc_ptr,  # int64[4]                        see above
     ids_ptr,  # int64[num_ids]                  rows asked for
     out_ptr,  # uint16[num_ids, cols]           BF16 bits
+    status_ptr,  # int32[num_ids, tiles a row can touch]    0, or a sum of STATUS_* bits; or None
     rows,  # int32
     cols,  # int32
     CODE_BITS: tl.constexpr,
@@ -206,6 +212,7 @@ def _decode_rows_kernel(
     row = tl.minimum(tl.maximum(tl.load(ids_ptr + tl.program_id(0)), 0), rows - 1)
     first = row * cols
     nearest = first // TILE_WEIGHTS + tl.program_id(1)
+    status = tl.zeros([1, 1], tl.int32)
     if nearest * TILE_WEIGHTS < first + cols:
         tile = nearest + tl.zeros([1, 1], tl.int64)
         lane = tl.arange(0, LANES)[None, :]
@@ -221,7 +228,7 @@ def _decode_rows_kernel(
                 value = tl.load(_section(payload, 0, tl.uint16) + weight, mask=mask, other=0)
                 tl.store(out_ptr + shift + weight, value, mask=mask)
         else:
-            words, bit, _, _ = _lane_starts(payload, tile, num_tiles, num_words, CODE_BITS)
+            words, bit, end, is_full = _lane_starts(payload, tile, num_tiles, num_words, CODE_BITS)
             lut = _section(payload, 0, tl.uint16)
             plane = _section(payload, 2 << CODE_BITS, tl.uint32) + tile * (TILE_WEIGHTS // 4)
             for step in tl.static_range(STEPS):
@@ -235,6 +242,10 @@ def _decode_rows_kernel(
                 weight = (tile * TILE_WEIGHTS)[:, :, None, None] + word[:, :, :, None] * 2 + half
                 mask = (weight >= first) & (weight < first + cols)
                 tl.store(out_ptr + shift + weight, halves, mask=mask)
+            status = _tile_status(bit, end, is_full)
+    if status_ptr is not None:
+        place = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+        tl.store(status_ptr + place + tl.zeros_like(status), status)
 
 
 def decode(
@@ -262,17 +273,59 @@ def decode(
         )  # fmt: skip
 
 
+def tiles_per_row(cols: int) -> int:
+    """Return how many tiles a row of `cols` weights touches at most: it starts anywhere in its first tile."""
+    return (cols - 2) // layout.TILE_WEIGHTS + 2 if cols > 1 else 1
+
+
 def decode_rows(
-    desc: torch.Tensor, ids: torch.Tensor, rows: int, cols: int, code_bits: int, out: torch.Tensor
+    desc: torch.Tensor,
+    ids: torch.Tensor,
+    rows: int,
+    cols: int,
+    code_bits: int,
+    out: torch.Tensor,
+    status: torch.Tensor | None = None,
 ) -> None:
-    """Decode rows `ids` (int64 [n]) of the matrix that `desc` describes into `out`, BF16 [n, cols]."""
+    """Decode chosen rows of the matrix [rows, cols] that `desc` describes; allocates nothing and waits for nothing.
+
+    Args:
+        desc: int64 [4] on the device; the payload it points to was validated when it was made.
+        ids: int64 [n], the rows.
+        rows, cols: shape of the matrix.
+        code_bits: longest code of the payload.
+        out: BF16 [n, cols], contiguous.
+        status: int32 [n, tiles_per_row(cols)], contiguous; 0 per tile, or a sum of STATUS_* bits. None: not wanted.
+    """
     if out.numel():
-        # A row of cols weights starts anywhere in its first tile.
-        tiles_per_row = (cols - 2) // layout.TILE_WEIGHTS + 2 if cols > 1 else 1
-        _decode_rows_kernel[(ids.numel(), tiles_per_row)](
-            desc, ids, out.view(torch.uint16), rows, cols, code_bits, num_warps=1
+        _decode_rows_kernel[(ids.numel(), tiles_per_row(cols))](
+            desc, ids, out.view(torch.uint16), status, rows, cols, code_bits, num_warps=1
         )
 
+
+_ROWS_SPECS = [
+    CompileSpec(
+        name=name,
+        fn=_decode_rows_kernel,
+        signature={
+            "desc_ptr": "*i64",
+            "ids_ptr": "*i64",
+            "out_ptr": "*u16",
+            "status_ptr": status_type,
+            "rows": "i32",
+            "cols": "i32",
+            "CODE_BITS": "constexpr",
+        },
+        constexprs={"CODE_BITS": layout.CODE_BITS, **absent},
+        aligned_args=("desc_ptr", "ids_ptr", "out_ptr"),
+        num_warps=1,
+        weights_per_program=layout.TILE_WEIGHTS,
+    )
+    for name, status_type, absent in (
+        ("decode_rows", "constexpr", {"status_ptr": None}),
+        ("decode_rows_status", "*i32", {}),
+    )
+]
 
 COMPILE_SPECS = [
     CompileSpec(
@@ -291,20 +344,5 @@ COMPILE_SPECS = [
         num_warps=TILES_PER_PROGRAM,
         weights_per_program=TILES_PER_PROGRAM * layout.TILE_WEIGHTS,
     ),
-    CompileSpec(
-        name="decode_rows",
-        fn=_decode_rows_kernel,
-        signature={
-            "desc_ptr": "*i64",
-            "ids_ptr": "*i64",
-            "out_ptr": "*u16",
-            "rows": "i32",
-            "cols": "i32",
-            "CODE_BITS": "constexpr",
-        },
-        constexprs={"CODE_BITS": layout.CODE_BITS},
-        aligned_args=("desc_ptr", "ids_ptr", "out_ptr"),
-        num_warps=1,
-        weights_per_program=layout.TILE_WEIGHTS,
-    ),
+    *_ROWS_SPECS,
 ]

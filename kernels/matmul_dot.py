@@ -18,8 +18,9 @@ from vllm_dfloat.kernels.decode import (
     _lane_starts,
     _merge,
     _section,
+    _tile_status,
 )
-from vllm_dfloat.kernels.matmul_parts import _end_of_tile, _store_sums, _wrap
+from vllm_dfloat.kernels.matmul_parts import _store_sums, _wrap
 
 STEP_WEIGHTS = tl.constexpr(layout.STEP_WEIGHTS)
 STEP_COLUMNS = tl.constexpr(layout.LANES * layout.STEP_WEIGHTS)  # weights of a tile in one step
@@ -137,7 +138,7 @@ def _dot_kernel(
                     acc0, acc1, acc2, acc3, weights, x_ptr,
                     columns + (half * 2 + k) * LANES, cols, num_x, ROWS, SEGMENTS,
                 )  # fmt: skip
-        tl.store(status_ptr + tile, _end_of_tile(bit, end, is_full))
+        tl.store(status_ptr + tile, _tile_status(bit, end, is_full))
     exists = wanted < num_tiles
     _store_sums(part_ptr, tile, exists, acc0, 0, ROWS, SEGMENTS)
     if SEGMENTS > 1:

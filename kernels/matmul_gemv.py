@@ -18,8 +18,9 @@ from vllm_dfloat.kernels.decode import (
     _lane_starts,
     _merge,
     _section,
+    _tile_status,
 )
-from vllm_dfloat.kernels.matmul_parts import _end_of_tile, _store_sums, _wrap
+from vllm_dfloat.kernels.matmul_parts import _store_sums, _wrap
 
 STEP_WEIGHTS = tl.constexpr(layout.STEP_WEIGHTS)
 
@@ -157,7 +158,7 @@ def _gemv_kernel(
                 column, segment = _wrap(start + group, cols, SEGMENTS)
                 dots = _dots_of_eight(a, b, c, d, x_ptr, column, cols, num_x, TILES, ROWS)
                 acc0, acc1, acc2, acc3 = _add(acc0, acc1, acc2, acc3, dots, segment, SEGMENTS)
-        tl.store(status_ptr + tile, _end_of_tile(bit, end, is_full))
+        tl.store(status_ptr + tile, _tile_status(bit, end, is_full))
     everywhere = tile >= 0
     _store_sums(part_ptr, tile, everywhere, tl.sum(acc0, axis=1), 0, ROWS, SEGMENTS)
     if SEGMENTS > 1:

@@ -8,9 +8,7 @@ import triton
 import triton.language as tl
 
 from vllm_dfloat.codec import layout
-from vllm_dfloat.kernels.decode import STATUS_LANE_END, STATUS_TILE_END
 
-LANE_LENGTH_UNIT = tl.constexpr(layout.LANE_LENGTH_UNIT)
 MAX_SEGMENTS = 4
 
 
@@ -45,11 +43,3 @@ def _store_sums(
     """Store sums [TILES, ROWS] of one segment of tiles int64 [TILES, 1] in float32[num_tiles, SEGMENTS, ROWS]."""
     row = tl.arange(0, ROWS)[None, :]
     tl.store(part_ptr + (tile * SEGMENTS + segment) * ROWS + row, sums, mask=is_stored)
-
-
-@triton.jit
-def _end_of_tile(bit, end, is_full):
-    """Return the status of tiles [TILES, 1], as the decode kernel does."""
-    used = (bit + (LANE_LENGTH_UNIT - 1)) // LANE_LENGTH_UNIT * LANE_LENGTH_UNIT
-    wrong = tl.max((used != end).to(tl.int32), axis=1, keep_dims=True) * STATUS_LANE_END
-    return wrong + (1 - is_full.to(tl.int32)) * STATUS_TILE_END

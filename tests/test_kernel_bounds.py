@@ -56,7 +56,7 @@ def run(kernel, payload, at_end):
     elif kernel == "decode_rows":
         ids = guarded(np.array([0, ROWS - 1, 2, -1, ROWS, 1 << 62]))  # vLLM masks ids outside afterwards
         rows = guarded(np.full((6, COLS), 0x7FC1, np.uint16), at_end).view(torch.bfloat16)
-        status = guarded(np.full(6, -1, np.int32), at_end)
+        status = guarded(np.full((6, decode.tiles_per_row(COLS)), -1, np.int32), at_end)
         decode.decode_rows(desc, ids, ROWS, COLS, BITS, rows, status)
         out = rows[:3].reshape(-1)
     else:

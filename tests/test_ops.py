@@ -8,6 +8,7 @@ import torch
 from helpers import gaussian, hard_matrices, same_bits, to_torch, unlike
 
 from vllm_dfloat import ops
+from vllm_dfloat.codec import layout
 from vllm_dfloat.errors import DeviceError, FormatError, UnsupportedError
 from vllm_dfloat.scratch import ScratchArena
 
@@ -104,6 +105,26 @@ def test_unpack_reports_a_corrupt_payload_by_name() -> None:
     packed.payload[-2000] ^= 0xFF
     with pytest.raises(FormatError, match=r"layers\.0\.w: tile .* ended with status"):
         ops.unpack(packed)
+
+
+@pytest.mark.parametrize("backend", ["numba", "triton"])
+def test_unpacked_rows_are_the_rows_or_an_error_with_the_name(backend: str) -> None:
+    bits = gaussian(6, 3000)
+    packed = ops.pack(to_torch(bits), "model.embed")
+    with mock.patch.dict(os.environ, VLLM_DFLOAT_BACKEND=backend):
+        ids = torch.tensor([5, 0, 5])
+        assert same_bits(ops.unpack_rows(packed, ids), to_torch(bits[[5, 0, 5]]))
+        assert ops.unpack_rows(packed, ids[:0]).shape == (0, 3000)
+        with pytest.raises(
+            IndexError, match=r"model\.embed: rows -1 to 5 asked for; the matrix has 6"
+        ):
+            ops.unpack_rows(packed, torch.tensor([5, -1]))
+        # The last word with codes belongs to the last tile, which only the last row touches.
+        packed.payload[-4 * layout.PAD_WORDS - 1] ^= 0xFF
+        packed.payload[-4 * layout.PAD_WORDS - 8] ^= 0xFF
+        assert same_bits(ops.unpack_rows(packed, torch.tensor([0])), to_torch(bits[:1]))
+        with pytest.raises(FormatError, match=r"model\.embed: row 1 ended with status 1 \(2 of 3"):
+            ops.unpack_rows(packed, torch.tensor([0, 5, 5]))
 
 
 def test_scratch_is_one_buffer_for_all_layers_and_one_more_per_lane() -> None:

@@ -125,14 +125,14 @@ def uses_triton(device: torch.device) -> bool:
     return device.type == "cuda" if not backend else backend == "triton"
 
 
-def _packed_at(desc: torch.Tensor, rows: int, cols: int) -> PackedTensor:
+def _packed_at(desc: torch.Tensor, rows: int, cols: int, name: str = "") -> PackedTensor:
     """Return the packed matrix that a descriptor in CPU memory points to, without a copy."""
     address, kind, num_words, code_bits = desc.tolist()
     lay = PackedLayout(rows, cols, 0 if kind == KIND_RAW else num_words, code_bits)
     if not lay.num_bytes:
-        return PackedTensor(lay, np.empty(0, np.uint8))
+        return PackedTensor(lay, np.empty(0, np.uint8), name)
     view = (ctypes.c_uint8 * lay.num_bytes).from_address(address)
-    return PackedTensor(lay, np.ctypeslib.as_array(view))
+    return PackedTensor(lay, np.ctypeslib.as_array(view), name)
 
 
 def decode(
@@ -181,6 +181,33 @@ def unpack(packed: PackedWeight) -> torch.Tensor:
     decode(packed.desc, packed.rows, packed.cols, out, status)
     check_status(status.cpu().numpy(), packed.name)
     return out[: packed.rows * packed.cols].view(packed.rows, packed.cols)
+
+
+def unpack_rows(packed: PackedWeight, ids: torch.Tensor) -> torch.Tensor:
+    """Return rows `ids`, int64 [n], as BF16 [n, cols], the status of every tile they touch checked.
+
+    Raises:
+        IndexError: a row outside the matrix.
+        FormatError: a touched tile's codes contradict its lane lengths.
+    """
+    rows, cols, name = packed.rows, packed.cols, packed.name
+    if ids.numel() and not (ids.min() >= 0 and ids.max() < rows):
+        raise IndexError(
+            f"{name or 'weight'}: rows {ids.min()} to {ids.max()} asked for; the matrix has {rows}"
+        )
+    if not uses_triton(ids.device):
+        bits = _decode_rows_numba(_packed_at(packed.desc, rows, cols, name), ids.numpy())
+        return torch.from_numpy(bits).view(torch.bfloat16)
+    from vllm_dfloat.kernels import decode as kernels
+
+    out = torch.empty(ids.numel(), cols, dtype=torch.bfloat16, device=ids.device)
+    if out.numel():
+        shape = ids.numel(), kernels.tiles_per_row(cols)
+        status = torch.full(shape, -1, dtype=torch.int32, device=ids.device)
+        kernels.decode_rows(packed.desc, ids, rows, cols, layout.CODE_BITS, out, status)
+        first_wrong = status.gather(1, (status != 0).int().argmax(1, keepdim=True)).view(-1)
+        check_status(first_wrong.cpu().numpy(), name, "row")
+    return out
 
 
 _library = torch.library.Library("vllm_dfloat", "FRAGMENT")  # type: ignore[no-untyped-call]
