@@ -4,6 +4,8 @@
 changes a bit of a decoded weight; those of the fused kernel may change the order of its additions.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -17,7 +19,8 @@ class LaunchConfig:
     Attributes:
         decode_tiles_per_program: tiles, and warps, of a program that decodes the packed layout; a power of two.
         rows_num_warps: warps of a program that decodes chosen rows.
-        dfloat11_num_warps: warps of a program that decodes a block of the official layout.
+        dfloat11_num_warps: warps of a program that decodes a block of the official layout; with 4, look-ups of 4
+            windows overlap in a thread, and nothing spills.
         fused_gemv_tiles_per_program: tiles of a program of the fused kernel without tensor cores.
         fused_dot_rows: output rows of a program of the fused kernel with tensor cores.
         fused_dot_num_warps: warps of such a program.
@@ -64,9 +67,26 @@ def config_for(device_name: str, capability: tuple[int, int]) -> LaunchConfig:
     return CONFIGS.get(capability, DEFAULT)
 
 
-@lru_cache
+_overriding: list[LaunchConfig] = []
+
+
+@contextmanager
+def override(config: LaunchConfig) -> Iterator[None]:
+    """Launch with these parameters on every device inside the `with` block: how tuning tries them. One thread only."""
+    _overriding.append(config)
+    try:
+        yield
+    finally:
+        _overriding.pop()
+
+
 def config_of(device: torch.device) -> LaunchConfig:
     """Return the launch parameters for a torch device; no CUDA call for any but a CUDA device."""
+    return _overriding[-1] if _overriding else _config_of(device)
+
+
+@lru_cache
+def _config_of(device: torch.device) -> LaunchConfig:
     if device.type != "cuda":
         return INTERPRETED
     return config_for(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))

@@ -25,6 +25,7 @@ import triton.language as tl
 
 from vllm_dfloat.codec import layout
 from vllm_dfloat.kernels.compile_spec import CompileSpec
+from vllm_dfloat.kernels.configs import DEFAULT, config_of
 from vllm_dfloat.kernels.dfloat11_block import BLOCK_BYTES, MIN_BLOCK_WEIGHTS, decode_block
 
 PROGRAM_WEIGHTS = (
@@ -38,7 +39,6 @@ _ROW_PART = tl.constexpr(1024)  # weights of a raw row that one program copies; 
 _SEARCH_STEPS = tl.constexpr(19)  # a stream of less than 2**31 bytes has at most 2**19 blocks
 _FIRST_STEP = tl.constexpr(1 << 18)
 
-NUM_WARPS = 4  # 4 windows per thread: look-ups overlap, and nothing spills
 TYPICAL_BLOCK_WEIGHTS = 12_400  # at 2.64 bits per code
 
 
@@ -90,7 +90,7 @@ def decode(
         sign_mantissa.numel(),
         num_blocks,
         tables.numel() // 256,
-        num_warps=NUM_WARPS,
+        num_warps=config_of(out.device).dfloat11_num_warps,
     )
 
 
@@ -245,8 +245,9 @@ def decode_resident(
         status: int32, at least one word per 2048 weights; word b becomes that of block b, all others 0.
     """
     if num_weights:
+        warps = config_of(out.device).dfloat11_num_warps
         _decode_resident_kernel[(triton.cdiv(num_weights, PROGRAM_WEIGHTS),)](
-            desc, out.view(torch.int16), status, num_weights, num_warps=NUM_WARPS
+            desc, out.view(torch.int16), status, num_weights, num_warps=warps
         )
 
 
@@ -257,8 +258,9 @@ def decode_resident_rows(
     if out.numel():
         # A row may begin with the last weight of a block and end with the first of another.
         blocks_per_row = cols // MIN_BLOCK_WEIGHTS + 2
+        warps = config_of(out.device).dfloat11_num_warps
         _decode_resident_rows_kernel[(ids.numel(), blocks_per_row)](
-            desc, ids, out.view(torch.int16), rows, cols, num_warps=NUM_WARPS
+            desc, ids, out.view(torch.int16), rows, cols, num_warps=warps
         )
 
 
@@ -280,7 +282,7 @@ COMPILE_SPECS = [
             "num_rows": "i32",
         },
         aligned_args=("stream_ptr", "sign_mantissa_ptr", "tables_ptr", "out_ptr"),
-        num_warps=NUM_WARPS,
+        num_warps=DEFAULT.dfloat11_num_warps,
         weights_per_program=TYPICAL_BLOCK_WEIGHTS,
     ),
     CompileSpec(
@@ -293,7 +295,7 @@ COMPILE_SPECS = [
             "num_weights": "i32",
         },
         aligned_args=("desc_ptr", "out_ptr", "status_ptr"),
-        num_warps=NUM_WARPS,
+        num_warps=DEFAULT.dfloat11_num_warps,
         weights_per_program=TYPICAL_BLOCK_WEIGHTS,
     ),
     CompileSpec(
@@ -307,7 +309,7 @@ COMPILE_SPECS = [
             "cols": "i32",
         },
         aligned_args=("desc_ptr", "ids_ptr", "out_ptr"),
-        num_warps=NUM_WARPS,
+        num_warps=DEFAULT.dfloat11_num_warps,
         weights_per_program=TYPICAL_BLOCK_WEIGHTS,
     ),
 ]

@@ -1,5 +1,6 @@
 """Launch parameters: which entry a device gets, and that every entry can be launched."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -10,7 +11,15 @@ import pytest
 import torch
 
 from vllm_dfloat.kernels import configs
-from vllm_dfloat.kernels.configs import CONFIGS, DEFAULT, LaunchConfig, config_for, config_of
+from vllm_dfloat.kernels.configs import (
+    CONFIGS,
+    DEFAULT,
+    INTERPRETED,
+    LaunchConfig,
+    config_for,
+    config_of,
+    override,
+)
 
 ROOT = Path(__file__).parents[1]
 WARPS = ("rows_num_warps", "dfloat11_num_warps", "fused_dot_num_warps")
@@ -30,9 +39,20 @@ def test_a_name_goes_before_a_capability_and_a_longer_name_before_a_shorter_one(
     assert config_for("NVIDIA of tomorrow", (12, 3)) is DEFAULT
 
 
-def test_a_device_that_is_not_cuda_gets_the_default() -> None:
-    assert config_of(torch.device("cpu")) is DEFAULT
-    assert config_of(torch.device("meta")) is DEFAULT
+def test_a_device_that_is_not_cuda_gets_what_suits_the_interpreter() -> None:
+    assert config_of(torch.device("cpu")) is INTERPRETED
+    assert config_of(torch.device("meta")) is INTERPRETED
+
+
+def test_overriding_ends_with_its_block_whatever_happens_in_it() -> None:
+    # Bug caught: a candidate that cannot be launched, and whose parameters stay for the rest of the process.
+    outer, inner = replace(DEFAULT, fused_max_rows=1), replace(DEFAULT, fused_max_rows=2)
+    with override(outer):
+        with contextlib.suppress(ZeroDivisionError), override(inner):
+            assert config_of(torch.device("cpu")) is inner
+            _ = 1 / 0
+        assert config_of(torch.device("cpu")) is outer
+    assert config_of(torch.device("cpu")) is INTERPRETED
 
 
 def test_asking_for_a_cpu_initialises_no_cuda() -> None:
@@ -45,7 +65,9 @@ def test_asking_for_a_cpu_initialises_no_cuda() -> None:
 
 
 @pytest.mark.parametrize(
-    "config", [DEFAULT, *CONFIGS.values()], ids=["default", *map(str, CONFIGS)]
+    "config",
+    [DEFAULT, INTERPRETED, *CONFIGS.values()],
+    ids=["default", "interpreted", *map(str, CONFIGS)],
 )
 def test_every_entry_can_be_launched(config: LaunchConfig) -> None:
     # Triton takes powers of two for shapes and warps, and 32 warps at most.
