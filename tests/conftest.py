@@ -54,3 +54,21 @@ def log_lines() -> Iterator[list[str]]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="run the whole matrix of engines too")
+
+
+_gpu_tests_run = 0
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    global _gpu_tests_run
+    if report.when == "call" and "gpu" in report.keywords and not report.skipped:
+        _gpu_tests_run += 1
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail a run that was to prove something about a GPU, and ran no test on one: skipped tests look like success."""
+    if os.environ.get("VLLM_DFLOAT_REQUIRE_GPU") == "1" and not _gpu_tests_run:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        print(
+            "\nVLLM_DFLOAT_REQUIRE_GPU=1, but no test marked `gpu` was run; a GPU run proves nothing so."
+        )

@@ -1,76 +1,79 @@
-"""Bit equality of every kernel on a GPU: `TRITON_INTERPRET=0 pytest -m gpu`. Elsewhere the interpreter stands in."""
+"""Bit equality of the decoders on a GPU: `TRITON_INTERPRET=0 pytest -m gpu`. Elsewhere the interpreter stands in."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers import gaussian, hard_matrices, same_bits, to_torch, unlike
+from gpu_helpers import DEVICE, NEEDS_GPU, buffers, captured, decode, no_rehearsal, of_size
+from helpers import Bits, gaussian, hard_matrices, same_bits, to_torch, unlike
 
 from vllm_dfloat import ops, resident_units, unit_ops
 from vllm_dfloat.checkpoint.decode_unit import decode_unit
 from vllm_dfloat.checkpoint.dfloat11 import open_checkpoint
+from vllm_dfloat.codec import layout
+from vllm_dfloat.kernels import decode as packed_kernels
+from vllm_dfloat.kernels import decode_dfloat11 as unit_kernels
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") != "0",
-        reason="needs an NVIDIA GPU and TRITON_INTERPRET=0",
-    ),
-]
-HARD = hard_matrices()
+pytestmark = NEEDS_GPU
+MATRICES = hard_matrices()
+HARD = of_size(list(MATRICES), ["nan, inf, -0 and denormals", "uniform bits", "no rows"])
+REAL = of_size([(4096, 4096), (4097, 1023), (128, 53248)], [(40, 300)])
+HELD = {
+    "packed": (ops.pack, torch.ops.vllm_dfloat.decode),
+    "dfloat11": (resident_units.pack, torch.ops.vllm_dfloat.decode_unit),
+}
 
 
-def decode(
-    packed: ops.PackedWeight, poison: int, op: Any = torch.ops.vllm_dfloat.decode
-) -> torch.Tensor:
-    numel = ops.padded_numel(packed.rows, packed.cols)
-    out = torch.full((numel,), poison, dtype=torch.uint16, device="cuda").view(torch.bfloat16)
-    status = torch.full(
-        (ops.num_tiles(packed.rows, packed.cols),), -1, dtype=torch.int32, device="cuda"
-    )
-    op(packed.desc, packed.rows, packed.cols, out, status)
-    assert not status.any()
-    return out[: packed.rows * packed.cols].view(packed.rows, packed.cols)
+def decode_rows(held: ops.PackedWeight, layout_name: str, ids: torch.Tensor, poison: int) -> Any:
+    """Return chosen rows, from poisoned memory."""
+    out = torch.full((ids.numel(), held.cols), poison, dtype=torch.uint16, device=DEVICE)
+    rows = out.view(torch.bfloat16)
+    if layout_name == "packed":
+        tiles = packed_kernels.tiles_per_row(held.cols)
+        status = torch.full((ids.numel(), tiles), -1, dtype=torch.int32, device=DEVICE)
+        packed_kernels.decode_rows(
+            held.desc, ids, held.rows, held.cols, layout.CODE_BITS, rows, status
+        )
+        assert not status.any()
+    else:
+        unit_kernels.decode_resident_rows(held.desc, ids, held.rows, held.cols, rows)
+    return rows
 
 
 @pytest.mark.parametrize("name", HARD)
-def test_gpu_decodes_every_hard_matrix(name: str) -> None:
-    weight = to_torch(HARD[name]).cuda()
-    assert same_bits(decode(ops.pack(weight, name), unlike(HARD[name])), weight)
+@pytest.mark.parametrize("held_as", HELD)
+def test_gpu_decodes_every_hard_matrix(held_as: str, name: str) -> None:
+    pack, op = HELD[held_as]
+    weight = to_torch(MATRICES[name]).to(DEVICE)
+    assert same_bits(decode(pack(weight, name), unlike(MATRICES[name]), op), weight)
 
 
-@pytest.mark.parametrize("shape", [(4096, 4096), (4097, 1023), (128, 53248)])
-def test_gpu_decodes_layers_of_real_size(shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize("shape", REAL)
+@pytest.mark.parametrize("held_as", HELD)
+def test_gpu_decodes_layers_of_real_size(held_as: str, shape: tuple[int, int]) -> None:
+    pack, op = HELD[held_as]
     bits = gaussian(*shape)
-    weight = to_torch(bits).cuda()
-    packed = ops.pack(weight, "w")
-    assert same_bits(decode(packed, unlike(bits)), weight)
-    ids = torch.tensor([0, shape[0] - 1, 7], device="cuda")
-    rows = torch.ops.vllm_dfloat.decode_rows(packed.desc, ids, *shape)
-    assert same_bits(rows, weight[ids])
+    weight = to_torch(bits).to(DEVICE)
+    held = pack(weight, "w")
+    assert not held.is_raw
+    assert same_bits(decode(held, unlike(bits), op), weight)
+    ids = torch.tensor([0, shape[0] - 1, 7, 7], device=DEVICE)
+    assert same_bits(decode_rows(held, held_as, ids, unlike(bits)), weight[ids])
 
 
-HELD = {"packed": (ops.pack, ops.decode), "dfloat11": (resident_units.pack, resident_units.decode)}
-
-
-@pytest.mark.parametrize("layout", HELD)
+@no_rehearsal
+@pytest.mark.parametrize("held_as", HELD)
 def test_gpu_decodes_into_a_captured_graph_and_sees_new_weights_after_a_reload(
-    layout: str,
+    held_as: str,
 ) -> None:
     # Bug caught: a kernel argument that is baked into the graph instead of read from the descriptor.
-    pack, decode_held = HELD[layout]
+    pack, op = HELD[held_as]
     first, second = (to_torch(gaussian(512, 640, seed=s)).cuda() for s in (1, 2))
     a, b = pack(first, "a"), pack(second, "b")
-    out = torch.zeros(ops.padded_numel(512, 640), dtype=torch.bfloat16, device="cuda")
-    status = torch.zeros(ops.num_tiles(512, 640), dtype=torch.int32, device="cuda")
-    decode_held(a.desc, 512, 640, out, status)  # compiles
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        decode_held(a.desc, 512, 640, out, status)
+    out, status = buffers(ops.num_tiles(512, 640), ops.padded_numel(512, 640), 0x7FC1)
+    graph = captured(lambda: op(a.desc, 512, 640, out, status))
     for source, weight in ((a, first), (b, second)):
         a.desc.copy_(source.desc)
         out.fill_(1.0)
@@ -78,53 +81,62 @@ def test_gpu_decodes_into_a_captured_graph_and_sees_new_weights_after_a_reload(
         assert same_bits(out[: 512 * 640].view(512, 640), weight)
 
 
-def test_gpu_decodes_a_matrix_of_more_than_two_billion_weights() -> None:
-    # Bug caught: offsets computed in 32 bits. Two matrices of the same rows would hide an offset that wrapped.
-    rows, cols = 131_200, 16_384
-    block = gaussian(1025, cols)
-    bits = np.concatenate([block] * 128)
-    assert bits.shape == (rows, cols)
-    packed = ops.pack(to_torch(bits), "w")
-    payload = packed.payload.cuda()
-    desc = packed.desc.cuda()
+def on_gpu(held: Any) -> ops.PackedWeight:
+    """Return a weight that was packed on the CPU, on the GPU."""
+    payload, desc = held.payload.cuda(), held.desc.clone()
     desc[0] = payload.data_ptr()
-    out = torch.full(
-        (ops.padded_numel(rows, cols),), unlike(block), dtype=torch.uint16, device="cuda"
-    )
-    status = torch.full((ops.num_tiles(rows, cols),), -1, dtype=torch.int32, device="cuda")
-    ops.decode(desc, rows, cols, out.view(torch.bfloat16), status)
-    assert not status.any()
+    return ops.PackedWeight(payload, desc.cuda(), held.rows, held.cols, held.name)
+
+
+@no_rehearsal
+@pytest.mark.parametrize("held_as", HELD)
+def test_gpu_decodes_a_matrix_of_more_than_two_billion_weights(held_as: str) -> None:
+    # Bug caught: offsets computed in 32 bits. Two matrices of the same rows would hide an offset that wrapped.
+    pack, op = HELD[held_as]
+    block, repeats = gaussian(1025, 16_384), 128
+    held = on_gpu(pack(to_torch(np.concatenate([block] * repeats)), "w"))
+    assert not held.is_raw
+    assert held.rows * held.cols > 1 << 31
     expected = to_torch(block).cuda()
-    for i in range(128):
-        part = out[i * block.size : (i + 1) * block.size].view(torch.bfloat16).view(1025, cols)
-        assert same_bits(part, expected)
+    decoded = decode(held, unlike(block), op).view(repeats, *block.shape)
+    for i in range(repeats):
+        assert same_bits(decoded[i], expected)
+    ids = torch.tensor([held.rows - 1, 0, held.rows // 2 + 3], device="cuda")
+    chosen = decode_rows(held, held_as, ids, unlike(block))
+    assert same_bits(chosen, expected[ids % len(block)])
 
 
-def test_gpu_decodes_every_official_edge_case() -> None:
+def edge_units() -> dict[str, Any]:
     folder = Path(__file__).parent / "data/vectors/edge-good-df11"
-    for entry in open_checkpoint(folder).units.values():
-        unit = entry.load()
-        weights = unit_ops.decode_unit(unit, torch.device("cuda"))
-        assert np.array_equal(weights.cpu().view(torch.uint16).numpy(), decode_unit(unit)), (
-            unit.name
-        )
+    return {name: entry.load() for name, entry in open_checkpoint(folder).units.items()}
 
 
-@pytest.mark.parametrize("name", HARD)
-def test_gpu_decodes_every_hard_matrix_held_in_the_official_layout(name: str) -> None:
-    weight = to_torch(HARD[name]).cuda()
-    held = resident_units.pack(weight, name)
-    assert same_bits(decode(held, unlike(HARD[name]), torch.ops.vllm_dfloat.decode_unit), weight)
+def assert_unit_decodes(unit: Any, expected: Bits) -> None:
+    fields = (unit.stream, unit.sign_mantissa, unit.tables, unit.positions, unit.gaps)
+    tensors = [torch.from_numpy(field).to(DEVICE) for field in fields]
+    out, status = buffers(unit.num_blocks, unit.num_weights, unlike(expected))
+    torch.ops.vllm_dfloat.decode_dfloat11(*tensors, out, status)
+    assert not status.any(), unit.name
+    assert np.array_equal(out.cpu().view(torch.uint16).numpy(), expected), unit.name
 
 
-@pytest.mark.parametrize("shape", [(4096, 4096), (4097, 1023), (128, 53248)])
-def test_gpu_decodes_layers_of_real_size_held_in_the_official_layout(
-    shape: tuple[int, int],
-) -> None:
-    bits = gaussian(*shape)
-    weight = to_torch(bits).cuda()
-    held = resident_units.pack(weight, "w")
-    assert same_bits(decode(held, unlike(bits), torch.ops.vllm_dfloat.decode_unit), weight)
-    ids = torch.tensor([0, shape[0] - 1, 7], device="cuda")
-    rows = torch.ops.vllm_dfloat.decode_unit_rows(held.desc, ids, *shape)
-    assert same_bits(rows, weight[ids])
+@no_rehearsal  # minutes in the interpreter
+def test_gpu_decodes_every_official_edge_case() -> None:
+    units = edge_units()
+    assert units
+    for unit in units.values():
+        assert_unit_decodes(unit, decode_unit(unit))
+
+
+@no_rehearsal
+def test_gpu_decodes_an_official_transformer_block() -> None:
+    from vllm_dfloat.checkpoint.encode_unit import as_unit, encode_unit
+
+    members = [gaussian(rows, 4096, seed=rows) for rows in (4096, 1024, 14_336)]
+    unit = as_unit(encode_unit(members, "layers.0"), "layers.0")
+    expected = np.concatenate([member.reshape(-1) for member in members])
+    assert_unit_decodes(unit, expected)
+    decoder = unit_ops.UnitDecoder(DEVICE)
+    for member, start in zip(members, unit.splits.tolist(), strict=False):
+        part = decoder(unit, start, start + member.size)
+        assert same_bits(part.view(member.shape), to_torch(member).cuda())

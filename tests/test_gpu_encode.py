@@ -1,23 +1,16 @@
 """The GPU encoder on a GPU: `TRITON_INTERPRET=0 pytest -m gpu`. Elsewhere the interpreter stands in."""
 
-import os
-
 import numpy as np
 import pytest
 import torch
+from gpu_helpers import NEEDS_GPU, no_rehearsal
 from helpers import gaussian, hard_matrices, same_bits, to_torch
 
 from vllm_dfloat import device_encode, ops
 from vllm_dfloat.codec.encode import encode
-from vllm_dfloat.codec.layout import PAD_WORDS, PackedTensor
+from vllm_dfloat.codec.layout import CODE_BITS, PAD_WORDS, PackedTensor
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") != "0",
-        reason="needs an NVIDIA GPU and TRITON_INTERPRET=0",
-    ),
-]
+pytestmark = [*NEEDS_GPU, no_rehearsal]
 HARD = hard_matrices()
 
 
@@ -25,7 +18,7 @@ def assert_same_bytes(weight: torch.Tensor) -> None:
     expected = encode(weight.cpu().contiguous().view(torch.uint16).numpy(), "w")
     packed = ops.pack(weight, "w")
     assert packed.payload.device == packed.desc.device == weight.device
-    fields = [packed.payload.data_ptr(), int(expected.is_raw), expected.layout.num_words, 10]
+    fields = [packed.payload.data_ptr(), int(expected.is_raw), expected.layout.num_words, CODE_BITS]
     assert packed.desc.tolist() == fields
     assert np.array_equal(packed.payload.cpu().numpy(), expected.payload)
     assert same_bits(ops.unpack(packed), weight.contiguous())

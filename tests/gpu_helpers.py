@@ -1,0 +1,62 @@
+"""What the tests that need a GPU share: when they run, and decoding into poisoned memory.
+
+`VLLM_DFLOAT_GPU_REHEARSAL=1` runs those that can on a CPU, in Triton's interpreter and with small sizes, so that a test
+does not meet its first mistake on a rented GPU.
+"""
+
+import os
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_dfloat import ops
+
+IS_REHEARSAL = os.environ.get("VLLM_DFLOAT_GPU_REHEARSAL") == "1"
+DEVICE = torch.device("cpu" if IS_REHEARSAL else "cuda")
+HAS_GPU = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") == "0"
+
+if IS_REHEARSAL:
+    os.environ["VLLM_DFLOAT_BACKEND"] = "triton"
+
+# A module whose tests need a GPU sets `pytestmark` to this.
+NEEDS_GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not (HAS_GPU or IS_REHEARSAL), reason="needs an NVIDIA GPU and TRITON_INTERPRET=0"
+    ),
+]
+# Beside it, for what the interpreter has not: graphs, gigabytes in reasonable time.
+no_rehearsal = pytest.mark.skipif(IS_REHEARSAL, reason="needs an NVIDIA GPU")
+
+
+def of_size(real: list[Any], small: list[Any]) -> list[Any]:
+    """Return the parameters for a GPU, or those for a rehearsal."""
+    return small if IS_REHEARSAL else real
+
+
+def buffers(num_tiles: int, padded_numel: int, poison: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return an output, BF16 [padded_numel], filled with a word that must be gone afterwards, and status words."""
+    out = torch.full((padded_numel,), poison, dtype=torch.uint16, device=DEVICE)
+    return out.view(torch.bfloat16), torch.full((num_tiles,), -1, dtype=torch.int32, device=DEVICE)
+
+
+def decode(
+    packed: ops.PackedWeight, poison: int, op: Any = torch.ops.vllm_dfloat.decode
+) -> torch.Tensor:
+    """Return what a matrix decodes to, from poisoned memory, every status checked."""
+    rows, cols = packed.rows, packed.cols
+    out, status = buffers(ops.num_tiles(rows, cols), ops.padded_numel(rows, cols), poison)
+    op(packed.desc, rows, cols, out, status)
+    assert not status.any()
+    return out[: rows * cols].view(rows, cols)
+
+
+def captured(work: Any) -> torch.cuda.CUDAGraph:
+    """Return a graph of `work()`, which was called once before, so that its kernels are compiled."""
+    work()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph
