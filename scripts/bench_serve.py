@@ -1,0 +1,238 @@
+"""Measure real vLLM end to end with BF16 weights and with DFloat11, after comparing their tokens.
+
+    python scripts/bench_serve.py                                  # random weights in the shape of Llama 3.1 8B
+    python scripts/bench_serve.py --model PATH --variants bf16,exact,fused,offload,official
+    python scripts/bench_serve.py --shape tiny --eager --output FILE.json      # a rehearsal, also on a CPU
+
+Variants: BF16; DFloat11 exact; DFloat11 fused; BF16 with as many bytes of weights in pinned host memory as DFloat11
+saves. Each engine is a process of its own; whole runs are repeated in alternating order. The result is a table, a JSON
+file and a PNG, under scripts/results/<gpu>/ or where --output says. Exit status: 0 measured; 1 the tokens of exact
+differ from those of BF16, or one of these two did not run; 2 bad input.
+"""
+
+import datetime
+import shlex
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import bench_serve_launch
+import bench_serve_report as report
+from bench_serve_engine import tokens
+from bench_serve_model import BenchError
+from bench_serve_options import COMPARED, VARIANTS, Options, parse
+
+GIB = 1 << 30
+BATCHED_TOKENS = 8192  # at least; a prompt whose prefill is timed goes through in one step
+
+Json = dict[str, Any]
+Launch = Callable[[Json, Path, str], Json]
+
+
+class Files(NamedTuple):
+    """Where the checkpoint lies, where the engines' files go, and the report, if it is to be written."""
+
+    model: Path
+    logs: Path
+    output: Path | None
+
+
+class NoTimes(Exception):
+    """Why no time may be reported."""
+
+
+def points(options: Options) -> list[Json]:
+    """Return what is measured on every engine, cheap and telling points first."""
+    context = options.context
+    decode = [{"kind": "decode", "batch": n, "context": context} for n in options.batches]
+    capacity = {"kind": "capacity", "context": options.hold}
+    return [*decode, {"kind": "prefill", "tokens": options.prefill}, capacity]
+
+
+def request(name: str, model: Path, options: Options, results: Json, deadline: float) -> Json:
+    """Return what bench_serve_engine.measure takes, for the variant `name`."""
+    settings = {
+        "dtype": "bfloat16",
+        "skip_tokenizer_init": True,
+        "enable_prefix_caching": False,
+        "max_model_len": options.max_model_len,
+        "max_num_seqs": options.max_seqs,
+        "max_num_batched_tokens": max(BATCHED_TOKENS, options.prefill, options.max_model_len),
+        "gpu_memory_utilization": options.gpu_memory,
+        "enforce_eager": options.eager,
+        "seed": 0,
+        **VARIANTS[name][1],
+        **options.engine,
+    }
+    if name == "offload":
+        plain, packed = (results[other][0]["memory"]["resident_bytes"] for other in COMPARED)
+        settings["cpu_offload_gb"] = max(0, plain - packed) / GIB
+    first = results["bf16"][0]["answers"] if results["bf16"] else None
+    return {
+        "model": str(model),
+        "engine": settings,
+        "expected": first if name in COMPARED else None,
+        "vocab_size": options.vocab_size,
+        "points": points(options),
+        "steps": options.steps,
+        "hold": options.hold,
+        "point_seconds": options.point_seconds,
+        "budget": options.budget,
+        "deadline": deadline,
+        "environment": {},
+    }
+
+
+def reason_against(name: str, options: Options, machine: Json, results: Json) -> str | None:
+    """Return why a variant cannot or need not run here, or None."""
+    if machine["gpu"] is None:
+        if name == "offload":
+            return "needs a GPU"
+        if name == "fused" and not options.variants_given:
+            return "needs a GPU; on a CPU its kernel runs in Triton's interpreter, if --variants names it"
+    if name == "offload":
+        plain, packed = (results[other][0]["memory"]["resident_bytes"] for other in COMPARED)
+        if plain <= packed:
+            return "DFloat11 saves nothing on this model, so there is nothing to offload"
+    return None
+
+
+def judge(name: str, run: int, results: Json) -> None:
+    """Raise NoTimes if the latest result of BF16 or exact forbids to report any."""
+    if name not in COMPARED:
+        return
+    latest, label = results[name][-1], VARIANTS[name][0]
+    if "answers" not in latest:
+        if run == 0:
+            raise NoTimes(f"{label} did not run: {latest.get('error', 'no reason given')}")
+        return
+    got, expected = tokens(latest["answers"]), tokens(results["bf16"][0]["answers"])
+    if got != expected:
+        k, i = first_difference(got, expected)
+        raise NoTimes(
+            f"{label}: token {i} of prompt {k} is {got[k][i]} in run {run + 1}; BF16's is {expected[k][i]}. "
+            "DIFFERENT, so no times are reported."
+        )
+
+
+def first_difference(a: list[list[int]], b: list[list[int]]) -> tuple[int, int]:
+    """Return prompt and position of the first token that differs."""
+    return next((k, i) for k in range(len(a)) for i in range(len(a[k])) if a[k][i] != b[k][i])
+
+
+def rounds(options: Options) -> Iterator[tuple[int, str]]:
+    """Yield (run, variant); every other run goes backwards, so that no variant is always the first or the warmest."""
+    for run in range(options.runs):
+        for name in options.variants[:: -1 if run % 2 else 1]:
+            yield run, name
+
+
+def run_all(options: Options, head: Json, files: Files, launch: Launch, until: float) -> Json:
+    """Run the engines, store after each what is proven so far, and return the report."""
+    results: Json = {name: [] for name in options.variants}
+    skipped: dict[str, str] = {}
+    for run, name in rounds(options):
+        reason = reason_against(name, options, head["machine"], results) if run == 0 else None
+        if time.time() >= until:
+            reason = reason or f"the budget of {options.budget:g} s was spent"
+        has_failed = bool(results[name]) and "answers" not in results[name][-1]
+        if reason or has_failed or name in skipped:
+            if run == 0 and name in COMPARED:
+                raise NoTimes(f"{VARIANTS[name][0]} did not run: {reason}.")
+            if not results[name]:
+                skipped.setdefault(name, str(reason))
+            continue
+        say(f"run {run + 1} of {options.runs}: {VARIANTS[name][0]} ...")
+        asked = request(name, files.model, options, results, until)
+        if name == "fused" and head["machine"]["gpu"] is None:
+            asked["environment"] = {"VLLM_DFLOAT_BACKEND": "triton", "TRITON_INTERPRET": "1"}
+        results[name].append(
+            {**launch(asked, files.logs, f"{name}-{run + 1}"), "engine": asked["engine"]}
+        )
+        judge(name, run, results)
+        say("    " + report.progress(results[name][-1]))
+        if all(results[other] for other in COMPARED):
+            whole = report.assemble(head, results, skipped)
+            report.store(whole, files.output)
+    return report.assemble(head, results, skipped)
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def log_folder(options: Options) -> Iterator[Path]:
+    """Give the folder for the engines' files: the one asked for, or one that is removed afterwards."""
+    if options.logs:
+        make_folder(options.logs, "--logs")
+        yield options.logs
+        return
+    with tempfile.TemporaryDirectory(prefix="bench-serve-") as folder:
+        yield Path(folder)
+
+
+def make_folder(folder: Path, argument: str) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BenchError(
+            f"{argument} {folder}: {error.strerror}; expected a folder to write to. Name another."
+        ) from error
+
+
+def bench(argv: list[str], launch: Launch) -> int:
+    """Do what the module says and return the exit status."""
+    options = parse(argv)
+    until = time.time() + options.budget
+    machine = bench_serve_launch.machine()
+    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    output = options.output
+    if output is None and machine["gpu"]:
+        output = report.default_output(machine["gpu"], date)
+    if output:
+        make_folder(output.parent, "--output")
+    head = {
+        "date": date,
+        "command": shlex.join(["python", "scripts/bench_serve.py", *argv]),
+        "machine": machine,
+        "model": options.shape,
+        "weights": "as in the checkpoint" if options.model else "random, N(0, 0.02)",
+        "settings": {
+            "mode": "eager" if options.eager else "compiled, CUDA graphs",
+            **{key: getattr(options, key) for key in ("hold", "context", "prefill", "runs")},
+            **{key: getattr(options, key) for key in ("steps", "max_seqs", "gpu_memory")},
+        },
+    }
+    with log_folder(options) as logs:
+        model = bench_serve_launch.weights(options)
+        whole = run_all(options, head, Files(model, logs, output), launch, until)
+    report.store(whole, output, say)
+    print(report.table(whole))
+    return 0
+
+
+def main(argv: list[str] | None = None, launch: Launch = bench_serve_launch.launch) -> int:
+    """Run the benchmark with `launch` to start an engine; return the exit status."""
+    try:
+        return bench(sys.argv[1:] if argv is None else argv, launch)
+    except NoTimes as reason:
+        say(f"bench_serve: {reason}")
+        return 1
+    except BenchError as trouble:
+        say(f"bench_serve: {trouble}")
+        return 2
+
+
+if __name__ == "__main__":
+    for sign in (signal.SIGTERM, signal.SIGHUP):  # leave through `finally`: engines are stopped
+        signal.signal(sign, lambda number, _: sys.exit(128 + number))
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,122 @@
+"""One engine of the serving benchmark, in a process of its own: python bench_serve_engine.py REQUEST.json RESULT.json
+
+The request says what to start and what to measure (bench_serve.py makes it); the result is written anew after every
+point, so that what was measured outlives a crash.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bench_serve_points import Json, one_line, prompts, run_point, sampling
+
+COMPARED_PROMPTS = 8
+COMPARED_TOKENS = 32
+
+Save = Callable[[Json], None]
+
+
+def measure(request: Json, save: Save) -> Json:
+    """Start the engine of `request`, answer the prompts that are compared, then measure every point.
+
+    Returns:
+        device, start_seconds, memory, kv_cache_tokens, answers, points; or error, in one line, where it got no further.
+    """
+    result: Json = {"points": []}
+    started = time.monotonic()
+    llm = None
+    try:
+        from vllm import LLM
+
+        llm = LLM(request["model"], **request["engine"])
+        result["start_seconds"] = round(time.monotonic() - started, 1)
+        result |= describe(llm)
+        result["answers"] = answer(llm, request["vocab_size"])
+        save(result)
+        expected = request["expected"]
+        if expected is None or tokens(result["answers"]) == tokens(expected):
+            for point in request["points"]:
+                result["points"].append(run_point(llm, point, request, result))
+                save(result)
+    except Exception as error:
+        result["error"] = one_line(error)
+    finally:
+        if llm is not None:
+            llm.llm_engine.engine_core.shutdown()
+    save(result)
+    return result
+
+
+def describe(llm: Any) -> Json:
+    """Return the device, what the model holds on it, and the size of the KV cache, as vLLM reports it."""
+    import torch
+
+    from vllm_dfloat.integration.report import summarize
+
+    worker = llm.llm_engine.model_executor.driver_worker
+    cache = llm.llm_engine.vllm_config.cache_config
+    blocks_hold = cache.num_gpu_blocks * cache.block_size
+    summary = summarize(worker.get_model())
+    memory = {
+        "bf16_bytes": summary.bf16_bytes,
+        "held_bytes": summary.held_bytes,
+        "scratch_bytes": summary.scratch_bytes,
+        "resident_bytes": summary.held_bytes + summary.scratch_bytes,
+    }
+    device: Json = {"gpu": None}
+    if torch.cuda.is_available():
+        # What vLLM measured while loading; bytes that were offloaded are not in it.
+        memory["resident_bytes"] = int(worker.model_runner.model_memory_usage)
+        properties = torch.cuda.get_device_properties(0)
+        device = {"gpu": properties.name, "memory_bytes": properties.total_memory}
+    return {
+        "device": device,
+        "memory": memory,
+        "kv_cache_tokens": getattr(cache, "kv_cache_size_tokens", None) or blocks_hold,
+        "block_size": cache.block_size,
+    }
+
+
+def answer(llm: Any, vocab_size: int) -> list[Json]:
+    """Return greedy tokens and their logprobs, for prompts of several lengths in one batch."""
+    asked = prompts(COMPARED_PROMPTS, [5, 17, 40, 64], vocab_size)
+    given = llm.generate(
+        [{"prompt_token_ids": prompt["prompt_token_ids"]} for prompt in asked],
+        sampling(COMPARED_TOKENS, logprobs=0),
+        use_tqdm=False,
+    )
+    return [
+        {
+            "tokens": list(output.outputs[0].token_ids),
+            "logprobs": [
+                position[token].logprob
+                for token, position in zip(
+                    output.outputs[0].token_ids, output.outputs[0].logprobs, strict=True
+                )
+            ],
+        }
+        for output in given
+    ]
+
+
+def tokens(answers: list[Json]) -> list[list[int]]:
+    return [answer["tokens"] for answer in answers]
+
+
+def main(request_path: str, result_path: str) -> None:
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine steps in this process
+    partial = Path(result_path + ".partial")
+
+    def save(result: Json) -> None:
+        partial.write_text(json.dumps(result))
+        partial.replace(result_path)
+
+    measure(json.loads(Path(request_path).read_text()), save)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

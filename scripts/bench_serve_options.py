@@ -1,0 +1,189 @@
+"""The command line of the serving benchmark: what can be asked for, and what is wrong with it."""
+
+import argparse
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from bench_serve_model import SHAPES, BenchError, read_config
+
+COMPRESSED: dict[str, Any] = {"quantization": "dfloat11"}
+# name: what it is called in tables and plots, what vLLM gets
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bf16": ("BF16", {}),
+    "exact": ("DFloat11 exact", COMPRESSED),
+    "fused": (
+        "DFloat11 fused",
+        {**COMPRESSED, "additional_config": {"dfloat11": {"mode": "fused"}}},
+    ),
+    "offload": ("BF16 + CPU offload", {}),  # sized after the first two ran
+    "official": (
+        "DFloat11 official layout",
+        {**COMPRESSED, "additional_config": {"dfloat11": {"layout": "dfloat11"}}},
+    ),
+    "block": (
+        "DFloat11 exact, by block",
+        {**COMPRESSED, "additional_config": {"dfloat11": {"granularity": "block"}}},
+    ),
+}
+DEFAULT_VARIANTS = ("bf16", "exact", "fused", "offload")
+COMPARED = ("bf16", "exact")
+
+
+@dataclass(frozen=True)
+class Options:
+    """One benchmark: a field per argument; `model` is None when random weights of `shape` are to be written."""
+
+    shape: str
+    model: Path | None
+    folder: Path
+    variants: tuple[str, ...]
+    variants_given: bool
+    batches: tuple[int, ...]
+    context: int
+    prefill: int
+    hold: int
+    steps: int
+    max_seqs: int
+    runs: int
+    budget: float
+    point_seconds: float
+    gpu_memory: float
+    eager: bool
+    engine: dict[str, Any]
+    output: Path | None
+    logs: Path | None
+    max_model_len: int
+    vocab_size: int
+
+
+class Parser(argparse.ArgumentParser):
+    """One that raises BenchError instead of printing the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise BenchError(f"{message}. --help lists what can be asked for.")
+
+
+def parser() -> Parser:
+    """Return the parser of the command line."""
+    p = Parser(prog="bench_serve.py", description="Measure vLLM with and without DFloat11.")
+    add = p.add_argument
+    add("--shape", choices=SHAPES, help="random weights of this shape (default llama-3.1-8b)")
+    add("--model", type=Path, help="a BF16 checkpoint to serve instead")
+    add("--folder", type=Path, help="where random weights lie, or are written to once")
+    add("--variants", help=f"of {', '.join(VARIANTS)} (default {','.join(DEFAULT_VARIANTS)})")
+    add("--batches", default="1,4,16,64,256", help="batch sizes of the decode steps")
+    add("--context", type=int, default=128, help="prompt tokens of a sequence in these batches")
+    add("--prefill", type=int, default=8192, help="tokens of the prompt whose prefill is timed")
+    add("--hold", type=int, default=2048, help="tokens per sequence at the largest batch that fits")
+    add("--steps", type=int, default=100, help="decode steps per point and run, at most")
+    add("--max-seqs", type=int, default=512, help="sequences that an engine may run at once")
+    add("--runs", type=int, default=2, help="engines started per variant, in alternating order")
+    add("--budget", type=float, default=3600, help="seconds for everything")
+    add("--point-seconds", type=float, default=15, help="seconds per point and run")
+    add("--gpu-memory", type=float, default=0.9, help="vLLM's gpu_memory_utilization, for all")
+    add("--eager", action="store_true", help="no torch.compile, no CUDA graphs")
+    add("--engine", default="{}", help="JSON: further arguments of LLM(), for all variants")
+    add("--output", type=Path, help="FILE.json; the plots go to FILE.png beside it")
+    add("--logs", type=Path, help="folder in which the logs of the engines are kept")
+    return p
+
+
+def parse(argv: list[str] | None) -> Options:
+    """Return the options; raise BenchError for what cannot work."""
+    args = parser().parse_args(argv)
+    if args.model and (args.shape or args.folder):
+        raise BenchError(
+            "--model and --shape or --folder: a checkpoint and random weights; expected one of them. Remove the other."
+        )
+    shape = args.shape or "llama-3.1-8b"
+    config = read_config(args.model) if args.model else SHAPES[shape]
+    for name in ("context", "prefill", "hold", "steps", "max_seqs", "runs"):
+        check(getattr(args, name) >= 1, name, getattr(args, name), "at least 1")
+    for name in ("budget", "point_seconds"):
+        check(getattr(args, name) > 0, name, getattr(args, name), "more than 0 seconds")
+    check(0 < args.gpu_memory <= 1, "gpu_memory", args.gpu_memory, "a share over 0, up to 1")
+    if args.output:
+        check(args.output.suffix == ".json", "output", args.output, "a name that ends in .json")
+    values = vars(args) | {
+        "shape": args.model.resolve().name if args.model else shape,
+        "model": args.model,
+        "folder": args.folder or default_folder(shape),
+        "variants": variants(args.variants),
+        "variants_given": args.variants is not None,
+        "batches": batches(args.batches, args.max_seqs),
+        "engine": engine(args.engine),
+        "vocab_size": config["vocab_size"],
+    }
+    return Options(**values, max_model_len=longest(args, config["max_position_embeddings"]))
+
+
+def check(is_good: bool, name: str, value: Any, expected: str) -> None:
+    if not is_good:
+        raise BenchError(
+            f"--{name.replace('_', '-')} {value}: expected {expected}. Correct the argument."
+        )
+
+
+def variants(given: str | None) -> tuple[str, ...]:
+    """Return the variants asked for, BF16 and exact first: nothing is reported before these two were compared."""
+    names = tuple(dict.fromkeys((given or ",".join(DEFAULT_VARIANTS)).split(",")))
+    for name in names:
+        if name not in VARIANTS:
+            raise BenchError(
+                f"--variants: unknown {name!r}; expected some of {', '.join(VARIANTS)}. Correct the name."
+            )
+    if missing := [name for name in COMPARED if name not in names]:
+        raise BenchError(
+            f"--variants {given}: without {missing[0]}; expected bf16 and exact, whose tokens are compared first. "
+            "Add it."
+        )
+    return COMPARED + tuple(name for name in names if name not in COMPARED)
+
+
+def batches(given: str, max_seqs: int) -> tuple[int, ...]:
+    """Return the batch sizes in ascending order."""
+    try:
+        sizes = sorted({int(entry) for entry in given.split(",")})
+    except ValueError:
+        sizes = [0]
+    check(sizes[0] >= 1, "batches", given, "whole numbers from 1, with commas between them")
+    check(sizes[-1] <= max_seqs, "batches", given, f"at most {max_seqs} (--max-seqs)")
+    return tuple(sizes)
+
+
+def engine(given: str) -> dict[str, Any]:
+    """Return the JSON object of --engine."""
+    try:
+        value = json.loads(given)
+    except ValueError:
+        value = None
+    check(isinstance(value, dict), "engine", given, 'a JSON object like {"block_size": 32}')
+    return dict(value)
+
+
+def longest(args: argparse.Namespace, limit: int) -> int:
+    """Return the max_model_len that every point fits in; raise BenchError if the model's is shorter."""
+    room = (
+        2 * args.steps + 64
+    )  # warm-up, and what early sequences generate while late ones are prefilled
+    check(
+        args.hold > room, "hold", args.hold, f"more than {room}, for {args.steps} steps (--steps)"
+    )
+    needs = {"prefill": args.prefill + 8, "hold": args.hold, "context": args.context + room}
+    name = max(needs, key=needs.__getitem__)
+    check(
+        needs[name] <= limit,
+        name,
+        getattr(args, name),
+        f"sequences of at most {limit} tokens, the model's max_position_embeddings, not {needs[name]}",
+    )
+    return needs[name]
+
+
+def default_folder(shape: str) -> Path:
+    """Return where random weights are kept from one benchmark to the next."""
+    root = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    return root / "vllm-dfloat" / shape

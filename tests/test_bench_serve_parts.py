@@ -1,0 +1,82 @@
+"""Random weights are what they are said to be, and the report's figures are those of the samples."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import bench_serve_model
+import pytest
+import torch
+from bench_serve_report import RESULTS, default_output, merge
+from safetensors.torch import load_file
+
+
+def test_random_weights_are_bf16_with_the_deviation_of_fresh_models_and_are_written_once(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "tiny"
+    bench_serve_model.write_random("tiny", folder)
+    files = sorted(folder.glob("*.safetensors"))
+    weights = {name: w for file in files for name, w in load_file(file).items()}
+    config = json.loads((folder / "config.json").read_text())
+    shapes = [s for part in bench_serve_model.tensor_shapes(config) for s in part.items()]
+    assert {name: tuple(w.shape) for name, w in weights.items()} == dict(shapes)
+    for name, weight in weights.items():
+        assert weight.dtype == torch.bfloat16
+        if weight.dim() == 2:
+            assert abs(weight.float().std().item() - 0.02) < 5e-4, name
+            assert abs(weight.float().mean().item()) < 5e-4, name
+    times = [file.stat().st_mtime_ns for file in files]
+    bench_serve_model.write_random("tiny", folder)
+    assert [file.stat().st_mtime_ns for file in files] == times
+
+
+def test_interrupted_weights_are_written_anew(tmp_path: Path) -> None:
+    # Bug caught: a folder left half written would be served.
+    bench_serve_model.write_random("tiny", tmp_path)
+    whole = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "model.safetensors.index.json").unlink()
+    (tmp_path / "model-00002-of-00003.safetensors").write_bytes(b"half")
+    bench_serve_model.write_random("tiny", tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == whole
+
+
+def test_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(bench_serve_model.BenchError, match=r"holds thesis\.tex of something else"):
+        bench_serve_model.write_random("tiny", tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_sizes_of_the_shapes_are_those_of_the_models() -> None:
+    expected = {"llama-3.1-8b": 8_030_261_248, "llama-3.2-1b": 1_235_814_400}
+    for name, parameters in expected.items():
+        config = {**bench_serve_model.LLAMA, **bench_serve_model.SHAPES[name]}
+        found = sum(map(bench_serve_model.num_bytes, bench_serve_model.tensor_shapes(config)))
+        assert found == 2 * parameters, name
+
+
+def test_figures_are_those_of_all_samples_of_all_runs() -> None:
+    def point(*ms: float, **more: Any) -> dict[str, Any]:
+        return {"kind": "decode", "batch": 4, "context": 8, **({"ms": ms} if ms else {}), **more}
+
+    gap = point(not_run="the budget was spent")
+    (got,) = merge([[point(1, 2, 3, 4, 5)], [gap], [point(6, 7, 8, 9, 10, 11)]])
+    assert (got["low"], got["ms"], got["high"]) == (2, 6, 10)
+    assert got["median_by_run"] == [3, 8.5]
+    assert got["tokens_per_s"] == pytest.approx(4 / 0.006, abs=0.1)
+    assert merge([[gap], [gap]]) == [gap]
+
+
+def test_results_of_a_gpu_never_overwrite_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, date = "NVIDIA H100 80GB HBM3", "2026-01-02T03:04:05+00:00"
+    assert default_output(name, date).parent == RESULTS / "h100-80gb-hbm3"
+    monkeypatch.setattr("bench_serve_report.RESULTS", tmp_path)
+    for expected in ("serve-2026-01-02.json", "serve-2026-01-02-2.json"):
+        path = default_output(name, date)
+        assert path.name == expected
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
