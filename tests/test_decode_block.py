@@ -1,5 +1,7 @@
 """Whole blocks of matrices in one launch: the bits of decoding them one by one, in the interpreter and on the CPU."""
 
+import dataclasses
+
 import pytest
 import torch
 from helpers import gaussian, hard_matrices, same_bits, to_torch
@@ -69,7 +71,7 @@ def test_descriptors_may_change_behind_the_table(
 ) -> None:
     # Bug caught: a table that holds what the descriptors said when it was made; a reload would go unseen.
     first, second = (ops.pack(to_torch(gaussian(9, 700, seed=s)), "w") for s in (1, 2))
-    held = ops.PackedWeight(first.payload, first.desc.clone(), 9, 700, "w")
+    held = dataclasses.replace(first, desc=first.desc.clone())
     (before,), _ = decode([held], backend, monkeypatch)
     held.desc.copy_(second.desc)
     (after,), _ = decode([held], backend, monkeypatch)

@@ -9,6 +9,7 @@ import torch
 
 from vllm_dfloat import ops
 from vllm_dfloat.codec import layout
+from vllm_dfloat.codec.decode import check_status
 from vllm_dfloat.errors import UnsupportedError
 
 MAX_MEMBERS = 16
@@ -72,6 +73,32 @@ def decode_block(
         # A matrix of as many whole tiles lies in memory as the member does.
         shape = after - first, layout.TILE_WEIGHTS
         ops.decode(desc, *shape, out[first * layout.TILE_WEIGHTS :], status[first:])
+
+
+def unpack(members: Sequence[ops.PackedWeight]) -> list[torch.Tensor]:
+    """Return the BF16 matrices of a block, decoded in one launch, every tile's status and all bytes checked.
+
+    Raises:
+        FormatError: a payload or descriptor is not what was made.
+        UnsupportedError: no members, too many, or an empty one.
+    """
+    shapes = [(packed.rows, packed.cols) for packed in members]
+    table = block_table([packed.desc for packed in members], shapes)
+    for packed in members:
+        packed.check_descriptor()
+    starts = first_tiles(shapes)
+    device = table.device
+    numel = starts[-1] * layout.TILE_WEIGHTS
+    out = torch.empty(numel, dtype=torch.bfloat16, device=device)
+    status = torch.full((starts[-1],), -1, dtype=torch.int32, device=device)
+    decode_block(table, starts[-1], out, status)
+    matrices = []
+    for packed, (start, end) in zip(members, pairwise(starts), strict=True):
+        check_status(status[start:end].cpu().numpy(), packed.name)
+        packed.check_payload()
+        matrix = out[start * layout.TILE_WEIGHTS :][: packed.rows * packed.cols]
+        matrices.append(matrix.view(packed.rows, packed.cols))
+    return matrices
 
 
 def _decode_block_fake(

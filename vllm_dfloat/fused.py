@@ -77,16 +77,18 @@ def matmul(
 def multiply(
     packed: ops.PackedWeight, x: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Return what `matmul` returns, every tile's status checked.
+    """Return what `matmul` returns, every tile's status and all bytes of the weight checked.
 
     Raises:
-        FormatError: a tile's codes contradict its lane lengths.
+        FormatError: the payload or the descriptor is not what was made.
         UnsupportedError: as `matmul`.
     """
+    packed.check_descriptor()
     scratch = _scratch(packed.rows, packed.cols, x.device)
     scratch[1].fill_(-1)
     out = matmul(x, packed.desc, packed.rows, packed.cols, bias, scratch)
     check_status(scratch[1].cpu().numpy(), packed.name)
+    packed.check_payload()
     return out
 
 

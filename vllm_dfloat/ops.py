@@ -11,7 +11,6 @@ nothing that does may reach a traced graph. The owner of a `PackedWeight` keeps 
 
 import ctypes
 import os
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,38 +23,13 @@ from vllm_dfloat.codec.decode import decode_rows as _decode_rows_numba
 from vllm_dfloat.codec.encode import encode
 from vllm_dfloat.codec.layout import PackedLayout, PackedTensor
 from vllm_dfloat.errors import DeviceError, UnsupportedError
+from vllm_dfloat.packed_weight import DESC_LENGTH as DESC_LENGTH
+from vllm_dfloat.packed_weight import KIND_PACKED as KIND_PACKED
+from vllm_dfloat.packed_weight import KIND_RAW as KIND_RAW
+from vllm_dfloat.packed_weight import PackedWeight as PackedWeight
+from vllm_dfloat.packed_weight import checksum, descriptor
 
-DESC_LENGTH = 4
-KIND_PACKED, KIND_RAW = 0, 1
 MIN_CAPABILITY = (8, 0)  # BF16 arithmetic begins with Ampere
-
-
-@dataclass(frozen=True)
-class PackedWeight:
-    """One packed matrix on its device.
-
-    Attributes:
-        payload: uint8, all bytes of the matrix (docs/packed-layout.md).
-        desc: int64 [4]: address of the payload, kind (0 packed, 1 raw BF16), number of words, longest code.
-        rows, cols: shape of the BF16 matrix.
-        name: the tensor's name, for messages.
-    """
-
-    payload: torch.Tensor
-    desc: torch.Tensor
-    rows: int
-    cols: int
-    name: str
-
-    @property
-    def is_raw(self) -> bool:
-        """True where coding would not have made the matrix smaller, and it is held as BF16."""
-        return self.payload.numel() == 2 * padded_numel(self.rows, self.cols)
-
-    @property
-    def num_bytes(self) -> int:
-        """Resident bytes, all metadata included."""
-        return self.payload.numel() + self.desc.numel() * self.desc.element_size()
 
 
 def padded_numel(rows: int, cols: int) -> int:
@@ -91,13 +65,9 @@ def pack(weight: torch.Tensor, name: str = "") -> PackedWeight:
         packed = encode(weight.detach().contiguous().view(torch.uint16).numpy(), name)
         lay, payload = packed.layout, torch.from_numpy(packed.payload)
     rows, cols = weight.shape
-    return PackedWeight(payload, _descriptor(payload, lay), rows, cols, name)
-
-
-def _descriptor(payload: torch.Tensor, lay: PackedLayout) -> torch.Tensor:
-    kind = KIND_RAW if lay.is_raw else KIND_PACKED
-    fields = [payload.data_ptr(), kind, lay.num_words, lay.code_bits]
-    return torch.tensor(fields, dtype=torch.int64, device="cpu").to(payload.device)
+    fields = (KIND_RAW if lay.is_raw else KIND_PACKED, lay.num_words, lay.code_bits)
+    desc = descriptor(payload, fields)
+    return PackedWeight(payload, desc, rows, cols, name, fields, checksum(payload))
 
 
 def check_device(device: torch.device) -> None:
@@ -170,31 +140,47 @@ def decode_rows(desc: torch.Tensor, ids: torch.Tensor, rows: int, cols: int) -> 
 
 
 def unpack(packed: PackedWeight) -> torch.Tensor:
-    """Return the BF16 matrix [rows, cols] on the packed weight's device, every tile's status checked.
+    """Return the BF16 matrix [rows, cols] on the packed weight's device, every tile's status and all bytes checked.
 
     Raises:
-        FormatError: a tile's codes contradict its lane lengths.
+        FormatError: the payload or the descriptor is not what was made.
     """
+    packed.check_descriptor()
     device = packed.desc.device
     out = torch.empty(padded_numel(packed.rows, packed.cols), dtype=torch.bfloat16, device=device)
     status = torch.empty(num_tiles(packed.rows, packed.cols), dtype=torch.int32, device=device)
     decode(packed.desc, packed.rows, packed.cols, out, status)
     check_status(status.cpu().numpy(), packed.name)
+    packed.check_payload()
     return out[: packed.rows * packed.cols].view(packed.rows, packed.cols)
 
 
 def unpack_rows(packed: PackedWeight, ids: torch.Tensor) -> torch.Tensor:
-    """Return rows `ids`, int64 [n], as BF16 [n, cols], the status of every tile they touch checked.
+    """Return rows `ids`, int64 [n], as BF16 [n, cols], the status of every tile they touch and all bytes checked.
 
     Raises:
         IndexError: a row outside the matrix.
-        FormatError: a touched tile's codes contradict its lane lengths.
+        FormatError: the payload or the descriptor is not what was made.
     """
     rows, cols, name = packed.rows, packed.cols, packed.name
+    check_ids(ids, rows, name)
+    packed.check_descriptor()
+    out = _unpack_rows(packed, ids, rows, cols, name)
+    packed.check_payload()
+    return out
+
+
+def check_ids(ids: torch.Tensor, rows: int, name: str) -> None:
+    """Raise IndexError if one of `ids`, int64 [n], is no row of a matrix of `rows` rows; waits for the device."""
     if ids.numel() and not (ids.min() >= 0 and ids.max() < rows):
         raise IndexError(
             f"{name or 'weight'}: rows {ids.min()} to {ids.max()} asked for; the matrix has {rows}"
         )
+
+
+def _unpack_rows(
+    packed: PackedWeight, ids: torch.Tensor, rows: int, cols: int, name: str
+) -> torch.Tensor:
     if not uses_triton(ids.device):
         bits = _decode_rows_numba(_packed_at(packed.desc, rows, cols, name), ids.numpy())
         return torch.from_numpy(bits).view(torch.bfloat16)

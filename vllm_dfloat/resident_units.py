@@ -10,6 +10,7 @@ The same surface as the packed layout in ops.py, so that both can be measured in
 import ctypes
 import dataclasses
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from vllm_dfloat.checkpoint.unit import BLOCK_GAP_BYTES, Unit, num_blocks
 from vllm_dfloat.codec.layout import ALIGNMENT
 from vllm_dfloat.codec.threads import over_tiles
 from vllm_dfloat.errors import FormatError, UnsupportedError
+from vllm_dfloat.packed_weight import checksum, descriptor
 
 KIND_CODED = ops.KIND_PACKED
 
@@ -35,9 +37,17 @@ class UnitWeight(ops.PackedWeight):
 
     Attributes:
         payload: uint8, the sections of a `UnitLayout`, or the BF16 bits, filled up with zeros to whole tiles.
-        desc: int64 [4]: address of the payload, kind (0 coded, 1 raw BF16), bytes of the stream, number of tables.
-        rows, cols, name: as in PackedWeight.
+        fields: kind (0 coded, 1 raw BF16), bytes of the stream, number of tables.
+        desc, rows, cols, name, checksum: as in PackedWeight.
     """
+
+    @cached_property
+    def expected_bytes(self) -> int:
+        """Bytes of a payload with this shape and these fields."""
+        kind, stream_bytes, num_tables = self.fields
+        if kind == ops.KIND_RAW:
+            return 2 * ops.padded_numel(self.rows, self.cols)
+        return UnitLayout(self.rows * self.cols, stream_bytes, num_tables).num_bytes
 
 
 def _aligned(num_bytes: int) -> int:
@@ -120,8 +130,8 @@ def pack(weight: torch.Tensor, name: str = "") -> UnitWeight:
     rows, cols = weight.shape
     payload, fields = _encode(bits, ops.padded_numel(rows, cols), name)
     held = torch.from_numpy(payload).to(weight.device)
-    desc = torch.tensor([held.data_ptr(), *fields], dtype=torch.int64, device="cpu")
-    return UnitWeight(held, desc.to(weight.device), rows, cols, name)
+    desc = descriptor(held, fields)
+    return UnitWeight(held, desc, rows, cols, name, fields, checksum(held))
 
 
 def _encode(
@@ -259,17 +269,32 @@ def decode_rows(desc: torch.Tensor, ids: torch.Tensor, rows: int, cols: int) -> 
 
 
 def unpack(packed: ops.PackedWeight) -> torch.Tensor:
-    """Return the BF16 matrix [rows, cols] on the weight's device, every block's status checked.
+    """Return the BF16 matrix [rows, cols] on the weight's device, every block's status and all bytes checked.
 
     Raises:
-        FormatError: the codes contradict the gaps, positions or tables.
+        FormatError: the payload or the descriptor is not what was made.
     """
+    packed.check_descriptor()
     rows, cols, device = packed.rows, packed.cols, packed.desc.device
     out = torch.empty(ops.padded_numel(rows, cols), dtype=torch.bfloat16, device=device)
     status = torch.empty(ops.num_tiles(rows, cols), dtype=torch.int32, device=device)
     decode(packed.desc, rows, cols, out, status)
     _check_status(status.cpu().numpy(), packed.name)
+    packed.check_payload()
     return out[: rows * cols].view(rows, cols)
+
+
+def unpack_rows(packed: ops.PackedWeight, ids: torch.Tensor) -> torch.Tensor:
+    """Return rows `ids`, int64 [n], as BF16 [n, cols], all bytes checked.
+
+    Raises:
+        IndexError: a row outside the matrix.
+        FormatError: the payload or the descriptor is not what was made.
+    """
+    ops.check_ids(ids, packed.rows, packed.name)
+    packed.check_descriptor()
+    packed.check_payload()  # before decoding: rows have no status
+    return decode_rows(packed.desc, ids, packed.rows, packed.cols)
 
 
 _library = torch.library.Library("vllm_dfloat", "FRAGMENT")  # type: ignore[no-untyped-call]
