@@ -191,7 +191,7 @@ def _decode_resident_kernel(
 @triton.jit(do_not_specialize=["rows", "cols"])
 def _decode_resident_rows_kernel(
     desc_ptr,  # int64[4]                       see above
-    ids_ptr,  # int64[num_ids]                  rows asked for
+    ids_ptr,  # int32 or int64[num_ids]         rows asked for
     out_ptr,  # int16[num_ids, cols]            BF16 bits
     rows,
     cols,
@@ -202,7 +202,7 @@ def _decode_resident_rows_kernel(
     afterwards.
     """
     payload = tl.load(desc_ptr)
-    row = tl.minimum(tl.maximum(tl.load(ids_ptr + tl.program_id(0)), 0), rows - 1)
+    row = tl.minimum(tl.maximum(tl.load(ids_ptr + tl.program_id(0)).to(tl.int64), 0), rows - 1)
     first = row * cols
     end = first + cols
     # Where weight 0 of the matrix would lie in the output.
@@ -254,7 +254,7 @@ def decode_resident(
 def decode_resident_rows(
     desc: torch.Tensor, ids: torch.Tensor, rows: int, cols: int, out: torch.Tensor
 ) -> None:
-    """Decode rows `ids` (int64 [n]) of the matrix that `desc` describes into `out`, BF16 [n, cols]."""
+    """Decode rows `ids` (int32 or int64 [n]) of the matrix that `desc` describes into `out`, BF16 [n, cols]."""
     if out.numel():
         # A row may begin with the last weight of a block and end with the first of another.
         blocks_per_row = cols // MIN_BLOCK_WEIGHTS + 2
@@ -303,7 +303,7 @@ COMPILE_SPECS = [
         fn=_decode_resident_rows_kernel,
         signature={
             "desc_ptr": "*i64",
-            "ids_ptr": "*i64",
+            "ids_ptr": "*i32",
             "out_ptr": "*i16",
             "rows": "i32",
             "cols": "i32",

@@ -249,7 +249,7 @@ def decode(
 
 
 def decode_rows(desc: torch.Tensor, ids: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
-    """Return rows `ids` (int64 [n]) of the matrix that `desc` describes: BF16 [n, cols]."""
+    """Return rows `ids` (int32 or int64 [n]) of the matrix that `desc` describes: BF16 [n, cols]."""
     if ops.uses_triton(ids.device):
         from vllm_dfloat.kernels.decode_dfloat11 import decode_resident_rows
 

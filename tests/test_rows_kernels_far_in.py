@@ -1,0 +1,27 @@
+"""Rows of matrices with over 2**31 weights, asked for by 32-bit ids: vLLM's input ids are such on a GPU."""
+
+import mmap
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from vllm_dfloat import ops, resident_units
+
+ROWS, COLS = 2**21 + 2, 1024
+
+
+@pytest.mark.parametrize("decode_rows", [resident_units.decode_rows])
+def test_row_behind_the_first_2_to_the_31_weights_is_found(
+    decode_rows: Callable[..., torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Bug caught: row * cols in 32 bits. It then reads 4 GiB before the payload, where there are zeros here.
+    monkeypatch.setenv("VLLM_DFLOAT_BACKEND", "triton")
+    row = torch.arange(1, COLS + 1, dtype=torch.int16)
+    with mmap.mmap(-1, 4 * ROWS * COLS) as memory:  # only pages that are touched take memory
+        weights = torch.frombuffer(memory, dtype=torch.int16)[ROWS * COLS :]
+        weights[(ROWS - 1) * COLS :] = row
+        desc = torch.tensor([weights.data_ptr(), ops.KIND_RAW, 0, 0])
+        found = decode_rows(desc, torch.tensor([ROWS - 1], dtype=torch.int32), ROWS, COLS)
+        del weights  # or the memory could not be unmapped
+    assert torch.equal(found[0].view(torch.int16), row)
