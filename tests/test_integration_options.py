@@ -4,9 +4,11 @@ import pickle
 from typing import Any
 
 import pytest
+import torch
+from vllm.config import VllmConfig, set_current_vllm_config
 
 from vllm_dfloat.errors import UnsupportedError
-from vllm_dfloat.integration import layouts
+from vllm_dfloat.integration import compat, layouts
 from vllm_dfloat.integration.config import DFloat11Config
 from vllm_dfloat.integration.options import LAYOUTS, Options
 
@@ -67,3 +69,15 @@ def test_config_survives_the_way_into_a_worker_and_brings_the_loaders_along() ->
     received = pickle.loads(sent)  # our own bytes
     assert (received.options.ignore, received.is_official) == (("x",), True)
     assert model_loader._LOAD_FORMAT_TO_MODEL_LOADER["auto"] is DFloat11ModelLoader
+
+
+def test_fused_mode_is_refused_where_batches_must_not_matter(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(compat, "is_batch_invariant", lambda: True)  # as on a GPU only
+    run = VllmConfig(additional_config={"dfloat11": {"mode": "fused"}})
+    with (
+        set_current_vllm_config(run),
+        pytest.raises(UnsupportedError, match="'fused' with VLLM_BATCH_INVARIANT"),
+    ):
+        DFloat11Config().get_quant_method(torch.nn.Linear(1, 1), "x")

@@ -125,6 +125,11 @@ class DFloat11Config(QuantizationConfig):  # type: ignore[misc]  # vLLM is untyp
                 f"--additional-config: {METHOD} is {given!r}; expected an object."
             )
         self.options = self.options.updated(given, f"--additional-config: {METHOD}")
+        if self.options.mode == "fused" and compat.is_batch_invariant():
+            raise UnsupportedError(
+                "mode 'fused' with VLLM_BATCH_INVARIANT: it gives small batches other bits than large ones; expected "
+                "mode 'exact'. Remove one of the two."
+            )
         if reason := compat.refusal(config):
             raise UnsupportedError(f"dfloat11 does not work with {reason}")
         self._check_official(str(config.load_config.load_format))
