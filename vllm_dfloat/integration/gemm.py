@@ -6,6 +6,7 @@ straight from the packed weight.
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -117,12 +118,14 @@ def compile_fused(packed: ops.PackedWeight | None, bias: torch.Tensor | None, ro
     """
     if packed is None or packed.desc.device.type != "cuda":
         return
-    for num_x in fused.compiled_for(rows):
-        key = (packed.desc.device, fused.num_segments(packed.cols), bias is None, num_x)
+    # A layer with a bias may multiply without it: with skip_bias_add, and row-parallel ones on all ranks but the first.
+    biases = [None] if bias is None else [bias, None]
+    for num_x, given in itertools.product(fused.compiled_for(rows), biases):
+        key = (packed.desc.device, fused.num_segments(packed.cols), given is None, num_x)
         if key not in _compiled:
             _compiled.add(key)
             x = torch.zeros(num_x, packed.cols, dtype=torch.bfloat16, device=packed.desc.device)
-            fused.multiply(packed, x, bias)
+            fused.multiply(packed, x, given)
 
 
 def _linear_fake(
