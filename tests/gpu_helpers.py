@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import poisoned
 
 from vllm_dfloat import ops
 
@@ -37,8 +38,8 @@ def of_size(real: list[Any], small: list[Any]) -> list[Any]:
 
 def buffers(num_tiles: int, padded_numel: int, poison: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return an output, BF16 [padded_numel], filled with a word that must be gone afterwards, and status words."""
-    out = torch.full((padded_numel,), poison, dtype=torch.uint16, device=DEVICE)
-    return out.view(torch.bfloat16), torch.full((num_tiles,), -1, dtype=torch.int32, device=DEVICE)
+    status = torch.full((num_tiles,), -1, dtype=torch.int32, device=DEVICE)
+    return poisoned((padded_numel,), poison, DEVICE), status
 
 
 def decode(

@@ -27,7 +27,29 @@ def to_torch(bits: Bits) -> torch.Tensor:
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.shape == b.shape and torch.equal(a.view(torch.uint16), b.view(torch.uint16))
+    # As signed words: not every torch has a CUDA kernel for unsigned ones of 16 bits.
+    return a.shape == b.shape and torch.equal(a.view(torch.int16), b.view(torch.int16))
+
+
+def poisoned(shape: tuple[int, ...], poison: int, device: torch.device) -> torch.Tensor:
+    """Return BF16 in which every element has the bits `poison`."""
+    signed = poison - (1 << 16) if poison >> 15 else poison
+    return torch.full(shape, signed, dtype=torch.int16, device=device).view(torch.bfloat16)
+
+
+def assert_within_bound(
+    out: torch.Tensor, weight: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None = None
+) -> None:
+    """Compare with float64, in which every product is exact and the sum nearly so, under the bound of matmul.py."""
+    exact = x.double() @ weight.double().T
+    size = x.double().abs() @ weight.double().abs().T
+    if bias is not None:
+        exact, size = exact + bias.double(), size + bias.double().abs()
+    lost = (weight.shape[1] + 1) * 2**-23 * size
+    bound = lost + 2**-8 * (exact.abs() + lost)
+    error = (out.double() - exact).abs()
+    assert (error <= bound).all(), f"{(error / bound).max().item():.2f} times the bound"
+    assert (error.mean() <= bound.mean() / 2).item()  # a bound that a wrong kernel meets is none
 
 
 def hard_matrices() -> dict[str, Bits]:

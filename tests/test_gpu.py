@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from gpu_helpers import DEVICE, NEEDS_GPU, buffers, captured, decode, no_rehearsal, of_size
-from helpers import Bits, gaussian, hard_matrices, same_bits, to_torch, unlike
+from helpers import Bits, gaussian, hard_matrices, poisoned, same_bits, to_torch, unlike
 
 from vllm_dfloat import ops, resident_units, unit_ops
 from vllm_dfloat.checkpoint.decode_unit import decode_unit
@@ -28,8 +28,7 @@ HELD = {
 
 def decode_rows(held: ops.PackedWeight, layout_name: str, ids: torch.Tensor, poison: int) -> Any:
     """Return chosen rows, from poisoned memory."""
-    out = torch.full((ids.numel(), held.cols), poison, dtype=torch.uint16, device=DEVICE)
-    rows = out.view(torch.bfloat16)
+    rows = poisoned((ids.numel(), held.cols), poison, DEVICE)
     if layout_name == "packed":
         tiles = packed_kernels.tiles_per_row(held.cols)
         status = torch.full((ids.numel(), tiles), -1, dtype=torch.int32, device=DEVICE)

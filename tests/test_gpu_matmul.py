@@ -3,7 +3,7 @@
 import pytest
 import torch
 from gpu_helpers import DEVICE, NEEDS_GPU, captured, no_rehearsal, of_size
-from helpers import gaussian, hard_matrices, same_bits, to_torch
+from helpers import assert_within_bound, gaussian, hard_matrices, same_bits, to_torch
 
 from vllm_dfloat import fused, ops
 from vllm_dfloat.codec import layout
@@ -42,21 +42,6 @@ def multiply(
     return out
 
 
-def assert_within_bound(
-    out: torch.Tensor, weight: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None
-) -> None:
-    """Compare with float64, in which every product is exact and the sum nearly so, under the bound of matmul.py."""
-    exact = x.double() @ weight.double().T
-    size = x.double().abs() @ weight.double().abs().T
-    if bias is not None:
-        exact, size = exact + bias.double(), size + bias.double().abs()
-    lost = (weight.shape[1] + 1) * 2**-23 * size
-    bound = lost + 2**-8 * (exact.abs() + lost)
-    error = (out.double() - exact).abs()
-    assert (error <= bound).all(), f"{(error / bound).max().item():.2f} times the bound"
-    assert error.mean() <= bound.mean() / 2  # a bound that a wrong kernel meets is none
-
-
 @pytest.mark.parametrize("num_rows", NUM_ROWS)
 @pytest.mark.parametrize("segments", of_size(list(COLUMNS), [2]))
 def test_gpu_result_of_every_kernel_is_within_the_bound_and_the_same_every_time(
@@ -79,7 +64,7 @@ def test_gpu_multiplies_layers_of_real_size(shape: tuple[int, int], num_rows: in
     weight = to_torch(gaussian(*shape)).cuda()
     packed, x = ops.pack(weight, "w"), activations(num_rows, shape[1])
     out = multiply(packed, x)
-    assert_within_bound(out, weight, x, None)
+    assert_within_bound(out, weight, x)
     assert same_bits(multiply(packed, x), out)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import Bits, gaussian, hard_matrices, same_bits, to_torch
+from helpers import Bits, assert_within_bound, gaussian, hard_matrices, same_bits, to_torch
 
 from vllm_dfloat import fused, ops
 from vllm_dfloat.codec import layout
@@ -32,21 +32,6 @@ def multiply(
     kernels.matmul(x, packed.desc, bias, cols, layout.CODE_BITS, out, partials, status)
     assert not status.any()
     return out
-
-
-def assert_within_bound(
-    out: torch.Tensor, weight: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None = None
-) -> None:
-    """Compare with float64, in which every product is exact and the sum nearly so, under the bound of matmul.py."""
-    exact = x.double() @ weight.double().T
-    size = x.double().abs() @ weight.double().abs().T
-    if bias is not None:
-        exact, size = exact + bias.double(), size + bias.double().abs()
-    lost = (weight.shape[1] + 1) * 2**-23 * size
-    bound = lost + 2**-8 * (exact.abs() + lost)
-    error = (out.double() - exact).abs()
-    assert (error <= bound).all(), f"{(error / bound).max().item():.2f} times the bound"
-    assert (error.mean() <= bound.mean() / 2).item()  # a bound that a wrong kernel meets is none
 
 
 @pytest.mark.parametrize("num_rows", NUM_ROWS)
