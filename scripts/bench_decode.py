@@ -1,0 +1,137 @@
+"""Measure the packed layout: decoding whole matrices, chosen rows, and encoding, against copies of the same bytes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from bench_setup import copy_of, normal, poisoned
+from bench_timing import Bench, Call, expect_no_status, expect_same_bits
+
+from vllm_dfloat import device_encode, ops
+from vllm_dfloat.codec import layout
+from vllm_dfloat.kernels import decode as kernels
+from vllm_dfloat.packed_weight import checksum, descriptor
+
+SIZES = [
+    (1024, 1024), (2048, 2048), (4096, 4096), (14_336, 4096), (8192, 8192), (28_672, 4096),
+    (16_384, 16_384), (16_384, 53_248),
+]  # fmt: skip
+TABLE = (128_256, 4096)  # embeddings of Llama 3.1 8B
+NUM_IDS = [1, 16, 256, 4096]
+ENCODED = [(4096, 4096), (28_672, 4096), (16_384, 16_384)]
+MOST_PINNED_BYTES = 1 << 29
+
+
+def run(bench: Bench) -> None:
+    for rows, cols in bench.pick(SIZES, [(8, 700)]):
+        if bench.begin("decode", f"{rows} x {cols}"):
+            _decode(bench, rows, cols)
+
+
+def run_rows(bench: Bench) -> None:
+    rows, cols = bench.pick(TABLE, (40, 300))
+    if not bench.begin("decode_rows", f"{rows} x {cols}"):
+        return
+    table = normal(rows, cols, bench.device)
+    packed = ops.pack(table, "table")
+    for num_ids in bench.pick(NUM_IDS, [2]):
+        if bench.begin("decode_rows", f"{num_ids} of {rows} x {cols}"):
+            _rows(bench, table, packed, num_ids)
+
+
+def run_encode(bench: Bench) -> None:
+    for rows, cols in bench.pick(ENCODED, [(8, 700)]):
+        if bench.begin("encode", f"{rows} x {cols}"):
+            _encode(bench, rows, cols)
+
+
+def buffers(packed: ops.PackedWeight) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a poisoned output and status words for a matrix."""
+    device = packed.desc.device
+    num_tiles = ops.num_tiles(packed.rows, packed.cols)
+    status = torch.full((num_tiles,), -1, dtype=torch.int32, device=device)
+    return poisoned(ops.padded_numel(packed.rows, packed.cols), device), status
+
+
+def check_decode(packed: ops.PackedWeight, weight: torch.Tensor, what: str, decode: Any) -> None:
+    """Raise WrongBitsError unless `decode` fills a poisoned buffer with the bits of `weight`."""
+    out, status = buffers(packed)
+    decode(packed.desc, packed.rows, packed.cols, out, status)
+    expect_no_status(status, what)
+    expect_same_bits(out[: weight.numel()], weight, what)
+
+
+def _decode(bench: Bench, rows: int, cols: int) -> None:
+    case, numel = f"{rows} x {cols}", rows * cols
+    weight = normal(rows, cols, bench.device)
+    packed = ops.pack(weight, "w")
+    moved = packed.num_bytes + 2 * numel
+    num_sets = bench.num_sets(moved)
+    held = [packed] + [copy_of(packed) for _ in range(num_sets - 1)]
+    for one in held:
+        check_decode(one, weight, f"decode {case}", ops.decode)
+    outs = [buffers(one) for one in held]
+    calls: dict[str, Call] = {
+        "copy of the bytes read and written": copy_call(bench, moved // 2, num_sets),
+        "decode": lambda i: ops.decode(held[i].desc, rows, cols, *outs[i]),
+    }
+    if bench.is_gpu and 2 * numel <= MOST_PINNED_BYTES:
+        host = torch.empty(numel, dtype=torch.bfloat16, pin_memory=True)
+        calls["pinned host to device"] = lambda i: outs[i][0][:numel].copy_(host, non_blocking=True)
+    else:
+        reason = "over 512 MiB" if bench.is_gpu else "needs a GPU"
+        bench.skip("decode", case, "pinned host to device", reason)
+    bits = {"bits_per_weight": round(8 * packed.num_bytes / numel, 3)}
+    bench.measure("decode", case, calls, num_sets, 2 * numel, {"decode": bits})
+
+
+def copy_call(bench: Bench, num_bytes: int, num_sets: int) -> Call:
+    """Return a device copy of so many bytes, which reads and writes each once."""
+    make = lambda: [  # noqa: E731 (two lists of the same kind)
+        torch.zeros(num_bytes, dtype=torch.uint8, device=bench.device) for _ in range(num_sets)
+    ]
+    sources, targets = make(), make()
+    return lambda i: targets[i].copy_(sources[i])
+
+
+def _rows(bench: Bench, table: torch.Tensor, packed: ops.PackedWeight, num_ids: int) -> None:
+    rows, cols = table.shape
+    num_sets = bench.pick(8, 1)
+    generator = torch.Generator().manual_seed(num_ids)
+    picks = [torch.randint(rows, (num_ids,), generator=generator) for _ in range(num_sets)]
+    ids = [pick.to(bench.device) for pick in picks]
+    case = f"{num_ids} of {rows} x {cols}"
+    out = poisoned(num_ids * cols, bench.device).view(num_ids, cols)
+    for pick in ids:
+        out.view(torch.int16).fill_(-1)  # a NaN too
+        kernels.decode_rows(packed.desc, pick, rows, cols, layout.CODE_BITS, out)
+        expect_same_bits(out, table[pick], f"decode_rows {case}")
+    calls: dict[str, Call] = {
+        "look-up in BF16": lambda i: torch.index_select(table, 0, ids[i], out=out),
+        "decode_rows": lambda i: kernels.decode_rows(
+            packed.desc, ids[i], rows, cols, layout.CODE_BITS, out
+        ),
+    }
+    bench.measure("decode_rows", case, calls, num_sets, 2 * num_ids * cols)
+
+
+def device_encoded(weight: torch.Tensor) -> ops.PackedWeight:
+    """Return what the GPU encoder makes of a matrix; on a CPU it is interpreted, where ops.pack takes another."""
+    lay, payload = device_encode.encode(weight, "w")
+    fields = (ops.KIND_PACKED, lay.num_words, lay.code_bits)
+    desc, rest = descriptor(payload, fields), (fields, checksum(payload))
+    return ops.PackedWeight(payload, desc, *weight.shape, "w", *rest)
+
+
+def _encode(bench: Bench, rows: int, cols: int) -> None:
+    case, numel = f"{rows} x {cols}", rows * cols
+    weight = normal(rows, cols, bench.device)
+    packed = device_encoded(weight)
+    check_decode(packed, weight, f"encode {case}", ops.decode)
+    calls: dict[str, Call] = {
+        "copy of the BF16": copy_call(bench, 2 * numel, 1),
+        "encode": lambda i: device_encode.encode(weight, "w"),
+    }
+    bits = {"bits_per_weight": round(8 * packed.payload.numel() / numel, 3)}
+    bench.measure("encode", case, calls, 1, 2 * numel, {"encode": bits})

@@ -1,0 +1,137 @@
+"""Other decoders, measured where they are installed: the kernel of the package dfloat11, and NVIDIA nvCOMP.
+
+Nothing of them is installed or imported by this project otherwise.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vllm_dfloat.checkpoint.unit import BLOCK_BYTES, BLOCK_WINDOWS
+
+DEFAULT_SHARED_BYTES = 48 * 1024  # more must be asked for
+MAX_DYNAMIC_SHARED_SIZE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+NVCOMP_ALGORITHMS = ("ANS", "Bitcomp", "Cascaded")
+
+
+class NotHereError(Exception):
+    """A peer cannot be measured here; the message says why."""
+
+
+class OfficialKernel:
+    """The decode kernel that the package dfloat11 ships as PTX, called through the CUDA driver.
+
+    Its arguments: luts, stream, sign_mantissa, output_positions, gaps, output; numbers of luts, bytes and weights.
+
+    Raises:
+        NotHereError: no GPU, no such package, or the driver does not take its PTX.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        if device.type != "cuda":
+            raise NotHereError("needs a GPU")
+        self._driver = ctypes.CDLL("libcuda.so.1")
+        image = ctypes.create_string_buffer(_ptx().read_bytes())
+        module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
+        self._call("cuModuleLoadData", ctypes.byref(module), image)
+        self._call("cuModuleGetFunction", ctypes.byref(self._function), module, b"decode")
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        status = getattr(self._driver, name)(*arguments)
+        if status:
+            raise NotHereError(f"{name} of the CUDA driver returned {status}")
+
+    def prepare(self, tensors: dict[str, Any], device: torch.device) -> OfficialLaunch:
+        """Return a launch that decodes a unit, given as `encode_unit` returns it."""
+        return OfficialLaunch(self, tensors, device)
+
+
+class OfficialLaunch:
+    """One unit on the device, ready to be decoded again and again."""
+
+    def __init__(self, kernel: OfficialKernel, tensors: dict[str, Any], device: torch.device):
+        self._kernel, self._device = kernel, device
+        stored = tensors["output_positions"].view("<u4").astype(np.int64)
+        positions = np.append(stored, tensors["sign_mantissa"].size)  # may be one entry short
+        fields = ("luts", "encoded_exponent", "sign_mantissa", "output_positions", "gaps")
+        # The kernel reads a few bytes beyond the last gap and position.
+        self._held = [_padded(tensors[field], device) for field in fields]
+        num_bytes = tensors["encoded_exponent"].size
+        self._grid = -(-num_bytes // BLOCK_BYTES)
+        self._sizes = [len(tensors["luts"]), num_bytes, tensors["sign_mantissa"].size]
+        self._shared = BLOCK_WINDOWS * 4 + 4 + 2 * int(np.diff(positions).max())
+        if self._shared > DEFAULT_SHARED_BYTES:
+            kernel._call(
+                "cuFuncSetAttribute", kernel._function, MAX_DYNAMIC_SHARED_SIZE, self._shared
+            )
+
+    def __call__(self, out: torch.Tensor) -> None:
+        """Write the unit's weights to `out`, BF16 [weights], on the current stream."""
+        addresses = [ctypes.c_uint64(tensor.data_ptr()) for tensor in (*self._held, out)]
+        values = [*addresses, *map(ctypes.c_int32, self._sizes)]
+        pointers = (ctypes.c_void_p * len(values))(
+            *(ctypes.cast(ctypes.pointer(value), ctypes.c_void_p) for value in values)
+        )
+        stream = ctypes.c_void_p(torch.cuda.current_stream(self._device).cuda_stream)
+        block = (BLOCK_WINDOWS, 1, 1)
+        self._kernel._call(
+            "cuLaunchKernel", self._kernel._function, self._grid, 1, 1, *block, self._shared,
+            stream, pointers, None,
+        )  # fmt: skip
+
+
+def _ptx() -> Path:
+    spec = importlib.util.find_spec("dfloat11")
+    if spec is None or spec.origin is None:
+        raise NotHereError("the package dfloat11 is not installed")
+    path = Path(spec.origin).parent / "decode.ptx"
+    if not path.exists():
+        raise NotHereError(f"no {path.name} beside {spec.origin}")
+    return path
+
+
+def _padded(array: Any, device: torch.device) -> torch.Tensor:
+    flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    return torch.from_numpy(np.append(flat, np.zeros(16, np.uint8))).to(device)
+
+
+class Nvcomp:
+    """One algorithm of nvCOMP on BF16 weights, as its Python package offers it.
+
+    Raises:
+        NotHereError: no GPU, or no such package.
+    """
+
+    def __init__(self, algorithm: str, device: torch.device) -> None:
+        if device.type != "cuda":
+            raise NotHereError("needs a GPU")
+        try:
+            from nvidia import nvcomp
+        except ImportError as error:
+            raise NotHereError("the package nvidia-nvcomp is not installed") from error
+        self._nvcomp, self._stream = nvcomp, torch.cuda.current_stream(device).cuda_stream
+        # Of its types this has the width of a weight; ANS knows where such a number's exponent lies.
+        self._codec = nvcomp.Codec(algorithm=algorithm, data_type="<f2", cuda_stream=self._stream)
+
+    def encode(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return the compressed bytes of BF16 weights, uint8 on their device."""
+        source = self._array(weight.view(-1).view(torch.uint8))
+        encoded = self._codec.encode(source)
+        torch.cuda.synchronize()
+        held = torch.from_dlpack(encoded.to_dlpack(cuda_stream=self._stream)).view(torch.uint8)
+        return held[: encoded.buffer_size].clone()
+
+    def decoder(self, encoded: torch.Tensor, out: torch.Tensor) -> Any:
+        """Return a call that decodes into BF16 `out` without waiting for the device."""
+        source, target = self._array(encoded), self._array(out.view(-1).view(torch.uint8))
+        config = self._codec.decompression_config(source)
+        return lambda: self._codec.decode(source, decompression_config=config, out=target)
+
+    def _array(self, tensor: torch.Tensor) -> Any:
+        return self._nvcomp.as_array(tensor, cuda_stream=self._stream)

@@ -1,0 +1,162 @@
+"""How kernels are timed: bits first, then medians of interleaved calls over inputs that rotate.
+
+A round calls each contender in turn, the next round in the opposite order, so that a clock that drifts hurts all alike.
+A contender's turn is one call for each set of inputs; there are so many sets that a turn passes twice the L2 cache.
+On a GPU all turns of a round are queued behind a delay, so that the time between two events is the device's, and holds
+no launch that the host was late with. What is reported is the median over rounds, and of the ratio within a round.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+
+Call = Callable[[int], Any]  # its argument says which set of inputs
+T = TypeVar("T")
+
+MAX_SETS = 48  # a turn must fit the queue of launches
+FASTEST_CLOCK = 2.2e9  # Hz; a delay counted in cycles lasts at least as long as asked for
+
+
+class WrongBitsError(Exception):
+    """A kernel's output is not what it must be: no time is reported."""
+
+
+@dataclass
+class Bench:
+    """Where and how long to measure, and the rows measured so far.
+
+    Attributes:
+        device: a CUDA device, or the CPU for a rehearsal in Triton's interpreter.
+        rounds: turns of each contender.
+        deadline: `time.monotonic()` after which no further case is begun.
+        rows: one per contender and case.
+    """
+
+    device: torch.device
+    rounds: int
+    deadline: float
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    def pick(self, gpu: T, cpu: T) -> T:
+        """Return what to measure on a GPU, or something small to rehearse with."""
+        return gpu if self.is_gpu else cpu
+
+    def num_sets(self, bytes_per_call: int) -> int:
+        """Return how many sets of inputs, of so many bytes read and written, pass twice the L2 cache."""
+        if not self.is_gpu:
+            return 1
+        cache = torch.cuda.get_device_properties(self.device).L2_cache_size
+        return max(1, min(MAX_SETS, -(-2 * cache // max(1, bytes_per_call))))
+
+    def begin(self, section: str, case: str) -> bool:
+        """Return whether there is time for a case; if not, note that it was not measured."""
+        if time.monotonic() < self.deadline:
+            return True
+        self.skip(section, case, "all", "out of time")
+        return False
+
+    def skip(self, section: str, case: str, name: str, reason: str) -> None:
+        self.rows.append({"section": section, "case": case, "name": name, "not_measured": reason})
+
+    def measure(
+        self,
+        section: str,
+        case: str,
+        calls: Mapping[str, Call],
+        num_sets: int = 1,
+        bf16_bytes: int | None = None,
+        facts: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        """Time the contenders and add a row for each; the ratios are to the first of them.
+
+        Args:
+            section, case: what the rows are filed under.
+            calls: per contender its call; the bits of all have been compared.
+            num_sets: sets of inputs; calls get 0 to num_sets - 1.
+            bf16_bytes: bytes of BF16 weights that a call yields or takes, for GB/s.
+            facts: more to say per contender.
+        """
+        seconds = self._seconds(calls, num_sets)
+        first = seconds[next(iter(calls))]
+        for name in calls:
+            median = statistics.median(seconds[name])
+            ratios = [mine / other for mine, other in zip(seconds[name], first, strict=True)]
+            row = {"section": section, "case": case, "name": name, "us": round(median * 1e6, 2)}
+            row["ratio"] = round(statistics.median(ratios), 4)
+            if bf16_bytes is not None:
+                row["gb_per_s"] = round(bf16_bytes / median / 1e9, 1)
+            self.rows.append(row | dict((facts or {}).get(name, {})))
+
+    def _seconds(self, calls: Mapping[str, Call], num_sets: int) -> dict[str, list[float]]:
+        order = list(calls.items())
+        # The first time compiles, the second measures how long the host takes to queue a round.
+        for _ in range(self.pick(2, 1)):
+            begun = time.perf_counter()
+            for _, call in order:
+                for i in range(num_sets):
+                    call(i)
+            host_seconds = time.perf_counter() - begun
+            self._wait()
+        turn = _gpu_round if self.is_gpu else _cpu_round
+        found: dict[str, list[float]] = {name: [] for name in calls}
+        for index in range(self.rounds):
+            for name, seconds in turn(order[:: 1 if index % 2 else -1], num_sets, host_seconds):
+                found[name].append(seconds)
+        return found
+
+    def _wait(self) -> None:
+        if self.is_gpu:
+            torch.cuda.synchronize(self.device)
+
+
+def _gpu_round(
+    order: list[tuple[str, Call]], num_sets: int, host_seconds: float
+) -> list[tuple[str, float]]:
+    torch.cuda._sleep(int(1.5 * host_seconds * FASTEST_CLOCK) + 1)
+    marks = []
+    for name, call in order:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for i in range(num_sets):
+            call(i)
+        end.record()
+        marks.append((name, begin, end))
+    torch.cuda.synchronize()
+    return [(name, begin.elapsed_time(end) / 1e3 / num_sets) for name, begin, end in marks]
+
+
+def _cpu_round(
+    order: list[tuple[str, Call]], num_sets: int, host_seconds: float
+) -> list[tuple[str, float]]:
+    found = []
+    for name, call in order:
+        begun = time.perf_counter()
+        for i in range(num_sets):
+            call(i)
+        found.append((name, (time.perf_counter() - begun) / num_sets))
+    return found
+
+
+def expect_same_bits(found: torch.Tensor, expected: torch.Tensor, what: str) -> None:
+    """Raise WrongBitsError unless two BF16 tensors have the same bits."""
+    a, b = found.reshape(-1).view(torch.int16), expected.reshape(-1).view(torch.int16)
+    if a.shape == b.shape and torch.equal(a, b):
+        return
+    wrong = int((a != b).sum()) if a.shape == b.shape else a.numel()
+    raise WrongBitsError(f"{what}: {wrong} of {b.numel()} weights differ from the original ones")
+
+
+def expect_no_status(status: torch.Tensor, what: str) -> None:
+    """Raise WrongBitsError if a decoder found anything wrong with sound codes."""
+    if status.any():
+        raise WrongBitsError(f"{what}: {int((status != 0).sum())} status words are not 0")

@@ -1,0 +1,182 @@
+"""Launch every kernel on small sizes and compare the bits: what compute-sanitizer runs, and what compiles them all.
+
+    compute-sanitizer --tool memcheck python scripts/sanitize_kernels.py
+    python scripts/sanitize_kernels.py --share 0/4     # every fourth check: they compile in parallel so
+    python scripts/sanitize_kernels.py --device cpu    # in Triton's interpreter
+
+Prints a line per check. Exit status 0 all right, 1 wrong bits, 2 it cannot run here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from bench_setup import CannotRunError, normal, poisoned, prepare
+
+if TYPE_CHECKING:
+    import torch
+
+ROWS, COLS = 37, 333  # the last tile is partly filled
+
+
+def check_rows(weight: torch.Tensor, decode_rows: Callable[[Any, Any], None]) -> None:
+    """Decode the first, the last and another row, `decode_rows(ids, out)`, into poisoned memory."""
+    import torch
+    from bench_timing import expect_same_bits
+
+    rows, cols = weight.shape
+    ids = torch.tensor([0, rows - 1, rows // 2], device=weight.device)
+    chosen = poisoned(3 * cols, weight.device).view(3, cols)
+    decode_rows(ids, chosen)
+    expect_same_bits(chosen, weight[ids], "chosen rows")
+
+
+def packed_decode(device: torch.device) -> None:
+    from bench_decode import check_decode
+
+    from vllm_dfloat import ops
+
+    weight = normal(ROWS, COLS, device)
+    check_decode(ops.pack(weight, "w"), weight, "decode", ops.decode)
+
+
+def packed_rows(device: torch.device) -> None:
+    """With a status word per tile, and without, as the embedding look-up asks for them."""
+    import torch
+    from bench_timing import expect_no_status
+
+    from vllm_dfloat import ops
+    from vllm_dfloat.codec import layout
+    from vllm_dfloat.kernels import decode as kernels
+
+    weight = normal(ROWS, COLS, device)
+    packed = ops.pack(weight, "w")
+    status = torch.full((3, kernels.tiles_per_row(COLS)), -1, dtype=torch.int32, device=device)
+    for wanted in (status, None):
+        check_rows(
+            weight,
+            lambda ids, out, wanted=wanted: kernels.decode_rows(
+                packed.desc, ids, ROWS, COLS, layout.CODE_BITS, out, wanted
+            ),
+        )
+    expect_no_status(status, "decode_rows")
+
+
+def packed_block(device: torch.device) -> None:
+    """Members that end within a program, one of a single weight."""
+    from bench_blocks import Block
+    from bench_setup import normal
+
+    shapes = [(ROWS, COLS), (1, 1), (12, 700)]
+    Block([normal(*shape, device, seed=i) for i, shape in enumerate(shapes)]).check("decode_block")
+
+
+def encoder(device: torch.device) -> None:
+    from bench_decode import check_decode, device_encoded
+
+    from vllm_dfloat import ops
+
+    weight = normal(ROWS, COLS, device, seed=1)
+    check_decode(device_encoded(weight), weight, "encode", ops.decode)
+
+
+def official_unit(device: torch.device) -> None:
+    import torch
+    from bench_timing import expect_same_bits
+
+    from vllm_dfloat import unit_ops
+    from vllm_dfloat.checkpoint.encode_unit import as_unit, encode_unit
+
+    weight = normal(12, COLS, device, seed=2)
+    unit = as_unit(encode_unit([weight.cpu().view(torch.uint16).numpy().reshape(-1)], "w"), "w")
+    expect_same_bits(unit_ops.decode_unit(unit, device), weight, "decode_dfloat11")
+
+
+def official_held(device: torch.device) -> None:
+    from bench_decode import check_decode
+
+    from vllm_dfloat import resident_units
+    from vllm_dfloat.kernels import decode_dfloat11 as kernels
+
+    weight = normal(12, COLS, device, seed=2)
+    held = resident_units.pack(weight, "w")
+    check_decode(held, weight, "decode_resident", resident_units.decode)
+    check_rows(
+        weight, lambda ids, out: kernels.decode_resident_rows(held.desc, ids, *weight.shape, out)
+    )
+
+
+def fused_product(device: torch.device, cols: int, num_x: int) -> None:
+    from bench_fused import check_fused
+
+    from vllm_dfloat import ops
+
+    weight, x = normal(5, cols, device, seed=cols), normal(num_x, cols, device, seed=num_x)
+    check_fused(ops.pack(weight, "w"), weight, x, f"fused, {num_x} rows, {cols} columns")
+
+
+def fused_products(device: torch.device) -> dict[str, Callable[[], None]]:
+    """Return a check for each kernel: for each number of rows it is compiled for, each number of segments."""
+    from vllm_dfloat import fused
+    from vllm_dfloat.codec import layout
+    from vllm_dfloat.kernels import matmul as kernels
+
+    eighth = layout.TILE_WEIGHTS // 8
+    supported = [n * eighth for n in range(1, 17) if kernels.is_supported(n * eighth)]
+    columns = {kernels.num_segments(cols): cols for cols in reversed(supported)}
+    num_rows = fused.compiled_for(kernels.MAX_ROWS)
+    if device.type == "cpu":  # seconds each in the interpreter
+        columns, num_rows = {1: columns[1]}, [1]
+    return {
+        f"fused, {num_x} rows, {segments} segments": partial(fused_product, device, cols, num_x)
+        for num_x in reversed(num_rows)
+        for segments, cols in sorted(columns.items(), reverse=True)
+    }
+
+
+def checks(device: torch.device) -> dict[str, Callable[[], None]]:
+    """Return every check by name, those that take longest to compile first."""
+    parts = (
+        packed_block, packed_decode, packed_rows, encoder, official_unit, official_held,
+    )  # fmt: skip
+    return fused_products(device) | {part.__name__: partial(part, device) for part in parts}
+
+
+def share(text: str) -> tuple[int, int]:
+    index, _, number = text.partition("/")
+    if not (index.isdigit() and number.isdigit() and int(index) < int(number)):
+        raise argparse.ArgumentTypeError(
+            f"{text}; expected such as 0/4, the first below the second"
+        )
+    return int(index), int(number)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--share", type=share, default=(0, 1), help="I/N: every N-th from the I-th")
+    args = parser.parse_args(argv)
+    try:
+        device = prepare(args.device)
+    except CannotRunError as error:
+        print(f"sanitize_kernels: cannot run: {error}", file=sys.stderr)
+        return 2
+    from bench_timing import WrongBitsError
+
+    first, step = args.share
+    for name, check in list(checks(device).items())[first::step]:
+        try:
+            check()
+        except WrongBitsError as error:
+            print(f"sanitize_kernels: {name}: wrong bits: {error}", file=sys.stderr)
+            return 1
+        print(f"right bits: {name}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,168 @@
+"""What each launch parameter is tried on: a kernel, its inputs, and the bits that it must give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from bench_blocks import Block, captured, ignoring
+from bench_decode import buffers, check_decode
+from bench_fused import LLAMA_8B, check_fused, scratch_for
+from bench_setup import copy_of, normal, poisoned
+from bench_timing import Bench, Call, expect_same_bits
+from torch.nn import functional
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources, PTXASError
+
+from vllm_dfloat import fused, ops, resident_units
+from vllm_dfloat.codec import layout
+from vllm_dfloat.kernels import decode as kernels
+from vllm_dfloat.kernels.matmul import MAX_ROWS
+
+NUM_X = {"fused_gemv_tiles_per_program": 1, "fused_dot_rows": 16, "fused_dot_num_warps": 16}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel on inputs of a real layer's size.
+
+    Attributes:
+        name: for the table.
+        call: launches it on one of `num_sets` sets of inputs.
+        check: launches it and raises WrongBitsError if what it gives is wrong.
+        cannot_launch: what Triton raises for parameters that the device or the kernel does not take.
+    """
+
+    name: str
+    call: Call
+    check: Callable[[], None]
+    num_sets: int
+    cannot_launch: tuple[type[Exception], ...] = (OutOfResources, CompilationError, PTXASError)
+
+
+def case_for(bench: Bench, field: str) -> Case:
+    if field == "rows_num_warps":
+        return _rows(bench)
+    if field in NUM_X:
+        return _fused(bench, NUM_X[field])
+    return _decode(bench, is_official=field == "dfloat11_num_warps")
+
+
+def _decode(bench: Bench, is_official: bool) -> Case:
+    rows, cols = bench.pick((14_336, 4096), (8, 300))
+    weight = normal(rows, cols, bench.device)
+    pack, decode = (
+        (resident_units.pack, resident_units.decode) if is_official else (ops.pack, ops.decode)
+    )
+    packed = pack(weight, "w")
+    num_sets = bench.num_sets(packed.num_bytes + 2 * weight.numel())
+    held = [packed] + [copy_of(packed) for _ in range(num_sets - 1)]
+    outs = [buffers(one) for one in held]
+    return Case(
+        f"decode {rows} x {cols}",
+        lambda i: decode(held[i].desc, rows, cols, *outs[i]),
+        lambda: check_decode(packed, weight, f"decode {rows} x {cols}", decode),
+        num_sets,
+    )
+
+
+def _rows(bench: Bench) -> Case:
+    rows, cols = bench.pick((128_256, 4096), (40, 300))
+    table = normal(rows, cols, bench.device)
+    packed = ops.pack(table, "table")
+    num_ids, num_sets = bench.pick((256, 8), (2, 1))
+    generator = torch.Generator().manual_seed(0)
+    picks = [torch.randint(rows, (num_ids,), generator=generator) for _ in range(num_sets)]
+    ids = [pick.to(bench.device) for pick in picks]
+    out = poisoned(num_ids * cols, bench.device).view(num_ids, cols)
+
+    def call(i: int) -> None:
+        kernels.decode_rows(packed.desc, ids[i], rows, cols, layout.CODE_BITS, out)
+
+    def check() -> None:
+        out.view(torch.int16).fill_(-1)  # a NaN
+        call(0)
+        expect_same_bits(out, table[ids[0]], "decode_rows")
+
+    return Case(f"{num_ids} of {rows} x {cols}", call, check, num_sets)
+
+
+def _fused(bench: Bench, num_x: int) -> Case:
+    rows, cols = bench.pick(LLAMA_8B["gate_up"], (3, layout.TILE_WEIGHTS))
+    weight = normal(rows, cols, bench.device)
+    packed = ops.pack(weight, "w")
+    num_sets = bench.num_sets(packed.num_bytes)
+    held = [packed] + [copy_of(packed) for _ in range(num_sets - 1)]
+    x, scratch = normal(num_x, cols, bench.device, seed=1), scratch_for(rows, cols, bench.device)
+    name = f"fused {rows} x {cols}, {num_x} rows"
+    return Case(
+        name,
+        lambda i: fused.matmul(x, held[i].desc, rows, cols, None, scratch),
+        lambda: check_fused(packed, weight, x, name),
+        num_sets,
+    )
+
+
+def fused_max_rows(bench: Bench) -> int:
+    """Return up to how many rows the fused product of all layers takes less time than decoding and a GEMM; 0: never."""
+    largest = 0
+    shapes = bench.pick(list(LLAMA_8B.values()), [(3, layout.TILE_WEIGHTS)])
+    for num_x in fused.compiled_for(bench.pick(MAX_ROWS, 1)):
+        totals = {"decode, then GEMM": 0.0, "fused": 0.0}
+        for rows, cols in shapes:
+            first = len(bench.rows)
+            _compare(bench, rows, cols, num_x)
+            for row in bench.rows[first:]:
+                totals[row["name"]] += row["us"]
+        if totals["fused"] >= totals["decode, then GEMM"]:
+            break
+        largest = num_x
+    return largest
+
+
+def _compare(bench: Bench, rows: int, cols: int, num_x: int) -> None:
+    weight = normal(rows, cols, bench.device)
+    packed = ops.pack(weight, "w")
+    num_sets = bench.num_sets(packed.num_bytes)
+    held = [packed] + [copy_of(packed) for _ in range(num_sets - 1)]
+    x, scratch = normal(num_x, cols, bench.device, seed=1), scratch_for(rows, cols, bench.device)
+    check_fused(packed, weight, x, f"fused {rows} x {cols}, {num_x} rows")
+    decoded = scratch[0][: rows * cols].view(rows, cols)
+
+    def decode_then_gemm(i: int) -> torch.Tensor:
+        ops.decode(held[i].desc, rows, cols, *scratch)
+        return functional.linear(x, decoded)
+
+    calls: dict[str, Call] = {
+        "decode, then GEMM": decode_then_gemm,
+        "fused": lambda i: fused.matmul(x, held[i].desc, rows, cols, None, scratch),
+    }
+    bench.measure("fused_max_rows", f"{rows} x {cols}, {num_x} rows", calls, num_sets)
+
+
+def block_max_numel(bench: Bench) -> int:
+    """Return up to how many weights one launch decodes a transformer block faster than one per matrix; 0: never.
+
+    From CUDA graphs, as serving replays them; the sizes are those of models with 0.5 to 8 billion weights.
+    """
+    largest = 0
+    for hidden, inner in bench.pick([(896, 4864), (2048, 8192), (4096, 14_336)], [(64, 100)]):
+        shapes = [(hidden * 3 // 2, hidden), (hidden, hidden), (2 * inner, hidden), (hidden, inner)]
+        first = len(bench.rows)
+        _compare_block(bench, shapes)
+        if bench.rows[first + 1]["ratio"] >= 1:
+            break
+        largest = sum(rows * cols for rows, cols in shapes)
+    return largest
+
+
+def _compare_block(bench: Bench, shapes: list[tuple[int, int]]) -> None:
+    block = Block([normal(*shape, bench.device, seed=i) for i, shape in enumerate(shapes)])
+    works = {"a launch per matrix": block.one_by_one, "one launch": block.at_once}
+    runs = {name: captured(work).replay if bench.is_gpu else work for name, work in works.items()}
+    for name, run in runs.items():
+        block.check(f"block, {name}", run)
+    calls: dict[str, Call] = {name: ignoring(run) for name, run in runs.items()}
+    numel = sum(rows * cols for rows, cols in shapes)
+    bench.measure("block_decode_max_numel", f"{numel} weights", calls)

@@ -1,0 +1,136 @@
+"""Try launch parameters on the GPU at hand, bits compared first, and print an entry for CONFIGS in kernels/configs.py.
+
+    python scripts/tune_kernels.py [--seconds 300] [--only FIELD ...]
+    python scripts/tune_kernels.py --device cpu    # a rehearsal in Triton's interpreter; its choice means nothing
+
+Parameters are tried one after the other, each with the best of those before it; the others stay as configs.py has them.
+A candidate replaces what is there only where it is faster by more than 2 %. Exit status 0; 1 wrong bits, and then no
+choice is printed; 2 it cannot run here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any
+
+from bench_setup import CannotRunError, environment, prepare
+
+if TYPE_CHECKING:
+    from bench_timing import Bench
+    from tune_cases import Case
+
+WORTH = 0.98  # of the time that the present value takes
+CANDIDATES: dict[str, tuple[int, ...]] = {  # Triton takes powers of two
+    "decode_tiles_per_program": (1, 2, 4, 8, 16),
+    "rows_num_warps": (1, 2, 4),
+    "dfloat11_num_warps": (2, 4, 8, 16),
+    "fused_gemv_tiles_per_program": (1, 2, 4, 8),
+    "fused_dot_rows": (16, 32),
+    "fused_dot_num_warps": (2, 4, 8),
+}
+DERIVED = ("fused_max_rows", "block_decode_max_numel")
+
+
+def best_of(bench: Bench, field: str, case: Case, config: Any) -> Any:
+    """Return `config` with the best value of a field.
+
+    Raises:
+        WrongBitsError: a candidate changed what a kernel computes.
+    """
+    from vllm_dfloat.kernels import configs
+
+    present = getattr(config, field)
+    values = [present, *(value for value in CANDIDATES[field] if value != present)]
+    variants = {}
+    for value in values:
+        variant = replace(config, **{field: value})
+        try:
+            with configs.override(variant):
+                case.check()
+        except case.cannot_launch as error:
+            bench.skip(field, case.name, str(value), f"{type(error).__name__}: {error}")
+            continue
+        variants[str(value)] = variant
+
+    def call_of(variant: Any) -> Any:
+        def call(i: int) -> None:
+            with configs.override(variant):
+                case.call(i)
+
+        return call
+
+    calls = {name: call_of(variant) for name, variant in variants.items()}
+    first = len(bench.rows)
+    bench.measure(field, case.name, calls, case.num_sets)
+    fastest = min(bench.rows[first:], key=lambda row: row["ratio"])
+    is_better = str(present) not in variants or fastest["ratio"] < WORTH
+    return variants[fastest["name"]] if is_better else config
+
+
+def tune(bench: Bench, names: Sequence[str]) -> Any:
+    """Return the best parameters found for the bench's device."""
+    import tune_cases
+
+    from vllm_dfloat.kernels import configs
+
+    config = configs.config_of(bench.device)
+    for field in CANDIDATES:
+        if field in names and bench.begin(field, "all"):
+            config = best_of(bench, field, tune_cases.case_for(bench, field), config)
+    with configs.override(config):
+        if "fused_max_rows" in names and bench.begin("fused_max_rows", "all"):
+            config = replace(config, fused_max_rows=tune_cases.fused_max_rows(bench))
+        if "block_decode_max_numel" in names and bench.begin("block_decode_max_numel", "all"):
+            config = replace(config, block_decode_max_numel=tune_cases.block_max_numel(bench))
+    return replace(config, measured=True)
+
+
+def entry(config: Any, environment: dict[str, Any]) -> str:
+    """Return a line of CONFIGS, whose key is the device's name."""
+    from vllm_dfloat.kernels.configs import DEFAULT
+
+    changed = [
+        f"{field.name}={getattr(config, field.name)!r}"
+        for field in fields(config)
+        if getattr(config, field.name) != getattr(DEFAULT, field.name)
+    ]
+    name = environment["device"]
+    return (
+        f"    # {environment['date'][:10]}, driver {environment['driver']}, torch {environment['torch']}, "
+        f"triton {environment['triton']}\n    {name!r}: LaunchConfig({', '.join(changed)}),"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--seconds", type=float, default=300, help="begin no field after so long")
+    names = [*CANDIDATES, *DERIVED]
+    parser.add_argument("--only", nargs="+", choices=names, default=names)
+    args = parser.parse_args(argv)
+    begun = time.monotonic()
+    try:
+        device = prepare(args.device)
+    except CannotRunError as error:
+        print(f"tune_kernels: cannot run: {error}", file=sys.stderr)
+        return 2
+    import bench_report
+    from bench_timing import Bench, WrongBitsError
+
+    bench = Bench(device, 21 if device.type == "cuda" else 1, begun + args.seconds)
+    try:
+        config = tune(bench, args.only)
+    except WrongBitsError as error:
+        print(f"tune_kernels: wrong bits: {error}; no choice is printed", file=sys.stderr)
+        return 1
+    print(bench_report.table(bench.rows))
+    print(entry(config, environment(device)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
