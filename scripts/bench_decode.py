@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from bench_setup import copy_of, normal, poisoned
-from bench_timing import Bench, Call, expect_no_status, expect_same_bits
+from bench_timing import FLOOR, Bench, Call, expect_no_status, expect_same_bits
 
 from vllm_dfloat import device_encode, ops
 from vllm_dfloat.codec import layout
@@ -73,7 +73,7 @@ def _decode(bench: Bench, rows: int, cols: int) -> None:
         check_decode(one, weight, f"decode {case}", ops.decode)
     outs = [buffers(one) for one in held]
     calls: dict[str, Call] = {
-        "copy of the bytes read and written": copy_call(bench, moved // 2, num_sets),
+        FLOOR: copy_call(bench, moved // 2, num_sets),
         "decode": lambda i: ops.decode(held[i].desc, rows, cols, *outs[i]),
     }
     if bench.is_gpu and 2 * numel <= MOST_PINNED_BYTES:
@@ -130,7 +130,7 @@ def _encode(bench: Bench, rows: int, cols: int) -> None:
     packed = device_encoded(weight)
     check_decode(packed, weight, f"encode {case}", ops.decode)
     calls: dict[str, Call] = {
-        "copy of the BF16": copy_call(bench, 2 * numel, 1),
+        FLOOR: copy_call(bench, (2 * numel + packed.num_bytes) // 2, 1),
         "encode": lambda i: device_encode.encode(weight, "w"),
     }
     bits = {"bits_per_weight": round(8 * packed.payload.numel() / numel, 3)}

@@ -11,7 +11,7 @@ from typing import Any
 
 from bench_setup import ROOT
 
-HEADS = ("section", "case", "name", "us", "ratio", "gb_per_s", "bits_per_weight")
+HEADS = ("section", "case", "name", "us", "ratio", "of_copy", "gb_per_s", "bits_per_weight")
 
 
 def default_path(device_name: str, kind: str) -> Path:
@@ -30,7 +30,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         else:
             cells += [str(row.get(head, "")) for head in HEADS[3:]]
         lines.append(cells)
-    widths = [max(len(line[i]) for line in lines if len(line) > 4 or i < 3) for i in range(7)]
+    widths = [
+        max(len(line[i]) for line in lines if len(line) > 4 or i < 3) for i in range(len(HEADS))
+    ]
     padded = (
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=False)).rstrip()
         for line in lines

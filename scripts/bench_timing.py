@@ -20,6 +20,7 @@ Call = Callable[[int], Any]  # its argument says which set of inputs
 T = TypeVar("T")
 
 MAX_SETS = 48  # a turn must fit the queue of launches
+FLOOR = "copy of the bytes read and written"
 FASTEST_CLOCK = 2.2e9  # Hz; a delay counted in cycles lasts at least as long as asked for
 
 
@@ -79,6 +80,9 @@ class Bench:
     ) -> None:
         """Time the contenders and add a row for each; the ratios are to the first of them.
 
+        Where the first is a copy of the bytes that must be read and written at least, rows also say what fraction of
+        that floor's speed is reached (`of_copy`).
+
         Args:
             section, case: what the rows are filed under.
             calls: per contender its call; the bits of all have been compared.
@@ -93,6 +97,8 @@ class Bench:
             ratios = [mine / other for mine, other in zip(seconds[name], first, strict=True)]
             row = {"section": section, "case": case, "name": name, "us": round(median * 1e6, 2)}
             row["ratio"] = round(statistics.median(ratios), 4)
+            if next(iter(calls)) == FLOOR:
+                row["of_copy"] = float(f"{1 / statistics.median(ratios):.4g}")
             if bf16_bytes is not None:
                 row["gb_per_s"] = round(bf16_bytes / median / 1e9, 1)
             self.rows.append(row | dict((facts or {}).get(name, {})))

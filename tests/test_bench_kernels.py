@@ -38,6 +38,7 @@ def test_rehearsal_measures_decode_beside_a_copy_and_says_what_its_times_are(
     assert names["pinned host to device"]["not_measured"] == "needs a GPU"
     decode = names["decode"]
     assert decode["us"] > 0
+    assert decode["of_copy"] == pytest.approx(1 / decode["ratio"], rel=1e-2)
     assert decode["bits_per_weight"] > 8
     assert set(found["environment"]) >= {"driver", "torch", "triton", "date", "command", "commit"}
     assert list(path.parent.iterdir()) == [path]
