@@ -1,5 +1,6 @@
 """Bit equality of the decoders on a GPU: `TRITON_INTERPRET=0 pytest -m gpu`. Elsewhere the interpreter stands in."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from vllm_dfloat.checkpoint.dfloat11 import open_checkpoint
 from vllm_dfloat.codec import layout
 from vllm_dfloat.kernels import decode as packed_kernels
 from vllm_dfloat.kernels import decode_dfloat11 as unit_kernels
+from vllm_dfloat.packed_weight import descriptor
 
 pytestmark = NEEDS_GPU
 MATRICES = hard_matrices()
@@ -80,11 +82,10 @@ def test_gpu_decodes_into_a_captured_graph_and_sees_new_weights_after_a_reload(
         assert same_bits(out[: 512 * 640].view(512, 640), weight)
 
 
-def on_gpu(held: Any) -> ops.PackedWeight:
+def on_gpu(held: ops.PackedWeight) -> ops.PackedWeight:
     """Return a weight that was packed on the CPU, on the GPU."""
-    payload, desc = held.payload.cuda(), held.desc.clone()
-    desc[0] = payload.data_ptr()
-    return ops.PackedWeight(payload, desc.cuda(), held.rows, held.cols, held.name)
+    payload = held.payload.cuda()
+    return replace(held, payload=payload, desc=descriptor(payload, held.fields))
 
 
 @no_rehearsal
