@@ -210,6 +210,8 @@ def bench(argv: list[str], launch: Launch) -> int:
         },
     }
     with log_folder(options) as logs:
+        if options.model is None:
+            say(f"weights: {options.folder} (written first, if they are not there)")
         model = bench_serve_launch.weights(options)
         whole = run_all(options, head, Files(model, logs, output), launch, until)
     report.store(whole, output, say)

@@ -30,6 +30,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 DEFAULT_VARIANTS = ("bf16", "exact", "fused", "offload")
 COMPARED = ("bf16", "exact")
+# What tells the variants apart, or has an argument of its own: --engine would make labels and points wrong.
+RESERVED = {"model", "quantization", "additional_config", "cpu_offload_gb", "enforce_eager"}
+RESERVED |= {"max_num_seqs", "max_model_len", "gpu_memory_utilization"}
 
 
 @dataclass(frozen=True)
@@ -161,6 +164,8 @@ def engine(given: str) -> dict[str, Any]:
     except ValueError:
         value = None
     check(isinstance(value, dict), "engine", given, 'a JSON object like {"block_size": 32}')
+    if taken := sorted(RESERVED & set(value)):
+        check(False, "engine", given, f"no {taken[0]}, which a variant or another argument sets")
     return dict(value)
 
 
