@@ -124,8 +124,11 @@ def compile_fused(packed: ops.PackedWeight | None, bias: torch.Tensor | None, ro
         key = (packed.desc.device, fused.num_segments(packed.cols), given is None, num_x)
         if key not in _compiled:
             _compiled.add(key)
-            x = torch.zeros(num_x, packed.cols, dtype=torch.bfloat16, device=packed.desc.device)
-            fused.multiply(packed, x, given)
+            device, shape = packed.desc.device, (packed.rows, packed.cols)
+            x = torch.zeros(num_x, packed.cols, dtype=torch.bfloat16, device=device)
+            # The reserved scratch, as in serving: a vocabulary's worth of its own could exceed what is left of memory.
+            memory = scratch.take(device, ops.padded_numel(*shape))
+            fused.matmul(x, packed.desc, *shape, given, memory)
 
 
 def _linear_fake(
