@@ -209,7 +209,8 @@ def _decode_rows_kernel(
     payload = tl.load(desc_ptr)
     num_words = tl.load(desc_ptr + 2)
     num_tiles = (rows.to(tl.int64) * cols + TILE_WEIGHTS - 1) // TILE_WEIGHTS
-    row = tl.minimum(tl.maximum(tl.load(ids_ptr + tl.program_id(0)), 0), rows - 1)
+    row = tl.load(ids_ptr + tl.program_id(0)).to(tl.int64)  # times cols it can pass 2**31
+    row = tl.minimum(tl.maximum(row, 0), rows - 1)
     first = row * cols
     nearest = first // TILE_WEIGHTS + tl.program_id(1)
     status = tl.zeros([1, 1], tl.int32)

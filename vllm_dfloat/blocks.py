@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from vllm_dfloat import ops
+from vllm_dfloat.checks import check_tensor
 from vllm_dfloat.codec import layout
 from vllm_dfloat.codec.decode import check_status
 from vllm_dfloat.errors import UnsupportedError
@@ -61,7 +62,25 @@ def decode_block(
         num_tiles: tiles of all of them, `first_tiles(shapes)[-1]`.
         out: BF16, flat, contiguous, at least `num_tiles * 2048` elements, aligned to 16 bytes.
         status: int32, at least `num_tiles`; 0 per tile, or a sum of STATUS_* bits.
+
+    Raises:
+        UnsupportedError: a tensor of another dtype, size, device or alignment.
     """
+    if table.dtype != torch.int64 or table.dim() != 2 or table.shape[1] != 2:
+        raise UnsupportedError(
+            f"decode_block: table {table.dtype} {list(table.shape)}; expected torch.int64 [members + 1, 2]. "
+            "Make it with block_table."
+        )
+    numel = num_tiles * layout.TILE_WEIGHTS
+    check_tensor("decode_block: out", out, torch.bfloat16, numel, table.device, 16)
+    check_tensor("decode_block: status", status, torch.int32, num_tiles, table.device)
+    launch_decode_block(table, num_tiles, out, status)
+
+
+def launch_decode_block(
+    table: torch.Tensor, num_tiles: int, out: torch.Tensor, status: torch.Tensor
+) -> None:
+    """Do what `decode_block` does without its checks: for every forward pass, whose buffers the scratch arena made."""
     if ops.uses_triton(out.device):
         from vllm_dfloat.kernels.decode_block import decode_block as decode_block_triton
 
@@ -72,7 +91,7 @@ def decode_block(
         desc = torch.tensor((ctypes.c_int64 * ops.DESC_LENGTH).from_address(address))
         # A matrix of as many whole tiles lies in memory as the member does.
         shape = after - first, layout.TILE_WEIGHTS
-        ops.decode(desc, *shape, out[first * layout.TILE_WEIGHTS :], status[first:])
+        ops.launch_decode(desc, *shape, out[first * layout.TILE_WEIGHTS :], status[first:])
 
 
 def unpack(members: Sequence[ops.PackedWeight]) -> list[torch.Tensor]:

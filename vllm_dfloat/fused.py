@@ -7,6 +7,7 @@ of a GEMM on the decoded weight, which adds in another order; kernels/matmul.py 
 import torch
 
 from vllm_dfloat import ops
+from vllm_dfloat.checks import check_desc, check_tensor, require_triton
 from vllm_dfloat.codec import layout
 from vllm_dfloat.codec.decode import check_status
 from vllm_dfloat.errors import UnsupportedError
@@ -59,15 +60,36 @@ def matmul(
             the second holds a status per tile, 0 or a sum of STATUS_* bits.
 
     Raises:
+        DeviceError: Triton is missing, or cannot run on the device.
         UnsupportedError: a dtype, shape or device that the kernels do not take.
     """
-    from vllm_dfloat.kernels import matmul as kernels
-
+    require_triton(x.device)
     _check(x, desc, rows, cols, bias)
-    num_x, num_tiles = x.shape[0], ops.num_tiles(rows, cols)
-    out = torch.empty(num_x, rows, dtype=torch.bfloat16, device=x.device)
     if scratch is None:
         scratch = _scratch(rows, cols, x.device)
+    else:
+        numel, tiles = ops.padded_numel(rows, cols), ops.num_tiles(rows, cols)
+        check_tensor("fused: scratch[0]", scratch[0], torch.bfloat16, numel, x.device, 16)
+        check_tensor("fused: scratch[1]", scratch[1], torch.int32, tiles, x.device)
+    x = x.contiguous()  # and where the kernels can load 16 bytes at once
+    return launch_matmul(
+        x if x.data_ptr() % 16 == 0 else x.clone(), desc, rows, cols, bias, scratch
+    )
+
+
+def launch_matmul(
+    x: torch.Tensor,
+    desc: torch.Tensor,
+    rows: int,
+    cols: int,
+    bias: torch.Tensor | None,
+    scratch: tuple[torch.Tensor, torch.Tensor],
+) -> torch.Tensor:
+    """Do what `matmul` does without its checks: for every forward pass, whose tensors vLLM and the arena made."""
+    from vllm_dfloat.kernels import matmul as kernels
+
+    num_x, num_tiles = x.shape[0], ops.num_tiles(rows, cols)
+    out = torch.empty(num_x, rows, dtype=torch.bfloat16, device=x.device)
     memory, status = scratch
     partials = memory.view(torch.float32)[: kernels.num_partials(num_tiles, cols, num_x)]
     kernels.matmul(x.contiguous(), desc, bias, cols, layout.CODE_BITS, out, partials, status)
@@ -84,7 +106,7 @@ def multiply(
         UnsupportedError: as `matmul`.
     """
     packed.check_descriptor()
-    scratch = _scratch(packed.rows, packed.cols, x.device)
+    scratch = _scratch(packed.rows, packed.cols, packed.desc.device)
     scratch[1].fill_(-1)
     out = matmul(x, packed.desc, packed.rows, packed.cols, bias, scratch)
     check_status(scratch[1].cpu().numpy(), packed.name)
@@ -102,8 +124,8 @@ def _check(
 ) -> None:
     from vllm_dfloat.kernels import matmul as kernels
 
+    check_desc("fused", desc)
     most = kernels.MAX_ROWS
-
     found = f"activations {x.dtype} {list(x.shape)} on {x.device}"
     if x.dtype != torch.bfloat16 or x.dim() != 2 or x.shape[1] != cols or x.device != desc.device:
         raise UnsupportedError(
@@ -114,9 +136,17 @@ def _check(
             f"{found}; the fused kernels multiply 1 to {most} rows. Decode the weight and use a GEMM."
         )
     kinds = (torch.bfloat16, torch.float32)
-    if bias is not None and (bias.dtype not in kinds or bias.shape != (rows,)):
+    if bias is not None and (
+        bias.dtype not in kinds
+        or bias.shape != (rows,)
+        or bias.device != x.device
+        or not bias.is_contiguous()
+    ):
+        found = f"bias {bias.dtype} {list(bias.shape)}"
+        found += "" if bias.device == x.device else f" on {bias.device}"
+        found += "" if bias.is_contiguous() else f" with strides {list(bias.stride())}"
         raise UnsupportedError(
-            f"bias {bias.dtype} {list(bias.shape)}; expected BF16 or FP32 [{rows}]. Convert it."
+            f"{found}; expected BF16 or FP32 [{rows}] on {x.device}, contiguous. Convert or move it."
         )
     if not kernels.is_supported(cols):
         raise UnsupportedError(

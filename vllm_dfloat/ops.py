@@ -10,26 +10,26 @@ nothing that does may reach a traced graph. The owner of a `PackedWeight` keeps 
 """
 
 import ctypes
-import os
 from typing import Any
 
 import numpy as np
 import torch
 
 from vllm_dfloat import device_encode
+from vllm_dfloat.checks import check_desc, check_ids, check_tensor
+from vllm_dfloat.checks import check_device as check_device
+from vllm_dfloat.checks import uses_triton as uses_triton
 from vllm_dfloat.codec import layout
 from vllm_dfloat.codec.decode import check_status, decode_into
 from vllm_dfloat.codec.decode import decode_rows as _decode_rows_numba
 from vllm_dfloat.codec.encode import encode
 from vllm_dfloat.codec.layout import PackedLayout, PackedTensor
-from vllm_dfloat.errors import DeviceError, UnsupportedError
+from vllm_dfloat.errors import UnsupportedError
 from vllm_dfloat.packed_weight import DESC_LENGTH as DESC_LENGTH
 from vllm_dfloat.packed_weight import KIND_PACKED as KIND_PACKED
 from vllm_dfloat.packed_weight import KIND_RAW as KIND_RAW
 from vllm_dfloat.packed_weight import PackedWeight as PackedWeight
 from vllm_dfloat.packed_weight import checksum, descriptor
-
-MIN_CAPABILITY = (8, 0)  # BF16 arithmetic begins with Ampere
 
 
 def padded_numel(rows: int, cols: int) -> int:
@@ -70,31 +70,6 @@ def pack(weight: torch.Tensor, name: str = "") -> PackedWeight:
     return PackedWeight(payload, desc, rows, cols, name, fields, checksum(payload))
 
 
-def check_device(device: torch.device) -> None:
-    """Raise DeviceError, in one sentence, if weights on `device` could not be decoded."""
-    if device.type == "cpu":
-        return
-    if device.type != "cuda" or torch.version.hip is not None:
-        raise DeviceError(f"device {device}: dfloat11 decodes on CPUs and on NVIDIA GPUs only")
-    capability = torch.cuda.get_device_capability(device)
-    if capability < MIN_CAPABILITY:
-        raise DeviceError(
-            f"{torch.cuda.get_device_name(device)}: compute capability {capability[0]}.{capability[1]}; "
-            "dfloat11 needs 8.0 (Ampere) or newer"
-        )
-
-
-def uses_triton(device: torch.device) -> bool:
-    """Return whether the Triton kernels decode on `device`.
-
-    VLLM_DFLOAT_BACKEND=triton asks for them on a CPU too (in Triton's interpreter), =numba for the CPU decoder.
-    """
-    backend = os.environ.get("VLLM_DFLOAT_BACKEND", "")
-    if backend not in ("", "triton", "numba"):
-        raise DeviceError(f"VLLM_DFLOAT_BACKEND={backend}: expected triton or numba")
-    return device.type == "cuda" if not backend else backend == "triton"
-
-
 def _packed_at(desc: torch.Tensor, rows: int, cols: int, name: str = "") -> PackedTensor:
     """Return the packed matrix that a descriptor in CPU memory points to, without a copy."""
     address, kind, num_words, code_bits = desc.tolist()
@@ -115,7 +90,20 @@ def decode(
         rows, cols: its shape.
         out: BF16, flat, contiguous, at least `padded_numel(rows, cols)` elements, aligned to 16 bytes.
         status: int32, at least `num_tiles(rows, cols)`; 0 per tile, or a sum of STATUS_* bits.
+
+    Raises:
+        UnsupportedError: a tensor of another dtype, size, device or alignment.
     """
+    check_desc("decode", desc)
+    check_tensor("decode: out", out, torch.bfloat16, padded_numel(rows, cols), desc.device, 16)
+    check_tensor("decode: status", status, torch.int32, num_tiles(rows, cols), desc.device)
+    launch_decode(desc, rows, cols, out, status)
+
+
+def launch_decode(
+    desc: torch.Tensor, rows: int, cols: int, out: torch.Tensor, status: torch.Tensor
+) -> None:
+    """Do what `decode` does without its checks: for every forward pass, whose buffers the scratch arena made."""
     if not rows * cols:
         return
     if uses_triton(out.device):
@@ -128,14 +116,20 @@ def decode(
 
 
 def decode_rows(desc: torch.Tensor, ids: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
-    """Return rows `ids` (int64 [n]) of the matrix that `desc` describes: BF16 [n, cols]."""
+    """Return rows `ids` (int64 [n]) of the matrix that `desc` describes: BF16 [n, cols].
+
+    Raises:
+        UnsupportedError: ids of another dtype, shape or device.
+    """
+    check_desc("decode_rows", desc)
+    check_ids("decode_rows", ids, desc.device)
     if uses_triton(ids.device):
         from vllm_dfloat.kernels.decode import decode_rows as decode_rows_triton
 
         out = torch.empty(ids.numel(), cols, dtype=torch.bfloat16, device=ids.device)
         decode_rows_triton(desc, ids, rows, cols, layout.CODE_BITS, out)
         return out
-    bits = _decode_rows_numba(_packed_at(desc, rows, cols), ids.numpy())
+    bits = _decode_rows_numba(_packed_at(desc, rows, cols), ids.long().numpy())
     return torch.from_numpy(bits).view(torch.bfloat16)
 
 
@@ -159,19 +153,26 @@ def unpack_rows(packed: PackedWeight, ids: torch.Tensor) -> torch.Tensor:
     """Return rows `ids`, int64 [n], as BF16 [n, cols], the status of every tile they touch and all bytes checked.
 
     Raises:
+        UnsupportedError: ids of another dtype, shape or device.
         IndexError: a row outside the matrix.
         FormatError: the payload or the descriptor is not what was made.
     """
     rows, cols, name = packed.rows, packed.cols, packed.name
-    check_ids(ids, rows, name)
+    check_rows(name, ids, rows, packed.desc.device)
     packed.check_descriptor()
     out = _unpack_rows(packed, ids, rows, cols, name)
     packed.check_payload()
     return out
 
 
-def check_ids(ids: torch.Tensor, rows: int, name: str) -> None:
-    """Raise IndexError if one of `ids`, int64 [n], is no row of a matrix of `rows` rows; waits for the device."""
+def check_rows(name: str, ids: torch.Tensor, rows: int, device: torch.device) -> None:
+    """Check that all `ids` are rows of a matrix of `rows` rows on `device`; waits for it.
+
+    Raises:
+        UnsupportedError: ids of another dtype, shape or device.
+        IndexError: one of them is outside the matrix.
+    """
+    check_ids(name or "weight", ids, device)
     if ids.numel() and not (ids.min() >= 0 and ids.max() < rows):
         raise IndexError(
             f"{name or 'weight'}: rows {ids.min()} to {ids.max()} asked for; the matrix has {rows}"
@@ -182,7 +183,7 @@ def _unpack_rows(
     packed: PackedWeight, ids: torch.Tensor, rows: int, cols: int, name: str
 ) -> torch.Tensor:
     if not uses_triton(ids.device):
-        bits = _decode_rows_numba(_packed_at(packed.desc, rows, cols, name), ids.numpy())
+        bits = _decode_rows_numba(_packed_at(packed.desc, rows, cols, name), ids.long().numpy())
         return torch.from_numpy(bits).view(torch.bfloat16)
     from vllm_dfloat.kernels import decode as kernels
 

@@ -22,6 +22,7 @@ from vllm_dfloat.checkpoint.code_tables import LENGTH_SHIFT, MAX_CODE_BITS, POIN
 from vllm_dfloat.checkpoint.decode_blocks import decode_blocks, wide_table
 from vllm_dfloat.checkpoint.encode_unit import as_unit, encode_unit
 from vllm_dfloat.checkpoint.unit import BLOCK_GAP_BYTES, Unit, num_blocks
+from vllm_dfloat.checks import check_desc, check_ids, check_tensor
 from vllm_dfloat.codec.layout import ALIGNMENT
 from vllm_dfloat.codec.threads import over_tiles
 from vllm_dfloat.errors import FormatError, UnsupportedError
@@ -230,7 +231,21 @@ def decode(
         out: BF16, flat, contiguous, at least rows * cols elements, aligned to 16 bytes.
         status: int32, at least `ops.num_tiles(rows, cols)` words: word b for block b of the stream, 0 or a sum of
             STATUS_* bits; words that no block has become 0.
+
+    Raises:
+        UnsupportedError: a tensor of another dtype, size, device or alignment.
     """
+    check_desc("decode_unit", desc)
+    check_tensor("decode_unit: out", out, torch.bfloat16, rows * cols, desc.device, ALIGNMENT)
+    tiles = ops.num_tiles(rows, cols)
+    check_tensor("decode_unit: status", status, torch.int32, tiles, desc.device)
+    launch_decode(desc, rows, cols, out, status)
+
+
+def launch_decode(
+    desc: torch.Tensor, rows: int, cols: int, out: torch.Tensor, status: torch.Tensor
+) -> None:
+    """Do what `decode` does without its checks: for every forward pass, whose buffers the scratch arena made."""
     numel = rows * cols
     if not numel:
         return
@@ -249,7 +264,13 @@ def decode(
 
 
 def decode_rows(desc: torch.Tensor, ids: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
-    """Return rows `ids` (int32 or int64 [n]) of the matrix that `desc` describes: BF16 [n, cols]."""
+    """Return rows `ids` (int32 or int64 [n]) of the matrix that `desc` describes: BF16 [n, cols].
+
+    Raises:
+        UnsupportedError: ids of another dtype, shape or device.
+    """
+    check_desc("decode_unit_rows", desc)
+    check_ids("decode_unit_rows", ids, desc.device)
     if ops.uses_triton(ids.device):
         from vllm_dfloat.kernels.decode_dfloat11 import decode_resident_rows
 
@@ -288,10 +309,11 @@ def unpack_rows(packed: ops.PackedWeight, ids: torch.Tensor) -> torch.Tensor:
     """Return rows `ids`, int64 [n], as BF16 [n, cols], all bytes checked.
 
     Raises:
+        UnsupportedError: ids of another dtype, shape or device.
         IndexError: a row outside the matrix.
         FormatError: the payload or the descriptor is not what was made.
     """
-    ops.check_ids(ids, packed.rows, packed.name)
+    ops.check_rows(packed.name, ids, packed.rows, packed.desc.device)
     packed.check_descriptor()
     packed.check_payload()  # before decoding: rows have no status
     return decode_rows(packed.desc, ids, packed.rows, packed.cols)

@@ -92,7 +92,7 @@ def linear(
     lane = compat.lane(x.device)
     if 0 < x.numel() <= fused_rows * cols:
         memory = scratch.take(x.device, ops.padded_numel(rows, cols), lane)
-        y = fused.matmul(x.reshape(-1, cols), desc, rows, cols, bias, memory)
+        y = fused.launch_matmul(x.reshape(-1, cols), desc, rows, cols, bias, memory)
         return y.view(*x.shape[:-1], rows)
     if block is None:
         out, status = scratch.take(x.device, ops.padded_numel(rows, cols), lane)
@@ -103,7 +103,7 @@ def linear(
             x.device, numel, block.data_ptr(), first_tile, lane
         )
         if is_stale:
-            blocks.decode_block(block, block_tiles, out, status)
+            blocks.launch_decode_block(block, block_tiles, out, status)
         out = out[first_tile * TILE_WEIGHTS :]
     return find_gemm(gemm)(x, out[: rows * cols].view(rows, cols), bias)
 

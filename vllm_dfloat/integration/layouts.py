@@ -28,13 +28,13 @@ class Layout:
 BY_NAME: Mapping[str, Layout] = {
     "packed": Layout(
         ops.pack,
-        ops.decode,
+        ops.launch_decode,
         torch.ops.vllm_dfloat.decode_rows.default,
         ops.unpack,
     ),
     "dfloat11": Layout(
         resident_units.pack,
-        resident_units.decode,
+        resident_units.launch_decode,
         torch.ops.vllm_dfloat.decode_unit_rows.default,
         resident_units.unpack,
     ),
