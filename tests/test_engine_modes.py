@@ -1,14 +1,18 @@
 """Whole blocks decoded at once, to the last bit as BF16 vLLM; and small batches multiplied without decoding, nearly."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_models
+import torch
 from conftest import Checkpoint
 from engines import Answers, answers, ask, engine
 
+from vllm_dfloat import fused
 from vllm_dfloat.integration import packed
+from vllm_dfloat.kernels import configs
 from vllm_dfloat.scratch import scratch
 
 pytestmark = pytest.mark.engine
@@ -88,22 +92,38 @@ def narrow_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a model as small as the fused kernels take: they run in Triton's interpreter here."""
     shape = dict(num_hidden_layers=1, hidden_size=704, intermediate_size=704, head_dim=64)
     path = tmp_path_factory.mktemp("narrow")
-    return tiny_models.save("qwen2", path, num_attention_heads=11, num_key_value_heads=1, **shape)
+    heads = dict(num_attention_heads=11, num_key_value_heads=1, vocab_size=64)
+    return tiny_models.save("qwen2", path, **heads, **shape)
 
 
 def test_fused_engine_answers_nearly_as_bf16_vllm_and_always_the_same(
     narrow_model: Path, log_lines: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prompts = [[5, 9, 40]]  # 3 rows of activations, then 1
+    multiplied: list[int] = []
+    launch = fused.launch_matmul
+
+    def watched(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        multiplied.append(x.shape[0])
+        return launch(x, *arguments)
+
+    prompts = [[5, 9]]  # 2 rows of activations, then 1
     with engine(narrow_model) as llm:
         expected = ask(llm, prompts, num_tokens=2)
     monkeypatch.setenv("VLLM_DFLOAT_BACKEND", "triton")
-    with engine(narrow_model, **options(mode="fused"), max_num_batched_tokens=128) as llm:
+    monkeypatch.setattr(fused, "launch_matmul", watched)
+    # Few rows in vLLM's own passes, and few programs: the interpreter runs one after the other.
+    few = dict(max_num_batched_tokens=4, max_num_seqs=1)
+    large = replace(configs.INTERPRETED, fused_gemv_tiles_per_program=512)
+    with configs.override(large), engine(narrow_model, **options(mode="fused"), **few) as llm:
+        multiplied.clear()
         first = ask(llm, prompts, num_tokens=2)
-        assert ask(llm, prompts, num_tokens=2) == first
-    assert "dfloat11: fused for up to 16 rows of activations in 5 of 5 layers" in log_lines
+        assert multiplied.count(2) >= 4  # every linear layer
+        assert multiplied.count(1) >= 4
+        again = ask(llm, prompts, num_tokens=1)
+        assert [again[0][key] for key in again[0]] == [first[0][key][:1] for key in again[0]]
+    assert "dfloat11: fused for up to 16 rows of activations in 6 of 6 layers" in log_lines
     # Logits of this model are of size 1, and BF16 has 8 bits; a wrong weight gives differences of size 1.
-    assert 0 < largest_difference(first, expected) < 0.1
+    assert largest_difference(first, expected) < 0.1
 
 
 def test_fused_mode_without_triton_decodes_exactly_and_says_so(
