@@ -35,7 +35,7 @@ def run_rows(bench: Bench) -> None:
         return
     table = normal(rows, cols, bench.device)
     packed = ops.pack(table, "table")
-    for num_ids in bench.pick(NUM_IDS, [2]):
+    for num_ids in bench.pick(NUM_IDS, [1]):
         if bench.begin("decode_rows", f"{num_ids} of {rows} x {cols}"):
             _rows(bench, table, packed, num_ids)
 
@@ -119,7 +119,7 @@ def _rows(bench: Bench, table: torch.Tensor, packed: ops.PackedWeight, num_ids: 
 def device_encoded(weight: torch.Tensor) -> ops.PackedWeight:
     """Return what the GPU encoder makes of a matrix; on a CPU it is interpreted, where ops.pack takes another."""
     lay, payload = device_encode.encode(weight, "w")
-    fields = (ops.KIND_PACKED, lay.num_words, lay.code_bits)
+    fields = (ops.KIND_RAW if lay.is_raw else ops.KIND_PACKED, lay.num_words, lay.code_bits)
     desc, rest = descriptor(payload, fields), (fields, checksum(payload))
     return ops.PackedWeight(payload, desc, *weight.shape, "w", *rest)
 
