@@ -5,12 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from bench_setup import copy_of, normal, poisoned
+from bench_setup import copy_of, nan_memory, normal, poisoned
 from bench_timing import FLOOR, Bench, Call, expect_no_status, expect_same_bits
 
 from vllm_dfloat import device_encode, ops
-from vllm_dfloat.codec import layout
-from vllm_dfloat.kernels import decode as kernels
 from vllm_dfloat.packed_weight import checksum, descriptor
 
 SIZES = [
@@ -62,6 +60,15 @@ def check_decode(packed: ops.PackedWeight, weight: torch.Tensor, what: str, deco
     expect_same_bits(out[: weight.numel()], weight, what)
 
 
+def check_rows(
+    packed: ops.PackedWeight, weight: torch.Tensor, ids: torch.Tensor, what: str, decode_rows: Any
+) -> None:
+    """Raise WrongBitsError unless `decode_rows` gives rows `ids` of `weight`."""
+    with nan_memory():
+        found = decode_rows(packed.desc, ids, packed.rows, packed.cols)
+    expect_same_bits(found, weight[ids], what)
+
+
 def _decode(bench: Bench, rows: int, cols: int) -> None:
     case, numel = f"{rows} x {cols}", rows * cols
     weight = normal(rows, cols, bench.device)
@@ -102,16 +109,11 @@ def _rows(bench: Bench, table: torch.Tensor, packed: ops.PackedWeight, num_ids: 
     picks = [torch.randint(rows, (num_ids,), generator=generator) for _ in range(num_sets)]
     ids = [pick.to(bench.device) for pick in picks]
     case = f"{num_ids} of {rows} x {cols}"
-    out = poisoned(num_ids * cols, bench.device).view(num_ids, cols)
     for pick in ids:
-        out.view(torch.int16).fill_(-1)  # a NaN too
-        kernels.decode_rows(packed.desc, pick, rows, cols, layout.CODE_BITS, out)
-        expect_same_bits(out, table[pick], f"decode_rows {case}")
+        check_rows(packed, table, pick, f"decode_rows {case}", ops.decode_rows)
     calls: dict[str, Call] = {
-        "look-up in BF16": lambda i: torch.index_select(table, 0, ids[i], out=out),
-        "decode_rows": lambda i: kernels.decode_rows(
-            packed.desc, ids[i], rows, cols, layout.CODE_BITS, out
-        ),
+        "look-up in BF16": lambda i: torch.index_select(table, 0, ids[i]),
+        "decode_rows": lambda i: ops.decode_rows(packed.desc, ids[i], rows, cols),
     }
     bench.measure("decode_rows", case, calls, num_sets, 2 * num_ids * cols)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 from bench_decode import check_decode
-from bench_setup import copy_of, normal
+from bench_setup import copy_of, nan_memory, normal
 from bench_timing import Bench, Call, WrongBitsError, expect_no_status, expect_same_bits
 from torch.nn import functional
 
@@ -78,7 +78,8 @@ def check_fused(packed: ops.PackedWeight, weight: torch.Tensor, x: torch.Tensor,
     memory, status = scratch_for(rows, cols, x.device)
     memory.view(torch.int16).fill_(-1)  # a NaN
     status.fill_(-1)
-    out = fused.matmul(x, packed.desc, rows, cols, None, (memory, status))
+    with nan_memory():
+        out = fused.matmul(x, packed.desc, rows, cols, None, (memory, status))
     expect_no_status(status, what)
     exact = x.double() @ weight.double().T
     lost = (cols + 1) * 2**-23 * (x.double().abs() @ weight.double().abs().T)

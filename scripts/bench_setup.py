@@ -15,6 +15,8 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,6 +128,18 @@ def poisoned(numel: int, device: torch.device) -> torch.Tensor:
     import torch
 
     return torch.full((numel,), POISON, dtype=torch.int16, device=device).view(torch.bfloat16)
+
+
+@contextmanager
+def nan_memory() -> Iterator[None]:
+    """Let memory that an op allocates for its result hold NaN before, as no weight made here is one."""
+    import torch
+
+    torch.use_deterministic_algorithms(True)  # fills what is not initialized
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def main() -> int:

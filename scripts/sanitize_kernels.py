@@ -13,9 +13,9 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from bench_setup import CannotRunError, normal, poisoned, prepare
+from bench_setup import CannotRunError, normal, prepare
 
 if TYPE_CHECKING:
     import torch
@@ -23,16 +23,13 @@ if TYPE_CHECKING:
 ROWS, COLS = 37, 333  # the last tile is partly filled
 
 
-def check_rows(weight: torch.Tensor, decode_rows: Callable[[Any, Any], None]) -> None:
-    """Decode the first, the last and another row, `decode_rows(ids, out)`, into poisoned memory."""
+def some_rows(weight: torch.Tensor) -> torch.Tensor:
+    """Return the first row, the last and another; in the interpreter, where each takes a second, one."""
     import torch
-    from bench_timing import expect_same_bits
 
-    rows, cols = weight.shape
-    ids = torch.tensor([0, rows - 1, rows // 2], device=weight.device)
-    chosen = poisoned(3 * cols, weight.device).view(3, cols)
-    decode_rows(ids, chosen)
-    expect_same_bits(chosen, weight[ids], "chosen rows")
+    rows = weight.shape[0]
+    chosen = [0, rows - 1, rows // 2] if weight.is_cuda else [rows - 1]
+    return torch.tensor(chosen, device=weight.device)
 
 
 def packed_decode(device: torch.device) -> None:
@@ -45,31 +42,24 @@ def packed_decode(device: torch.device) -> None:
 
 
 def packed_rows(device: torch.device) -> None:
-    """With a status word per tile, and without, as the embedding look-up asks for them."""
-    import torch
-    from bench_timing import expect_no_status
+    """Without a status, as the embedding look-up asks for rows, and with a status word per tile."""
+    from bench_decode import check_rows
+    from bench_setup import nan_memory
+    from bench_timing import expect_same_bits
 
     from vllm_dfloat import ops
-    from vllm_dfloat.codec import layout
-    from vllm_dfloat.kernels import decode as kernels
 
     weight = normal(ROWS, COLS, device)
-    packed = ops.pack(weight, "w")
-    status = torch.full((3, kernels.tiles_per_row(COLS)), -1, dtype=torch.int32, device=device)
-    for wanted in (status, None):
-        check_rows(
-            weight,
-            lambda ids, out, wanted=wanted: kernels.decode_rows(
-                packed.desc, ids, ROWS, COLS, layout.CODE_BITS, out, wanted
-            ),
-        )
-    expect_no_status(status, "decode_rows")
+    packed, ids = ops.pack(weight, "w"), some_rows(weight)
+    check_rows(packed, weight, ids, "decode_rows", ops.decode_rows)
+    with nan_memory():
+        found = ops.unpack_rows(packed, ids)
+    expect_same_bits(found, weight[ids], "unpack_rows")
 
 
 def packed_block(device: torch.device) -> None:
     """Members that end within a program, one of a single weight."""
     from bench_blocks import Block
-    from bench_setup import normal
 
     shapes = [(ROWS, COLS), (1, 1), (12, 700)]
     Block([normal(*shape, device, seed=i) for i, shape in enumerate(shapes)]).check("decode_block")
@@ -97,17 +87,14 @@ def official_unit(device: torch.device) -> None:
 
 
 def official_held(device: torch.device) -> None:
-    from bench_decode import check_decode
+    from bench_decode import check_decode, check_rows
 
-    from vllm_dfloat import resident_units
-    from vllm_dfloat.kernels import decode_dfloat11 as kernels
+    from vllm_dfloat import resident_units as units
 
     weight = normal(12, COLS, device, seed=2)
-    held = resident_units.pack(weight, "w")
-    check_decode(held, weight, "decode_resident", resident_units.decode)
-    check_rows(
-        weight, lambda ids, out: kernels.decode_resident_rows(held.desc, ids, *weight.shape, out)
-    )
+    held = units.pack(weight, "w")
+    check_decode(held, weight, "decode_resident", units.decode)
+    check_rows(held, weight, some_rows(weight), "decode_resident_rows", units.decode_rows)
 
 
 def fused_product(device: torch.device, cols: int, num_x: int) -> None:

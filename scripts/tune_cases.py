@@ -9,15 +9,14 @@ import torch
 from bench_blocks import Block, captured, ignoring
 from bench_decode import buffers, check_decode
 from bench_fused import LLAMA_8B, check_fused, scratch_for
-from bench_setup import copy_of, normal, poisoned
-from bench_timing import Bench, Call, expect_same_bits
+from bench_setup import copy_of, normal
+from bench_timing import Bench, Call
 from torch.nn import functional
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from vllm_dfloat import fused, ops, resident_units
 from vllm_dfloat.codec import layout
-from vllm_dfloat.kernels import decode as kernels
 from vllm_dfloat.kernels.matmul import MAX_ROWS
 
 NUM_X = {"fused_gemv_tiles_per_program": 1, "fused_dot_rows": 16, "fused_dot_num_warps": 16}
@@ -42,8 +41,6 @@ class Case:
 
 
 def case_for(bench: Bench, field: str) -> Case:
-    if field == "rows_num_warps":
-        return _rows(bench)
     if field in NUM_X:
         return _fused(bench, NUM_X[field])
     return _decode(bench, is_official=field == "dfloat11_num_warps")
@@ -65,27 +62,6 @@ def _decode(bench: Bench, is_official: bool) -> Case:
         lambda: check_decode(packed, weight, f"decode {rows} x {cols}", decode),
         num_sets,
     )
-
-
-def _rows(bench: Bench) -> Case:
-    rows, cols = bench.pick((128_256, 4096), (40, 300))
-    table = normal(rows, cols, bench.device)
-    packed = ops.pack(table, "table")
-    num_ids, num_sets = bench.pick((256, 8), (2, 1))
-    generator = torch.Generator().manual_seed(0)
-    picks = [torch.randint(rows, (num_ids,), generator=generator) for _ in range(num_sets)]
-    ids = [pick.to(bench.device) for pick in picks]
-    out = poisoned(num_ids * cols, bench.device).view(num_ids, cols)
-
-    def call(i: int) -> None:
-        kernels.decode_rows(packed.desc, ids[i], rows, cols, layout.CODE_BITS, out)
-
-    def check() -> None:
-        out.view(torch.int16).fill_(-1)  # a NaN
-        call(0)
-        expect_same_bits(out, table[ids[0]], "decode_rows")
-
-    return Case(f"{num_ids} of {rows} x {cols}", call, check, num_sets)
 
 
 def _fused(bench: Bench, num_x: int) -> Case:

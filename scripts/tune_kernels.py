@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 WORTH = 0.98  # of the time that the present value takes
 CANDIDATES: dict[str, tuple[int, ...]] = {  # Triton takes powers of two
     "decode_tiles_per_program": (1, 2, 4, 8, 16),
-    "rows_num_warps": (1, 2, 4),
     "dfloat11_num_warps": (2, 4, 8, 16),
     "fused_gemv_tiles_per_program": (1, 2, 4, 8),
     "fused_dot_rows": (16, 32),

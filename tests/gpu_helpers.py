@@ -5,6 +5,8 @@ does not meet its first mistake on a rented GPU.
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -51,6 +53,16 @@ def decode(
     op(packed.desc, rows, cols, out, status)
     assert not status.any()
     return out[: rows * cols].view(rows, cols)
+
+
+@contextmanager
+def nan_memory() -> Iterator[None]:
+    """Let memory that an op allocates for its result hold NaN before."""
+    torch.use_deterministic_algorithms(True)  # fills what is not initialized
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def captured(work: Any) -> torch.cuda.CUDAGraph:

@@ -7,15 +7,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gpu_helpers import DEVICE, NEEDS_GPU, buffers, captured, decode, no_rehearsal, of_size
-from helpers import Bits, gaussian, hard_matrices, poisoned, same_bits, to_torch, unlike
+from gpu_helpers import (
+    DEVICE,
+    NEEDS_GPU,
+    buffers,
+    captured,
+    decode,
+    nan_memory,
+    no_rehearsal,
+    of_size,
+)
+from helpers import Bits, gaussian, hard_matrices, same_bits, to_torch, unlike
 
 from vllm_dfloat import ops, resident_units, unit_ops
 from vllm_dfloat.checkpoint.decode_unit import decode_unit
 from vllm_dfloat.checkpoint.dfloat11 import open_checkpoint
-from vllm_dfloat.codec import layout
-from vllm_dfloat.kernels import decode as packed_kernels
-from vllm_dfloat.kernels import decode_dfloat11 as unit_kernels
 from vllm_dfloat.packed_weight import descriptor
 
 pytestmark = NEEDS_GPU
@@ -28,19 +34,14 @@ HELD = {
 }
 
 
-def decode_rows(held: ops.PackedWeight, layout_name: str, ids: torch.Tensor, poison: int) -> Any:
-    """Return chosen rows, from poisoned memory."""
-    rows = poisoned((ids.numel(), held.cols), poison, DEVICE)
-    if layout_name == "packed":
-        tiles = packed_kernels.tiles_per_row(held.cols)
-        status = torch.full((ids.numel(), tiles), -1, dtype=torch.int32, device=DEVICE)
-        packed_kernels.decode_rows(
-            held.desc, ids, held.rows, held.cols, layout.CODE_BITS, rows, status
-        )
-        assert not status.any()
-    else:
-        unit_kernels.decode_resident_rows(held.desc, ids, held.rows, held.cols, rows)
-    return rows
+def assert_rows(held_as: str, held: Any, ids: torch.Tensor, expected: torch.Tensor) -> None:
+    """Check chosen rows, in poisoned memory, without a status of the tiles and with it."""
+    module = {"packed": ops, "dfloat11": resident_units}[held_as]
+    with nan_memory():
+        rows = module.decode_rows(held.desc, ids, held.rows, held.cols)
+        checked = module.unpack_rows(held, ids)
+    assert same_bits(rows, expected)
+    assert same_bits(checked, expected)
 
 
 @pytest.mark.parametrize("name", HARD)
@@ -61,7 +62,7 @@ def test_gpu_decodes_layers_of_real_size(held_as: str, shape: tuple[int, int]) -
     assert not held.is_raw
     assert same_bits(decode(held, unlike(bits), op), weight)
     ids = torch.tensor([0, shape[0] - 1, 7, 7], device=DEVICE)
-    assert same_bits(decode_rows(held, held_as, ids, unlike(bits)), weight[ids])
+    assert_rows(held_as, held, ids, weight[ids])
 
 
 @no_rehearsal
@@ -102,8 +103,7 @@ def test_gpu_decodes_a_matrix_of_more_than_two_billion_weights(held_as: str) -> 
     for i in range(repeats):
         assert same_bits(decoded[i], expected)
     ids = torch.tensor([held.rows - 1, 0, held.rows // 2 + 3], device="cuda")
-    chosen = decode_rows(held, held_as, ids, unlike(block))
-    assert same_bits(chosen, expected[ids % len(block)])
+    assert_rows(held_as, held, ids, expected[ids % len(block)])
 
 
 def edge_units() -> dict[str, Any]:

@@ -8,7 +8,7 @@ from helpers import gaussian, hard_matrices, same_bits, to_torch
 
 from vllm_dfloat import device_encode, ops
 from vllm_dfloat.codec.encode import encode
-from vllm_dfloat.codec.layout import CODE_BITS, PAD_WORDS, PackedTensor
+from vllm_dfloat.codec.layout import PAD_WORDS, PackedTensor
 
 pytestmark = [*NEEDS_GPU, no_rehearsal]
 HARD = hard_matrices()
@@ -18,8 +18,8 @@ def assert_same_bytes(weight: torch.Tensor) -> None:
     expected = encode(weight.cpu().contiguous().view(torch.uint16).numpy(), "w")
     packed = ops.pack(weight, "w")
     assert packed.payload.device == packed.desc.device == weight.device
-    fields = [packed.payload.data_ptr(), int(expected.is_raw), expected.layout.num_words, CODE_BITS]
-    assert packed.desc.tolist() == fields
+    fields = [packed.payload.data_ptr(), int(expected.is_raw), expected.layout.num_words]
+    assert packed.desc.tolist() == [*fields, expected.layout.code_bits]
     assert np.array_equal(packed.payload.cpu().numpy(), expected.payload)
     assert same_bits(ops.unpack(packed), weight.contiguous())
 

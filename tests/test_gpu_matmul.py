@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from gpu_helpers import DEVICE, NEEDS_GPU, captured, no_rehearsal, of_size
+from gpu_helpers import DEVICE, NEEDS_GPU, captured, nan_memory, no_rehearsal, of_size
 from helpers import assert_within_bound, gaussian, hard_matrices, same_bits, to_torch
 
 from vllm_dfloat import fused, ops
@@ -31,13 +31,13 @@ def multiply(
     packed: ops.PackedWeight, x: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Return the kernels' result, computed in poisoned memory, every status checked."""
-    nan = float("nan")
+    numel = ops.padded_numel(packed.rows, packed.cols)
+    memory = torch.full((numel,), float("nan"), dtype=torch.bfloat16, device=DEVICE)
     num_tiles = ops.num_tiles(packed.rows, packed.cols)
-    out = torch.full((x.shape[0], packed.rows), nan, dtype=torch.bfloat16, device=DEVICE)
-    num_partials = kernels.num_partials(num_tiles, packed.cols, x.shape[0])
-    partials = torch.full((num_partials,), nan, device=DEVICE)
     status = torch.full((num_tiles,), -1, dtype=torch.int32, device=DEVICE)
-    kernels.matmul(x, packed.desc, bias, packed.cols, layout.CODE_BITS, out, partials, status)
+    scratch = memory, status
+    with nan_memory():
+        out = fused.matmul(x, packed.desc, packed.rows, packed.cols, bias, scratch)
     assert not status.any()
     return out
 
