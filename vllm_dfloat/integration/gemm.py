@@ -112,22 +112,25 @@ _compiled: set[tuple[object, ...]] = set()
 
 
 def compile_fused(packed: ops.PackedWeight | None, bias: torch.Tensor | None, rows: int) -> None:
-    """Compile the fused kernels that a layer will need for up to `rows` rows of activations, on a GPU.
+    """Compile what a layer will need for up to `rows` rows of activations, and for more, on a GPU.
 
     vLLM's own warm-up may not come across every number of rows, and nothing compiles while requests wait.
     """
     if packed is None or packed.desc.device.type != "cuda":
         return
+    device, shape = packed.desc.device, (packed.rows, packed.cols)
+    memory = scratch.take(device, ops.padded_numel(*shape))  # reserved by now
+    if rows and (device,) not in _compiled:
+        # An LM head may see few rows in the whole warm-up, and as many as a prompt has when prompt_logprobs are wanted.
+        _compiled.add((device,))
+        ops.decode(packed.desc, *shape, *memory)
     # A layer with a bias may multiply without it: with skip_bias_add, and row-parallel ones on all ranks but the first.
     biases = [None] if bias is None else [bias, None]
     for num_x, given in itertools.product(fused.compiled_for(rows), biases):
-        key = (packed.desc.device, fused.num_segments(packed.cols), given is None, num_x)
+        key = (device, fused.num_segments(packed.cols), given is None, num_x)
         if key not in _compiled:
             _compiled.add(key)
-            device, shape = packed.desc.device, (packed.rows, packed.cols)
             x = torch.zeros(num_x, packed.cols, dtype=torch.bfloat16, device=device)
-            # The reserved scratch, as in serving: a vocabulary's worth of its own could exceed what is left of memory.
-            memory = scratch.take(device, ops.padded_numel(*shape))
             fused.matmul(x, packed.desc, *shape, given, memory)
 
 
