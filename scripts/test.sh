@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Lint, types and the whole test suite, in .venv with the test extra. Arguments go to pytest.
+# Lint, types and the whole test suite, in .venv with the test extra. Arguments go to pytest; without any, each core
+# runs a file at a time, and what needs all cores comes last.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/env.sh
@@ -9,4 +10,8 @@ export HF_HUB_OFFLINE=1
 ruff check .
 ruff format --check .
 mypy
-exec pytest "$@"
+if [ $# -gt 0 ]; then
+  exec pytest "$@"
+fi
+pytest --numprocesses auto --dist loadfile -m "not alone"
+exec pytest -m alone      # engines of two ranks need every core, and wait for each other

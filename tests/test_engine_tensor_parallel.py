@@ -7,7 +7,7 @@ import tiny_models
 from conftest import Checkpoint
 from engines import Answers, answers_elsewhere
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.alone]
 
 ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # two ranks on one NUMA node
