@@ -30,6 +30,7 @@ class CompileSpec:
         aligned_args: arguments that the launcher guarantees to be divisible by 16.
         num_warps: as launched.
         weights_per_program: weights that one program handles, typical where it varies.
+        loop_runs: how often the loops that the compiler leaves run, for counting instructions; 1 where it varies.
     """
 
     name: str
@@ -39,6 +40,7 @@ class CompileSpec:
     aligned_args: tuple[str, ...] = ()
     num_warps: int = 4
     weights_per_program: int = 1
+    loop_runs: int = 1
 
     def compile(self, capability: int, **options: Any) -> Any:
         """Return Triton's compiled kernel for a capability such as 90 (sm_90); needs no GPU."""

@@ -17,11 +17,10 @@ class LaunchConfig:
     """How the kernels are launched on one kind of device.
 
     Attributes:
-        decode_tiles_per_program: tiles, and warps, of a program that decodes the packed layout; a power of two.
-        rows_num_warps: warps of a program that decodes chosen rows.
+        decode_tiles_per_program: tiles of a program that decodes the packed layout, two a warp; a power of two.
         dfloat11_num_warps: warps of a program that decodes a block of the official layout; with 4, look-ups of 4
             windows overlap in a thread, and nothing spills.
-        fused_gemv_tiles_per_program: tiles of a program of the fused kernel without tensor cores.
+        fused_gemv_tiles_per_program: tiles, two a warp, of a program of the fused kernel without tensor cores.
         fused_dot_rows: output rows of a program of the fused kernel with tensor cores.
         fused_dot_num_warps: warps of such a program.
         fused_max_rows: largest number of input rows for which the fused kernel is used; beyond it, decode then GEMM.
@@ -29,10 +28,9 @@ class LaunchConfig:
         measured: False where the values are reasoned.
     """
 
-    decode_tiles_per_program: int = 4
-    rows_num_warps: int = 1
+    decode_tiles_per_program: int = 8
     dfloat11_num_warps: int = 4
-    fused_gemv_tiles_per_program: int = 4
+    fused_gemv_tiles_per_program: int = 8
     fused_dot_rows: int = 16
     fused_dot_num_warps: int = 4
     fused_max_rows: int = 16
@@ -42,7 +40,7 @@ class LaunchConfig:
 
 DEFAULT = LaunchConfig()
 # Triton's interpreter runs a program at a time, each as NumPy calls: few large programs.
-INTERPRETED = LaunchConfig(decode_tiles_per_program=32, fused_gemv_tiles_per_program=32)
+INTERPRETED = LaunchConfig(decode_tiles_per_program=64, fused_gemv_tiles_per_program=64)
 
 # A part of the device's name, or its compute capability -> parameters. A name goes before a capability, the longest
 # name before the others, the default last.

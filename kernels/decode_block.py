@@ -4,7 +4,7 @@ The block's matrices are described by a table whose size and content do not chan
 
     table  int64[num_members + 1, 2]  address of a matrix's descriptor, its first tile in the output; then 0, all tiles
 
-The addresses are those of descriptors (kernels/decode.py), not of payloads, so a reload that rewrites descriptors in
+The addresses are those of descriptors (kernels/tiles.py), not of payloads, so a reload that rewrites descriptors in
 place is seen by graphs captured before it.
 """
 
@@ -14,8 +14,9 @@ import triton.language as tl
 
 from vllm_dfloat.codec import layout
 from vllm_dfloat.kernels.compile_spec import CompileSpec
-from vllm_dfloat.kernels.configs import config_of
-from vllm_dfloat.kernels.decode import TILE_WEIGHTS, _decode_tiles
+from vllm_dfloat.kernels.configs import DEFAULT, config_of
+from vllm_dfloat.kernels.decode import _decode_tiles
+from vllm_dfloat.kernels.tiles import TILE_WEIGHTS, num_warps
 
 MAX_MEMBERS = 16
 _ROWS = tl.constexpr(
@@ -51,7 +52,6 @@ def _decode_block_kernel(
     out_ptr,  # uint32[tiles in all * 1024]     pairs of BF16, whole tiles
     status_ptr,  # int32[tiles in all]             0, or a sum of STATUS_* bits
     num_members,  # int32
-    CODE_BITS: tl.constexpr,
     TILES: tl.constexpr,
 ):
     """Decode TILES tiles of one member per program. Grid (at least the sum of ceil(tiles of a member / TILES),)."""
@@ -63,14 +63,13 @@ def _decode_block_kernel(
         _decode_tiles(
             desc, tile, num_tiles,
             out_ptr + first_tile * (TILE_WEIGHTS // 2), status_ptr + first_tile,
-            CODE_BITS, TILES,
+            TILES,
         )  # fmt: skip
 
 
 def decode_block(
     table: torch.Tensor,
     num_tiles: int,
-    code_bits: int,
     out: torch.Tensor,
     status: torch.Tensor,
     tiles_per_program: int = 0,
@@ -80,7 +79,6 @@ def decode_block(
     Args:
         table: int64 [members + 1, 2] on the device, see above; at most MAX_MEMBERS members, none of them empty.
         num_tiles: tiles in all, as in the table's last row.
-        code_bits: longest code of the payloads.
         out: BF16, flat, contiguous, at least `num_tiles * 2048` elements, aligned to 16 bytes.
         status: int32 [>= num_tiles]; 0 per tile, or a sum of STATUS_* bits.
         tiles_per_program: 0 for what configs.py says.
@@ -89,7 +87,7 @@ def decode_block(
     tiles = tiles_per_program or config_of(out.device).decode_tiles_per_program
     grid = (triton.cdiv(num_tiles, tiles) + num_members,)  # members end in the middle of a program
     _decode_block_kernel[grid](
-        table, out.view(torch.uint32), status, num_members, code_bits, tiles, num_warps=tiles
+        table, out.view(torch.uint32), status, num_members, tiles, num_warps=num_warps(tiles)
     )
 
 
@@ -102,12 +100,12 @@ COMPILE_SPECS = [
             "out_ptr": "*u32",
             "status_ptr": "*i32",
             "num_members": "i32",
-            "CODE_BITS": "constexpr",
             "TILES": "constexpr",
         },
-        constexprs={"CODE_BITS": layout.CODE_BITS, "TILES": 4},
+        constexprs={"TILES": DEFAULT.decode_tiles_per_program},
         aligned_args=("table_ptr", "out_ptr", "status_ptr"),
-        num_warps=4,
-        weights_per_program=4 * layout.TILE_WEIGHTS,
+        num_warps=num_warps(DEFAULT.decode_tiles_per_program),
+        weights_per_program=DEFAULT.decode_tiles_per_program * layout.TILE_WEIGHTS,
+        loop_runs=layout.STEPS // 2,
     )
 ]

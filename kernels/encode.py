@@ -1,8 +1,8 @@
 """Encode BF16 into the packed layout on the GPU: count the exponents, measure the lanes, write the codes.
 
 Three passes over the weights, as in vllm_dfloat.codec.encode, and the same bytes come out. Between them the host makes
-the code from 256 counts, and allocates the payload once the number of words is known. Measuring and writing go one tile
-a warp, one lane of 64 weights a thread, as decoding does.
+the code from 256 counts, and allocates the payload once the number of words is known. Measuring and writing go two
+tiles a warp, one lane of 128 weights a thread, as decoding does.
 
 Neighbouring lanes share a word where one does not end at a word's last bit, so words are joined by atomic OR on zeros.
 The bits are disjoint: the result does not depend on who comes first.
@@ -18,17 +18,22 @@ import triton.language as tl
 
 from vllm_dfloat.codec import layout
 from vllm_dfloat.kernels.compile_spec import CompileSpec
+from vllm_dfloat.kernels.tiles import (
+    LANE_LENGTH_UNIT,
+    LANES,
+    LENGTH_MASK,
+    SIGN_MANTISSA_MASK,
+    STEPS,
+    _four_words,
+    _interleave,
+    num_warps,
+)
 
-LANES = tl.constexpr(layout.LANES)
-STEPS = tl.constexpr(layout.STEPS)
 TILE_PAIRS = tl.constexpr(layout.TILE_WEIGHTS // 2)
-LANE_LENGTH_UNIT = tl.constexpr(layout.LANE_LENGTH_UNIT)
-LENGTH_MASK = tl.constexpr(layout.LENGTH_MASK)
 SYMBOL_SHIFT = tl.constexpr(layout.SYMBOL_SHIFT)
-SIGN_MANTISSA_MASK = tl.constexpr(layout.SIGN_MANTISSA_MASK)
 NUM_SYMBOLS = tl.constexpr(256)
 
-TILES_PER_PROGRAM = 4
+TILES_PER_PROGRAM = 8
 TILES_PER_COUNT = (
     32  # tiles that one program counts before it adds its histogram to that of the matrix
 )
@@ -70,7 +75,7 @@ def _tiles_of_program(num_tiles, TILES: tl.constexpr):
 def _measure_kernel(
     weights_ptr,  # uint32[num_tiles * 1024]   as above, tile `first_tile` and following of the matrix
     table_ptr,  # uint32[256]                  see above
-    lane_lengths_ptr,  # uint8[all tiles, 32]  bits of each lane in units of 4, rounded up
+    lane_lengths_ptr,  # uint8[all tiles, 16]  bits of each lane in units of 8, rounded up
     tile_words_ptr,  # int32[all tiles]        words of each tile
     first_tile,  # int32
     num_tiles,  # int32
@@ -84,7 +89,7 @@ def _measure_kernel(
     lengths_ptr = table_ptr.to(tl.pointer_type(tl.uint8))  # the low byte of an entry is the length
     quad = tl.arange(0, 4)[None, None, :]
     bits = tl.zeros([TILES, LANES, 4], tl.int32)
-    for step in tl.static_range(STEPS):
+    for step in range(STEPS):
         pairs = tl.load(pairs_ptr + (((lane + step * LANES) * 4)[:, :, None] + quad))
         low = tl.load(lengths_ptr + ((pairs >> (SYMBOL_SHIFT - 2)) & 0x3FC))
         high = tl.load(lengths_ptr + ((pairs >> (SYMBOL_SHIFT + 14)) & 0x3FC))
@@ -111,9 +116,10 @@ def _append(words_ptr, bit, pending, codes, length):
 
 
 @triton.jit
-def _append_eight(words_ptr, bit, pending, table_ptr, w0, w1, w2, w3, CODE_BITS: tl.constexpr):
-    """Append the codes of 8 weights, given as 4 pairs; return the bit after them, and what waits."""
-    GROUP: tl.constexpr = 30 // CODE_BITS  # codes joined before they are appended
+def _append_eight(
+    words_ptr, bit, pending, table_ptr, w0, w1, w2, w3, GROUP: tl.constexpr = 30 // layout.MAX_CODE_BITS
+):  # fmt: skip
+    """Append the codes of 8 weights, given as 4 pairs, GROUP at a time; return the bit after them, and what waits."""
     codes = tl.zeros_like(pending)
     length = tl.zeros_like(pending)
     for j in tl.static_range(8):
@@ -150,13 +156,12 @@ def _signs_and_mantissas(low, high):
 def _write_kernel(
     weights_ptr,  # uint32[num_tiles * 1024]    as above, tile `first_tile` and following of the matrix
     table_ptr,  # uint32[256]                   see above
-    lane_lengths_ptr,  # uint8[all tiles, 32]   as measured
+    lane_lengths_ptr,  # uint8[all tiles, 16]   as measured
     tile_starts_ptr,  # int32[all tiles]        first word of each tile
-    sign_mantissa_ptr,  # uint32[all tiles, 4, 32, 4]
+    sign_mantissa_ptr,  # uint32[all tiles, 8, 16, 4]
     words_ptr,  # uint32[num_words]             zeros before
     first_tile,  # int32
     num_tiles,  # int32
-    CODE_BITS: tl.constexpr,
     TILES: tl.constexpr,
 ):
     """Write the codes, signs and mantissas of TILES tiles per program. Grid (ceil(num_tiles / TILES),)."""
@@ -170,23 +175,19 @@ def _write_kernel(
     pending = tl.zeros_like(bit).to(tl.uint32)
     pairs_ptr = weights_ptr + (tile * TILE_PAIRS)[:, :, None]
     plane_ptr = sign_mantissa_ptr + (target * (TILE_PAIRS // 2))[:, :, None]
-    sm0 = pending
-    sm1 = pending
-    for step in tl.static_range(STEPS):
-        pairs = tl.load(pairs_ptr + (((lane + step * LANES) * 4)[:, :, None] + quad))
-        even, odd = tl.split(tl.reshape(pairs, [TILES, LANES, 2, 2]))
-        w0, w2 = tl.split(even)
-        w1, w3 = tl.split(odd)
-        bit, pending = _append_eight(words_ptr, bit, pending, table_ptr, w0, w1, w2, w3, CODE_BITS)
-        if step % 2 == 0:
-            sm0 = _signs_and_mantissas(w0, w1)
-            sm1 = _signs_and_mantissas(w2, w3)
-        else:
-            sm2 = _signs_and_mantissas(w0, w1)
-            sm3 = _signs_and_mantissas(w2, w3)
-            four = tl.reshape(tl.join(tl.join(sm0, sm2), tl.join(sm1, sm3)), [TILES, LANES, 4])
-            offset = ((lane + (step // 2) * LANES) * 4)[:, :, None] + quad
-            tl.store(plane_ptr + offset, four)
+    for half in range(STEPS // 2):
+        for k in tl.static_range(2):
+            offset = ((lane + (half * 2 + k) * LANES) * 4)[:, :, None]
+            w0, w1, w2, w3 = _four_words(pairs_ptr + offset, TILES)
+            bit, pending = _append_eight(words_ptr, bit, pending, table_ptr, w0, w1, w2, w3)
+            if k == 0:
+                sm0 = _signs_and_mantissas(w0, w1)
+                sm1 = _signs_and_mantissas(w2, w3)
+            else:
+                sm2 = _signs_and_mantissas(w0, w1)
+                sm3 = _signs_and_mantissas(w2, w3)
+        offset = ((lane + half * LANES) * 4)[:, :, None] + quad
+        tl.store(plane_ptr + offset, _interleave(sm0, sm1, sm2, sm3))
     tl.atomic_or(words_ptr + (bit >> 5), pending, mask=(bit & 31) != 0, sem="relaxed")
 
 
@@ -220,14 +221,14 @@ def measure(
         tiles: as above.
         first_tile: which tile of the matrix the first of these is.
         table: uint32 [256], see above.
-        lane_lengths: uint8 [all tiles, 32]; written for these tiles: bits in units of 4, rounded up.
+        lane_lengths: uint8 [all tiles, 16]; written for these tiles: bits in units of 8, rounded up.
         tile_words: int32 [all tiles]; written for these tiles: words of the tile's codes.
     """
     num_tiles = tiles.numel() // layout.TILE_WEIGHTS
     if num_tiles:
         _measure_kernel[(triton.cdiv(num_tiles, tiles_per_program),)](
             tiles.view(torch.uint32), table, lane_lengths, tile_words,
-            first_tile, num_tiles, tiles_per_program, num_warps=tiles_per_program,
+            first_tile, num_tiles, tiles_per_program, num_warps=num_warps(tiles_per_program),
         )  # fmt: skip
 
 
@@ -239,7 +240,6 @@ def write(
     tile_starts: torch.Tensor,
     sign_mantissa: torch.Tensor,
     words: torch.Tensor,
-    code_bits: int = layout.CODE_BITS,
     tiles_per_program: int = TILES_PER_PROGRAM,
 ) -> None:
     """Write the codes, signs and mantissas of whole tiles into their sections of a payload.
@@ -248,17 +248,16 @@ def write(
         tiles: as above.
         first_tile: which tile of the matrix the first of these is.
         table: uint32 [256], see above.
-        lane_lengths: uint8 [all tiles, 32], as measured.
+        lane_lengths: uint8 [all tiles, 16], as measured.
         tile_starts: int32 [all tiles + 1], first word of each tile.
         sign_mantissa: uint32 [all tiles * 512], written for these tiles.
         words: uint32 [num_words], zeros where these tiles write.
-        code_bits: longest code of the table.
     """
     num_tiles = tiles.numel() // layout.TILE_WEIGHTS
     if num_tiles:
         _write_kernel[(triton.cdiv(num_tiles, tiles_per_program),)](
             tiles.view(torch.uint32), table, lane_lengths, tile_starts, sign_mantissa, words,
-            first_tile, num_tiles, code_bits, tiles_per_program, num_warps=tiles_per_program,
+            first_tile, num_tiles, tiles_per_program, num_warps=num_warps(tiles_per_program),
         )  # fmt: skip
 
 
@@ -277,7 +276,8 @@ COMPILE_SPECS = [
         constexprs={"TILES": TILES_PER_COUNT},
         aligned_args=("weights_ptr", "counts_ptr"),
         num_warps=COUNT_WARPS,
-        weights_per_program=layout.TILE_WEIGHTS,  # of one run of the loop
+        weights_per_program=TILES_PER_COUNT * layout.TILE_WEIGHTS,
+        loop_runs=TILES_PER_COUNT,
     ),
     CompileSpec(
         name="encode_measure",
@@ -285,8 +285,9 @@ COMPILE_SPECS = [
         signature={**_TABLE, "tile_words_ptr": "*i32", **_SIZES},
         constexprs={"TILES": TILES_PER_PROGRAM},
         aligned_args=(*_TABLE, "tile_words_ptr"),
-        num_warps=TILES_PER_PROGRAM,
+        num_warps=num_warps(TILES_PER_PROGRAM),
         weights_per_program=TILES_PER_PROGRAM * layout.TILE_WEIGHTS,
+        loop_runs=layout.STEPS,
     ),
     CompileSpec(
         name="encode_write",
@@ -297,11 +298,11 @@ COMPILE_SPECS = [
             "sign_mantissa_ptr": "*u32",
             "words_ptr": "*u32",
             **_SIZES,
-            "CODE_BITS": "constexpr",
         },
-        constexprs={"CODE_BITS": layout.CODE_BITS, "TILES": TILES_PER_PROGRAM},
+        constexprs={"TILES": TILES_PER_PROGRAM},
         aligned_args=(*_TABLE, "tile_starts_ptr", "sign_mantissa_ptr", "words_ptr"),
-        num_warps=TILES_PER_PROGRAM,
+        num_warps=num_warps(TILES_PER_PROGRAM),
         weights_per_program=TILES_PER_PROGRAM * layout.TILE_WEIGHTS,
+        loop_runs=layout.STEPS // 2,
     ),
 ]

@@ -25,10 +25,10 @@ import triton.language as tl
 from vllm_dfloat.codec import layout
 from vllm_dfloat.kernels.compile_spec import CompileSpec
 from vllm_dfloat.kernels.configs import config_of
-from vllm_dfloat.kernels.decode import TILE_WEIGHTS
 from vllm_dfloat.kernels.matmul_dot import _dot_kernel
 from vllm_dfloat.kernels.matmul_gemv import _gemv_kernel
 from vllm_dfloat.kernels.matmul_parts import MAX_SEGMENTS, num_segments
+from vllm_dfloat.kernels.tiles import TILE_WEIGHTS, num_warps
 
 MAX_GEMV_ROWS = 4
 MAX_ROWS = 32
@@ -94,7 +94,6 @@ def matmul(
     desc: torch.Tensor,
     bias: torch.Tensor | None,
     cols: int,
-    code_bits: int,
     out: torch.Tensor,
     partials: torch.Tensor,
     status: torch.Tensor,
@@ -106,7 +105,6 @@ def matmul(
         desc: int64 [4], describes w, BF16 [rows, cols] in the packed layout; validated when it was made.
         bias: BF16 or FP32 [rows], or None.
         cols: columns of w.
-        code_bits: longest code of the payload.
         out: BF16 [num_x, rows], contiguous.
         partials: FP32, at least `num_partials(num_tiles, cols, num_x)` elements; overwritten.
         status: int32, at least a word per tile; 0, or a sum of STATUS_* bits.
@@ -121,14 +119,14 @@ def matmul(
         tiles = config.fused_gemv_tiles_per_program
         _gemv_kernel[(triton.cdiv(num_tiles, tiles),)](
             desc, x.view(torch.uint32), partials, status, num_tiles, cols, num_x,
-            code_bits, tiles, compiled, segments, num_warps=tiles,
+            tiles, compiled, segments, num_warps=num_warps(tiles),
         )  # fmt: skip
     else:
         tiles = config.fused_dot_rows
         period = cols // math.gcd(cols, layout.TILE_WEIGHTS)
         _dot_kernel[(period, triton.cdiv(triton.cdiv(num_tiles, period), tiles))](
             desc, x, partials, status, num_tiles, cols, num_x, period,
-            code_bits, tiles, compiled, segments, tl.bfloat16 if x.is_cuda else tl.float32,
+            tiles, compiled, segments, tl.bfloat16 if x.is_cuda else tl.float32,
             num_warps=config.fused_dot_num_warps,
         )  # fmt: skip
     _sum_kernel[(triton.cdiv(rows, SUM_ROWS),)](

@@ -1,7 +1,7 @@
 """The fused multiplication for up to 32 rows of activations: decoded tiles go to the tensor cores.
 
 A program decodes 16 tiles that start at the same column of different rows, so that one slice of the activations serves
-them all: 16 rows of weights times 256 columns a step.
+them all: 16 rows of weights times 128 columns a step.
 """
 
 import triton
@@ -9,18 +9,20 @@ import triton.language as tl
 
 from vllm_dfloat.codec import layout
 from vllm_dfloat.kernels.compile_spec import CompileSpec
-from vllm_dfloat.kernels.decode import (
+from vllm_dfloat.kernels.matmul_parts import _store_sums, _wrap
+from vllm_dfloat.kernels.tiles import (
     LANES,
     STEPS,
     TILE_WEIGHTS,
     _exponents_of_eight,
+    _four_words,
     _interleave,
-    _lane_starts,
+    _is_raw,
     _merge,
-    _section,
+    _open,
+    _raw,
     _tile_status,
 )
-from vllm_dfloat.kernels.matmul_parts import _store_sums, _wrap
 
 STEP_WEIGHTS = tl.constexpr(layout.STEP_WEIGHTS)
 STEP_COLUMNS = tl.constexpr(layout.LANES * layout.STEP_WEIGHTS)  # weights of a tile in one step
@@ -29,14 +31,14 @@ DOT_TILES = 16  # an instruction of the tensor cores takes 16 rows
 
 @triton.jit
 def _matrix(four, TILES: tl.constexpr, OPERAND: tl.constexpr):
-    """Return the weights of a step, two a word [TILES, LANES, 4], as [TILES, 256]."""
+    """Return the weights of a step, two a word [TILES, LANES, 4], as [TILES, 128]."""
     pairs = tl.join(four & 0xFFFF, four >> 16).to(tl.uint16)
     return tl.reshape(pairs, [TILES, STEP_COLUMNS]).to(tl.bfloat16, bitcast=True).to(OPERAND)
 
 
 @triton.jit
 def _add_segment(acc, weights, x, at):
-    """Add the products of the columns where `at` [256] holds.
+    """Add the products of the columns where `at` [128] holds.
 
     Both sides are selected: 0 times an infinite number would be no number, and end up in a row it does not belong to.
     """
@@ -48,9 +50,9 @@ def _add_segment(acc, weights, x, at):
 def _add_step(
     acc0, acc1, acc2, acc3, weights, x_ptr, offset, cols, num_x, ROWS: tl.constexpr, SEGMENTS: tl.constexpr
 ):  # fmt: skip
-    """Add weights [TILES, 256] times their columns of x to the accumulators [TILES, ROWS] of the segments.
+    """Add weights [TILES, 128] times their columns of x to the accumulators [TILES, ROWS] of the segments.
 
-    offset: int32 [32], columns counted from the start of the tiles' first rows; they and cols are in units of 8.
+    offset: int32 [16], columns counted from the start of the tiles' first rows; they and cols are in units of 8.
     """
     row = tl.arange(0, ROWS)[None, None, :]
     column, segment = _wrap(offset, cols, SEGMENTS)
@@ -75,7 +77,7 @@ def _add_step(
 # Sizes are not specialized: a layer of another size must not compile another kernel while requests wait.
 @triton.jit(do_not_specialize=["num_tiles", "cols", "num_x", "period"])
 def _dot_kernel(
-    desc_ptr,  # int64[4]                              see kernels/decode.py
+    desc_ptr,  # int64[4]                              see kernels/tiles.py
     x_ptr,  # bfloat16[num_x, cols]                 activations
     part_ptr,  # float32[num_tiles, SEGMENTS, ROWS]    partial sums
     status_ptr,  # int32[num_tiles]                      0, or a sum of STATUS_* bits
@@ -83,7 +85,6 @@ def _dot_kernel(
     cols,  # int32                                  a multiple of 8
     num_x,  # int32                                  rows of x, 1 to ROWS
     period,  # int32                                  tiles from one to the next that starts at the same column
-    CODE_BITS: tl.constexpr,
     TILES: tl.constexpr,
     ROWS: tl.constexpr,
     SEGMENTS: tl.constexpr,
@@ -93,7 +94,6 @@ def _dot_kernel(
 
     Grid (period, ceil(num_tiles / period / TILES)).
     """
-    payload = tl.load(desc_ptr)
     num_tiles = num_tiles.to(tl.int64)
     place = tl.program_id(1).to(tl.int64) * TILES + tl.arange(0, TILES)
     wanted = (place * period + tl.program_id(0))[:, None]
@@ -109,28 +109,26 @@ def _dot_kernel(
     acc1 = acc0
     acc2 = acc0
     acc3 = acc0
-    if tl.load(desc_ptr + 1) != 0:
-        raw = _section(payload, 0, tl.uint32) + (tile * (TILE_WEIGHTS // 2))[:, :, None]
-        for step in range(STEPS):
-            four = tl.load(raw + ((lane + step * LANES) * 4)[:, :, None] + quad)
-            acc0, acc1, acc2, acc3 = _add_step(
-                acc0, acc1, acc2, acc3, _matrix(four, TILES, OPERAND), x_ptr, columns + step * LANES,
-                cols, num_x, ROWS, SEGMENTS,
-            )  # fmt: skip
+    if _is_raw(desc_ptr):
+        raw = _raw(desc_ptr, tl.uint32) + (tile * (TILE_WEIGHTS // 2))[:, :, None]
+        for half in range(STEPS // 2):
+            for k in tl.static_range(2):
+                step = half * 2 + k
+                four = tl.load(raw + ((lane + step * LANES) * 4)[:, :, None] + quad)
+                acc0, acc1, acc2, acc3 = _add_step(
+                    acc0, acc1, acc2, acc3, _matrix(four, TILES, OPERAND), x_ptr, columns + step * LANES,
+                    cols, num_x, ROWS, SEGMENTS,
+                )  # fmt: skip
         tl.store(status_ptr + tile, tl.zeros_like(tile).to(tl.int32))
     else:
-        num_words = tl.load(desc_ptr + 2)
-        words, bit, end, is_full = _lane_starts(payload, tile, num_tiles, num_words, CODE_BITS)
-        lut = _section(payload, 0, tl.uint16)
-        plane = _section(payload, 2 << CODE_BITS, tl.uint32)
-        plane += (tile * (TILE_WEIGHTS // 4))[:, :, None]
+        lut, shift, plane, words, is_full, end, bit, word0, word1 = _open(desc_ptr, tile, num_tiles)
         for half in range(STEPS // 2):
-            four = tl.load(plane + ((lane + half * LANES) * 4)[:, :, None] + quad)
-            even, odd = tl.split(tl.reshape(four, [TILES, LANES, 2, 2]))
-            sm0, sm2 = tl.split(even)
-            sm1, sm3 = tl.split(odd)
+            signs = plane[:, :, None] + ((lane + half * LANES) * 4)[:, :, None]
+            sm0, sm1, sm2, sm3 = _four_words(signs, TILES)
             for k in tl.static_range(2):
-                e0, e1, e2, e3, bit = _exponents_of_eight(words, bit, lut, CODE_BITS)
+                e0, e1, e2, e3, bit, word0, word1 = _exponents_of_eight(
+                    words, bit, word0, word1, lut, shift
+                )
                 a, b = _merge(sm0 if k == 0 else sm2, e0, e1)
                 c, d = _merge(sm1 if k == 0 else sm3, e2, e3)
                 weights = _matrix(_interleave(a, b, c, d), TILES, OPERAND)
@@ -162,14 +160,12 @@ def _spec(rows: int, segments: int) -> CompileSpec:
             "cols": "i32",
             "num_x": "i32",
             "period": "i32",
-            "CODE_BITS": "constexpr",
             "TILES": "constexpr",
             "ROWS": "constexpr",
             "SEGMENTS": "constexpr",
             "OPERAND": "constexpr",
         },
         constexprs={
-            "CODE_BITS": layout.CODE_BITS,
             "TILES": DOT_TILES,
             "ROWS": rows,
             "SEGMENTS": segments,
@@ -178,6 +174,7 @@ def _spec(rows: int, segments: int) -> CompileSpec:
         aligned_args=("desc_ptr", "x_ptr", "part_ptr", "status_ptr"),
         num_warps=4,
         weights_per_program=DOT_TILES * layout.TILE_WEIGHTS,
+        loop_runs=layout.STEPS // 2,
     )
 
 

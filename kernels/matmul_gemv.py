@@ -1,6 +1,6 @@
 """The fused multiplication for at most 4 rows of activations: a dot product per tile, in FP32 multiply-adds.
 
-One tile a warp and one lane a thread, as in decoding. A thread multiplies every 8 weights it decodes by 8 activations
+Two tiles a warp and one lane a thread, as in decoding. A thread multiplies every 8 weights it decodes by 8 activations
 of each row, which the L1 cache holds.
 """
 
@@ -9,20 +9,25 @@ import triton.language as tl
 
 from vllm_dfloat.codec import layout
 from vllm_dfloat.kernels.compile_spec import CompileSpec
-from vllm_dfloat.kernels.decode import (
+from vllm_dfloat.kernels.configs import DEFAULT
+from vllm_dfloat.kernels.matmul_parts import _store_sums, _wrap
+from vllm_dfloat.kernels.tiles import (
     LANES,
     STEPS,
     TILE_WEIGHTS,
     _exponents_of_eight,
+    _four_words,
     _interleave,
-    _lane_starts,
+    _is_raw,
     _merge,
-    _section,
+    _open,
+    _raw,
     _tile_status,
+    num_warps,
 )
-from vllm_dfloat.kernels.matmul_parts import _store_sums, _wrap
 
 STEP_WEIGHTS = tl.constexpr(layout.STEP_WEIGHTS)
+TILES = DEFAULT.fused_gemv_tiles_per_program
 
 
 @triton.jit
@@ -35,16 +40,6 @@ def _low(pair):
 def _high(pair):
     """Return the second of two BF16 numbers as FP32."""
     return (pair & 0xFFFF0000).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _four_words(pointers, TILES: tl.constexpr):
-    """Load 16 bytes per lane from pointers [TILES, LANES, 1]; return the 4 words [TILES, LANES]."""
-    four = tl.load(pointers + tl.arange(0, 4)[None, None, :])
-    even, odd = tl.split(tl.reshape(four, [TILES, LANES, 2, 2]))
-    first, third = tl.split(even)
-    second, fourth = tl.split(odd)
-    return first, second, third, fourth
 
 
 @triton.jit
@@ -106,20 +101,18 @@ def _add(acc0, acc1, acc2, acc3, dots, segment, SEGMENTS: tl.constexpr):
 # Sizes are not specialized: a layer of another size must not compile another kernel while requests wait.
 @triton.jit(do_not_specialize=["num_tiles", "cols", "num_x"])
 def _gemv_kernel(
-    desc_ptr,  # int64[4]                              see kernels/decode.py
+    desc_ptr,  # int64[4]                              see kernels/tiles.py
     x_ptr,  # uint32[num_x, cols / 2]               pairs of BF16 activations
     part_ptr,  # float32[num_tiles, SEGMENTS, ROWS]    partial sums
     status_ptr,  # int32[num_tiles]                      0, or a sum of STATUS_* bits
     num_tiles,  # int32
     cols,  # int32                                  a multiple of 8
     num_x,  # int32                                  rows of x, 1 to ROWS
-    CODE_BITS: tl.constexpr,
     TILES: tl.constexpr,
     ROWS: tl.constexpr,
     SEGMENTS: tl.constexpr,
 ):
     """Multiply TILES tiles per program by up to ROWS (1, 2 or 4) rows of x. Grid (ceil(num_tiles / TILES),)."""
-    payload = tl.load(desc_ptr)
     num_tiles = num_tiles.to(tl.int64)
     tile = (tl.program_id(0).to(tl.int64) * TILES + tl.arange(0, TILES))[:, None]
     tile = tl.minimum(tile, num_tiles - 1)  # the same sums stored twice cost less than masks
@@ -132,26 +125,25 @@ def _gemv_kernel(
     acc1 = acc0
     acc2 = acc0
     acc3 = acc0
-    if tl.load(desc_ptr + 1) != 0:
-        raw = _section(payload, 0, tl.uint32) + (tile * (TILE_WEIGHTS // 2))[:, :, None]
-        for step in range(STEPS):
-            group = lane + step * LANES
-            a, b, c, d = _four_words(raw + (group * 4)[:, :, None], TILES)
-            column, segment = _wrap(start + group, cols, SEGMENTS)
-            dots = _dots_of_eight(a, b, c, d, x_ptr, column, cols, num_x, TILES, ROWS)
-            acc0, acc1, acc2, acc3 = _add(acc0, acc1, acc2, acc3, dots, segment, SEGMENTS)
+    if _is_raw(desc_ptr):
+        raw = _raw(desc_ptr, tl.uint32) + (tile * (TILE_WEIGHTS // 2))[:, :, None]
+        for half in range(STEPS // 2):
+            for k in tl.static_range(2):
+                group = lane + (half * 2 + k) * LANES
+                a, b, c, d = _four_words(raw + (group * 4)[:, :, None], TILES)
+                column, segment = _wrap(start + group, cols, SEGMENTS)
+                dots = _dots_of_eight(a, b, c, d, x_ptr, column, cols, num_x, TILES, ROWS)
+                acc0, acc1, acc2, acc3 = _add(acc0, acc1, acc2, acc3, dots, segment, SEGMENTS)
         tl.store(status_ptr + tile, tl.zeros_like(tile).to(tl.int32))
     else:
-        num_words = tl.load(desc_ptr + 2)
-        words, bit, end, is_full = _lane_starts(payload, tile, num_tiles, num_words, CODE_BITS)
-        lut = _section(payload, 0, tl.uint16)
-        plane = _section(payload, 2 << CODE_BITS, tl.uint32)
-        plane += (tile * (TILE_WEIGHTS // 4))[:, :, None]
-        for half in tl.static_range(STEPS // 2):
-            signs = plane + ((lane + half * LANES) * 4)[:, :, None]
+        lut, shift, plane, words, is_full, end, bit, word0, word1 = _open(desc_ptr, tile, num_tiles)
+        for half in range(STEPS // 2):
+            signs = plane[:, :, None] + ((lane + half * LANES) * 4)[:, :, None]
             sm0, sm1, sm2, sm3 = _four_words(signs, TILES)
             for k in tl.static_range(2):
-                e0, e1, e2, e3, bit = _exponents_of_eight(words, bit, lut, CODE_BITS)
+                e0, e1, e2, e3, bit, word0, word1 = _exponents_of_eight(
+                    words, bit, word0, word1, lut, shift
+                )
                 a, b = _merge(sm0 if k == 0 else sm2, e0, e1)
                 c, d = _merge(sm1 if k == 0 else sm3, e2, e3)
                 group = lane + (half * 2 + k) * LANES
@@ -181,15 +173,15 @@ def _spec(rows: int, segments: int) -> CompileSpec:
             "num_tiles": "i32",
             "cols": "i32",
             "num_x": "i32",
-            "CODE_BITS": "constexpr",
             "TILES": "constexpr",
             "ROWS": "constexpr",
             "SEGMENTS": "constexpr",
         },
-        constexprs={"CODE_BITS": layout.CODE_BITS, "TILES": 4, "ROWS": rows, "SEGMENTS": segments},
+        constexprs={"TILES": TILES, "ROWS": rows, "SEGMENTS": segments},
         aligned_args=("desc_ptr", "x_ptr", "part_ptr", "status_ptr"),
-        num_warps=4,
-        weights_per_program=4 * layout.TILE_WEIGHTS,
+        num_warps=num_warps(TILES),
+        weights_per_program=TILES * layout.TILE_WEIGHTS,
+        loop_runs=layout.STEPS // 2,
     )
 
 

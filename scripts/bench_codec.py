@@ -79,12 +79,13 @@ def main() -> int:
         )
         return 1
     megabytes = weight.nbytes / 1e6
+    counts = count_exponents(weight.reshape(-1))
     result = {
         "shape": [args.rows, args.cols],
         "bits_per_weight": round(packed.bits_per_weight, 4),
         "bits_per_weight_by_part": parts(packed, weight),
-        "bits_per_weight_by_code_limit": {
-            limit: round(encode(weight, code_bits=limit).bits_per_weight, 4)
+        "code_bits_per_weight_by_limit": {
+            limit: round(float(counts @ code_lengths(counts, limit)) / weight.size, 4)
             for limit in range(8, 13)
         },
         "encode_mb_per_s": round(megabytes / median_seconds(lambda: encode(weight))),

@@ -52,6 +52,17 @@ def assert_within_bound(
     assert (error.mean() <= bound.mean() / 2).item()  # a bound that a wrong kernel meets is none
 
 
+LIMITS = [(10, 8), (40, 9), (120, 10)]  # rare symbols -> the longest code that is then chosen
+
+
+def rare_symbols(rare: int) -> Bits:
+    """Return a matrix [1, n] of a few common exponents and `rare` others that get the longest codes."""
+    common = np.random.default_rng(5).geometric(0.5, 60 * 2048)
+    symbols = np.concatenate([common, np.repeat(np.arange(100, 100 + rare), 4)])
+    np.random.default_rng(6).shuffle(symbols)
+    return (symbols << 7 | 0x8001).astype(np.uint16)[None]
+
+
 def hard_matrices() -> dict[str, Bits]:
     """Return matrices that a codec of BF16 weights gets wrong first, by name."""
     rng = np.random.default_rng(7)

@@ -158,7 +158,6 @@ def test_every_launch_parameter_is_tuned_or_derived() -> None:
     tuned = {*tune_kernels.CANDIDATES, *tune_kernels.DERIVED}
     assert tuned == set(vars(INTERPRETED)) - {
         "measured",
-        "rows_num_warps",
     }  # no launcher reads that
 
 

@@ -6,7 +6,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from helpers import gaussian, hard_matrices, unlike
+from helpers import LIMITS, gaussian, hard_matrices, rare_symbols, unlike
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as stnp
@@ -35,12 +35,14 @@ def test_every_hard_matrix_comes_back_bit_for_bit(name: str) -> None:
         assert np.array_equal(reference.decode(packed), weight)
 
 
-@pytest.mark.parametrize("code_bits", [8, 9, 10, 11, 12])
-def test_every_code_length_limit_decodes(code_bits: int) -> None:
-    weight = HARD["65,536 patterns among gaussians"]
-    packed = encode(weight, code_bits=code_bits)
-    assert packed.is_raw == (code_bits == 8)  # 256 symbols in 8 bits each save nothing
+@pytest.mark.parametrize(("rare", "code_bits"), LIMITS)
+def test_every_code_length_limit_decodes(rare: int, code_bits: int) -> None:
+    weight = rare_symbols(rare)
+    packed = encode(weight)
+    assert not packed.is_raw
+    assert packed.layout.code_bits == code_bits
     assert np.array_equal(decode(packed), weight)
+    assert np.array_equal(reference.decode(packed), weight)
 
 
 @settings(deadline=None, max_examples=200, derandomize=True)
@@ -138,8 +140,8 @@ def changed(packed: PackedTensor, section: str, index: int, value: int) -> Packe
         ("tile_starts", 0, 1, "tiles span words 1 to"),
         ("tile_starts", -1, 5, "tiles span words 0 to 5"),
         ("tile_starts", 1, 3, "tile 0 holds 3 words, but its lanes need"),
-        ("lane_lengths", 40, 255, "tile 1 holds"),
-        ("lut", 9, 15, "the LUT holds a code of 15 bits; the longest allowed is 10"),
+        ("lane_lengths", 20, 255, "tile 1 holds"),
+        ("lut", 9, 15, "the LUT holds a code of 15 bits; the longest allowed is 8"),
     ],
 )
 def test_a_contradiction_in_the_metadata_is_refused_before_decoding(
@@ -175,7 +177,7 @@ def test_flipped_bits_anywhere_end_with_a_status_or_decode_and_never_read_outsid
         decode_into(broken, out, status)
         assert (status >= 0).all()
         reported += bool(status.any())
-    assert reported > 100
+    assert reported > 30  # most bytes are signs and mantissas, which contradict nothing
 
 
 def test_a_status_is_reported_with_name_and_tile() -> None:

@@ -38,9 +38,7 @@ def decode(
     table = blocks.block_table([p.desc for p in packed], shapes)
     assert table.shape == (len(packed) + 1, 2)
     if backend == "triton":
-        kernels.decode_block(
-            table, starts[-1], layout.CODE_BITS, out.view(torch.bfloat16), status, tiles
-        )
+        kernels.decode_block(table, starts[-1], out.view(torch.bfloat16), status, tiles)
     else:
         torch.ops.vllm_dfloat.decode_block(table, starts[-1], out.view(torch.bfloat16), status)
     matrices = []

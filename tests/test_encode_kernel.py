@@ -9,7 +9,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from helpers import gaussian, hard_matrices, to_torch
+from helpers import LIMITS, gaussian, hard_matrices, rare_symbols, to_torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -35,9 +35,9 @@ def _poisoned_memory() -> Iterator[None]:
         yield
 
 
-def assert_same_bytes(weight: torch.Tensor, **options: int) -> layout.PackedLayout:
-    expected = encode(weight.contiguous().view(torch.uint16).numpy(), "w", **options)
-    lay, payload = device_encode.encode(weight, "w", **options)
+def assert_same_bytes(weight: torch.Tensor) -> layout.PackedLayout:
+    expected = encode(weight.contiguous().view(torch.uint16).numpy(), "w")
+    lay, payload = device_encode.encode(weight, "w")
     assert lay == expected.layout
     assert payload.dtype == torch.uint8
     assert np.array_equal(payload.numpy(), expected.payload)
@@ -57,15 +57,12 @@ def test_bytes_are_the_same_around_the_borders_of_tiles_and_programs(numel: int)
     assert_same_bytes(to_torch(gaussian(1, numel, seed=numel)))
 
 
-@pytest.mark.parametrize("code_bits", range(layout.MIN_CODE_BITS, layout.MAX_CODE_BITS + 1))
-def test_codes_that_use_all_their_bits_are_joined_without_loss(code_bits: int) -> None:
+@pytest.mark.parametrize(("rare", "code_bits"), LIMITS)
+def test_codes_that_use_all_their_bits_are_joined_without_loss(rare: int, code_bits: int) -> None:
     # Bug caught: more codes joined than fit beside what is left of the length in their table entry.
-    common = np.random.default_rng(5).geometric(0.5, 9 * 2048)
-    symbols = np.concatenate([common, np.repeat(np.arange(100, 140), 4)]).astype(np.uint16)
-    lengths = code_lengths(np.bincount(symbols, minlength=256).astype(np.int64), code_bits)
-    assert (lengths[100:140] == code_bits).all()
-    weight = to_torch((symbols << 7 | 0x8001)[None])
-    assert not assert_same_bytes(weight, code_bits=code_bits).is_raw
+    lay = assert_same_bytes(to_torch(rare_symbols(rare)))
+    assert lay.code_bits == code_bits
+    assert not lay.is_raw
 
 
 def test_matrices_that_are_not_contiguous_or_not_aligned_are_encoded_in_row_order() -> None:
@@ -108,9 +105,9 @@ def test_the_kernels_touch_their_own_tiles_only(tiles_per_program: int) -> None:
     # Bug caught: the tile's place among those given taken for its place in the matrix.
     weight = gaussian(5, 2048)
     expected = encode(weight)
-    lengths = code_lengths(np.bincount((weight.reshape(-1) >> 7) & 0xFF, minlength=256), 10)
+    lengths = code_lengths(np.bincount((weight.reshape(-1) >> 7) & 0xFF, minlength=256), 8)
     table = torch.from_numpy(device_encode._table(lengths))
-    units = torch.full((7, 32), 99, dtype=torch.uint8)
+    units = torch.full((7, layout.LANES), 99, dtype=torch.uint8)
     num_words = torch.full((7,), -9, dtype=torch.int32)
     tiles = to_torch(weight).view(-1)
     kernels.measure(tiles, 1, table, units, num_words, tiles_per_program)

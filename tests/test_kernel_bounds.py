@@ -18,7 +18,7 @@ from helpers import gaussian, to_torch
 from vllm_dfloat import blocks, ops
 from vllm_dfloat.codec import layout
 from vllm_dfloat.codec.encode import encode
-from vllm_dfloat.kernels import decode, decode_block, matmul
+from vllm_dfloat.kernels import decode, decode_block, decode_rows, matmul
 
 PAGE, keep = mmap.PAGESIZE, []
 libc = ctypes.CDLL(None, use_errno=True)
@@ -36,8 +36,7 @@ def guarded(array, at_end=True):
     view[...] = array
     return torch.from_numpy(view)
 
-ROWS, COLS = 5, 2304  # 6 tiles, the last one partly filled; rows begin within tiles
-BITS = layout.CODE_BITS
+ROWS, COLS = 5, 3072  # 8 tiles, the last one partly filled; rows begin within tiles
 weight = gaussian(ROWS, COLS)
 packed = encode(weight)
 lay = packed.layout
@@ -45,27 +44,27 @@ tiles = lay.num_tiles
 
 def run(kernel, payload, at_end):
     memory = guarded(payload, at_end)
-    desc = guarded(np.array([memory.data_ptr(), 0, lay.num_words, BITS]))
+    desc = guarded(np.array([memory.data_ptr(), 0, lay.num_words, lay.code_bits]))
     out = guarded(np.full(lay.padded_numel, 0x7FC1, np.uint16), at_end).view(torch.bfloat16)
     status = guarded(np.full(tiles, -1, np.int32), at_end)
     if kernel == "decode":
-        decode.decode(desc, tiles, BITS, out, status)
+        decode.decode(desc, tiles, out, status)
     elif kernel == "decode_block":
         table = guarded(np.array([[desc.data_ptr(), 0], [0, tiles]]))
-        decode_block.decode_block(table, tiles, BITS, out, status)
+        decode_block.decode_block(table, tiles, out, status)
     elif kernel == "decode_rows":
-        ids = guarded(np.array([0, ROWS - 1, 2, -1, ROWS, 1 << 62]))  # vLLM masks ids outside afterwards
-        rows = guarded(np.full((6, COLS), 0x7FC1, np.uint16), at_end).view(torch.bfloat16)
-        status = guarded(np.full((6, decode.tiles_per_row(COLS)), -1, np.int32), at_end)
-        decode.decode_rows(desc, ids, ROWS, COLS, BITS, rows, status)
-        out = rows[:3].reshape(-1)
+        ids = guarded(np.array([2, ROWS - 1, -1, 1 << 62]))  # vLLM masks ids outside afterwards
+        rows = guarded(np.full((4, COLS), 0x7FC1, np.uint16), at_end).view(torch.bfloat16)
+        status = guarded(np.full((4, decode_rows.statuses_per_row(COLS)), -1, np.int32), at_end)
+        decode_rows.decode_rows(desc, ids, ROWS, COLS, rows, status)
+        out = rows[:2].reshape(-1)
     else:
         num_x = {"gemv": 3, "dot": 6}[kernel]
         x = guarded(np.full((num_x, COLS), 0x3F80, np.uint16), at_end).view(torch.bfloat16)
         bias = guarded(np.full(ROWS, 0x3F80, np.uint16), at_end).view(torch.bfloat16)
         partials = guarded(np.full(matmul.num_partials(tiles, COLS, num_x), np.nan, np.float32), at_end)
         out = guarded(np.full((num_x, ROWS), 0x7FC1, np.uint16), at_end).view(torch.bfloat16)
-        matmul.matmul(x, desc, bias, COLS, BITS, out, partials, status)
+        matmul.matmul(x, desc, bias, COLS, out, partials, status)
     assert (status >= 0).all(), "a status word was not written"
     return out.clone(), status.clone()
 

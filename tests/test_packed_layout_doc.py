@@ -9,7 +9,15 @@ import pytest
 from vllm_dfloat.codec import decode, reference
 from vllm_dfloat.codec.encode import encode
 from vllm_dfloat.codec.huffman import build_lut
-from vllm_dfloat.codec.layout import LAYOUT_VERSION, PAD_WORDS, PackedLayout, PackedTensor, validate
+from vllm_dfloat.codec.layout import (
+    LANES,
+    LAYOUT_VERSION,
+    PAD_WORDS,
+    STEPS,
+    PackedLayout,
+    PackedTensor,
+    validate,
+)
 
 DOC = (Path(__file__).parents[1] / "docs/packed-layout.md").read_text()
 
@@ -37,7 +45,7 @@ def from_the_document() -> PackedTensor:
     packed.sign_mantissa[:] = np.tile([int(w, 16) for w in line("sign_mantissa")], 2)
     packed.lane_lengths[:] = int(line("lane length")[0])
     packed.tile_starts[:] = starts
-    stream = line("step")[0] * (8 * 32 * 4)
+    stream = line("step")[0] * (STEPS * LANES * 4)
     packed.words[: starts[-1]] = [int(stream[i : i + 32], 2) for i in range(0, len(stream), 32)]
     return packed
 

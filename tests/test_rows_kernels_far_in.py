@@ -11,7 +11,7 @@ from vllm_dfloat import ops, resident_units
 ROWS, COLS = 2**21 + 2, 1024
 
 
-@pytest.mark.parametrize("decode_rows", [resident_units.decode_rows])
+@pytest.mark.parametrize("decode_rows", [ops.decode_rows, resident_units.decode_rows])
 def test_row_behind_the_first_2_to_the_31_weights_is_found(
     decode_rows: Callable[..., torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -84,7 +84,7 @@ def launch_decode_block(
     if ops.uses_triton(out.device):
         from vllm_dfloat.kernels.decode_block import decode_block as decode_block_triton
 
-        decode_block_triton(table, num_tiles, layout.CODE_BITS, out, status)
+        decode_block_triton(table, num_tiles, out, status)
         return
     starts = table.tolist()
     for (address, first), (_, after) in pairwise(starts):

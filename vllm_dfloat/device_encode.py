@@ -1,19 +1,19 @@
 """Encode one BF16 matrix where it lies: the kernels of kernels/encode.py, and on the host the code that they write.
 
 The host waits for 256 counts, and for the number of words. Beside the matrix and its payload, which is allocated
-once and in its exact size, there are only arrays of 44 bytes per tile, which has 4096 bytes of BF16.
+once and in its exact size, there are only arrays of 28 bytes per tile, which has 4096 bytes of BF16.
 """
 
+from dataclasses import replace
 from types import ModuleType
 
 import numpy as np
 import torch
 
 from vllm_dfloat.codec.encode import filler, layout_for
-from vllm_dfloat.codec.huffman import NUM_SYMBOLS, build_lut, canonical_codes, code_lengths
+from vllm_dfloat.codec.huffman import NUM_SYMBOLS, build_lut, canonical_codes, choose_code
 from vllm_dfloat.codec.layout import (
     ALIGNMENT,
-    CODE_BITS,
     LANES,
     TILE_WEIGHTS,
     PackedLayout,
@@ -23,16 +23,13 @@ from vllm_dfloat.codec.layout import (
 from vllm_dfloat.errors import DeviceError
 
 
-def encode(
-    weight: torch.Tensor, name: str = "", code_bits: int = CODE_BITS
-) -> tuple[PackedLayout, torch.Tensor]:
+def encode(weight: torch.Tensor, name: str = "") -> tuple[PackedLayout, torch.Tensor]:
     """Return the packed layout and the payload of a matrix: the same bytes as from vllm_dfloat.codec.encode.
 
     Args:
         weight: BF16 [rows, cols] on a GPU, or on a CPU where Triton interprets its kernels. It is copied if it is not
             contiguous or does not start on a multiple of 16 bytes.
         name: the tensor's name, for messages.
-        code_bits: longest code allowed, 8 to 12 bits.
 
     Returns:
         The layout, and uint8 [layout.num_bytes] on the matrix's device.
@@ -43,15 +40,15 @@ def encode(
     """
     kernels = _kernels(weight.device)
     with torch.cuda.device(weight.device if weight.is_cuda else -1):  # -1 changes nothing
-        return _encode(kernels, weight.detach(), name, code_bits)
+        return _encode(kernels, weight.detach(), name)
 
 
 def _encode(
-    kernels: ModuleType, weight: torch.Tensor, name: str, code_bits: int
+    kernels: ModuleType, weight: torch.Tensor, name: str
 ) -> tuple[PackedLayout, torch.Tensor]:
     device = weight.device
     rows, cols = weight.shape
-    raw = PackedLayout(rows, cols, 0, code_bits)
+    raw = PackedLayout(rows, cols, 0)
     flat = _aligned(weight)
     body, tail = _tiles(flat)
     full = body.numel() // TILE_WEIGHTS
@@ -61,7 +58,8 @@ def _encode(
     num_fillers = raw.padded_numel - raw.numel
     occurrences = counts.cpu().numpy()
     occurrences[0] -= num_fillers
-    lengths = code_lengths(occurrences, code_bits)
+    code_bits, lengths = choose_code(occurrences)
+    raw = replace(raw, code_bits=code_bits)
     if num_fillers:
         tail[-num_fillers:] = filler(lengths)
     table = torch.from_numpy(_table(lengths)).to(device)
@@ -74,8 +72,8 @@ def _encode(
     if layout.is_raw:
         return layout, _raw(flat, layout)
     payload, sections = _payload(layout, lengths, lane_lengths, ends)
-    kernels.write(body, 0, table, *sections, code_bits)
-    kernels.write(tail, full, table, *sections, code_bits)
+    kernels.write(body, 0, table, *sections)
+    kernels.write(tail, full, table, *sections)
     return layout, payload
 
 

@@ -8,7 +8,6 @@ import torch
 
 from vllm_dfloat import ops
 from vllm_dfloat.checks import check_desc, check_tensor, require_triton
-from vllm_dfloat.codec import layout
 from vllm_dfloat.codec.decode import check_status
 from vllm_dfloat.errors import UnsupportedError
 
@@ -92,7 +91,7 @@ def launch_matmul(
     out = torch.empty(num_x, rows, dtype=torch.bfloat16, device=x.device)
     memory, status = scratch
     partials = memory.view(torch.float32)[: kernels.num_partials(num_tiles, cols, num_x)]
-    kernels.matmul(x.contiguous(), desc, bias, cols, layout.CODE_BITS, out, partials, status)
+    kernels.matmul(x.contiguous(), desc, bias, cols, out, partials, status)
     return out
 
 

@@ -19,7 +19,6 @@ from vllm_dfloat import device_encode
 from vllm_dfloat.checks import check_desc, check_ids, check_tensor
 from vllm_dfloat.checks import check_device as check_device
 from vllm_dfloat.checks import uses_triton as uses_triton
-from vllm_dfloat.codec import layout
 from vllm_dfloat.codec.decode import check_status, decode_into
 from vllm_dfloat.codec.decode import decode_rows as _decode_rows_numba
 from vllm_dfloat.codec.encode import encode
@@ -109,7 +108,7 @@ def launch_decode(
     if uses_triton(out.device):
         from vllm_dfloat.kernels.decode import decode as decode_triton
 
-        decode_triton(desc, num_tiles(rows, cols), layout.CODE_BITS, out, status)
+        decode_triton(desc, num_tiles(rows, cols), out, status)
     else:
         packed = _packed_at(desc, rows, cols)
         decode_into(packed, out.view(torch.uint16).numpy(), status.numpy())
@@ -124,10 +123,10 @@ def decode_rows(desc: torch.Tensor, ids: torch.Tensor, rows: int, cols: int) -> 
     check_desc("decode_rows", desc)
     check_ids("decode_rows", ids, desc.device)
     if uses_triton(ids.device):
-        from vllm_dfloat.kernels.decode import decode_rows as decode_rows_triton
+        from vllm_dfloat.kernels.decode_rows import decode_rows as decode_rows_triton
 
         out = torch.empty(ids.numel(), cols, dtype=torch.bfloat16, device=ids.device)
-        decode_rows_triton(desc, ids, rows, cols, layout.CODE_BITS, out)
+        decode_rows_triton(desc, ids, rows, cols, out)
         return out
     bits = _decode_rows_numba(_packed_at(desc, rows, cols), ids.long().numpy())
     return torch.from_numpy(bits).view(torch.bfloat16)
@@ -185,13 +184,13 @@ def _unpack_rows(
     if not uses_triton(ids.device):
         bits = _decode_rows_numba(_packed_at(packed.desc, rows, cols, name), ids.long().numpy())
         return torch.from_numpy(bits).view(torch.bfloat16)
-    from vllm_dfloat.kernels import decode as kernels
+    from vllm_dfloat.kernels import decode_rows as kernels
 
     out = torch.empty(ids.numel(), cols, dtype=torch.bfloat16, device=ids.device)
     if out.numel():
-        shape = ids.numel(), kernels.tiles_per_row(cols)
+        shape = ids.numel(), kernels.statuses_per_row(cols)
         status = torch.full(shape, -1, dtype=torch.int32, device=ids.device)
-        kernels.decode_rows(packed.desc, ids, rows, cols, layout.CODE_BITS, out, status)
+        kernels.decode_rows(packed.desc, ids, rows, cols, out, status)
         first_wrong = status.gather(1, (status != 0).int().argmax(1, keepdim=True)).view(-1)
         check_status(first_wrong.cpu().numpy(), name, "row")
     return out

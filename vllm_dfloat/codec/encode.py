@@ -10,9 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from vllm_dfloat.codec.huffman import NUM_SYMBOLS, build_lut, canonical_codes, code_lengths
+from vllm_dfloat.codec.huffman import NUM_SYMBOLS, build_lut, canonical_codes, choose_code
 from vllm_dfloat.codec.layout import (
-    CODE_BITS,
     LANE_LENGTH_UNIT,
     LANES,
     MAX_WORDS,
@@ -32,13 +31,12 @@ from vllm_dfloat.codec.threads import over_tiles
 from vllm_dfloat.errors import UnsupportedError
 
 
-def encode(weight: U16Array, name: str = "", code_bits: int = CODE_BITS) -> PackedTensor:
+def encode(weight: U16Array, name: str = "") -> PackedTensor:
     """Return `weight` in the packed layout, or raw where coding would not make it smaller.
 
     Args:
         weight: BF16 bits, uint16 [rows, cols], C-contiguous; any bit pattern.
         name: the tensor's name, for messages.
-        code_bits: longest code allowed, 8 to 12 bits.
 
     Raises:
         UnsupportedError: not a matrix of 16-bit words, or one with over 2**31 words of code.
@@ -50,9 +48,8 @@ def encode(weight: U16Array, name: str = "", code_bits: int = CODE_BITS) -> Pack
         )
     rows, cols = weight.shape
     flat = np.ascontiguousarray(weight).reshape(-1)
+    code_bits, lengths = choose_code(count_exponents(flat))
     raw = PackedLayout(rows, cols, 0, code_bits)
-    counts = count_exponents(flat)
-    lengths = code_lengths(counts, code_bits)
     tiles = _tiles(flat, lengths)
     lane_lengths, starts = _measure(tiles, raw.num_tiles, lengths)
     layout = layout_for(raw, int(starts[-1]), name)

@@ -7,8 +7,8 @@ worked example in bits, are written down in docs/packed-layout.md; this file is 
 A payload is one run of bytes:
 
     lut            uint16[1 << code_bits]        symbol << 7 | code length; 0 where no code leads
-    sign_mantissa  uint32[num_tiles, 4, 32, 4]   sign and mantissa bits, in the order in which decoding merges them
-    lane_lengths   uint8[num_tiles, 32]          bits of each lane in units of LANE_LENGTH_UNIT, rounded up
+    sign_mantissa  uint32[num_tiles, 8, 16, 4]   sign and mantissa bits, in the order in which decoding merges them
+    lane_lengths   uint8[num_tiles, 16]          bits of each lane in units of LANE_LENGTH_UNIT, rounded up
     tile_starts    uint32[num_tiles + 1]         first word of each tile in `words`; then padding to 16 bytes
     words          uint32[num_words]             the codes, most significant bit first; the last PAD_WORDS are zero
 
@@ -22,20 +22,19 @@ import numpy.typing as npt
 
 from vllm_dfloat.errors import FormatError, UnsupportedError
 
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 
-LANES = 32
-STEPS = 8  # a lane's weights come in steps of STEP_WEIGHTS, so that a lane stores 16 bytes at once
+LANES = 16
+STEPS = 16  # a lane's weights come in steps of STEP_WEIGHTS, so that a lane stores 16 bytes at once
 STEP_WEIGHTS = 8
 LANE_WEIGHTS = STEPS * STEP_WEIGHTS
 TILE_WEIGHTS = LANES * LANE_WEIGHTS
 
-CODE_BITS = (
-    10  # longest code the encoder makes; 10 costs about 0.01 bit per weight over unlimited codes
-)
+# The longest code of a matrix. With 8 bits the LUT is 4 lines of the L1 cache and 32 threads look up in about as many
+# turns; with 10 it is 16 lines, and 13 turns (docs/kernels.md). Codes are never longer: 3 of them fit a 32-bit window.
 MIN_CODE_BITS = 8  # below this, 256 symbols would not fit
-MAX_CODE_BITS = 12  # above this, a lane's length would not fit its byte, and the LUT not the cache
-LANE_LENGTH_UNIT = 4
+MAX_CODE_BITS = 10
+LANE_LENGTH_UNIT = 8
 
 SYMBOL_SHIFT = 7  # where a BF16 weight holds its exponent, and a LUT entry its symbol
 LENGTH_MASK = 15  # code length of a LUT entry: 4 bits
@@ -61,7 +60,7 @@ class PackedLayout:
     rows: int
     cols: int
     num_words: int  # words of code, padding included; 0 if the payload is raw BF16
-    code_bits: int = CODE_BITS
+    code_bits: int = MIN_CODE_BITS
 
     @property
     def numel(self) -> int:
@@ -138,7 +137,7 @@ class PackedTensor:
     def sign_mantissa(self) -> U32Array:
         lay = self.layout
         section = self.payload[lay.sign_mantissa_offset : lay.lane_lengths_offset]
-        return section.view(np.uint32).reshape(lay.num_tiles, 4, LANES, 4)
+        return section.view(np.uint32).reshape(lay.num_tiles, STEPS // 2, LANES, 4)
 
     @property
     def lane_lengths(self) -> U8Array:
