@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from vllm_dfloat.checkpoint.folder import CONFIG_FILE, CONFIG_KEY, read_config, stored_tensors
+from vllm_dfloat.checkpoint.manifest import read_manifest
 from vllm_dfloat.checkpoint.patterns import Patterns, compile_patterns
 from vllm_dfloat.checkpoint.safetensors_file import StoredTensor
 from vllm_dfloat.checkpoint.unit import FIELDS, UnitEntry, check_entry
@@ -75,7 +76,11 @@ def open_checkpoint(path: str | Path) -> Dfloat11Checkpoint:
             f"{path}: config.json has {CONFIG_KEY}, but there is no *.safetensors file beside it."
         )
     tensors = stored_tensors(path)
-    units = {name: _unit(name, fields, patterns) for name, fields in _group(tensors).items()}
+    manifest = read_manifest(path)
+    parameters = manifest.parameters if manifest else frozenset()
+    units = {
+        name: _unit(name, fields, patterns, parameters) for name, fields in _group(tensors).items()
+    }
     used = {tensor.name for unit in units.values() for tensor in unit.fields.values()}
     plain = {name: tensor for name, tensor in tensors.items() if name not in used}
     _refuse_stored_twice(units, plain)
@@ -136,7 +141,9 @@ def _group(tensors: dict[str, StoredTensor]) -> dict[str, dict[str, StoredTensor
     return units
 
 
-def _unit(name: str, fields: dict[str, StoredTensor], patterns: Patterns) -> UnitEntry:
+def _unit(
+    name: str, fields: dict[str, StoredTensor], patterns: Patterns, parameters: frozenset[str]
+) -> UnitEntry:
     some = next(iter(fields.values()))
     missing = [field for field in FIELDS if field not in fields]
     if missing:
@@ -150,7 +157,7 @@ def _unit(name: str, fields: dict[str, StoredTensor], patterns: Patterns) -> Uni
             f"{some.file.name}: {name}: no key of pattern_dict in config.json matches this unit; "
             f"found keys {[key.pattern for key, _ in patterns.entries][:20]}."
         )
-    entry = UnitEntry(name, members, fields)
+    entry = UnitEntry(name, members, fields, parameters)
     check_entry(entry)
     return entry
 
@@ -158,7 +165,8 @@ def _unit(name: str, fields: dict[str, StoredTensor], patterns: Patterns) -> Uni
 def _refuse_stored_twice(units: Mapping[str, UnitEntry], plain: Mapping[str, StoredTensor]) -> None:
     for unit in units.values():
         for member in unit.members or ("",):
-            name = f"{unit.name}.{member}.weight" if member else f"{unit.name}.weight"
+            path = f"{unit.name}.{member}" if member else unit.name
+            name = path if path in unit.parameters else f"{path}.weight"
             if name in plain:
                 raise FormatError(
                     f"{plain[name].where}: the weight is also in the DFloat11 unit {unit.name} "

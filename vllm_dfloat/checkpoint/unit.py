@@ -75,11 +75,13 @@ class UnitEntry:
         name: module path of the unit.
         members: attribute paths of its weights; empty if the module itself is the weight.
         fields: the six tensors by field name.
+        parameters: paths that are tensors themselves, not modules with a `weight` (experts stored as one tensor).
     """
 
     name: str
     members: tuple[str, ...]
     fields: Mapping[str, StoredTensor]
+    parameters: frozenset[str] = frozenset()
 
     @property
     def num_weights(self) -> int:

@@ -71,7 +71,8 @@ def unit_members(entry: UnitEntry, shapes: Shapes | None = None) -> list[Member]
         shape: tuple[int, ...] = (1, stop - start)
         if shapes is not None:
             shape = resolve_shape(path, stop - start, shapes, where)
-        members.append(Member(f"{path}.weight", entry, start, stop, shape))
+        name = path if path in entry.parameters else f"{path}.weight"
+        members.append(Member(name, entry, start, stop, shape))
     return members
 
 
@@ -129,12 +130,13 @@ def typed_weights(
     shapes: Shapes | None = None,
     skip: Callable[[str], bool] | None = None,
     decode: Decode = decode_unit,
+    keep_tied: bool = False,
 ) -> Iterator[tuple[str, str, Any]]:
     """Yield (name, safetensors dtype, bits) in the order of `weights`.
 
     Needs no model: without `shapes` every decoded weight is [1, n]. Holds one unit open at a time.
     """
-    items = plan(checkpoint, shapes, skip)
+    items = plan(checkpoint, shapes, skip, keep_tied)
     checkpoint.validate()
     unit: Unit | None = None
     for item in items:
@@ -150,24 +152,27 @@ def plan(
     checkpoint: Dfloat11Checkpoint,
     shapes: Shapes | None,
     skip: Callable[[str], bool] | None = None,
+    keep_tied: bool = False,
 ) -> list[Member | StoredTensor]:
-    """Return what `weights` yields, in its order, without decoding."""
+    """Return what `weights` yields, in its order, without decoding; with `keep_tied` an unused `lm_head` as well."""
     members = [
         member for entry in checkpoint.units.values() for member in unit_members(entry, shapes)
     ]
     items: list[Member | StoredTensor] = [*members, *checkpoint.plain.values()]
     modules = {_module(member.name): member for member in members}
     items = [item for item in items if not (skip and skip(item.name))]
-    if checkpoint.tie_word_embeddings:
+    if checkpoint.tie_word_embeddings and not keep_tied:
         items = [item for item in items if not _is_lm_head(item.name)]
     return sorted(items, key=lambda item: _order(item.name, modules))
 
 
 def _order(name: str, modules: dict[str, Member]) -> tuple[Any, ...]:
-    """Return the sort key: layer, then unit members as stored, then others; weight before bias."""
+    """Return the sort key: layer, then its units and their members as stored, then others; weight before bias."""
     module, _, leaf = name.rpartition(".")
     member = modules.get(module)
-    rank = (0, member.start) if member else (1, 0)
+    rank: tuple[Any, ...] = (1, (), 0)
+    if member:
+        rank = (0, _natural(member.entry.name), member.start)
     return (_natural(_layer(name)), *rank, _natural(module), leaf != "weight", leaf)
 
 
