@@ -1,4 +1,4 @@
-"""The command line: vllm-dfloat inspect | verify.
+"""The command line: vllm-dfloat compress | decompress | inspect | verify.
 
 Results go to stdout, progress and errors to stderr. Exit 0: fine; 1: compared and different; 2: bad input.
 """
@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from vllm_dfloat import __version__
+from vllm_dfloat import __version__, cli_convert
 from vllm_dfloat.errors import DFloatError
 
 EXIT_EQUAL, EXIT_DIFFERENT, EXIT_BAD_INPUT = 0, 1, 2
@@ -32,10 +32,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="vllm-dfloat", description="Look at and check DFloat11 checkpoints."
+        prog="vllm-dfloat", description="Make, look at and check DFloat11 checkpoints."
     )
     parser.add_argument("--version", action="version", version=f"vllm-dfloat {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    cli_convert.add_commands(commands)
     inspect = commands.add_parser(
         "inspect",
         help="show what is compressed, and how many bits each weight takes",
@@ -43,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     inspect.add_argument("path", type=Path, help="folder of a checkpoint, DFloat11 or plain")
     inspect.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    inspect.add_argument("--quiet", action="store_true", help="print errors only")
     inspect.set_defaults(run=_inspect)
     verify = commands.add_parser(
         "verify",
@@ -65,7 +67,8 @@ def _inspect(args: argparse.Namespace) -> int:
     from vllm_dfloat.checkpoint.summary import summarize
 
     summary = summarize(args.path)
-    print(json.dumps(summary.as_json(), indent=1) if args.json else summary.as_table())
+    if not args.quiet:
+        print(json.dumps(summary.as_json(), indent=1) if args.json else summary.as_table())
     return EXIT_EQUAL
 
 

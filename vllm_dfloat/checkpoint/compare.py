@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_dfloat.checkpoint.dfloat11 import open_checkpoint
-from vllm_dfloat.checkpoint.folder import is_dfloat11, stored_tensors
+from vllm_dfloat.checkpoint.folder import is_dfloat11, stored_tensors, tensors_of
+from vllm_dfloat.checkpoint.source import weight_files
 from vllm_dfloat.checkpoint.weights import typed_weights
 from vllm_dfloat.errors import FormatError
 
@@ -46,15 +47,17 @@ def compare(
         raise FormatError(
             f"{against}: is a DFloat11 checkpoint; --against expects the uncompressed BF16 original."
         )
-    originals = stored_tensors(against)
+    files = weight_files(against)
+    originals = tensors_of(files) if files else stored_tensors(against)
     result = Comparison()
     seen = set()
     shapes = {
         name.removesuffix(".weight"): tensor.shape
         for name, tensor in originals.items()
-        if name.endswith(".weight") and len(tensor.shape) == 2
+        if len(tensor.shape) > 1
     }
-    for name, dtype, bits in _tensors(path, shapes):
+    keep_tied = any("lm_head" in name.split(".") for name in originals)
+    for name, dtype, bits in _tensors(path, shapes, keep_tied):
         progress(name)
         seen.add(name)
         if name not in originals:
@@ -85,10 +88,10 @@ def check(path: Path, progress: Callable[[str], None] = lambda name: None) -> Co
 
 
 def _tensors(
-    path: Path, shapes: Mapping[str, tuple[int, ...]] | None
+    path: Path, shapes: Mapping[str, tuple[int, ...]] | None, keep_tied: bool = False
 ) -> Iterator[tuple[str, str, Bits]]:
     if is_dfloat11(path):
-        yield from typed_weights(open_checkpoint(path), shapes)
+        yield from typed_weights(open_checkpoint(path), shapes, keep_tied=keep_tied)
     else:
         for name, tensor in stored_tensors(path).items():
             yield name, tensor.dtype, tensor.bits()

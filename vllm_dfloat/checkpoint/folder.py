@@ -57,6 +57,15 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
                 "code. Convert the model to safetensors."
             )
         raise FormatError(f"{path}: no *.safetensors file; expected at least one.")
+    return tensors_of(files)
+
+
+def tensors_of(files: Iterable[Path]) -> dict[str, StoredTensor]:
+    """Return every tensor of some safetensors files, by name.
+
+    Raises:
+        FormatError: a damaged file, or a tensor stored twice.
+    """
     return _merge(read_header(file) for file in files)
 
 

@@ -1,0 +1,81 @@
+"""A script: compress a model again and again, each time killed at another point and then run to its end.
+
+python interrupted.py SOURCE FOLDER SEED EVENTS LIMITS: prints a JSON line per run with where it was killed, what files
+were there then, and what the finished folder holds. A run is killed by signal 9 before the n-th time it opens, renames
+or removes a file in the target, or, in the midst of writing, by a limit on the size of files. Runs are forks of
+this process, which has everything imported.
+"""
+
+import json
+import os
+import random
+import resource
+import signal
+import sys
+from pathlib import Path
+
+from vllm_dfloat.checkpoint.compress import compress
+from vllm_dfloat.checkpoint.manifest import file_entry
+from vllm_dfloat.checkpoint.source import open_source
+
+EVENTS = ("open", "os.rename", "os.remove")
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {
+        path.relative_to(folder).as_posix(): file_entry(path)["sha256"]
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def run(source: Path, target: Path, event: int = 0, limit: int = 0) -> tuple[int, int]:
+    """Compress in a fork; return its exit status and how many events there were (0 if it was killed)."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        seen = 0
+
+        def hook(name: str, args: tuple) -> None:
+            nonlocal seen
+            if name in EVENTS and str(target) in str(args[0]):
+                seen += 1
+                if seen == event:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(hook)
+        if limit:
+            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        try:
+            compress(open_source(source), target)
+            os.write(writer, str(seen).encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    status = os.waitpid(child, 0)[1]
+    with open(reader) as stream:
+        return status, int(stream.read() or 0)
+
+
+def main(source: Path, folder: Path, seed: int, num_events: int, num_limits: int) -> None:
+    os.environ["VLLM_DFLOAT_THREADS"] = "1"
+    compress(open_source(source), folder / "warm")  # what numba loads here, the forks have
+    _, events = run(source, folder / "whole")
+    whole = contents(folder / "whole")
+    print(json.dumps({"events": events, "files": whole}), flush=True)
+    choose = random.Random(seed)
+    sizes = [(folder / "whole" / name).stat().st_size for name in whole]
+    kills = [{"event": n} for n in choose.sample(range(1, events + 1), num_events)]
+    kills += [{"limit": choose.randrange(1, max(sizes))} for _ in range(num_limits)]
+    for i, kill in enumerate(kills):
+        target = folder / str(i)
+        status, _ = run(source, target, **kill)
+        left = sorted(contents(target)) if target.exists() else []
+        again, _ = run(source, target)
+        line = {"kill": kill, "status": status, "left": left, "again": again}
+        print(json.dumps({**line, "files": contents(target)}), flush=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:]))

@@ -1,0 +1,251 @@
+"""Compress a BF16 model into an official DFloat11 checkpoint, file by file, so that it can be interrupted."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_dfloat.checkpoint.compress_file import FileJob, FileResult, compress_file
+from vllm_dfloat.checkpoint.folder import CONFIG_FILE
+from vllm_dfloat.checkpoint.journal import JOURNAL_FILE, open_journal
+from vllm_dfloat.checkpoint.manifest import MANIFEST_FILE, Manifest, file_entry
+from vllm_dfloat.checkpoint.plan_units import (
+    PlannedUnit,
+    UnitPlan,
+    block_of,
+    build_patterns,
+    plan_units,
+)
+from vllm_dfloat.checkpoint.source import Source, config_text
+from vllm_dfloat.checkpoint.worker_pool import available_memory, run_jobs, share_cores
+from vllm_dfloat.checkpoint.write_safetensors import TEMPORARY, replacing
+from vllm_dfloat.codec.threads import num_threads
+from vllm_dfloat.errors import DFloatError, FormatError, UnsupportedError
+
+REST_FILE = "model.safetensors"
+FILE_BYTES = 2 << 30  # BF16 bytes of the units that share a file, unless one alone has more
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a compression did.
+
+    Attributes:
+        bf16_bytes: all weight files of the source take together, headers not counted.
+        num_bytes: the same of the target.
+        units: how many units it holds.
+        left: tensor name -> why it was not compressed.
+        seconds: how long it took.
+    """
+
+    bf16_bytes: int
+    num_bytes: int
+    units: int
+    left: Mapping[str, str]
+    seconds: float
+
+
+def compress(
+    source: Source,
+    target: Path,
+    force: bool = False,
+    workers: int | None = None,
+    start: Callable[[int, int], None] = lambda total_bytes, done_bytes: None,
+    advance: Callable[[int], None] = lambda num_bytes: None,
+) -> Report:
+    """Write `source` as a DFloat11 checkpoint into the folder `target`; go on where an earlier run was ended.
+
+    Args:
+        source: an open BF16 model, which is only read.
+        target: a new or empty folder, or one in which the same compression was begun.
+        force: take another folder too, and replace the checkpoint in it.
+        workers: processes; by default as many as cores and memory allow.
+        start: called with the bytes to be read in all, and with those that an earlier run has read.
+        advance: called with the bytes that were read since.
+
+    Raises:
+        FormatError: `target` cannot be used, or what was written does not decode to the original.
+        UnsupportedError: there is nothing to compress in `source`.
+        DFloatError: the disk is full.
+    """
+    began = time.monotonic()
+    plan = plan_units(source.config, source.tensors)
+    if not plan.units:
+        found = sorted({tensor.dtype for tensor in source.tensors.values()})
+        raise UnsupportedError(
+            f"{source.path}: holds no BF16 weight of a linear or embedding layer (its dtypes: {', '.join(found)}); "
+            "there is nothing to compress."
+        )
+    _prepare(source, target, force)
+    try:
+        with open_journal(target, source.identity()) as journal:
+            for stale in target.glob(f"{TEMPORARY}*"):
+                stale.unlink()
+            jobs = plan_files(plan, source)
+            sizes = {job.file: _num_bytes(source, job) for job in jobs}
+            results = _intact(target, journal.done, jobs)
+            start(sum(sizes.values()), sum(sizes[file] for file in results))
+            todo = [job for job in jobs if job.file not in results]
+            for result in _run(source, target, todo, sizes, workers):
+                journal.append(result.as_json())
+                results[result.file] = result
+                advance(sizes[result.file])
+            report = _finish(source, target, plan, [results[job.file] for job in jobs])
+            (target / JOURNAL_FILE).unlink()
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DFloatError(
+            f"{target}: {error.strerror}. What is finished stays: free some space and run the same command again."
+        ) from error
+    return Report(*report, time.monotonic() - began)
+
+
+def _num_bytes(source: Source, job: FileJob) -> int:
+    """Return how many bytes of the source a job reads."""
+    return sum(source.tensors[name].num_bytes for name in job.tensors)
+
+
+def _prepare(source: Source, target: Path, force: bool) -> None:
+    """Make the target folder ready, or refuse it."""
+    here, there = source.path.resolve(), target.resolve()
+    if here == there or here in there.parents or there in here.parents:
+        raise FormatError(
+            f"{target}: lies in {source.path} or around it; the source is never touched. Choose another."
+        )
+    if target.exists() and not target.is_dir():
+        raise FormatError(f"{target}: is a file; expected a new or empty folder.")
+    if force and target.is_dir():
+        for pattern in ("*.safetensors", "*.safetensors.index.json", MANIFEST_FILE, JOURNAL_FILE):
+            for file in target.glob(pattern):
+                file.unlink()
+    elif target.is_dir() and any(target.iterdir()) and not (target / JOURNAL_FILE).exists():
+        raise FormatError(
+            f"{target}: exists, and is not the beginning of a compression; give --force to replace the checkpoint in "
+            "it, or choose a new folder."
+        )
+    target.mkdir(parents=True, exist_ok=True)
+
+
+def plan_files(plan: UnitPlan, source: Source) -> list[FileJob]:
+    """Return the files of the checkpoint: one per block or other unit, with what belongs to it, and one for the rest.
+
+    Experts, which are units of their own, share files of up to `FILE_BYTES`.
+    """
+    sizes = {name: tensor.num_bytes for name, tensor in source.tensors.items()}
+    used = {name for unit in plan.units for name in unit.tensors}
+    plain = {name: sizes[name] for name in source.tensors if name not in used}
+    groups: dict[str, list[list[PlannedUnit]]] = {}
+    for unit in plan.units:
+        files = groups.setdefault(block_of(unit.name), [[]])
+        filled = sum(sizes[name] for other in files[-1] for name in other.tensors)
+        if files[-1] and filled + sum(sizes[name] for name in unit.tensors) > FILE_BYTES:
+            files.append([])
+        files[-1].append(unit)
+    owner = {
+        name: block
+        for name in plain
+        for block in (block_of(name), name.rpartition(".")[0])
+        if block in groups
+    }
+    jobs: list[FileJob] = []
+    taken = {REST_FILE}
+    for block, files in groups.items():
+        for i, units in enumerate(files):
+            beside = (
+                tuple(sorted(name for name in plain if owner.get(name) == block)) if i == 0 else ()
+            )
+            file = _file_name(block if i == 0 else f"{block}.{i:05}", taken)
+            jobs.append(FileJob(file, tuple(units), beside))
+    rest = tuple(sorted(name for name in plain if name not in owner))
+    return [*jobs, FileJob(REST_FILE, (), rest, {"format": "pt"})] if rest else jobs
+
+
+def _file_name(path: str, taken: set[str]) -> str:
+    """Return a new file name for a module path, as the official package forms them."""
+    stem = re.sub(r"[^\w-]", "_", path, flags=re.ASCII)[:150]
+    name, number = f"{stem}.safetensors", 1
+    while name in taken:
+        number += 1
+        name = f"{stem}~{number}.safetensors"
+    taken.add(name)
+    return name
+
+
+def _intact(
+    target: Path, done: Iterable[Mapping[str, Any]], jobs: Sequence[FileJob]
+) -> dict[str, FileResult]:
+    """Return the results of an earlier run whose files are there, unchanged."""
+    wanted = {job.file for job in jobs}
+    results = {}
+    for line in done:
+        result = FileResult.from_json(line)
+        file = target / result.file
+        expected = {"bytes": result.num_bytes, "sha256": result.sha256}
+        if result.file in wanted and file.is_file() and file_entry(file) == expected:
+            results[result.file] = result
+    return results
+
+
+def _run(
+    source: Source,
+    target: Path,
+    jobs: Sequence[FileJob],
+    sizes: Mapping[str, int],
+    workers: int | None,
+) -> Iterable[FileResult]:
+    cores = num_threads()
+    if workers is None:
+        # Encoding takes twice the bytes of its weights at most, and the file's pages may stay mapped.
+        largest = 2 * max((sizes[job.file] for job in jobs), default=0)
+        total = sum(sizes[job.file] for job in jobs)
+        workers = share_cores(cores, len(jobs), largest, total, int(0.8 * available_memory()))
+    # Large files first, so that no worker begins one when the others have nothing left.
+    arguments = [
+        (job, {name: source.tensors[name] for name in job.tensors}, target)
+        for job in sorted(jobs, key=lambda job: -sizes[job.file])
+    ]
+    call: Callable[..., FileResult] = compress_file
+    return run_jobs(call, arguments, workers, max(1, cores // workers))
+
+
+def _finish(
+    source: Source, target: Path, plan: UnitPlan, results: Sequence[FileResult]
+) -> tuple[int, int, int, dict[str, str]]:
+    """Write everything beside the weights; return the fields of a Report without the time."""
+    files: dict[str, dict[str, Any]] = {
+        result.file: {"bytes": result.num_bytes, "sha256": result.sha256} for result in results
+    }
+    for name in source.others:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        with replacing(target / name) as temporary:
+            shutil.copyfile(source.path / name, temporary)
+        files[name] = file_entry(target / name)
+    units = [unit for result in results for unit in result.units]
+    _write_text(target / CONFIG_FILE, config_text(source.config, build_patterns(units)))
+    files[CONFIG_FILE] = file_entry(target / CONFIG_FILE)
+    shapes = {name: source.tensors[name].shape for unit in units for name in unit.tensors}
+    _write_text(target / MANIFEST_FILE, Manifest(files, shapes).as_text())
+    left = dict(plan.left)
+    for result in results:
+        left.update(result.left)
+    before = sum(tensor.num_bytes for tensor in source.tensors.values())
+    after = sum(result.num_bytes for result in results)
+    return before, after, len(units), left
+
+
+def _write_text(file: Path, text: str) -> None:
+    with replacing(file) as temporary:
+        temporary.write_text(text)
+    directory = os.open(file.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)

@@ -1,0 +1,83 @@
+"""What is done of a compression that may be interrupted: one line per finished file, appended and synced.
+
+The journal lies in the folder that is being made, and is removed when everything is done. While it is open it is
+locked, so that two processes cannot work on one folder.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from vllm_dfloat.errors import FormatError
+
+JOURNAL_FILE = ".vllm-dfloat-compress.jsonl"
+_VERSION = 1
+
+
+class Journal:
+    """An open, locked journal.
+
+    Attributes:
+        done: what the lines said that were there when it was opened.
+    """
+
+    def __init__(self, stream: TextIO, done: list[dict[str, Any]]) -> None:
+        self._stream = stream
+        self.done = done
+
+    def append(self, entry: dict[str, Any]) -> None:
+        """Add a line; it is on the disk when this returns."""
+        self._stream.write(json.dumps(entry) + "\n")
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+
+
+@contextmanager
+def open_journal(folder: Path, identity: str) -> Iterator[Journal]:
+    """Open the journal in `folder` for work on the source `identity`, a new one if there is none.
+
+    Raises:
+        FormatError: the journal is that of another source, or another process has it open.
+    """
+    file = folder / JOURNAL_FILE
+    with file.open("a+", encoding="utf-8") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise FormatError(
+                f"{folder}: another process is compressing into this folder; wait for it, or choose another."
+            ) from None
+        lines, size = _read(stream)
+        head = {"version": _VERSION, "source": identity}
+        if lines and lines[0] != head:
+            raise FormatError(
+                f"{folder}: holds the beginning of a compression of other weights (or by another version); "
+                "give --force to start anew, or choose another folder."
+            )
+        stream.truncate(size)  # a line that was cut short
+        journal = Journal(stream, lines[1:])
+        if not lines:
+            journal.append(head)
+        yield journal
+
+
+def _read(stream: TextIO) -> tuple[list[dict[str, Any]], int]:
+    """Return the whole lines and how many bytes they take."""
+    stream.seek(0)
+    lines, size = [], 0
+    for line in stream:
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+        if not line.endswith("\n"):
+            lines.pop()
+            break
+        size += len(line.encode())
+    return lines, size

@@ -1,0 +1,116 @@
+"""The commands that make checkpoints: vllm-dfloat compress | decompress."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm_dfloat.checkpoint.compress import Report
+
+
+def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `compress` and `decompress` to the parser."""
+    compress = commands.add_parser(
+        "compress",
+        help="write a BF16 model as a DFloat11 checkpoint; goes on where it was interrupted",
+        epilog="example: vllm-dfloat compress ./Qwen3-8B ./Qwen3-8B-DF11",
+    )
+    compress.add_argument(
+        "source", help="folder of a BF16 model, or its id on the Hugging Face hub"
+    )
+    compress.add_argument("target", type=Path, help="folder to write; new, empty, or begun earlier")
+    compress.add_argument(
+        "--workers", type=_positive, help="processes (default: as cores and memory allow)"
+    )
+    compress.set_defaults(run=_compress)
+    decompress = commands.add_parser(
+        "decompress",
+        help="write a DFloat11 checkpoint back as BF16 safetensors, bit for bit",
+        epilog="example: vllm-dfloat decompress ./Qwen3-8B-DF11 ./Qwen3-8B-again",
+    )
+    decompress.add_argument("path", type=Path, help="folder of a DFloat11 checkpoint")
+    decompress.add_argument("out", type=Path, help="folder to write; new or empty")
+    decompress.set_defaults(run=_decompress)
+    for command in (compress, decompress):
+        command.add_argument(
+            "--force", action="store_true", help="replace the checkpoint in an existing folder"
+        )
+        command.add_argument("--quiet", action="store_true", help="print errors only")
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+def _compress(args: argparse.Namespace) -> int:
+    from vllm_dfloat.checkpoint.compress import compress
+    from vllm_dfloat.checkpoint.source import local_folder, open_source
+
+    with _Bar(args.quiet) as bar:
+        source = open_source(local_folder(args.source))
+        report = compress(source, args.target, args.force, args.workers, bar.start, bar.advance)
+    if not args.quiet:
+        for name, reason in report.left.items():
+            print(f"{name}: stays as it is: {reason}")
+        print(_last_line(args.target, report))
+    return 0
+
+
+def _last_line(target: Path, report: Report) -> str:
+    ratio = 100 * report.num_bytes / report.bf16_bytes
+    return (
+        f"{target}: {ratio:.1f} % ({report.bf16_bytes:,} => {report.num_bytes:,} bytes), {report.units} units, "
+        f"all decoded and compared, {report.seconds:.1f} s"
+    )
+
+
+def _decompress(args: argparse.Namespace) -> int:
+    from vllm_dfloat.checkpoint.decompress import decompress
+
+    began = time.monotonic()
+    with _Bar(args.quiet) as bar:
+        restored = decompress(args.path, args.out, args.force, bar.start, bar.advance)
+    if not args.quiet:
+        seconds = time.monotonic() - began
+        print(
+            f"{args.out}: {restored.tensors} tensors, {restored.num_bytes:,} bytes, {seconds:.1f} s"
+        )
+    return 0
+
+
+class _Bar:
+    """A progress bar on stderr with rate and time left; nothing where stderr is no terminal."""
+
+    def __init__(self, quiet: bool) -> None:
+        self._quiet = quiet
+        self._bar: Any = None
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def start(self, total_bytes: int, done_bytes: int = 0) -> None:
+        from tqdm import tqdm  # type: ignore[import-untyped]  # transformers brings it
+
+        self._bar = tqdm(
+            total=total_bytes,
+            initial=done_bytes,
+            unit="B",
+            unit_scale=True,
+            dynamic_ncols=True,
+            leave=False,
+            disable=self._quiet or None,  # None: by what stderr is
+        )
+
+    def advance(self, num_bytes: int) -> None:
+        self._bar.update(num_bytes)
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
