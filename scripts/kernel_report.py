@@ -111,11 +111,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--target", type=int, action="append", choices=TARGETS, help="default: all")
+    names = [spec.name for spec in specs()]
+    parser.add_argument("--kernel", action="append", choices=names, help="default: all")
     args = parser.parse_args()
-    targets = args.target or TARGETS
-    indices = [i for i in range(len(specs())) for _ in targets]
+    pairs = [
+        (names.index(name), target)
+        for name in args.kernel or names
+        for target in args.target or TARGETS
+    ]
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        rows = list(pool.map(measure_by_index, indices, [*targets] * len(specs())))
+        rows = list(pool.map(measure_by_index, *zip(*pairs, strict=True)))
     if args.json:
         json.dump({"triton": triton.__version__, "kernels": rows}, sys.stdout, indent=1)
         return 0
