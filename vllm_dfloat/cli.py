@@ -1,6 +1,6 @@
-"""The command line: vllm-dfloat compress | decompress | inspect | verify.
+"""The command line: vllm-dfloat compress | decompress | inspect | verify | plan.
 
-Results go to stdout, progress and errors to stderr. Exit 0: fine; 1: compared and different; 2: bad input.
+Results go to stdout, progress and errors to stderr. Exit 0: fine; 1: different, or does not fit; 2: bad input.
 """
 
 import argparse
@@ -12,6 +12,7 @@ from pathlib import Path
 
 from vllm_dfloat import __version__, cli_convert
 from vllm_dfloat.errors import DFloatError
+from vllm_dfloat.plan.command import add_plan
 
 EXIT_EQUAL, EXIT_DIFFERENT, EXIT_BAD_INPUT = 0, 1, 2
 MAX_DIFFERENCES_SHOWN = 20
@@ -58,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     verify.add_argument("--quiet", action="store_true", help="print differences and errors only")
     verify.set_defaults(run=_verify)
-    for command in (inspect, verify):
+    for command in (inspect, verify, add_plan(commands)):
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 

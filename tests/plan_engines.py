@@ -1,0 +1,64 @@
+"""Start real vLLM engines and return what they say of their memory, for comparison with a plan.
+
+Also a script, for ranks in processes of their own: python plan_engines.py RUNS.json ANSWERS.json
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from engines import engine
+
+REPORTED = ("bf16_bytes", "held_bytes", "scratch_bytes")
+BATCHED_TOKENS = 128
+
+
+def of_rank(model: Any) -> dict[str, int]:
+    """Return what a rank's model holds; runs in the rank's process."""
+    from vllm_dfloat.integration.report import summarize
+
+    summary = summarize(model)
+    return {name: getattr(summary, name) for name in REPORTED}
+
+
+def reported(model: Path, room: int, **settings: Any) -> dict[str, Any]:
+    """Return what each rank of an engine holds, and how many KV tokens vLLM makes of memory.
+
+    Args:
+        room: bytes per rank for weights, scratch and KV cache together.
+
+    Returns:
+        ranks: `REPORTED` of each; kv_tokens: what vLLM reported when it started; tokens_of_room: what its own
+        functions make of the room that the weights leave.
+    """
+    from vllm.v1.core import kv_cache_utils
+
+    from vllm_dfloat.scratch import scratch
+
+    scratch.release()  # an engine before this one in the process may have needed more
+    given = dict(num_gpu_blocks_override=None, max_num_batched_tokens=BATCHED_TOKENS)
+    with engine(model, **{**given, **settings}) as llm:
+        config = llm.llm_engine.vllm_config
+        ranks = llm.apply_model(of_rank)
+        specs = llm.collective_rpc("get_kv_cache_spec")
+        left = [room - rank["held_bytes"] - rank["scratch_bytes"] for rank in ranks]
+        caches = kv_cache_utils.get_kv_cache_configs(config, specs, left)
+        scheduled = kv_cache_utils.generate_scheduler_kv_cache_config(caches)
+        tokens, _ = kv_cache_utils.get_kv_cache_capacity(config, scheduled)
+        return {
+            "ranks": ranks,
+            "kv_tokens": config.cache_config.kv_cache_size_tokens,
+            "tokens_of_room": tokens,
+        }
+
+
+def main(runs: str, result: str) -> None:
+    answers = [
+        reported(Path(run.pop("model")), **run) for run in json.loads(Path(runs).read_text())
+    ]
+    Path(result).write_text(json.dumps(answers))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

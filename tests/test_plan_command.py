@@ -1,0 +1,225 @@
+"""`vllm-dfloat plan` as a user types it: exit status, table, JSON, picture, and what is refused."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.torch import save_file
+from tiny_models import SHIPPED
+
+from vllm_dfloat.cli import main
+
+CONFIGS = Path(__file__).parent / "data" / "configs"
+GIB = 1 << 30
+
+
+def config_of(name: str) -> str:
+    return str(CONFIGS / f"{name}.json")
+
+
+@pytest.fixture
+def edited(tmp_path: Path):
+    """Return a function that writes the 8B's config with changes, and returns its folder; None removes an entry."""
+
+    def write(**changes: Any) -> str:
+        config = {**json.loads((CONFIGS / "Llama-3.1-8B.json").read_text()), **changes}
+        config = {name: value for name, value in config.items() if value is not None}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        return str(tmp_path)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("memory", "num_bytes"),
+    [
+        ("80GiB", 80 << 30),
+        ("80GB", 80 * 10**9),
+        ("80 gib", 80 << 30),
+        ("1.5GB", 15 * 10**8),
+        ("4096", 4096),
+    ],
+)
+def test_units_of_memory(memory: str, num_bytes: int, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["plan", config_of("Llama-3.1-8B"), "--gpu-memory", memory, "--json"])
+    assert json.loads(capsys.readouterr().out)["gpu_memory"] == num_bytes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--gpu-memory", "80 potatoes"], "not a size"),
+        (["--gpu-memory", "80GiB", "--tp", "3"], "--tp 3: 32 attention heads"),
+        (["--gpu-memory", "80GiB", "--tp", "64"], "--tp 64: 32 attention heads"),
+        (["--gpu-memory", "80GiB", "--pp", "33"], "--pp 33: the model has 32 layers"),
+        (
+            ["--gpu-memory", "80GiB", "--gpus", "8", "--tp", "4"],
+            "--gpus 8: --tp 4 times --pp 1 is 4",
+        ),
+        (["--gpu-memory", "80GiB", "--gpus", "0"], "--gpus 0: expected at least 1"),
+        (["--gpu-memory", "80GiB", "--max-model-len", "131073"], "made for 131072 tokens"),
+        (["--gpu-memory", "80GiB", "--max-model-len", "-1"], "--max-model-len -1"),
+        (["--gpu-memory", "80GiB", "--kv-cache-dtype", "int3"], "--kv-cache-dtype int3"),
+        (["--gpu-memory", "80GiB", "--gpu-memory-utilization", "1.2"], "1.2: expected a fraction"),
+        (["--gpu-memory", "80GiB", "--code-bits", "nan"], "--code-bits nan"),
+    ],
+)
+def test_bad_arguments_are_one_sentence_and_exit_2(
+    arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", config_of("Llama-3.1-8B"), *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert sentence in err
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (dict(architectures=["Unheard"]), "architecture Unheard; from a config alone plan knows"),
+        (dict(architectures=None), "`architectures` is None"),
+        (dict(hidden_size=None), "hidden_size is None"),
+        (dict(hidden_size="4096"), "hidden_size is '4096'"),
+        (dict(vocab_size=-3), "vocab_size is -3"),
+        (dict(num_hidden_layers=1 << 40), "num_hidden_layers is"),
+        (dict(num_hidden_layers=1 << 20), "num_hidden_layers is 1048576; at most"),
+        (dict(num_key_value_heads=True), "num_key_value_heads is True"),
+        (dict(kv_lora_rank=512), "multi-head latent attention"),
+        (dict(quantization_config=dict(quant_method="fp8")), "its weights are not BF16"),
+    ],
+)
+def test_bad_configs_are_one_sentence_and_exit_2(
+    changes: dict[str, Any], sentence: str, edited, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", edited(**changes), "--gpu-memory", "80GiB"]) == 2
+    err = capsys.readouterr().err
+    assert sentence in err
+    assert len(err.splitlines()) == 1
+
+
+def test_no_model_is_one_sentence_and_debug_shows_the_traceback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["plan", str(tmp_path / "nowhere"), "--gpu-memory", "80GiB"]
+    assert main(arguments) == 2
+    assert capsys.readouterr().err.startswith(f"vllm-dfloat: {tmp_path / 'nowhere'}: no such file")
+    assert main([*arguments, "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_files_that_contradict_the_config_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    (tmp_path / "config.json").write_text((SHIPPED / "config.json").read_text())
+    name = "model.embed_tokens.weight"
+    save_file({name: torch.zeros(3, 4, dtype=torch.bfloat16)}, tmp_path / "model.safetensors")
+    assert main(["plan", str(tmp_path), "--gpu-memory", "80GiB"]) == 2
+    assert f"{name}: shape [3, 4]; config.json makes it [272, 256]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("memory", "length", "status", "last"),
+    [
+        ("24GiB", "40000", 0, "fits in both"),
+        ("24GiB", "70000", 0, "fits in DFloat11 only"),
+        ("24GiB", "131072", 1, "fits neither"),
+        ("16GiB", None, 0, "fits in DFloat11 only"),
+        ("8GiB", None, 1, "fits neither"),
+    ],
+)
+def test_exit_status_says_whether_it_fits(
+    memory: str, length: str | None, status: int, last: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["--max-model-len", length] if length else []
+    arguments = ["plan", config_of("Llama-3.1-8B"), "--gpu-memory", memory, *asked]
+    assert main(arguments) == status
+    table = capsys.readouterr().out.splitlines()
+    assert last in table[-1]
+    assert main([*arguments, "--quiet"]) == status
+    assert capsys.readouterr().out.splitlines() == table[-1:]
+
+
+def test_json_has_the_numbers_of_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [
+        "plan",
+        config_of("Llama-3.1-405B"),
+        "--gpus",
+        "8",
+        "--pp",
+        "2",
+        "--gpu-memory",
+        "80GiB",
+    ]
+    assert main([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["tp"], found["pp"], len(found["stages"])) == (4, 2, 2)
+    assert main(arguments) == 0
+    table = capsys.readouterr().out
+    for stage in found["stages"]:
+        assert f"{stage['dfloat11_weights'] / GIB:,.2f} GiB" in table
+        assert f"{stage['scratch'] / GIB:,.2f} GiB" in table
+    assert f"{found['dfloat11']['kv_tokens']:,}" in table
+    assert "assumed" in table
+
+
+def test_png_shows_the_plan(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    file = tmp_path / "plan.png"
+    assert (
+        main(
+            [
+                "plan",
+                config_of("Llama-3.1-8B"),
+                "--gpu-memory",
+                "24GiB",
+                "--quiet",
+                "--png",
+                str(file),
+            ]
+        )
+        == 0
+    )
+    assert colours(file) >= {"#4477aa", "#ccbb44", "#bbbbbb", "#228833"}
+
+
+def colours(file: Path) -> set[str]:
+    """Return the colours of an RGB(A) PNG's pixels, those of large areas."""
+    from matplotlib.image import imread
+
+    assert file.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    pixels = (imread(file)[..., :3] * 255).round().astype(int)
+    found, counts = np.unique(pixels.reshape(-1, 3), axis=0, return_counts=True)
+    return {
+        f"#{r:02x}{g:02x}{b:02x}"
+        for (r, g, b), count in zip(found, counts, strict=True)
+        if count > 200
+    }
+
+
+def test_without_matplotlib_the_picture_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules['matplotlib'] = None\n"
+        "from vllm_dfloat.cli import main\n"
+        f"sys.exit(main(['plan', {config_of('Llama-3.1-8B')!r}, '--gpu-memory', '24GiB', '--png', 'plan.png']))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=120
+    )
+    assert result.returncode == 2
+    assert "matplotlib is not installed" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert not (tmp_path / "plan.png").exists()
+
+
+def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["plan", "-h"])
+    assert stopped.value.code == 0
+    assert "example: vllm-dfloat plan" in capsys.readouterr().out

@@ -1,0 +1,178 @@
+"""What config.json says about a model, as far as memory depends on it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_dfloat.checkpoint.folder import CONFIG_FILE, read_config
+from vllm_dfloat.errors import FormatError, UnsupportedError
+
+MAX_SIZE = (
+    1 << 32
+)  # no size in a config is as large; a larger one is a mistake, and would take forever
+MAX_LAYERS = 1 << 12
+METHOD = "dfloat11"  # our name in a config's quantization_config
+GEMMA3_PATTERN = 6  # every sixth layer of Gemma 3 sees everything, unless its config says otherwise
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The sizes of a decoder.
+
+    Attributes:
+        where: the file they come from, for messages.
+        architecture: the class that Transformers and vLLM load, such as "LlamaForCausalLM".
+        hidden, vocab, heads, kv_heads, head_dim: as usual.
+        context: longest sequence that the model was made for, in tokens.
+        tied: whether the LM head is the embedding.
+        windows: per layer how far attention looks back, in tokens; None for everything.
+        entries: the config of the language model, for what only some architectures have.
+    """
+
+    where: str
+    architecture: str
+    hidden: int
+    vocab: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    context: int
+    tied: bool
+    windows: tuple[int | None, ...]
+    entries: Mapping[str, Any]
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.windows)
+
+    def size(self, name: str, default: int | None = None) -> int:
+        """Return a size from the config; see `_size` for what is refused."""
+        return _size(self.entries, name, self.where, default)
+
+
+def config_file(model: str) -> Path:
+    """Return the config.json of a folder, of a file given itself, or of a hub id (from its cache or the hub).
+
+    Raises:
+        FormatError: there is none.
+    """
+    path = Path(model)
+    if path.is_file():
+        return path
+    if path.is_dir() or model.count("/") != 1 or model.startswith((".", "~", "/")):
+        if not (path / CONFIG_FILE).is_file():
+            what = f"no {CONFIG_FILE} in it" if path.is_dir() else "no such file or folder"
+            raise FormatError(
+                f"{model}: {what}; expected a model's folder, its {CONFIG_FILE}, or a hub id."
+            )
+        return path / CONFIG_FILE
+    from huggingface_hub import hf_hub_download  # comes with transformers
+
+    try:
+        return Path(hf_hub_download(model, CONFIG_FILE))
+    except Exception as error:  # network, rights, cache: a dozen kinds
+        reason = (str(error).strip().splitlines() or [""])[0][:200]
+        raise FormatError(
+            f"{model}: no such folder, and its {CONFIG_FILE} cannot be fetched from the hub "
+            f"({type(error).__name__}: {reason}). Give a folder or a {CONFIG_FILE}."
+        ) from error
+
+
+def read_model_config(file: Path) -> ModelConfig:
+    """Return the sizes in a config.json.
+
+    Raises:
+        FormatError: not JSON, or a size is missing or impossible.
+        UnsupportedError: an attention whose cache is not made of keys and values per head.
+    """
+    where = str(file)
+    whole = read_config(file.parent) if file.name == CONFIG_FILE else _read_other(file)
+    if not whole:
+        raise FormatError(f"{where}: is empty; expected a model's config.")
+    architectures = whole.get("architectures")
+    if not isinstance(architectures, list) or not architectures:
+        raise FormatError(f"{where}: `architectures` is {architectures!r}; expected a list of one.")
+    method = whole.get("quantization_config")
+    if method and not (isinstance(method, Mapping) and method.get("quant_method") == METHOD):
+        raise UnsupportedError(
+            f"{where}: has a quantization_config, so its weights are not BF16; plan compares BF16 with DFloat11. "
+            "Plan with the BF16 original."
+        )
+    text = whole.get("text_config")
+    entries = text if isinstance(text, Mapping) else whole
+    if entries.get("kv_lora_rank"):
+        raise UnsupportedError(
+            f"{where}: kv_lora_rank, multi-head latent attention; plan knows caches of keys and values "
+            "per head. Start vLLM to see what fits."
+        )
+    heads = _size(entries, "num_attention_heads", where)
+    hidden = _size(entries, "hidden_size", where)
+    num_layers = _size(entries, "num_hidden_layers", where)
+    if num_layers > MAX_LAYERS:
+        raise FormatError(f"{where}: num_hidden_layers is {num_layers}; at most {MAX_LAYERS}.")
+    return ModelConfig(
+        where=where,
+        architecture=str(architectures[0]),
+        hidden=hidden,
+        vocab=_size(entries, "vocab_size", where),
+        heads=heads,
+        kv_heads=_size(entries, "num_key_value_heads", where, heads),
+        head_dim=_size(entries, "head_dim", where, max(1, hidden // heads)),
+        context=_size(entries, "max_position_embeddings", where),
+        tied=bool(
+            whole.get("tie_word_embeddings", entries.get("tie_word_embeddings", _tied(whole)))
+        ),
+        windows=_windows(entries, num_layers, where),
+        entries=entries,
+    )
+
+
+def _read_other(file: Path) -> dict[str, Any] | None:
+    """Read a config that has another name: the folder reader checks size and syntax of a config.json only."""
+    import json
+
+    try:
+        found = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{file}: is not valid JSON: {error}.") from error
+    if not isinstance(found, dict):
+        raise FormatError(f"{file}: holds a {type(found).__name__}, not an object.")
+    return found
+
+
+def _tied(whole: Mapping[str, Any]) -> bool:
+    """Gemma's configs leave out that the LM head is the embedding."""
+    return str(whole.get("model_type", "")).startswith("gemma")
+
+
+def _size(entries: Mapping[str, Any], name: str, where: str, default: int | None = None) -> int:
+    """Return entry `name`, a positive integer.
+
+    Raises:
+        FormatError: it is missing without a default, or anything but an integer from 1 to MAX_SIZE.
+    """
+    value = entries.get(name)
+    if value is None and default is not None:
+        return default
+    if type(value) is not int or not 0 < value <= MAX_SIZE:
+        raise FormatError(f"{where}: {name} is {value!r}; expected a positive integer.")
+    return value
+
+
+def _windows(entries: Mapping[str, Any], num_layers: int, where: str) -> tuple[int | None, ...]:
+    """Return per layer how many tokens attention looks back, as vLLM reads it; None for all."""
+    if not entries.get("sliding_window") or entries.get("use_sliding_window") is False:
+        return (None,) * num_layers
+    window = _size(entries, "sliding_window", where)
+    types = entries.get("layer_types")
+    if types is None and str(entries.get("model_type", "")).startswith("gemma3"):
+        every = _size(entries, "sliding_window_pattern", where, GEMMA3_PATTERN)
+        types = ["sliding_attention" if (i + 1) % every else "full" for i in range(num_layers)]
+    if types is None:
+        return (window,) * num_layers
+    if not isinstance(types, list) or len(types) < num_layers:
+        raise FormatError(
+            f"{where}: layer_types is no list of {num_layers} entries, one per layer."
+        )
+    return tuple(window if kind == "sliding_attention" else None for kind in types[:num_layers])

@@ -1,0 +1,106 @@
+"""How much KV cache a number of bytes makes: vLLM's groups, blocks and capacity, for keys and values per head.
+
+Blocks belong to groups of layers; every group takes blocks of its own from one pool. Layers that see everything and
+layers with a window are in different groups of about the same number of layers, so that their blocks have one size.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from vllm_dfloat.errors import UnsupportedError
+
+DTYPE_BYTES = {
+    "auto": 2, "bfloat16": 2, "float16": 2, "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1,
+}  # fmt: skip
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers that share a block table; `window` is None where they see everything."""
+
+    layers: tuple[int, ...]
+    window: int | None
+
+
+def group_layers(windows: Sequence[int | None]) -> list[Group]:
+    """Return vLLM's groups of a model whose layers have these windows, in the order of the layers."""
+    kinds: dict[int | None, list[int]] = {}
+    for layer, window in enumerate(windows):
+        kinds.setdefault(window, []).append(layer)
+    counts = [len(layers) for layers in kinds.values()]
+    size = max(counts) if max(counts) < 1.5 * min(counts) else min(counts)
+    groups = []
+    for window, layers in kinds.items():
+        step = cdiv(len(layers), size)
+        groups += [Group(tuple(layers[i::step]), window) for i in range(step)]
+    return groups
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """The shape of the cache on one rank, and what follows from it.
+
+    Attributes:
+        groups: of the whole model.
+        page_bytes: one block of one layer: keys and values of this rank's heads.
+        block_size: tokens per block.
+        in_flight: tokens that may be scheduled before others are freed: batches at once times tokens per batch.
+    """
+
+    groups: tuple[Group, ...]
+    page_bytes: int
+    block_size: int
+    in_flight: int
+
+    def block_bytes(self, layers: range) -> int:
+        """Return what one block costs a rank that runs `layers`; 0 if it has no attention."""
+        most = max(sum(layer in layers for layer in group.layers) for group in self.groups)
+        return most * self.page_bytes
+
+    def blocks_per_request(self, length: int) -> int:
+        """Return how many blocks a request of `length` tokens holds at most."""
+        return sum(self._blocks(group.window, length) for group in self.groups)
+
+    def _blocks(self, window: int | None, length: int) -> int:
+        if window is None:
+            return cdiv(length, self.block_size)
+        # A window may begin in the middle of a block.
+        return cdiv(min(window - 1 + self.in_flight, length), self.block_size) + 1
+
+    def capacity(self, num_blocks: int, length: int) -> int:
+        """Return the tokens that vLLM says fit into the cache, in requests of `length` tokens."""
+        return int(num_blocks / self.blocks_per_request(length) * length)
+
+    def longest(self, num_blocks: int, limit: int) -> int:
+        """Return the longest request, up to `limit` tokens, that fits; one block is vLLM's own. 0 if none does."""
+        return _largest(limit, lambda n: self.blocks_per_request(n) <= num_blocks - 1)
+
+
+def _largest(limit: int, fits: Callable[[int], bool]) -> int:
+    low, high = 0, limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def page_bytes(kv_heads: int, head_dim: int, tp: int, block_size: int, dtype: str) -> int:
+    """Return the bytes of one block of one layer on one rank.
+
+    Raises:
+        UnsupportedError: a dtype that is not one number per element, or heads that the ranks cannot share.
+    """
+    if dtype not in DTYPE_BYTES:
+        raise UnsupportedError(
+            f"--kv-cache-dtype {dtype}: plan knows {', '.join(DTYPE_BYTES)}. Give one of them."
+        )
+    heads = kv_heads // tp if kv_heads >= tp else 1
+    if max(kv_heads, tp) % min(kv_heads, tp):
+        raise UnsupportedError(
+            f"--tp {tp}: {kv_heads} KV heads, which that many ranks cannot share evenly. Give another --tp."
+        )
+    return block_size * heads * 2 * head_dim * DTYPE_BYTES[dtype]

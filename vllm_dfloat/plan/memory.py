@@ -1,0 +1,190 @@
+"""What each rank holds: weights in BF16 and compressed, scratch, and what is left for the KV cache."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from vllm_dfloat.errors import UnsupportedError
+from vllm_dfloat.plan.config import ModelConfig
+from vllm_dfloat.plan.kv_cache import KVCache, group_layers, page_bytes
+from vllm_dfloat.plan.packed_size import packed_size
+from vllm_dfloat.plan.weights import Weight
+
+MIB = 1 << 20
+GIB = 1 << 30
+LARGE_GPU = 70 * GIB  # from here on vLLM takes larger batches by default
+RESERVE = GIB  # assumed: CUDA context, libraries, NCCL, CUDA graphs
+BLOCK_MEMBERS = range(2, 17)  # layers of a block that is decoded in one launch
+LOGITS_COPIES = 3  # assumed: FP32 copies of the logits that sampling holds at once
+
+CodeBits = Callable[[Weight], float]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the model is to be served; names and defaults are vLLM's.
+
+    Attributes:
+        gpu_memory: bytes of each GPU.
+        max_model_len: tokens; None for the model's context.
+        overhead: bytes beside weights, scratch and KV cache; None to estimate them.
+        kv_cache_memory: bytes of KV cache per rank; None for what is left.
+        in_flight_batches: batches that are scheduled at once; None for vLLM's choice on a GPU.
+        granularity: "layer" or "block", what is decoded in one launch.
+        lanes: scratch buffers that are in use at once; None for what the model needs on a GPU.
+    """
+
+    tp: int = 1
+    pp: int = 1
+    gpu_memory: int = 80 * GIB
+    gpu_memory_utilization: float = 0.92
+    max_model_len: int | None = None
+    kv_cache_dtype: str = "auto"
+    block_size: int = 16
+    max_num_batched_tokens: int | None = None
+    max_num_seqs: int | None = None
+    in_flight_batches: int | None = None
+    overhead: int | None = None
+    kv_cache_memory: int | None = None
+    granularity: str = "layer"
+    lanes: int | None = None
+
+    @property
+    def requested(self) -> int:
+        """Bytes per GPU that vLLM may use."""
+        return int(self.gpu_memory * self.gpu_memory_utilization)
+
+    @property
+    def batched_tokens(self) -> int:
+        large = self.gpu_memory >= LARGE_GPU
+        return self.max_num_batched_tokens or (8192 if large else 2048)
+
+    @property
+    def num_seqs(self) -> int:
+        return self.max_num_seqs or (1024 if self.gpu_memory >= LARGE_GPU else 256)
+
+    @property
+    def batches(self) -> int:
+        return self.in_flight_batches or (2 if self.pp == 1 else self.pp)
+
+
+@dataclass(frozen=True)
+class Rank:
+    """The ranks of one pipeline stage, which hold the same; all in bytes but `stage` and `layers`.
+
+    Attributes:
+        bf16_weights, dfloat11_weights: the parameters as vLLM holds them.
+        compressed_numel, compressed_bytes: of the weights that are compressed.
+        scratch: the buffers that layers are decoded into.
+        largest: the largest compressed weight, as BF16.
+        overhead: everything else.
+    """
+
+    stage: int
+    layers: range
+    bf16_weights: int
+    dfloat11_weights: int
+    compressed_numel: int
+    compressed_bytes: int
+    scratch: int
+    largest: int
+    overhead: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.compressed_bytes / max(1, self.compressed_numel)
+
+    @property
+    def loading_peak(self) -> int:
+        """The bound while loading DFloat11: what is held in the end, and two layers."""
+        return self.dfloat11_weights + self.scratch + 2 * self.largest
+
+
+def split_layers(num_layers: int, pp: int) -> list[range]:
+    """Return which layers each pipeline stage runs: what is left over goes to the stages before the last.
+
+    Raises:
+        UnsupportedError: fewer layers than stages.
+    """
+    if num_layers < pp:
+        raise UnsupportedError(f"--pp {pp}: the model has {num_layers} layers. Give fewer stages.")
+    counts = [num_layers // pp] * pp
+    for i in range(num_layers % pp):
+        counts[-2 - i] += 1
+    starts = [sum(counts[:i]) for i in range(pp)]
+    return [range(start, start + count) for start, count in zip(starts, counts, strict=True)]
+
+
+def ranks_of(
+    config: ModelConfig, weights: Sequence[Weight], settings: Settings, code_bits: CodeBits
+) -> list[Rank]:
+    """Return what the ranks of each pipeline stage hold.
+
+    Args:
+        code_bits: bits per weight of a weight's codes.
+
+    Raises:
+        UnsupportedError: the model cannot be cut so.
+    """
+    if config.heads % settings.tp:
+        raise UnsupportedError(
+            f"--tp {settings.tp}: {config.heads} attention heads, which that many ranks cannot share "
+            "evenly. Give another --tp."
+        )
+    overlaps = any("experts" in weight.name for weight in weights)  # on a stream of their own
+    lanes = settings.lanes or (2 if overlaps else 1)
+    ranks = []
+    for stage, layers in enumerate(split_layers(config.num_layers, settings.pp)):
+        held = [w for w in weights if w.is_on_stage(stage, layers, settings.pp)]
+        ranks.append(_rank(config, held, settings, code_bits, stage, layers, lanes))
+    return ranks
+
+
+def _rank(
+    config: ModelConfig,
+    held: Sequence[Weight],
+    settings: Settings,
+    code_bits: CodeBits,
+    stage: int,
+    layers: range,
+    lanes: int,
+) -> Rank:
+    bf16 = dfloat11 = numel = coded = largest = scratch = 0
+    blocks: dict[int, list[int]] = {}
+    for weight in held:
+        rows, cols = weight.shape_of_rank(settings.tp)
+        bf16 += 2 * rows * cols
+        if not weight.is_compressed:
+            dfloat11 += 2 * rows * cols
+            continue
+        packed = packed_size(rows, cols, code_bits(weight))
+        dfloat11 += packed.num_bytes
+        scratch = max(scratch, packed.scratch_bytes)
+        largest = max(largest, 2 * rows * cols)
+        if weight.layer >= 0:
+            blocks.setdefault(weight.layer, []).append(packed.scratch_bytes)
+        if not packed.is_raw:
+            numel, coded = numel + rows * cols, coded + packed.num_bytes
+    if settings.granularity == "block":
+        whole = [sum(sizes) for sizes in blocks.values() if len(sizes) in BLOCK_MEMBERS]
+        scratch = max([scratch, *whole])
+    overhead = settings.overhead
+    if overhead is None:
+        overhead = RESERVE + activation_bytes(config, settings)
+    return Rank(stage, layers, bf16, dfloat11, numel, coded, lanes * scratch, largest, overhead)
+
+
+def activation_bytes(config: ModelConfig, settings: Settings) -> int:
+    """Return an estimate of the largest activations at once: an MLP's over a whole batch, or the logits of sampling."""
+    width = int(config.entries.get("intermediate_size") or 4 * config.hidden)
+    mlp = settings.batched_tokens * 2 * (2 * config.hidden + 3 * width // settings.tp)
+    logits = settings.num_seqs * config.vocab * (2 + 4 * LOGITS_COPIES)
+    return max(mlp, logits)
+
+
+def kv_cache_of(config: ModelConfig, settings: Settings) -> KVCache:
+    """Return the shape of the KV cache on each rank."""
+    page = page_bytes(
+        config.kv_heads, config.head_dim, settings.tp, settings.block_size, settings.kv_cache_dtype
+    )
+    in_flight = settings.batches * settings.batched_tokens
+    return KVCache(tuple(group_layers(config.windows)), page, settings.block_size, in_flight)

@@ -1,0 +1,142 @@
+"""A plan in words, and as JSON."""
+
+from typing import Any
+
+from vllm_dfloat.plan.memory import Rank
+from vllm_dfloat.plan.plan import Outcome, Plan
+from vllm_dfloat.plan.units import gib
+
+NAME, CELL = 24, 14
+DASH = "-"
+
+
+def as_table(plan: Plan) -> str:
+    """Return the plan for people: a table per pipeline stage, then what fits, then one sentence."""
+    settings, config = plan.settings, plan.config
+    lines = [
+        f"{plan.model}: {config.architecture}, {plan.parameters / 1e9:,.3f} billion parameters",
+        f"TP {settings.tp} x PP {settings.pp}, each GPU {gib(settings.gpu_memory)}, vLLM may use "
+        f"{settings.gpu_memory_utilization:g} of it: {gib(settings.requested)}",
+    ]
+    for index, rank in enumerate(plan.ranks):
+        lines += ["", *_stage(plan, index, rank)]
+    lines += ["", _row("all ranks", "BF16", "DFloat11"), *_capacity(plan), ""]
+    lines += [f"{note}." for note in (*plan.notes, f"codes: {plan.code_bits}")]
+    lines += [f"other: {_other(plan)}.", "", summary(plan)]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def summary(plan: Plan) -> str:
+    """Return the last line: what fits."""
+    asked = plan.settings.max_model_len
+    what = f"a context of {asked:,} tokens" if asked else "the model"
+    if not (plan.bf16.fits or plan.dfloat11.fits):
+        return f"{plan.model}: {what} fits neither in BF16 nor in DFloat11."
+    if plan.bf16.fits and plan.dfloat11.fits and plan.bf16.tokens:
+        more = plan.dfloat11.tokens / plan.bf16.tokens
+        return f"{plan.model}: {what} fits in both; DFloat11 has room for {more:.2f} times the KV tokens."
+    return f"{plan.model}: {what} fits in {'DFloat11' if plan.dfloat11.fits else 'BF16'} only."
+
+
+def _row(name: str, bf16: str, dfloat11: str, remark: str = "") -> str:
+    return f"{name:<{NAME}}{bf16:>{CELL}}{dfloat11:>{CELL}}  {remark}"
+
+
+def _stage(plan: Plan, index: int, rank: Rank) -> list[str]:
+    tp = plan.settings.tp
+    first = rank.stage * tp
+    who = f"rank {first}" if tp == 1 else f"each of ranks {first}-{first + tp - 1}"
+    layers = f"layers {rank.layers.start}-{rank.layers.stop - 1}"
+    per_token = f"{plan.kv_bytes_per_token(rank):,.0f}"
+    largest = "largest block" if plan.settings.granularity == "block" else "largest layer"
+    return [
+        _row(who, "BF16", "DFloat11", layers),
+        _row(
+            "weights", gib(rank.bf16_weights), gib(rank.dfloat11_weights),
+            f"{rank.bits_per_weight:.2f} bits per compressed weight",
+        ),
+        _row("scratch", DASH, gib(rank.scratch), largest),
+        _row("other", gib(rank.overhead), gib(rank.overhead)),
+        _row(
+            "left for the KV cache",
+            gib(plan.bf16.kv_bytes[index]),
+            gib(plan.dfloat11.kv_bytes[index]),
+        ),
+        _row("peak while loading", DASH, gib(rank.loading_peak), "bound: two layers on top"),
+        _row("KV bytes per token", per_token, per_token),
+    ]  # fmt: skip
+
+
+def _capacity(plan: Plan) -> list[str]:
+    one, other = plan.bf16, plan.dfloat11
+    asked = plan.settings.max_model_len
+    room = f"{asked:,} tokens" if asked else "1 token"
+    loads = {True: "yes", False: "no"}
+    return [
+        _row("KV tokens", f"{one.tokens:,}", f"{other.tokens:,}"),
+        _row(
+            "longest context",
+            f"{one.longest:,}",
+            f"{other.longest:,}",
+            f"model's: {plan.config.context:,}",
+        ),
+        _row("loads", loads[one.fits], loads[other.fits], f"with room for {room}"),
+    ]
+
+
+def _other(plan: Plan) -> str:
+    if plan.settings.overhead is not None:
+        return "CUDA context, NCCL, CUDA graphs and activations, as given"
+    return (
+        "CUDA context, NCCL and CUDA graphs 1 GiB, activations of "
+        f"{plan.settings.batched_tokens:,} tokens or logits of {plan.settings.num_seqs:,} requests; "
+        "assumed, not measured (--overhead)"
+    )
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """Return the plan for programs; sizes in bytes."""
+    settings = plan.settings
+    return {
+        "model": plan.model,
+        "architecture": plan.config.architecture,
+        "parameters": plan.parameters,
+        "tp": settings.tp,
+        "pp": settings.pp,
+        "gpu_memory": settings.gpu_memory,
+        "gpu_memory_utilization": settings.gpu_memory_utilization,
+        "requested": settings.requested,
+        "kv_cache_dtype": settings.kv_cache_dtype,
+        "max_model_len": settings.max_model_len,
+        "context": plan.config.context,
+        "code_bits": plan.code_bits,
+        "notes": list(plan.notes),
+        "stages": [_stage_json(plan, index, rank) for index, rank in enumerate(plan.ranks)],
+        "bf16": _outcome_json(plan.bf16),
+        "dfloat11": _outcome_json(plan.dfloat11),
+    }
+
+
+def _stage_json(plan: Plan, index: int, rank: Rank) -> dict[str, Any]:
+    return {
+        "stage": rank.stage,
+        "layers": [rank.layers.start, rank.layers.stop],
+        "bf16_weights": rank.bf16_weights,
+        "dfloat11_weights": rank.dfloat11_weights,
+        "bits_per_weight": rank.bits_per_weight,
+        "scratch": rank.scratch,
+        "overhead": rank.overhead,
+        "loading_peak": rank.loading_peak,
+        "kv_bytes_per_token": plan.kv_bytes_per_token(rank),
+        "bf16_kv_bytes": plan.bf16.kv_bytes[index],
+        "dfloat11_kv_bytes": plan.dfloat11.kv_bytes[index],
+    }
+
+
+def _outcome_json(outcome: Outcome) -> dict[str, Any]:
+    return {
+        "num_blocks": outcome.num_blocks,
+        "kv_tokens": outcome.tokens,
+        "longest_context": outcome.longest,
+        "loads": outcome.fits,
+    }

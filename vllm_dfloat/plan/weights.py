@@ -1,0 +1,106 @@
+"""A model's weights as vLLM holds them: which tensors of a checkpoint are fused, and how each is cut for the ranks."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from vllm_dfloat.errors import UnsupportedError
+
+VOCAB_PADDING = 64  # vLLM fills vocabularies up to a multiple of this
+
+Split = Literal["rows", "cols", "none", "vocab"]
+Place = Literal["layer", "first", "last", "tied", "all"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of a weight that are cut for themselves, such as q, k and v of a fused qkv_proj.
+
+    Attributes:
+        rows: of all ranks together.
+        pieces: into how many at most they can be cut; more ranks than that hold copies. 0: as many as there are rows.
+    """
+
+    rows: int
+    pieces: int = 0
+
+    def rows_of_rank(self, tp: int) -> int:
+        return self.rows // (min(tp, self.pieces) if self.pieces else tp)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One parameter of vLLM's model.
+
+    Attributes:
+        name: vLLM's, such as "model.layers.3.self_attn.qkv_proj"; equal weights of all layers differ in it only.
+        parts: its rows.
+        cols: its columns; 1 for a vector.
+        split: how tensor parallelism cuts it: "vocab" is "rows", filled up.
+        place: which pipeline stages hold it: that of its layer, the first, the last, both ends ("tied"), or all.
+        layer: its transformer block, -1 outside of them.
+        is_compressed: whether the plugin compresses it: linear layers and embeddings, but neither norms nor experts.
+        stored: the tensors of the checkpoint that it is made of, with their shapes.
+    """
+
+    name: str
+    parts: tuple[Part, ...]
+    cols: int = 1
+    split: Split = "none"
+    place: Place = "layer"
+    layer: int = -1
+    is_compressed: bool = False
+    stored: Mapping[str, tuple[int, ...]] = field(default_factory=dict, hash=False)
+
+    @property
+    def rows(self) -> int:
+        return sum(part.rows for part in self.parts)
+
+    @property
+    def numel(self) -> int:
+        """Parameters, as papers count them."""
+        return self.rows * self.cols
+
+    @property
+    def padding(self) -> int:
+        """Zeros that fill up a vocabulary, on all ranks together."""
+        return -self.rows % VOCAB_PADDING * self.cols if self.split == "vocab" else 0
+
+    def shape_of_rank(self, tp: int) -> tuple[int, int]:
+        """Return [rows, cols] of each rank.
+
+        Raises:
+            UnsupportedError: vLLM cannot cut the weight so.
+        """
+        if self.split == "none":
+            return self.rows, self.cols
+        if self.split == "cols":
+            self._check(self.cols, tp, "columns")
+            return self.rows, self.cols // tp
+        if self.split == "vocab":
+            padded = self.rows + -self.rows % VOCAB_PADDING
+            self._check(padded, tp, "rows")
+            return padded // tp, self.cols
+        for part in self.parts:
+            pieces = min(tp, part.pieces) if part.pieces else tp
+            self._check(part.pieces or part.rows, pieces, "heads" if part.pieces else "rows")
+            self._check(tp, pieces, "heads")
+        return sum(part.rows_of_rank(tp) for part in self.parts), self.cols
+
+    def _check(self, count: int, tp: int, what: str) -> None:
+        if count % tp:
+            raise UnsupportedError(
+                f"--tp {tp}: {self.name} has {count} {what}, which that many ranks cannot share evenly. "
+                "Give another --tp."
+            )
+
+    def is_on_stage(self, stage: int, layers: range, pp: int) -> bool:
+        """Return whether pipeline stage `stage` of `pp`, which runs `layers`, holds the weight."""
+        is_first, is_last = stage == 0, stage == pp - 1
+        return {
+            "layer": self.layer in layers,
+            "first": is_first,
+            "last": is_last,
+            "tied": is_first or is_last,
+            "all": True,
+        }[self.place]
