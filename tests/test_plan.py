@@ -139,6 +139,17 @@ def test_an_official_checkpoint_is_planned_with_the_codes_of_its_units() -> None
     assert "measured" in plan.code_bits
 
 
+def test_experts_stay_bf16_and_the_plan_says_so(tmp_path: Path) -> None:
+    config = json.loads((CONFIGS / "Llama-3.1-8B.json").read_text())
+    changes = dict(architectures=["MixtralForCausalLM"], vocab_size=32000, num_local_experts=8)
+    (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
+    plan = make_plan(str(tmp_path), Settings(gpu_memory=141 * GIB))
+    assert plan.parameters == 46_702_792_704  # Mixtral 8x7B
+    # Mixtral's embedding stays BF16 too; attention and LM head are compressed.
+    assert plan.ranks[0].compressed_numel == 32 * (2 * 4096 + 2 * 1024) * 4096 + 32000 * 4096
+    assert "experts and their routers stay BF16" in plan.notes
+
+
 def test_a_fixed_cache_must_fit_beside_the_weights() -> None:
     for cache, fits in ((11 * GIB, True), (12 * GIB, False)):
         settings = Settings(gpu_memory=24 * GIB, kv_cache_memory=cache, overhead=GIB)

@@ -98,6 +98,8 @@ def make_plan(model: str, settings: Settings, code_bits: float | None = None) ->
             f"--max-model-len {settings.max_model_len}: the model was made for {config.context} tokens. "
             "Give at most as many."
         )
+    if any("experts" in weight.name for weight in weights):
+        notes.append("experts and their routers stay BF16")
     if any(config.windows):
         notes.append(
             "layers with a window keep only its tokens: KV tokens are counted as vLLM does"
