@@ -1,6 +1,6 @@
 """Decode the packed layout on the CPU: the numba twin of kernels/decode.py.
 
-Four lanes are decoded side by side, since one lane alone would wait for each table look-up.
+Four lanes of a tile are decoded side by side, since one lane alone would wait for each table look-up.
 """
 
 import numpy as np
