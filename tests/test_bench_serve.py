@@ -120,6 +120,7 @@ def test_tokens_that_differ_end_with_status_1_and_neither_times_nor_files(
 
 
 @pytest.mark.engine
+@pytest.mark.on_demand
 def test_others_go_on_in_alternating_order_when_a_variant_fails_or_the_budget_ends_and_rows_say_why(
     bf16_checkpoint: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

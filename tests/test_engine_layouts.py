@@ -18,8 +18,15 @@ OFFICIAL: dict[str, Any] = dict(
 )
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3"])  # the second has tied embeddings
-@pytest.mark.parametrize("enforce_eager", [True, False])
+@pytest.mark.parametrize(
+    ("name", "enforce_eager"),
+    [
+        ("llama", False),
+        ("qwen3", True),  # tied embeddings
+        pytest.param("llama", True, marks=pytest.mark.on_demand),
+        pytest.param("qwen3", False, marks=pytest.mark.on_demand),
+    ],
+)
 def test_engine_with_the_official_layout_answers_as_bf16_vllm(
     name: str,
     enforce_eager: bool,

@@ -25,8 +25,17 @@ def options(**given: Any) -> dict[str, Any]:
 BLOCKWISE = options(granularity="block")
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "phi3"])
-@pytest.mark.parametrize("enforce_eager", [True, False])
+@pytest.mark.parametrize(
+    ("name", "enforce_eager"),
+    [
+        ("llama", True),
+        ("qwen2", False),
+        pytest.param("llama", False, marks=pytest.mark.on_demand),
+        pytest.param("qwen2", True, marks=pytest.mark.on_demand),
+        pytest.param("phi3", True, marks=pytest.mark.on_demand),
+        pytest.param("phi3", False, marks=pytest.mark.on_demand),
+    ],
+)
 def test_engine_that_decodes_whole_blocks_answers_as_bf16_vllm(
     name: str, enforce_eager: bool, bf16_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:

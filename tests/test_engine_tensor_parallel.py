@@ -18,11 +18,10 @@ OFFICIAL = {"qwen3-tiny-tied", "llama-tiny", "phi3-tiny-fused"}
 ALWAYS = [
     ("qwen2", "traced"),
     ("qwen3-tiny-tied", "eager"),
-    ("phi3", "eager"),
-    ("shipped", "eager"),
 ]
 ON_DEMAND = [
-    *((name, "eager") for name in tiny_models.ARCHITECTURES if name not in ("phi3", "qwen3_moe")),
+    *((name, "eager") for name in tiny_models.ARCHITECTURES if name != "qwen3_moe"),
+    ("shipped", "eager"),
     ("shipped", "traced"),
     ("llama-tiny", "traced"),
     ("phi3-tiny-fused", "eager"),
