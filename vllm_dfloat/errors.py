@@ -3,9 +3,20 @@
 Every message is one sentence group in the order: where, what was found, what was expected, what to do.
 """
 
+from typing import Any
+
+MAX_MESSAGE = 1000  # characters; names and numbers come from files, and may be of any length
+_MAX_VALUE = 60
+
 
 class DFloatError(Exception):
-    """Base of every error this package raises on purpose; the CLI prints it without a traceback."""
+    """Base of every error this package raises on purpose; the CLI prints it without a traceback.
+
+    Its text is one line of at most MAX_MESSAGE printable characters, whatever a file's names hold.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(one_line(str(message)))
 
 
 class FormatError(DFloatError):
@@ -18,3 +29,29 @@ class UnsupportedError(DFloatError):
 
 class DeviceError(DFloatError):
     """The device or its software cannot run the kernel (too old a GPU, no Triton)."""
+
+
+def one_line(text: str, limit: int = MAX_MESSAGE) -> str:
+    """Return `text` with unprintable characters escaped (line ends, terminal codes, lone surrogates), cut in the
+    middle to `limit` characters: what was wrong stands at the end of a message."""
+    text = _cut(text, limit)
+    if not text.isprintable():
+        escaped = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+        text = _cut("".join(escaped), limit)
+    return text
+
+
+def _cut(text: str, limit: int) -> str:
+    half = (limit - 3) // 2
+    return text if len(text) <= limit else f"{text[:half]}...{text[-half:]}"
+
+
+def shown(value: Any) -> str:
+    """Return a short form of anything that JSON can hold, for messages; a deep or huge value is not walked through."""
+    if isinstance(value, dict | list):
+        kind = "an object" if isinstance(value, dict) else "a list"
+        simple = all(isinstance(item, int | float | str | None) for item in list(value)[:4])
+        if len(value) > 4 or not simple or isinstance(value, dict):
+            return f"{kind} of {len(value)}"
+        return f"[{', '.join(shown(item) for item in value)}]"
+    return repr(value) if not isinstance(value, str) else repr(_cut(value, _MAX_VALUE))

@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_dfloat.checkpoint.dfloat11 import open_checkpoint
-from vllm_dfloat.checkpoint.folder import is_dfloat11, stored_tensors, tensors_of
-from vllm_dfloat.checkpoint.source import weight_files
+from vllm_dfloat.checkpoint.folder import is_dfloat11
+from vllm_dfloat.checkpoint.source import bf16_tensors
 from vllm_dfloat.checkpoint.weights import typed_weights
 from vllm_dfloat.errors import FormatError
 
@@ -47,8 +47,7 @@ def compare(
         raise FormatError(
             f"{against}: is a DFloat11 checkpoint; --against expects the uncompressed BF16 original."
         )
-    files = weight_files(against)
-    originals = tensors_of(files) if files else stored_tensors(against)
+    originals = bf16_tensors(against)
     result = Comparison()
     seen = set()
     shapes = {
@@ -80,7 +79,7 @@ def check(path: Path, progress: Callable[[str], None] = lambda name: None) -> Co
         FormatError, UnsupportedError: the checkpoint is damaged; the message names file and tensor.
     """
     result = Comparison()
-    for name, _, bits in _tensors(path, None):
+    for name, _, bits in _tensors(path, None, keep_tied=True):
         progress(name)
         result.tensors += 1
         result.num_bytes += bits.nbytes
@@ -93,7 +92,7 @@ def _tensors(
     if is_dfloat11(path):
         yield from typed_weights(open_checkpoint(path), shapes, keep_tied=keep_tied)
     else:
-        for name, tensor in stored_tensors(path).items():
+        for name, tensor in bf16_tensors(path).items():
             yield name, tensor.dtype, tensor.bits()
 
 

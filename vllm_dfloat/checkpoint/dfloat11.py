@@ -12,7 +12,7 @@ from vllm_dfloat.checkpoint.manifest import read_manifest
 from vllm_dfloat.checkpoint.patterns import Patterns, compile_patterns
 from vllm_dfloat.checkpoint.safetensors_file import StoredTensor
 from vllm_dfloat.checkpoint.unit import FIELDS, UnitEntry, check_entry
-from vllm_dfloat.errors import FormatError, UnsupportedError
+from vllm_dfloat.errors import FormatError, UnsupportedError, shown
 
 _THREADS_PER_BLOCK = [512]
 _BYTES_PER_THREAD = 8
@@ -78,9 +78,9 @@ def open_checkpoint(path: str | Path) -> Dfloat11Checkpoint:
     tensors = stored_tensors(path)
     manifest = read_manifest(path)
     parameters = manifest.parameters if manifest else frozenset()
-    units = {
-        name: _unit(name, fields, patterns, parameters) for name, fields in _group(tensors).items()
-    }
+    groups = _group(tensors)
+    patterns.check_steps(list(groups))
+    units = {name: _unit(name, fields, patterns, parameters) for name, fields in groups.items()}
     used = {tensor.name for unit in units.values() for tensor in unit.fields.values()}
     plain = {name: tensor for name, tensor in tensors.items() if name not in used}
     _refuse_stored_twice(units, plain)
@@ -91,18 +91,18 @@ def parse_config(config: Any, where: str) -> Patterns:
     """Check a `dfloat11_config` object and return its compiled patterns."""
     keys = ("version", "threads_per_block", "bytes_per_thread", "pattern_dict")
     if not isinstance(config, dict) or set(config) != set(keys):
-        found = sorted(config) if isinstance(config, dict) else type(config).__name__
+        found = sorted(config)[:20] if isinstance(config, dict) else type(config).__name__
         raise FormatError(f"{where}: found {found}; an object with {', '.join(keys)} is expected.")
     if not isinstance(config["version"], str):
-        raise FormatError(f"{where}: version is {config['version']!r}; a string is expected.")
+        raise FormatError(f"{where}: version is {shown(config['version'])}; a string is expected.")
     if config["threads_per_block"] != _THREADS_PER_BLOCK:
         raise UnsupportedError(
-            f"{where}: threads_per_block is {config['threads_per_block']!r}; "
+            f"{where}: threads_per_block is {shown(config['threads_per_block'])}; "
             f"{_THREADS_PER_BLOCK} is the only published value."
         )
     if config["bytes_per_thread"] != _BYTES_PER_THREAD:
         raise UnsupportedError(
-            f"{where}: bytes_per_thread is {config['bytes_per_thread']!r}; "
+            f"{where}: bytes_per_thread is {shown(config['bytes_per_thread'])}; "
             f"{_BYTES_PER_THREAD} is the only published value."
         )
     pattern_dict = config["pattern_dict"]
@@ -136,7 +136,7 @@ def _group(tensors: dict[str, StoredTensor]) -> dict[str, dict[str, StoredTensor
     units: dict[str, dict[str, StoredTensor]] = {}
     for name, tensor in tensors.items():
         module, _, field = name.rpartition(".")
-        if field in FIELDS:
+        if module and field in FIELDS:
             units.setdefault(module, {})[field] = tensor
     return units
 
@@ -163,10 +163,19 @@ def _unit(
 
 
 def _refuse_stored_twice(units: Mapping[str, UnitEntry], plain: Mapping[str, StoredTensor]) -> None:
+    holders: dict[str, UnitEntry] = {}
     for unit in units.values():
-        for member in unit.members or ("",):
+        # The list of a module that is itself the weight means nothing.
+        listed = unit.members if unit.num_members == len(unit.members) else ("",)
+        for member in listed:
             path = f"{unit.name}.{member}" if member else unit.name
             name = path if path in unit.parameters else f"{path}.weight"
+            other = holders.setdefault(name, unit)
+            if other is not unit:
+                raise FormatError(
+                    f"{unit.fields['luts'].file.name}: {unit.name}: its weight {name} is also in the unit "
+                    f"{other.name}; it is expected once."
+                )
             if name in plain:
                 raise FormatError(
                     f"{plain[name].where}: the weight is also in the DFloat11 unit {unit.name} "

@@ -1,10 +1,10 @@
 """A folder of safetensors files with a config.json, whatever it holds."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from vllm_dfloat.checkpoint.json_file import read_object
 from vllm_dfloat.checkpoint.safetensors_file import StoredTensor, read_header
 from vllm_dfloat.errors import FormatError, UnsupportedError
 
@@ -17,22 +17,9 @@ def read_config(path: Path) -> dict[str, Any] | None:
     """Return config.json of folder `path`, None if it has none.
 
     Raises:
-        FormatError: it is no JSON object, or absurdly large.
+        FormatError: it is no JSON object, absurdly large, or no regular file.
     """
-    file = path / CONFIG_FILE
-    if not file.is_file():
-        return None
-    if file.stat().st_size > MAX_CONFIG_BYTES:
-        raise FormatError(
-            f"{CONFIG_FILE}: has {file.stat().st_size} bytes; {MAX_CONFIG_BYTES} is the limit."
-        )
-    try:
-        config = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise FormatError(f"{CONFIG_FILE}: is not valid JSON: {error}.") from error
-    if not isinstance(config, dict):
-        raise FormatError(f"{CONFIG_FILE}: holds a {type(config).__name__}, not an object.")
-    return config
+    return read_object(path / CONFIG_FILE, MAX_CONFIG_BYTES)
 
 
 def is_dfloat11(path: Path) -> bool:

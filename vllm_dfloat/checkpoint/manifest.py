@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from vllm_dfloat.errors import FormatError
+from vllm_dfloat.checkpoint.json_file import read_object
+from vllm_dfloat.errors import FormatError, shown
 
 MANIFEST_FILE = "dfloat11_manifest.json"
 VERSION = 1
 _MAX_BYTES = 256 << 20
+_MAX_DIMS = 8
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -57,30 +61,46 @@ def read_manifest(folder: Path) -> Manifest | None:
     Raises:
         FormatError: it is damaged or of a version not known here.
     """
-    file = folder / MANIFEST_FILE
-    if not file.is_file():
+    content = read_object(folder / MANIFEST_FILE, _MAX_BYTES)
+    if content is None:
         return None
-    try:
-        if file.stat().st_size > _MAX_BYTES:
-            raise ValueError(f"has more than {_MAX_BYTES} bytes")
-        content = json.loads(file.read_bytes())
-        if content["version"] != VERSION:
-            raise ValueError(f"is of version {content['version']!r}, {VERSION} is expected")
-        shapes = {str(name): _shape(shape) for name, shape in content["tensors"].items()}
-        files = {str(name): dict(entry) for name, entry in content["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise FormatError(
-            f"{MANIFEST_FILE}: cannot be used: {error}. Remove it to read the checkpoint without it."
-        ) from error
-    return Manifest(files, shapes)
+    version, files, tensors = (content.get(key) for key in ("version", "files", "tensors"))
+    if version != VERSION:
+        _refuse(f"is of version {shown(version)}, {VERSION} is expected")
+    if not isinstance(files, dict) or not isinstance(tensors, dict):
+        _refuse("has no objects `files` and `tensors`")
+    for name, entry in files.items():
+        _check_file(name, entry)
+    return Manifest(files, {name: _shape(name, shape) for name, shape in tensors.items()})
 
 
-def _shape(value: Any) -> tuple[int, ...]:
+def _check_file(name: str, entry: Any) -> None:
+    parts = name.split("/")
+    if "\0" in name or any(
+        part in ("", ".", "..") for part in parts
+    ):  # an absolute path begins with ""
+        _refuse(f"names the file {shown(name)}, which is not below the checkpoint's folder")
+    good = isinstance(entry, dict) and set(entry) == {"bytes", "sha256"}
+    if not good or type(entry["bytes"]) is not int or entry["bytes"] < 0:
+        _refuse(f"has no size and SHA-256 for the file {shown(name)}")
+    if not isinstance(entry["sha256"], str) or not _SHA256.fullmatch(entry["sha256"]):
+        _refuse(f"says that the SHA-256 of {shown(name)} is {shown(entry['sha256'])}")
+
+
+def _shape(name: str, value: Any) -> tuple[int, ...]:
     if not isinstance(value, list) or not all(
         type(size) is int and 0 < size < 1 << 40 for size in value
     ):
-        raise ValueError(f"{str(value)[:40]} is no shape")
+        _refuse(f"says that {shown(name)} has the shape {shown(value)}")
+    if len(value) > _MAX_DIMS:
+        _refuse(
+            f"says that {shown(name)} has {len(value)} dimensions, at most {_MAX_DIMS} are expected"
+        )
     return tuple(value)
+
+
+def _refuse(what: str) -> NoReturn:
+    raise FormatError(f"{MANIFEST_FILE}: {what}. Remove it to read the checkpoint without it.")
 
 
 def file_entry(file: Path) -> dict[str, Any]:

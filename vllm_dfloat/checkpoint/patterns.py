@@ -2,26 +2,34 @@
 
 Python's engine backtracks, so a hostile config.json could hang the loader with a pattern such as
 `(a+)+`. The work of a match grows exponentially only if something that is repeated or has choices
-is itself repeated, and else with (length of the path) ** (number of quantifiers). So a pattern may
-hold no repeated group of that kind, no look-around, no back-reference and few quantifiers, and
-paths are short. Every published pattern has at most one quantifier.
+is itself repeated, and else with (length of the path) ** (number of quantifiers) and the product of
+the numbers of choices. So a pattern may hold no repeated group of that kind, no look-around, no
+back-reference and few quantifiers, paths are short, and the steps that all units and patterns of a
+checkpoint could take together are bounded. Every published pattern has at most one quantifier.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from vllm_dfloat.errors import FormatError, UnsupportedError
+from vllm_dfloat.errors import FormatError, UnsupportedError, shown
 
 MAX_PATTERN = 256  # characters
 MAX_PATH = 256
-MAX_QUANTIFIERS = 3  # 256 ** 3 / 6 steps, a few hundredths of a second
+MAX_QUANTIFIERS = 3
 MAX_PATTERNS = 256
+MAX_MEMBERS = 4096  # attribute paths of one pattern
+# Steps of the engine, of which a core does some hundred millions per second: for a checkpoint, and for each unit of it.
+MAX_STEPS, MAX_UNIT_STEPS = 1 << 26, 1 << 16
 
 _QUANTIFIER = re.compile(r"(?:[*+?]|\{(?:\d+,?\d*|,\d+)\})[+?]?")
+_DIGITS = re.compile(
+    r"\\d[*+][+?]?(?=\\\.|$)"
+)  # ends where the digits end: there is one way to match it
 _CLASS = re.compile(r"\[\^?\]?(?:[^\]\\]|\\.)*\]", re.DOTALL)
 
 
@@ -36,6 +44,24 @@ class Patterns:
 
     where: str
     entries: tuple[tuple[re.Pattern[str], tuple[str, ...]], ...]
+
+    def check_steps(self, paths: Sequence[str]) -> None:
+        """Refuse to match `paths` where that could take long.
+
+        Raises:
+            UnsupportedError: it could take more than MAX_STEPS steps, and MAX_UNIT_STEPS for each path.
+        """
+        longest = min(MAX_PATH, max((len(path) for path in paths), default=0))
+        steps = len(paths) * sum(_steps(key.pattern, longest) for key, _ in self.entries)
+        if steps > MAX_STEPS + MAX_UNIT_STEPS * len(paths):
+            worst = max(self.entries, key=lambda entry: _steps(entry[0].pattern, longest))[
+                0
+            ].pattern
+            raise UnsupportedError(
+                f"{self.where}: matching {len(self.entries)} patterns with {len(paths)} module paths of up to "
+                f"{longest} characters could take {steps:.0e} steps; the costliest is {shown(worst)}. "
+                "Module paths need no more than literal text, classes and a few quantifiers."
+            )
 
     def members(self, path: str) -> tuple[str, ...] | None:
         """Return the attribute paths listed for module `path`, None if no pattern matches it.
@@ -66,13 +92,42 @@ def compile_patterns(pattern_dict: Mapping[str, Sequence[str]], where: str) -> P
     entries = []
     for key, members in pattern_dict.items():
         _check_cost(key, where)
+        _check_members(members, f"{where}: {shown(key)}")
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # future warnings about odd character classes
                 entries.append((re.compile(key), tuple(members)))
         except (re.error, OverflowError, RecursionError) as error:
-            raise FormatError(f"{where}: {key!r} is not a regular expression: {error}.") from error
+            raise FormatError(
+                f"{where}: {shown(key)} is not a regular expression: {error}."
+            ) from error
     return Patterns(where, tuple(entries))
+
+
+def _check_members(members: Sequence[str], where: str) -> None:
+    if len(members) > MAX_MEMBERS:
+        raise UnsupportedError(
+            f"{where}: lists {len(members)} weights; at most {MAX_MEMBERS} are supported."
+        )
+    bad = [
+        member for member in members if not 0 < len(member) <= MAX_PATH or not member.isprintable()
+    ]
+    if bad or len(set(members)) != len(members):
+        found = shown(bad[0]) if bad else "one of them twice"
+        raise FormatError(
+            f"{where}: lists {found}; expected attribute paths of 1 to {MAX_PATH} printable characters, each once."
+        )
+
+
+def _steps(pattern: str, length: int) -> int:
+    """Return a bound on the steps of matching a path of `length` characters: all ways through the pattern, times the
+    literal text that each may compare. Escapes and classes count as if they were quantifiers and choices too."""
+    open_ended = _DIGITS.sub("", pattern)
+    quantifiers = min(MAX_QUANTIFIERS, len(_QUANTIFIER.findall(open_ended)))
+    ways: int = max(1, length) ** quantifiers // math.factorial(quantifiers)
+    for group in re.findall(r"[^()]+", open_ended):
+        ways *= 1 + group.count("|")
+    return max(1, ways) * max(1, min(len(pattern), length))
 
 
 def _check_cost(pattern: str, where: str) -> None:

@@ -15,10 +15,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vllm_dfloat.errors import FormatError, UnsupportedError
+from vllm_dfloat.checkpoint.json_file import regular_size
+from vllm_dfloat.errors import FormatError, UnsupportedError, shown
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 _LENGTH_BYTES = 8
+MAX_NAME = 512  # characters; real names have about 100
+_MAX_DIMS = 16
 
 # dtype name -> the NumPy dtype that holds its bits (BF16 and FP8 as integers of the same width)
 BITS_DTYPES = {
@@ -76,8 +79,8 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         FormatError: the header is not valid or does not fit the file's size.
         UnsupportedError: a tensor has a dtype that this package does not know.
     """
+    size = regular_size(file)
     try:
-        size = file.stat().st_size
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
             if size < _LENGTH_BYTES or length > min(size - _LENGTH_BYTES, MAX_HEADER_BYTES):
@@ -87,7 +90,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
                 )
             text = stream.read(length)
     except OSError as error:
-        raise FormatError(f"{file.name}: cannot be read: {error}.") from error
+        raise FormatError(f"{file.name}: cannot be read: {error.strerror}.") from error
     header = _parse(file, text)
     header.pop("__metadata__", None)
     start = _LENGTH_BYTES + length
@@ -114,13 +117,18 @@ def _parse(file: Path, text: bytes) -> dict[str, Any]:
 
 
 def _tensor(file: Path, name: str, entry: Any, start: int) -> StoredTensor:
+    if not 0 < len(name) <= MAX_NAME or not name.isprintable():
+        raise UnsupportedError(
+            f"{file.name}: a tensor is named {shown(name)}, {len(name)} characters; "
+            f"1 to {MAX_NAME} printable ones are expected."
+        )
     where = f"{file.name}: {name}"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise FormatError(f"{where}: the header entry must hold dtype, shape and data_offsets.")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in BITS_DTYPES:
         raise UnsupportedError(
-            f"{where}: dtype {str(dtype)[:40]!r}; known are {', '.join(BITS_DTYPES)}."
+            f"{where}: dtype {shown(dtype)}; known are {', '.join(BITS_DTYPES)}."
         )
     if not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2:
         raise FormatError(f"{where}: shape and data_offsets must be lists of sizes.")
@@ -130,6 +138,12 @@ def _tensor(file: Path, name: str, entry: Any, start: int) -> StoredTensor:
         raise FormatError(
             f"{where}: data_offsets span {end - begin} bytes; {dtype} {shape} takes {need}."
         )
+    if (
+        math.prod(max(1, size) for size in shape) >> 63
+    ):  # NumPy cannot name even an empty array of that shape
+        raise FormatError(
+            f"{where}: shape {shape}; sizes whose product is below 2**63 are expected."
+        )
     return StoredTensor(file, name, dtype, tuple(shape), start + begin, need)
 
 
@@ -137,7 +151,7 @@ def _is_sizes(value: Any) -> bool:
     """Return whether `value` is a short list of integers that can be sizes in a file."""
     return (
         isinstance(value, list)
-        and len(value) <= 16
+        and len(value) <= _MAX_DIMS
         and all(type(item) is int and 0 <= item < 1 << 63 for item in value)
     )
 

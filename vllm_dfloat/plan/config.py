@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_dfloat.checkpoint.folder import CONFIG_FILE, read_config
-from vllm_dfloat.errors import FormatError, UnsupportedError
+from vllm_dfloat.checkpoint.folder import CONFIG_FILE, MAX_CONFIG_BYTES
+from vllm_dfloat.checkpoint.json_file import read_object
+from vllm_dfloat.errors import FormatError, UnsupportedError, shown
 
 MAX_SIZE = (
     1 << 32
@@ -87,12 +88,14 @@ def read_model_config(file: Path) -> ModelConfig:
         UnsupportedError: an attention whose cache is not made of keys and values per head.
     """
     where = str(file)
-    whole = read_config(file.parent) if file.name == CONFIG_FILE else _read_other(file)
+    whole = read_object(file, MAX_CONFIG_BYTES)
     if not whole:
         raise FormatError(f"{where}: is empty; expected a model's config.")
     architectures = whole.get("architectures")
     if not isinstance(architectures, list) or not architectures:
-        raise FormatError(f"{where}: `architectures` is {architectures!r}; expected a list of one.")
+        raise FormatError(
+            f"{where}: `architectures` is {shown(architectures)}; expected a list of one."
+        )
     method = whole.get("quantization_config")
     if method and not (isinstance(method, Mapping) and method.get("quant_method") == METHOD):
         raise UnsupportedError(
@@ -128,19 +131,6 @@ def read_model_config(file: Path) -> ModelConfig:
     )
 
 
-def _read_other(file: Path) -> dict[str, Any] | None:
-    """Read a config that has another name: the folder reader checks size and syntax of a config.json only."""
-    import json
-
-    try:
-        found = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{file}: is not valid JSON: {error}.") from error
-    if not isinstance(found, dict):
-        raise FormatError(f"{file}: holds a {type(found).__name__}, not an object.")
-    return found
-
-
 def _tied(whole: Mapping[str, Any]) -> bool:
     """Gemma's configs leave out that the LM head is the embedding."""
     return str(whole.get("model_type", "")).startswith("gemma")
@@ -156,7 +146,7 @@ def _size(entries: Mapping[str, Any], name: str, where: str, default: int | None
     if value is None and default is not None:
         return default
     if type(value) is not int or not 0 < value <= MAX_SIZE:
-        raise FormatError(f"{where}: {name} is {value!r}; expected a positive integer.")
+        raise FormatError(f"{where}: {name} is {shown(value)}; expected a positive integer.")
     return value
 
 
