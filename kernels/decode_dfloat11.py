@@ -53,7 +53,8 @@ def decode(
 ) -> None:
     """Write the weights of a unit to `out` and a status word per block to `status`.
 
-    Sets every word of `status` and syncs nothing; the caller looks for a word other than STATUS_OK.
+    A `status` with fewer words than there are blocks asks for the first blocks only. Sets every word of `status` and
+    syncs nothing; the caller looks for a word other than STATUS_OK.
     A block whose status is not STATUS_OK may leave its part of `out` unwritten or wrong.
 
     Args:
@@ -63,7 +64,7 @@ def decode(
         positions: int64 [B + 1], first weight of each block of 4096 stream bytes, then N.
         gaps: uint8 [320 * B].
         out: bfloat16 (or int16 bits) [N], contiguous.
-        status: int32 [B].
+        status: int32 [1 to B].
 
     Raises:
         ValueError: a tensor's dtype or size does not fit the others (checked before the launch).
@@ -75,10 +76,10 @@ def decode(
     _check("positions", positions, torch.int64, num_blocks + 1)
     _check("gaps", gaps, torch.uint8, 320 * num_blocks)
     _check("out", out, out.dtype, sign_mantissa.numel())
-    _check("status", status, torch.int32, num_blocks)
+    _check("status", status, torch.int32, min(max(status.numel(), 1), num_blocks))
     if out.element_size() != 2:
         raise ValueError(f"out: {out.dtype}; bfloat16 or another 16-bit type is expected")
-    _decode_dfloat11_kernel[(num_blocks,)](
+    _decode_dfloat11_kernel[(status.numel(),)](
         stream,
         sign_mantissa,
         tables,
@@ -117,7 +118,7 @@ def _decode_dfloat11_kernel(
     num_blocks,
     num_rows,
 ):
-    """Decode one block per program; grid (num_blocks,). Reads its bytes and one byte per weight, writes two."""
+    """Decode one block per program; grid (at most num_blocks,). Reads its bytes and one byte per weight, writes two."""
     block = tl.program_id(0).to(tl.int64)
     decode_block(
         stream_ptr, sign_mantissa_ptr, tables_ptr, positions_ptr, gaps_ptr, out_ptr, status_ptr,

@@ -136,7 +136,6 @@ def test_gpu_decodes_an_official_transformer_block() -> None:
     unit = as_unit(encode_unit(members, "layers.0"), "layers.0")
     expected = np.concatenate([member.reshape(-1) for member in members])
     assert_unit_decodes(unit, expected)
-    decoder = unit_ops.UnitDecoder(DEVICE)
     for member, start in zip(members, unit.splits.tolist(), strict=False):
-        part = decoder(unit, start, start + member.size)
+        part = unit_ops.decode_unit(unit, DEVICE, start, start + member.size)
         assert same_bits(part.view(member.shape), to_torch(member).cuda())

@@ -12,6 +12,7 @@ from vllm.model_executor.layers import linear as vllm_linear
 from vllm.model_executor.layers import vocab_parallel_embedding as vllm_embedding
 
 from vllm_dfloat import resident_units
+from vllm_dfloat.checkpoint import lazy_weight
 from vllm_dfloat.integration import gemm, layouts
 from vllm_dfloat.integration.config import DFloat11Config
 from vllm_dfloat.integration.loader import biases_after_weights
@@ -94,10 +95,22 @@ def lm_head(**common: Any) -> tuple[Any, list[tuple[str | int | None, int, int]]
     return vllm_embedding.ParallelLMHead(500, COLS, **common), [(None, 500, COLS)]
 
 
-def load(layer: torch.nn.Module, parts: list[tuple[str | int | None, int, int]]) -> None:
+def load(
+    layer: torch.nn.Module,
+    parts: list[tuple[str | int | None, int, int]],
+    make: Any = random_weight,
+) -> None:
     for shard, *shape in parts:
-        arguments = (random_weight(*shape),) if shard is None else (random_weight(*shape), shard)
+        arguments = (make(*shape),) if shard is None else (make(*shape), shard)
         layer.weight.weight_loader(layer.weight, *arguments)
+
+
+def finish(layer: torch.nn.Module) -> None:
+    """Process what waits for padding that is never loaded, as vLLM does at the end of a checkpoint."""
+    from vllm.model_executor.model_loader.reload import layerwise
+
+    if packed_of(layer) is None:
+        layerwise._layerwise_process(layer, layerwise.get_layerwise_info(layer))
 
 
 KINDS = [qkv, gate_up, column, row, replicated, embedding, lm_head]
@@ -114,15 +127,42 @@ def test_every_rank_of_every_kind_holds_the_bits_that_vllm_loads(
     load(plain, parts)
     packed, parts = kind(quant_config=config(layout), prefix="layer")
     load(packed, parts)
-    if packed_of(packed) is None:  # padding is never loaded; vLLM processes such layers at the end
-        from vllm.model_executor.model_loader.reload import layerwise
-
-        layerwise._layerwise_process(packed, layerwise.get_layerwise_info(packed))
+    finish(packed)
     assert same_bits(packed.quant_method.dequantize_weight(packed), plain.weight.data)
     assert packed.weight.numel() == 0
     held = packed_of(packed)
     assert isinstance(held, resident_units.UnitWeight) == (layout == "dfloat11")
     assert packed.dfloat11_desc.shape == (4,)
+
+
+@pytest.mark.parametrize(("rank", "size"), [(0, 1), (1, 2), (3, 4)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_of_a_weight_that_is_decoded_where_it_is_copied_a_rank_decodes_its_slice(
+    kind: Any, rank: int, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lazy_weight, "PIECE_WEIGHTS", 10_000)
+    pretend(monkeypatch, rank, size)
+    ranges: list[int] = []
+
+    def lazy(*shape: int) -> torch.Tensor:
+        weight = random_weight(*shape).view(-1)
+
+        def read(start: int, stop: int) -> torch.Tensor:
+            ranges.append(stop - start)
+            return weight[start:stop].clone()
+
+        return lazy_weight.LazyWeight(read, shape)
+
+    plain, parts = kind(quant_config=None, prefix="layer")
+    load(plain, parts)
+    packed, parts = kind(quant_config=config("packed"), prefix="layer")
+    load(packed, parts, lazy)
+    finish(packed)
+    assert same_bits(packed.quant_method.dequantize_weight(packed), plain.weight.data)
+    assert max(ranges) <= 10_000
+    # The columns of a row-parallel slice lie between others, which are decoded along.
+    everything = sum(rows * cols for _, rows, cols in parts)
+    assert sum(ranges) <= (everything if kind is row else plain.weight.numel())
 
 
 @pytest.mark.parametrize("rows", [256, 3072])  # on CPUs with AMX, vLLM has a GEMM for each of these
@@ -149,9 +189,7 @@ def test_layer_computes_what_the_unquantized_layer_computes(
 def test_embedding_decodes_the_rows_asked_for(layout: str) -> None:
     layer, parts = embedding(quant_config=config(layout), prefix="embed")
     load(layer, parts)
-    from vllm.model_executor.model_loader.reload import layerwise
-
-    layerwise._layerwise_process(layer, layerwise.get_layerwise_info(layer))
+    finish(layer)
     ids = torch.tensor([[0, 499], [7, 7]])
     assert same_bits(layer(ids), random_weight(500, COLS)[ids])
 

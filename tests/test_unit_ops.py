@@ -8,10 +8,12 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from helpers import gaussian
 
 from vllm_dfloat import unit_ops
 from vllm_dfloat.checkpoint.decode_unit import decode_unit
 from vllm_dfloat.checkpoint.dfloat11 import open_checkpoint
+from vllm_dfloat.checkpoint.encode_unit import as_unit, encode_unit
 from vllm_dfloat.checkpoint.unit import Unit
 from vllm_dfloat.errors import FormatError
 
@@ -34,12 +36,36 @@ def test_both_backends_decode_every_official_edge_case(backend: str, name: str) 
     assert np.array_equal(weights.view(torch.uint16).numpy(), decode_unit(unit(name)))
 
 
-def test_the_decoder_gives_views_of_one_decoding() -> None:
-    whole = unit(NAMES[0])
-    decoder = unit_ops.UnitDecoder(CPU)
-    first, second = decoder(whole, 0, 1), decoder(whole, 1, 2)
-    assert second.data_ptr() == first.data_ptr() + 2
-    assert first.view(torch.uint16).item() == decode_unit(whole)[0]
+@pytest.mark.parametrize("backend", ["numba", "triton"])
+def test_both_backends_decode_any_range_of_a_unit(backend: str) -> None:
+    weights = gaussian(90, 1000, seed=3)  # eight blocks
+    whole = as_unit(encode_unit([weights], "u"), "u")
+    bits = weights.reshape(-1)
+    borders = [0, 1, *whole.positions[1:4].tolist(), int(whole.positions[2]) + 1, bits.size - 1]
+    with mock.patch.dict(os.environ, VLLM_DFLOAT_BACKEND=backend):
+        for start in borders:
+            for stop in {start, start + 1, int(whole.positions[4]), bits.size}:
+                found = unit_ops.decode_unit(whole, CPU, start, max(start, stop))
+                assert np.array_equal(
+                    found.view(torch.uint16).numpy(), bits[start : max(start, stop)]
+                )
+        with pytest.raises(ValueError, match=r"weights 5\.\.90001 of 90000"):
+            unit_ops.decode_unit(whole, CPU, 5, 90_001)
+
+
+@pytest.mark.parametrize("backend", ["numba", "triton"])
+def test_damage_at_the_seam_of_a_piece_is_seen(backend: str) -> None:
+    # Bug caught: a piece that ends with its last block cannot compare that block's end with what follows.
+    whole = as_unit(encode_unit([gaussian(90, 1000, seed=3)], "u"), "u")
+    gaps = np.array(whole.gaps)
+    window = 2 * 512  # the first of block 2
+    gaps[window * 5 // 8] ^= 0x08
+    damaged = dataclasses.replace(whole, gaps=gaps)
+    with (
+        mock.patch.dict(os.environ, VLLM_DFLOAT_BACKEND=backend),
+        pytest.raises(FormatError, match="block 1 ended with status 4"),
+    ):
+        unit_ops.decode_unit(damaged, CPU, int(whole.positions[1]), int(whole.positions[2]))
 
 
 def test_op_passes_opcheck() -> None:

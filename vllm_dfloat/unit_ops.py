@@ -1,4 +1,4 @@
-"""The bridge for official DFloat11 units: decode a whole unit on the device where its weights are wanted.
+"""The bridge for official DFloat11 units: decode them, or a range of weights, on the device where these are wanted.
 
 Op (namespace `vllm_dfloat`), with a CPU implementation (numba), a CUDA one (the two-phase Triton kernel) and a fake:
 
@@ -32,6 +32,8 @@ def decode_dfloat11(
 ) -> None:
     """Write the weights of a unit to `out` and a status word per block of 4096 stream bytes to `status`.
 
+    A `status` with fewer words than there are blocks asks for the first blocks only.
+
     Args:
         stream: uint8 [n_bytes], the unit's encoded_exponent.
         sign_mantissa: uint8 [N].
@@ -39,7 +41,7 @@ def decode_dfloat11(
         positions: int64 [B + 1], first weight of each block, then N.
         gaps: uint8 [320 * B].
         out: BF16 [N], contiguous.
-        status: int32 [B]; 0, or what contradicts the codes.
+        status: int32 [1 to B]; 0, or what contradicts the codes.
     """
     if uses_triton(out.device):
         from vllm_dfloat.kernels.decode_dfloat11 import decode
@@ -58,43 +60,39 @@ def _decode_dfloat11_fake(*tensors: torch.Tensor) -> None:
     return None
 
 
-def decode_unit(unit: Unit, device: torch.device) -> torch.Tensor:
-    """Return all weights of a unit, BF16 [N] on `device`.
+def decode_unit(
+    unit: Unit, device: torch.device, start: int = 0, stop: int | None = None
+) -> torch.Tensor:
+    """Return weights start..stop of the unit (stop excluded, default all), BF16 [stop - start] on `device`.
+
+    Only the blocks that hold them go to the device.
 
     Raises:
         FormatError: the codes contradict the unit's gaps, positions or tables.
         DeviceError: the device cannot decode.
     """
     check_device(device)
-    fields = (unit.stream, unit.sign_mantissa, unit.tables, unit.positions, unit.gaps)
+    stop = unit.num_weights if stop is None else stop
+    if not 0 <= start <= stop <= unit.num_weights:
+        raise ValueError(f"{unit.where}: weights {start}..{stop} of {unit.num_weights}")
+    if start == stop:
+        return torch.empty(0, dtype=torch.bfloat16, device=device)
+    first, last = unit.blocks_of(start, stop)
+    piece = unit.piece(first, last)
+    fields = (piece.stream, piece.sign_mantissa, piece.tables, piece.positions, piece.gaps)
     tensors = [torch.from_numpy(field).to(device) for field in fields]
-    out = torch.empty(unit.num_weights, dtype=torch.bfloat16, device=device)
-    status = torch.zeros(unit.num_blocks, dtype=torch.int32, device=device)
+    out = torch.empty(piece.num_weights, dtype=torch.bfloat16, device=device)
+    status = torch.zeros(last - first, dtype=torch.int32, device=device)
     torch.ops.vllm_dfloat.decode_dfloat11(*tensors, out, status)
     wrong = status.nonzero()
     if wrong.numel():
         block = int(wrong[0])
         raise FormatError(
-            f"{unit.where}.encoded_exponent: block {block} ended with status {int(status[block])}; its codes "
+            f"{unit.where}.encoded_exponent: block {first + block} ended with status {int(status[block])}; its codes "
             "contradict output_positions, gaps or luts. The file is damaged; fetch it again."
         )
-    return out
-
-
-class UnitDecoder:
-    """Decodes units on a device and gives out views of the last one, so that a unit is decoded once."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._unit: Unit | None = None
-        self._weights = torch.empty(0)
-
-    def __call__(self, unit: Unit, start: int, stop: int) -> torch.Tensor:
-        """Return weights start..stop of `unit`, BF16 [stop - start]."""
-        if unit is not self._unit:
-            self._weights = torch.empty(0)  # the last unit goes before the next one comes
-            self._weights, self._unit = decode_unit(unit, self.device), unit
-        return self._weights[start:stop]
+    begin = int(unit.positions[first])
+    return out[start - begin : stop - begin]
 
 
 def _register() -> torch.library.Library:

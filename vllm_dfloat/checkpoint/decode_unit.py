@@ -33,8 +33,7 @@ def decode_unit(unit: Unit, start: int = 0, stop: int | None = None) -> npt.NDAr
     out = np.empty(stop - start, np.uint16)
     if start == stop:
         return out
-    first = int(np.searchsorted(unit.positions, start, "right")) - 1
-    last = int(np.searchsorted(unit.positions, stop, "left"))
+    first, last = unit.blocks_of(start, stop)
     status = np.zeros((last - first, 3), np.int64)
     over_tiles(
         decode_blocks, last - first, first, unit.stream, unit.sign_mantissa, unit.gaps,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -65,6 +65,29 @@ class Unit:
     @property
     def num_blocks(self) -> int:
         return len(self.positions) - 1
+
+    def blocks_of(self, start: int, stop: int) -> tuple[int, int]:
+        """Return the first block that holds weights start..stop - 1 (start < stop), and the one behind the last."""
+        first = int(np.searchsorted(self.positions, start, "right")) - 1
+        return first, int(np.searchsorted(self.positions, stop, "left"))
+
+    def piece(self, first: int, last: int) -> Unit:
+        """Return blocks first..last - 1 as a unit of its own, views of this one's arrays.
+
+        Unless `last` is the end, one more block follows, of which the stream has only the window into which codes of
+        the last block may reach. It is there for the checks at the seam and cannot be decoded.
+        """
+        behind = min(last + 1, self.num_blocks)
+        end = BLOCK_BYTES * last + (WINDOW_BYTES if behind > last else 0)
+        begin, stop = self.positions[first], self.positions[behind]
+        return replace(
+            self,
+            stream=self.stream[BLOCK_BYTES * first : end],
+            sign_mantissa=self.sign_mantissa[begin:stop],
+            gaps=self.gaps[BLOCK_GAP_BYTES * first : BLOCK_GAP_BYTES * behind],
+            positions=self.positions[first : behind + 1] - begin,
+            splits=np.array([0, stop - begin]),
+        )
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     import torch
 
 Bits = npt.NDArray[Any]
-Decode = Callable[[Unit, int, int], Any]
+Decode = Callable[[Unit, int, int], "torch.Tensor"]
 
 _TORCH_DTYPES = {
     "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32",
@@ -95,9 +96,24 @@ def weights(
     checkpoint: Dfloat11Checkpoint,
     shapes: Shapes | None = None,
     skip: Callable[[str], bool] | None = None,
-    decode: Decode = decode_unit,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (name, tensor) of every tensor of the checkpoint, compressed ones decoded.
+    """Yield (name, tensor) of every tensor of the checkpoint, compressed ones decoded into memory of their own.
+
+    The order, the arguments and the errors are those of `lazy_weights`.
+    """
+    from vllm_dfloat.checkpoint.lazy_weight import LazyWeight
+
+    for name, tensor in lazy_weights(checkpoint, shapes, skip):
+        yield name, tensor.decode() if isinstance(tensor, LazyWeight) else tensor
+
+
+def lazy_weights(
+    checkpoint: Dfloat11Checkpoint,
+    shapes: Shapes | None = None,
+    skip: Callable[[str], bool] | None = None,
+    decode: Decode | None = None,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (name, tensor) of every tensor of the checkpoint, compressed ones as LazyWeight: decoded where copied to.
 
     All tensors of one transformer layer come together: first the weights of its unit in storage
     order, each followed by the bias of the same module (a loader that counts what a layer has
@@ -106,33 +122,65 @@ def weights(
     Args:
         checkpoint: an open checkpoint.
         shapes: module path -> (out_features, in_features); from `module_shapes` if None.
-        skip: names for which it returns True are neither decoded nor yielded.
-        decode: (unit, start, stop) -> weights start..stop of the unit; by default on the CPU, each
-            into memory of its own.
+        skip: names for which it returns True are not yielded.
+        decode: (unit, start, stop) -> weights start..stop of the unit, BF16 [stop - start]; by default on the CPU.
 
     Raises:
         FormatError: a unit is damaged or does not fit `shapes`; raised before the first tensor
-            wherever it can be found without decoding.
+            wherever it can be found without decoding, or else when the weight is copied.
     """
     import torch
 
     shapes = module_shapes(checkpoint.path) if shapes is None else shapes
-    for name, dtype, bits in typed_weights(checkpoint, shapes, skip, decode):
-        if isinstance(bits, torch.Tensor):
-            yield name, bits
+    items = plan(checkpoint, shapes, skip)
+    checkpoint.validate()
+    units: dict[str, _OpenUnit] = {}
+    for item in items:
+        if isinstance(item, StoredTensor):
+            bits = item.bits()
+            flat = torch.from_numpy(bits.reshape(-1).view(np.uint8))
+            yield (
+                item.name,
+                flat.view(getattr(torch, _TORCH_DTYPES[item.dtype])).reshape(bits.shape),
+            )
             continue
-        flat = torch.from_numpy(bits.reshape(-1).view(np.uint8))
-        yield name, flat.view(getattr(torch, _TORCH_DTYPES[dtype])).reshape(bits.shape)
+        if item.entry.name not in units:
+            units = {item.entry.name: _OpenUnit(item.entry, decode or _on_cpu)}
+        yield item.name, units[item.entry.name].lazy(item)
+
+
+class _OpenUnit:
+    """A unit that its weights share: opened when the first of them is copied, closed when the last of them is gone."""
+
+    def __init__(self, entry: UnitEntry, decode: Decode) -> None:
+        self._entry = entry
+        self._decode = decode
+        self._unit: Unit | None = None
+
+    def lazy(self, member: Member) -> torch.Tensor:
+        from vllm_dfloat.checkpoint.lazy_weight import LazyWeight
+
+        return LazyWeight(partial(self._read, member.start), member.shape)
+
+    def _read(self, base: int, start: int, stop: int) -> torch.Tensor:
+        if self._unit is None:
+            self._unit = self._entry.load()
+        return self._decode(self._unit, base + start, base + stop)
+
+
+def _on_cpu(unit: Unit, start: int, stop: int) -> torch.Tensor:
+    import torch
+
+    return torch.from_numpy(decode_unit(unit, start, stop)).view(torch.bfloat16)
 
 
 def typed_weights(
     checkpoint: Dfloat11Checkpoint,
     shapes: Shapes | None = None,
     skip: Callable[[str], bool] | None = None,
-    decode: Decode = decode_unit,
     keep_tied: bool = False,
-) -> Iterator[tuple[str, str, Any]]:
-    """Yield (name, safetensors dtype, bits) in the order of `weights`.
+) -> Iterator[tuple[str, str, Bits]]:
+    """Yield (name, safetensors dtype, bits) in the order of `weights`, each decoded into memory of its own.
 
     Needs no model: without `shapes` every decoded weight is [1, n]. Holds one unit open at a time.
     """
@@ -145,7 +193,7 @@ def typed_weights(
             continue
         if unit is None or unit.name != item.entry.name:
             unit = item.entry.load()
-        yield item.name, "BF16", decode(unit, item.start, item.stop).reshape(item.shape)
+        yield item.name, "BF16", decode_unit(unit, item.start, item.stop).reshape(item.shape)
 
 
 def plan(

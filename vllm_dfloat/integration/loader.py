@@ -71,22 +71,24 @@ class DFloat11ModelLoader(_Reporting, DefaultModelLoader):  # type: ignore[misc]
 
 
 def official_weights(folder: Path, hf_config: Any) -> Weights:
-    """Return the weights of an official checkpoint, decoded where the model is: all of a unit at once on a GPU.
+    """Return the weights of an official checkpoint; each is decoded, on the model's device, where vLLM copies it to.
 
     Their shapes come from the model that config.json describes; where it describes none, from `hf_config`.
     """
     from vllm_dfloat.checkpoint.dfloat11 import open_checkpoint
     from vllm_dfloat.checkpoint.shapes import module_shapes
-    from vllm_dfloat.checkpoint.weights import weights
+    from vllm_dfloat.checkpoint.weights import lazy_weights
     from vllm_dfloat.ops import uses_triton
-    from vllm_dfloat.unit_ops import UnitDecoder
+    from vllm_dfloat.unit_ops import decode_unit
 
     checkpoint = open_checkpoint(folder)
     shapes = None if "model_type" in checkpoint.config else module_shapes(hf_config)
     device = compat.model_device()
-    if uses_triton(device):
-        return weights(checkpoint, shapes, decode=UnitDecoder(device))
-    return weights(checkpoint, shapes)
+    if not uses_triton(device):
+        return lazy_weights(checkpoint, shapes)
+    return lazy_weights(
+        checkpoint, shapes, decode=lambda unit, *range_: decode_unit(unit, device, *range_)
+    )
 
 
 def biases_after_weights(pairs: Iterable[tuple[str, torch.Tensor]]) -> Weights:
