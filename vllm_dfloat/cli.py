@@ -1,6 +1,7 @@
 """The command line: vllm-dfloat compress | decompress | inspect | verify | plan.
 
-Results go to stdout, progress and errors to stderr. Exit 0: fine; 1: different, or does not fit; 2: bad input.
+Results go to stdout, progress and errors to stderr. Exit 0: fine; 1: different, or does not fit; 2: bad input; 130:
+interrupted.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from vllm_dfloat.errors import DFloatError
 from vllm_dfloat.plan.command import add_plan
 
 EXIT_EQUAL, EXIT_DIFFERENT, EXIT_BAD_INPUT = 0, 1, 2
+EXIT_INTERRUPTED = 130  # as shells say it
 MAX_DIFFERENCES_SHOWN = 20
 
 
@@ -29,6 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"vllm-dfloat: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        if args.debug:
+            traceback.print_exc()
+        print("vllm-dfloat: interrupted.", file=sys.stderr)
+        return EXIT_INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:

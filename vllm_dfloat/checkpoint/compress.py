@@ -23,6 +23,7 @@ from vllm_dfloat.checkpoint.plan_units import (
     build_patterns,
     plan_units,
 )
+from vllm_dfloat.checkpoint.progress import Advance, WholeBytes
 from vllm_dfloat.checkpoint.source import Source, config_text
 from vllm_dfloat.checkpoint.worker_pool import available_memory, run_jobs, share_cores
 from vllm_dfloat.checkpoint.write_safetensors import TEMPORARY, replacing
@@ -30,6 +31,7 @@ from vllm_dfloat.codec.threads import num_threads
 from vllm_dfloat.errors import DFloatError, FormatError, UnsupportedError
 
 REST_FILE = "model.safetensors"
+WORKER_BYTES = 400 << 20  # a process with its libraries, buffers and mapped pages; measured: 290 MB
 FILE_BYTES = 2 << 30  # BF16 bytes of the units that share a file, unless one alone has more
 
 
@@ -93,10 +95,9 @@ def compress(
             results = _intact(target, journal.done, jobs)
             start(sum(sizes.values()), sum(sizes[file] for file in results))
             todo = [job for job in jobs if job.file not in results]
-            for result in _run(source, target, todo, sizes, workers):
+            for result in _run(source, target, todo, sizes, workers, WholeBytes(advance)):
                 journal.append(result.as_json())
                 results[result.file] = result
-                advance(sizes[result.file])
             report = _finish(source, target, plan, [results[job.file] for job in jobs])
             (target / JOURNAL_FILE).unlink()
     except OSError as error:
@@ -200,20 +201,21 @@ def _run(
     jobs: Sequence[FileJob],
     sizes: Mapping[str, int],
     workers: int | None,
+    report: Advance,
 ) -> Iterable[FileResult]:
     cores = num_threads()
     if workers is None:
-        # Encoding takes twice the bytes of its weights at most, and the file's pages may stay mapped.
-        largest = 2 * max((sizes[job.file] for job in jobs), default=0)
+        # Gaps and positions are held, 1.3 % of the weights in files of typical weights.
+        largest = WORKER_BYTES + max((sizes[job.file] for job in jobs), default=0) // 50
         total = sum(sizes[job.file] for job in jobs)
         workers = share_cores(cores, len(jobs), largest, total, int(0.8 * available_memory()))
     # Large files first, so that no worker begins one when the others have nothing left.
     arguments = [
-        (job, {name: source.tensors[name] for name in job.tensors}, target)
+        (job, {name: source.tensors[name] for name in job.tensors}, target, None)
         for job in sorted(jobs, key=lambda job: -sizes[job.file])
     ]
     call: Callable[..., FileResult] = compress_file
-    return run_jobs(call, arguments, workers, max(1, cores // workers))
+    return run_jobs(call, arguments, workers, max(1, cores // workers), report)
 
 
 def _finish(

@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
+from vllm_dfloat.checkpoint.check_unit import check_unit
 from vllm_dfloat.checkpoint.code_tables import FIRST_POINTER
-from vllm_dfloat.checkpoint.decode_unit import decode_unit
-from vllm_dfloat.checkpoint.encode_unit import Tensors, encode_unit
+from vllm_dfloat.checkpoint.encode_pieces import Coder, CpuCoder
+from vllm_dfloat.checkpoint.encode_unit import (
+    CountedWeights,
+    MeasuredUnit,
+    count_weights,
+    measure_unit,
+)
+from vllm_dfloat.checkpoint.pieces import StoredWeights
 from vllm_dfloat.checkpoint.plan_units import PlannedUnit, is_expert
+from vllm_dfloat.checkpoint.progress import COMPARE, COUNT, ENCODE, SIGNS, Advance, Progress, ignore
 from vllm_dfloat.checkpoint.safetensors_file import StoredTensor, read_header
 from vllm_dfloat.checkpoint.unit import FIELDS, UnitEntry
 from vllm_dfloat.checkpoint.write_safetensors import (
-    array_item,
+    Item,
     copy_item,
     replacing,
     write_safetensors,
 )
-from vllm_dfloat.codec.encode import count_exponents
-from vllm_dfloat.errors import FormatError, UnsupportedError
-
-U16Array = npt.NDArray[np.uint16]
-_COMPARED_AT_ONCE = 1 << 23  # weights
+from vllm_dfloat.errors import UnsupportedError
 
 
 @dataclass(frozen=True)
@@ -79,69 +80,99 @@ class FileResult:
         return cls(content["file"], content["num_bytes"], content["sha256"], units, content["left"])
 
 
-def compress_file(job: FileJob, tensors: Mapping[str, StoredTensor], folder: Path) -> FileResult:
+def compress_file(
+    job: FileJob,
+    tensors: Mapping[str, StoredTensor],
+    folder: Path,
+    coder: Coder | None = None,
+    report: Advance = ignore,
+) -> FileResult:
     """Write `job` into `folder` and return what it holds. The file has its name only once it was compared.
 
     Args:
         job: what to write.
         tensors: the original tensors that it needs, by name.
         folder: an existing folder.
+        coder: what encodes and decodes; by default the CPU.
+        report: called with sixteenths of the bytes of `tensors`, all of them by the end.
 
     Raises:
         FormatError: what was written does not decode to the original bits.
         OSError: the disk is full, or the like.
     """
+    coder = coder or CpuCoder()
+    progress = Progress(sum(tensor.num_bytes for tensor in tensors.values()), report)
     left: dict[str, str] = {}
     units: list[PlannedUnit] = []
-    items = []
+    items: list[Item] = []
     for planned in job.units:
-        encoded = _encode(planned, tensors, left)
-        if encoded is not None:
-            unit, fields = encoded
+        counted = {
+            name: count_weights(StoredWeights(tensors[name]), coder, progress.phase(COUNT))
+            for name in planned.tensors
+        }
+        measured = _measure(planned, counted, left)
+        if measured is not None:
+            unit, encoded = measured
             units.append(unit)
-            items += [
-                array_item(f"{unit.name}.{field}", array, FIELDS[field][0])
-                for field, array in fields.items()
-            ]
-    items += [copy_item(tensors[name]) for name in (*left, *job.plain)]
+            items += _items(unit.name, encoded, coder, progress)
+    items += [copy_item(tensors[name], progress.copied) for name in (*left, *job.plain)]
     with replacing(folder / job.file) as temporary:
         written = write_safetensors(temporary, items, job.metadata)
-        del items
-        _compare(temporary, units, tensors)
+        stored = read_header(temporary)
+        for unit in units:
+            fields = {field: stored[f"{unit.name}.{field}"] for field in FIELDS}
+            originals = [tensors[name] for name in unit.tensors]
+            entry = UnitEntry(unit.name, unit.members, fields)
+            check_unit(entry, originals, coder, progress.phase(COMPARE))
+    progress.finish()
     return FileResult(job.file, written.num_bytes, written.sha256, tuple(units), left)
 
 
-def _encode(
-    planned: PlannedUnit, tensors: Mapping[str, StoredTensor], left: dict[str, str]
-) -> tuple[PlannedUnit, Tensors] | None:
-    """Return the unit and its six tensors without the weights that go into `left`, None if nothing remains."""
+def _items(name: str, unit: MeasuredUnit, coder: Coder, progress: Progress) -> list[Item]:
+    """Return the six tensors of a unit, to be encoded while they are written.
+
+    By their names the stream comes before gaps and positions, which are made with it.
+    """
+    shapes = unit.shapes
+    pieces = unit.tensors(coder, progress.phase(ENCODE), progress.phase(SIGNS))
+    return [
+        Item(f"{name}.{field}", FIELDS[field][0], shapes[field], pieces[field]) for field in FIELDS
+    ]
+
+
+def _measure(
+    planned: PlannedUnit, counted: Mapping[str, CountedWeights], left: dict[str, str]
+) -> tuple[PlannedUnit, MeasuredUnit] | None:
+    """Return the unit and its sizes without the weights that go into `left`, None if nothing remains."""
     unit = planned
     while unit.tensors:
-        weights: list[U16Array] = [tensors[name].bits() for name in unit.tensors]
         try:
-            fields = encode_unit(weights, unit.name)
+            measured = measure_unit([counted[name] for name in unit.tensors], unit.name)
         except UnsupportedError as error:
-            reasons = _reasons(unit, weights, str(error))
+            reasons = _reasons(unit, counted, str(error))
             left.update(reasons)
             unit = _without(unit, reasons)
             continue
-        before = 2 * sum(weight.size for weight in weights)
-        after = sum(array.nbytes for array in fields.values())
+        before, after = 2 * measured.num_weights, measured.num_bytes
         if after < before:
-            return unit, fields
+            return unit, measured
         reason = f"compressed it would take {after} bytes, as it is {before}"
         left.update(
-            dict.fromkeys(unit.tensors, reason if len(weights) == 1 else f"{unit.name}: {reason}")
+            dict.fromkeys(
+                unit.tensors, reason if len(unit.tensors) == 1 else f"{unit.name}: {reason}"
+            )
         )
         return None
     return None
 
 
-def _reasons(unit: PlannedUnit, weights: Sequence[U16Array], error: str) -> dict[str, str]:
+def _reasons(
+    unit: PlannedUnit, counted: Mapping[str, CountedWeights], error: str
+) -> dict[str, str]:
     """Return why which weights of a unit must be left out for the rest to fit."""
     reasons = {}
-    for name, weight in zip(unit.tensors, weights, strict=True):
-        large = int(count_exponents(weight.reshape(-1))[FIRST_POINTER:].sum())
+    for name in unit.tensors:
+        large = int(counted[name].counts[FIRST_POINTER:].sum())
         if large:
             reasons[name] = (
                 f"{large} of its weights are Inf, NaN or 2**113 and more, for which the format has no exponent"
@@ -156,22 +187,3 @@ def _without(unit: PlannedUnit, names: Mapping[str, str]) -> PlannedUnit:
     kept = [i for i, name in enumerate(unit.tensors) if name not in names]
     members = tuple(unit.members[i] for i in kept) if unit.members else ()
     return PlannedUnit(unit.name, members, tuple(unit.tensors[i] for i in kept))
-
-
-def _compare(file: Path, units: Sequence[PlannedUnit], tensors: Mapping[str, StoredTensor]) -> None:
-    """Decode the units of a file just written and compare them with the originals, some weights at a time."""
-    stored = read_header(file)
-    for planned in units:
-        fields = {field: stored[f"{planned.name}.{field}"] for field in FIELDS}
-        unit = UnitEntry(planned.name, planned.members, fields).load()
-        at = 0
-        for name in planned.tensors:
-            original = tensors[name].bits().reshape(-1)
-            for first in range(0, original.size, _COMPARED_AT_ONCE):
-                part = original[first : first + _COMPARED_AT_ONCE]
-                if not np.array_equal(decode_unit(unit, at + first, at + first + part.size), part):
-                    raise FormatError(
-                        f"{file.name}: {name}: the bytes just written do not decode to the original bits. The memory "
-                        "or the disk of this machine cannot be trusted; the file is not kept."
-                    )
-            at += original.size

@@ -1,41 +1,137 @@
 """Encode BF16 weights into the official DFloat11 format: the six tensors of a unit, with the official encoder's bytes.
 
-Three passes over the weights, each a numba kernel over ranges of chunks: count the exponents, measure the chunks, write
-the codes. The same bytes come out whatever the number of threads.
+Three passes, each over the members in bounded pieces: count the exponents, which settles the code and the sizes of all
+tensors; write the codes; take signs and mantissas. So a unit of any size is encoded while its file is written, and
+only its gaps and positions, 1.3 % of the weights' bytes, are held. encode_pieces.py works on the pieces.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
 from vllm_dfloat.checkpoint.code_tables import FIRST_POINTER, MAX_ROWS, build_tables
-from vllm_dfloat.checkpoint.official_huffman import EOF, Codes, build_codes, build_luts
-from vllm_dfloat.checkpoint.unit import BLOCK_WINDOWS, Unit, num_blocks
-from vllm_dfloat.codec.encode import count_exponents
+from vllm_dfloat.checkpoint.encode_pieces import Coder, CpuCoder, make_book
+from vllm_dfloat.checkpoint.encode_stream import BLOCK_BITS, StreamEncoder
+from vllm_dfloat.checkpoint.official_huffman import Codes, build_codes, build_luts
+from vllm_dfloat.checkpoint.pieces import ArrayWeights, Weights
+from vllm_dfloat.checkpoint.progress import Advance, ignore
+from vllm_dfloat.checkpoint.unit import BLOCK_GAP_BYTES, Unit, num_blocks
 from vllm_dfloat.codec.layout import SYMBOL_SHIFT
-from vllm_dfloat.codec.threads import over_tiles
 from vllm_dfloat.errors import UnsupportedError
 
 U8Array = npt.NDArray[np.uint8]
 U16Array = npt.NDArray[np.uint16]
 I64Array = npt.NDArray[np.int64]
 Tensors = dict[str, npt.NDArray[np.generic]]
+Pieces = Callable[[], Iterator[npt.NDArray[np.generic]]]
 
-CHUNK = 2048  # weights that a thread takes at once
 MAX_WEIGHTS = (1 << 32) - 1
 MAX_STREAM_BYTES = (1 << 31) - 1
+CPU = CpuCoder()
 
 
-def encode_unit(weights: Sequence[U16Array], name: str) -> Tensors:
+@dataclass(frozen=True, eq=False)
+class CountedWeights:
+    """A member of a unit whose exponents were counted.
+
+    Attributes:
+        weights: where its bits come from.
+        counts: how often each exponent occurs, int64 [256].
+        last: exponent of its last weight.
+    """
+
+    weights: Weights
+    counts: I64Array
+    last: int
+
+
+@dataclass(frozen=True, eq=False)
+class MeasuredUnit:
+    """A unit whose code is known, and so the size of everything in it.
+
+    Attributes:
+        members: its weights in order.
+        codes: the code of each exponent and of the end marker.
+        luts: uint8 [R, 256].
+        num_bits: of all codes together, without the end marker.
+        starts_in_last_block: whether a code, or the end marker, starts in the last block.
+    """
+
+    members: tuple[Weights, ...]
+    codes: Codes
+    luts: U8Array
+    num_bits: int
+    starts_in_last_block: bool
+
+    @property
+    def num_weights(self) -> int:
+        return sum(member.size for member in self.members)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the six tensors."""
+        num_bytes = -(-self.num_bits // 8)
+        blocks = num_blocks(num_bytes)
+        return {
+            "encoded_exponent": (num_bytes,),
+            "sign_mantissa": (self.num_weights,),
+            "luts": self.luts.shape,
+            "output_positions": (4 * (blocks + self.starts_in_last_block),),
+            "gaps": (BLOCK_GAP_BYTES * blocks,),
+            "split_positions": (len(self.members) - 1,),
+        }
+
+    @property
+    def num_bytes(self) -> int:
+        """Return what the six tensors take together."""
+        sizes = {field: math.prod(shape) for field, shape in self.shapes.items()}
+        return sum(sizes.values()) + 7 * sizes["split_positions"]
+
+    def tensors(
+        self, coder: Coder = CPU, encoded: Advance = ignore, split: Advance = ignore
+    ) -> dict[str, Pieces]:
+        """Return what gives the pieces of each tensor, each to be called once.
+
+        The stream must be taken to its end before gaps and output positions are asked for, as it is when a file is
+        written: they are made with it. A piece may be overwritten when the next one is asked for.
+
+        Args:
+            coder: what works on the pieces.
+            encoded: called with the number of weights whose codes were made.
+            split: called with the number of weights whose signs and mantissas were taken.
+        """
+        stream = StreamEncoder(self.members, make_book(self.codes), self.num_bits, coder, encoded)
+        positions = self.shapes["output_positions"]
+
+        def signs() -> Iterator[U8Array]:
+            for member in self.members:
+                for piece in member.pieces():
+                    yield coder.sign_mantissa(piece)
+                    split(piece.size)
+
+        splits = np.cumsum([member.size for member in self.members])[:-1].astype(np.int64)
+        return {
+            "encoded_exponent": stream.pieces,
+            "sign_mantissa": signs,
+            "luts": lambda: iter([self.luts]),
+            "output_positions": lambda: iter([stream.positions().view(np.uint8)[: positions[0]]]),
+            "gaps": lambda: iter([stream.gaps()]),
+            "split_positions": lambda: iter([splits]),
+        }
+
+
+def encode_unit(weights: Sequence[U16Array], name: str, coder: Coder = CPU) -> Tensors:
     """Return the six tensors, as a file holds them, of a unit with these members.
 
     Args:
         weights: BF16 bits of each member, uint16 of any shape, in the order of the unit.
         name: module path of the unit, for messages.
+        coder: what works on the pieces.
 
     Returns:
         encoded_exponent, sign_mantissa, luts, output_positions, gaps and split_positions.
@@ -43,8 +139,59 @@ def encode_unit(weights: Sequence[U16Array], name: str) -> Tensors:
     Raises:
         UnsupportedError: the format cannot hold these weights.
     """
-    flat = _flatten(weights, name)
-    counts = count_exponents(flat)
+    for weight in weights:
+        if weight.dtype != np.uint16 or not weight.size:
+            raise UnsupportedError(
+                f"{name}: {weight.dtype}{list(weight.shape)}; expected the bits of BF16 weights, uint16, at least "
+                "one. Leave this weight out of compression."
+            )
+    flat = [np.ascontiguousarray(weight).reshape(-1) for weight in weights]
+    unit = measure_unit([count_weights(ArrayWeights(member), coder) for member in flat], name)
+    pieces = unit.tensors(coder)
+    made: Tensors = {}
+    for field, shape in unit.shapes.items():
+        made[field] = _joined(pieces[field](), math.prod(shape)).reshape(shape)
+    return made
+
+
+def _joined(pieces: Iterator[npt.NDArray[np.generic]], size: int) -> npt.NDArray[np.generic]:
+    """Return the pieces as one flat array of `size` elements."""
+    joined: npt.NDArray[np.generic] | None = None
+    at = 0
+    for piece in pieces:
+        flat = piece.reshape(-1)
+        if joined is None:
+            joined = np.empty(size, flat.dtype)
+        joined[at : at + flat.size] = flat
+        at += flat.size
+    return np.empty(0, np.uint8) if joined is None else joined
+
+
+def count_weights(
+    weights: Weights, coder: Coder = CPU, advance: Advance = ignore
+) -> CountedWeights:
+    """Count the exponents of a member; `advance` is called with the number of weights that were counted."""
+    counts = np.zeros(256, np.int64)
+    last = 0
+    for piece in weights.pieces():
+        counts += coder.count(piece)
+        last = int(piece[-1]) >> SYMBOL_SHIFT & 0xFF
+        advance(piece.size)
+    return CountedWeights(weights, counts, last)
+
+
+def measure_unit(members: Sequence[CountedWeights], name: str) -> MeasuredUnit:
+    """Return the code and the sizes of a unit with these members.
+
+    Raises:
+        UnsupportedError: the format cannot hold these weights.
+    """
+    numel = sum(member.weights.size for member in members)
+    if not 0 < numel <= MAX_WEIGHTS:
+        raise UnsupportedError(
+            f"{name}: {numel} weights; the format holds 1 to {MAX_WEIGHTS} in a unit. Split it, or leave it out."
+        )
+    counts = np.sum([member.counts for member in members], axis=0)
     _check_exponents(counts, name)
     codes = build_codes(counts)
     luts = build_luts(codes)
@@ -53,22 +200,15 @@ def encode_unit(weights: Sequence[U16Array], name: str) -> Tensors:
             f"{name}: {len(luts) - 2} child tables for {np.count_nonzero(counts)} exponents; the format can name "
             f"{MAX_ROWS - 2}. Leave this weight in BF16."
         )
-    starts = _chunk_starts(flat, luts[-1])
-    num_bytes = -(-int(starts[-1]) // 8)
+    num_bits = int(counts @ luts[-1].astype(np.int64))
+    num_bytes = -(-num_bits // 8)
     if num_bytes > MAX_STREAM_BYTES:
         raise UnsupportedError(
             f"{name}: {num_bytes} bytes of codes; the format can hold {MAX_STREAM_BYTES}. Split the unit."
         )
-    stream, sign_mantissa, gaps, positions = _write(flat, starts, codes)
-    splits = np.cumsum([weight.size for weight in weights])[:-1]
-    return {
-        "encoded_exponent": stream,
-        "sign_mantissa": sign_mantissa,
-        "luts": luts,
-        "output_positions": positions.astype("<u4").view(np.uint8),
-        "gaps": gaps,
-        "split_positions": splits.astype(np.int64),
-    }
+    last_start = num_bits - codes[members[-1].last][1]
+    starts = num_bits % 8 != 0 or last_start >= BLOCK_BITS * (num_blocks(num_bytes) - 1)
+    return MeasuredUnit(tuple(member.weights for member in members), codes, luts, num_bits, starts)
 
 
 def as_unit(tensors: Mapping[str, npt.NDArray[np.generic]], name: str) -> Unit:
@@ -77,7 +217,7 @@ def as_unit(tensors: Mapping[str, npt.NDArray[np.generic]], name: str) -> Unit:
     sign_mantissa = tensors["sign_mantissa"].view(np.uint8)
     luts = tensors["luts"].view(np.uint8)
     positions = tensors["output_positions"].view("<u4").astype(np.int64)
-    if len(positions) == num_blocks(stream.size):  # one entry short (see `_trim`)
+    if len(positions) == num_blocks(stream.size):  # one entry short: nothing starts in the last
         positions = np.append(positions, sign_mantissa.size)
     splits = np.concatenate(([0], tensors["split_positions"], [sign_mantissa.size]))
     return Unit(
@@ -93,22 +233,6 @@ def as_unit(tensors: Mapping[str, npt.NDArray[np.generic]], name: str) -> Unit:
     )
 
 
-def _flatten(weights: Sequence[U16Array], name: str) -> U16Array:
-    for weight in weights:
-        if weight.dtype != np.uint16 or not weight.size:
-            raise UnsupportedError(
-                f"{name}: {weight.dtype}{list(weight.shape)}; expected the bits of BF16 weights, uint16, at least "
-                "one. Leave this weight out of compression."
-            )
-    numel = sum(weight.size for weight in weights)
-    if not 0 < numel <= MAX_WEIGHTS:
-        raise UnsupportedError(
-            f"{name}: {numel} weights; the format holds 1 to {MAX_WEIGHTS} in a unit. Split it, or leave it out."
-        )
-    flat = [np.ascontiguousarray(weight).reshape(-1) for weight in weights]
-    return flat[0] if len(flat) == 1 else np.concatenate(flat)
-
-
 def _check_exponents(counts: I64Array, name: str) -> None:
     wrong = np.flatnonzero(counts[FIRST_POINTER:])
     if wrong.size:
@@ -117,111 +241,3 @@ def _check_exponents(counts: I64Array, name: str) -> None:
             f"{name}: {counts[exponent]} weights have exponent {exponent}; the format holds exponents below "
             f"{FIRST_POINTER} (no value of 2**113 or more, no Inf, no NaN). Leave this weight in BF16."
         )
-
-
-def _chunk_starts(flat: U16Array, lengths: U8Array) -> I64Array:
-    """Return the bit at which the codes of each chunk start, and behind them that at which the last code ends."""
-    starts = np.zeros(-(-flat.size // CHUNK) + 1, np.int64)
-    over_tiles(_measure_chunks, starts.size - 1, flat, lengths, starts[1:])
-    return np.cumsum(starts)
-
-
-def _write(
-    flat: U16Array, starts: I64Array, codes: Codes
-) -> tuple[U8Array, U8Array, U8Array, I64Array]:
-    """Return encoded_exponent, sign_mantissa, gaps and output_positions (the latter as int64)."""
-    num_bits = int(starts[-1])
-    num_bytes = -(-num_bits // 8)
-    blocks = num_blocks(num_bytes)
-    lengths, values = np.zeros(256, np.uint8), np.zeros(256, np.uint32)
-    for symbol, (value, length) in codes.items():
-        if symbol != EOF:
-            lengths[symbol], values[symbol] = length, value
-    # One window more than there are: the last code may end where a new one would begin.
-    words = np.zeros(BLOCK_WINDOWS * blocks + 1, np.uint64)
-    first_bits = np.zeros(words.size, np.uint8)
-    positions = np.zeros(blocks + 1, np.int64)
-    sign_mantissa = np.empty(flat.size, np.uint8)
-    tails = over_tiles(
-        _write_chunks, starts.size - 1, flat, starts, lengths, values,
-        words, first_bits, positions, sign_mantissa,
-    )  # fmt: skip
-    for window, tail in tails:
-        words[window] |= np.uint64(tail)
-    if num_bits % 8:
-        words[num_bits >> 6] |= np.uint64(_end_marker(num_bits, codes[EOF]))
-    elif first_bits[num_bits >> 6] == num_bits & 63:
-        first_bits[num_bits >> 6] = 0  # no code starts in that window, not even EOF
-    gaps = np.empty(320 * blocks, np.uint8)
-    over_tiles(_pack_gaps, gaps.size // 5, first_bits, gaps)
-    stream = words.astype(">u8").view(np.uint8)[:num_bytes].copy()
-    return stream, sign_mantissa, gaps, _trim(positions, flat.size, num_bits)
-
-
-def _end_marker(num_bits: int, eof: tuple[int, int]) -> int:
-    """Return the leading bits of EOF that fill up the last byte, at their place in their window."""
-    code, length = eof
-    hole = -num_bits % 8
-    fill = code >> (length - hole) if length >= hole else code << (hole - length)
-    return fill << (64 - num_bits % 64 - hole)
-
-
-def _trim(positions: I64Array, numel: int, num_bits: int) -> I64Array:
-    """Close the positions with the number of weights; a block in which nothing starts, not even EOF, has no entry."""
-    positions[-1] = numel
-    nothing_starts = num_bits % 8 == 0 and positions[-2] == numel
-    return positions[:-1] if nothing_starts else positions
-
-
-@njit(nogil=True, cache=True)
-def _measure_chunks(first, last, flat, lengths, bits):  # type: ignore[no-untyped-def]
-    for chunk in range(first, last):
-        total = 0
-        for i in range(chunk * CHUNK, min((chunk + 1) * CHUNK, flat.size)):
-            total += lengths[(flat[i] >> SYMBOL_SHIFT) & 0xFF]
-        bits[chunk] = total
-
-
-@njit(nogil=True, cache=True)
-def _write_chunks(  # type: ignore[no-untyped-def]
-    first, last, flat, starts, lengths, values, words, first_bits, positions, sign_mantissa
-):
-    """Write the codes of chunks window by window, most significant bit first, and what tells where windows begin.
-
-    Returns the window in which the last code ends and its bits so far: the next range goes on there, perhaps at the
-    same time, and writes that window's word with zeros in their place.
-    """
-    begin, end = first * CHUNK, min(last * CHUNK, flat.size)
-    window = starts[first] >> 6
-    used = starts[first] & 63
-    pending = np.uint64(0)
-    for i in range(begin, end):
-        symbol = (flat[i] >> SYMBOL_SHIFT) & 0xFF
-        length = np.int64(lengths[symbol])
-        value = np.uint64(values[symbol])
-        used += length
-        if used < 64:
-            pending = pending << np.uint64(length) | value
-            continue
-        used -= 64  # bits of this code in the next window
-        words[window] = pending << np.uint64(length - used) | value >> np.uint64(used)
-        pending = value  # its upper bits are shifted out before they count
-        window += 1
-        first_bits[window] = used
-        if window % BLOCK_WINDOWS == 0:
-            positions[window // BLOCK_WINDOWS] = i + 1
-    for i in range(begin, end):
-        sign_mantissa[i] = (flat[i] >> 8 & 0x80) | (flat[i] & 0x7F)
-    tail = pending << np.uint64(64 - used) if used else np.uint64(0)
-    return window, tail
-
-
-@njit(nogil=True, cache=True)
-def _pack_gaps(first, last, first_bits, gaps):  # type: ignore[no-untyped-def]
-    """Pack the gaps of 8 windows at a time, 5 bits each, into 5 bytes."""
-    for group in range(first, last):
-        bits = np.uint64(0)
-        for k in range(8):
-            bits = bits << np.uint64(5) | np.uint64(first_bits[8 * group + k])
-        for k in range(5):
-            gaps[5 * group + k] = np.uint8(bits >> np.uint64(32 - 8 * k))

@@ -4,44 +4,94 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from typing import TypeVar
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 Result = TypeVar("Result")
+_SECONDS_BETWEEN_REPORTS = 0.2
+
+
+class Stopped(Exception):
+    """Raised in a job whose result nobody waits for any more."""
 
 
 def run_jobs(
-    call: Callable[..., Result], jobs: Sequence[tuple[object, ...]], workers: int, threads: int
+    call: Callable[..., Result],
+    jobs: Sequence[tuple[object, ...]],
+    workers: int,
+    threads: int,
+    advance: Callable[[int], None],
 ) -> Iterator[Result]:
-    """Yield `call(*job)` of every job as they end; in this process if one worker is wanted.
+    """Yield `call(*job, report)` of every job as they end; in this process if one worker is wanted.
 
-    The first exception ends everything: jobs that have not begun are given up, and running ones are waited for.
+    The first exception ends everything, an interruption by the user too: jobs that have not begun are given up, and
+    running ones end with `Stopped` when they next report.
 
     Args:
-        call: a function of a module.
-        jobs: arguments, which must be picklable.
+        call: a function of a module; it reports how far it is by calling its last argument with a number.
+        jobs: the other arguments, which must be picklable.
         workers: processes.
         threads: threads in each.
+        advance: called, in this process, with the numbers that were reported.
     """
     if workers <= 1:
-        yield from (call(*job) for job in jobs)
+        yield from (call(*job, advance) for job in jobs)
         return
     context = multiprocessing.get_context("spawn")  # a fork would copy locks held by other threads
-    pool = ProcessPoolExecutor(workers, context, _begin, (os.getpid(), threads))
+    done, stop = context.Value("q", 0), context.Value("b", 0, lock=False)
+    arguments = (os.getpid(), threads, done, stop)
+    pool = ProcessPoolExecutor(workers, context, _begin, arguments)
     try:
-        futures = [pool.submit(call, *job) for job in jobs]
-        for future in as_completed(futures):
-            yield future.result()
+        with _uninterrupted():
+            waiting = {pool.submit(_call, call, job) for job in jobs}
+        seen = 0
+        while waiting:
+            finished, waiting = wait(waiting, _SECONDS_BETWEEN_REPORTS, FIRST_COMPLETED)
+            advance(done.value - seen)
+            seen = done.value
+            yield from (future.result() for future in finished)
     finally:
+        stop.value = 1
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _begin(parent: int, threads: int) -> None:
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Let processes that are started here never see ctrl-C: the terminal sends it to them too."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+_shared: tuple[Any, Any] | None = None  # in a worker: what was done, and whether to stop
+
+
+def _begin(parent: int, threads: int, done: Any, stop: Any) -> None:
+    global _shared
+    _shared = done, stop
     os.environ["VLLM_DFLOAT_THREADS"] = str(threads)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _call(call: Callable[..., Result], job: tuple[object, ...]) -> Result:
+    return call(*job, _report)
+
+
+def _report(amount: int) -> None:
+    if _shared is None:
+        raise RuntimeError("not in a worker")
+    done, stop = _shared
+    if stop.value:
+        raise Stopped
+    with done.get_lock():
+        done.value += amount
 
 
 def _end_with(parent: int) -> None:

@@ -18,10 +18,11 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from vllm_dfloat.checkpoint.pieces import read_pieces
 from vllm_dfloat.checkpoint.safetensors_file import BITS_DTYPES, StoredTensor
 
 TEMPORARY = ".tmp-"  # prefix of files that are being written
-_PIECE_BYTES = 16 << 20
+_PIECE_BYTES = 1 << 20  # so much stays in the cache between being hashed and being written
 
 Pieces = Callable[[], Iterable[npt.NDArray[Any]]]
 
@@ -32,7 +33,7 @@ class Item:
 
     Attributes:
         name, dtype, shape: as the header is to have them; dtype is a safetensors name such as "BF16".
-        pieces: called once, gives its bits in order as arrays of any size.
+        pieces: called once, gives its bits in order as arrays of any size; each may be overwritten afterwards.
     """
 
     name: str
@@ -58,9 +59,17 @@ def array_item(name: str, array: npt.NDArray[Any], dtype: str) -> Item:
     return Item(name, dtype, array.shape, lambda: [array])
 
 
-def copy_item(tensor: StoredTensor) -> Item:
-    """Return an item that copies a stored tensor."""
-    return Item(tensor.name, tensor.dtype, tensor.shape, lambda: [tensor.bits()])
+def copy_item(
+    tensor: StoredTensor, advance: Callable[[int], None] = lambda num_bytes: None
+) -> Item:
+    """Return an item that copies a stored tensor; `advance` is called with the bytes that were written."""
+
+    def pieces() -> Iterator[npt.NDArray[Any]]:
+        for piece in read_pieces(tensor, _PIECE_BYTES):
+            yield piece
+            advance(piece.nbytes)
+
+    return Item(tensor.name, tensor.dtype, tensor.shape, pieces)
 
 
 @contextmanager

@@ -1,0 +1,158 @@
+"""Compressing what is large: memory that does not grow with a unit, progress within it, and an end when asked."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+from helpers import gaussian
+
+from vllm_dfloat.checkpoint import pieces
+from vllm_dfloat.checkpoint.compare import compare
+from vllm_dfloat.checkpoint.compress import compress
+from vllm_dfloat.checkpoint.journal import JOURNAL_FILE
+from vllm_dfloat.checkpoint.pieces import read_pieces
+from vllm_dfloat.checkpoint.safetensors_file import read_header
+from vllm_dfloat.checkpoint.source import open_source
+from vllm_dfloat.checkpoint.write_safetensors import TEMPORARY, Item, write_safetensors
+from vllm_dfloat.errors import FormatError
+
+MIB = 1 << 20
+
+
+def make_layers(path: Path, layers: int, mebibytes: int) -> Path:
+    """Write a model whose layers have two weights each; they repeat a mebibyte of random ones."""
+    path.mkdir()
+    block = gaussian(512, 1024)
+    shape = (512 * mebibytes // 2, 1024)
+    items = [
+        Item(f"model.layers.{i}.{name}.weight", "BF16", shape, lambda: [block] * (mebibytes // 2))
+        for i in range(layers)
+        for name in ("self_attn.q_proj", "mlp.up_proj")
+    ]
+    write_safetensors(path / "model.safetensors", items)
+    (path / "config.json").write_text("{}")
+    return path
+
+
+MEASURE = """
+import json, sys
+from pathlib import Path
+from vllm_dfloat.checkpoint.compress import compress
+from vllm_dfloat.checkpoint.source import open_source
+
+def resident():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return [int(line.split()[1]) >> 10 for line in lines if line.startswith(("RssAnon", "RssFile"))]
+
+small, large, out = map(Path, sys.argv[1:])
+compress(open_source(small), out / "small-df11")  # loads everything
+before = resident()
+seen = []
+compress(open_source(large), out / "large-df11", advance=lambda count: seen.append(resident()))
+print(json.dumps([max(column) - start for column, start in zip(zip(*seen), before)]))
+"""
+
+
+def test_memory_stays_bounded_whatever_the_size_of_a_unit(tmp_path: Path) -> None:
+    # Bug caught: codes, signs and mantissas of a whole unit held: 172 MiB here, 4.3 GB for a layer of a 405B.
+    small = make_layers(tmp_path / "small", layers=1, mebibytes=2)
+    large = make_layers(tmp_path / "large", layers=1, mebibytes=256)
+    command = [sys.executable, "-c", MEASURE, str(small), str(large), str(tmp_path)]
+    environment = {**os.environ, "VLLM_DFLOAT_THREADS": "1"}
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert run.returncode == 0, run.stderr
+    anonymous, mapped = json.loads(run.stdout)
+    gaps = 0.0135 * 256
+    assert anonymous < gaps + 16
+    assert mapped < 0.7 * 2 * 64 + 16  # of the file that is compared, see check_unit.py
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_progress_moves_within_a_unit_and_ends_with_all_bytes(tmp_path: Path, workers: int) -> None:
+    model = make_layers(tmp_path / "m", layers=2, mebibytes=16)
+    size = 2 * 16 * MIB
+    totals, at = [], [0]
+    compress(
+        open_source(model),
+        tmp_path / "t",
+        workers=workers,
+        start=lambda total, done: totals.append((total, done)),
+        advance=lambda count: at.append(at[-1] + count),
+    )
+    assert totals == [(size, 0)]
+    assert at[-1] == size
+    steps = [after - before for before, after in pairwise(at)]
+    assert min(steps) >= 0
+    if workers == 1:  # with more, how often depends on how fast they are
+        assert max(steps) <= 2 * MIB
+
+
+def test_a_weight_that_must_stay_is_counted_once_in_the_progress(tmp_path: Path) -> None:
+    model = make_layers(tmp_path / "m", layers=1, mebibytes=2)
+    tensor = read_header(model / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+    with (model / "model.safetensors").open("rb+") as stream:
+        stream.seek(tensor.begin)
+        stream.write(b"\xff\xff")  # a NaN
+    seen: list[int] = []
+    report = compress(open_source(model), tmp_path / "t", advance=seen.append)
+    assert list(report.left) == [tensor.name]
+    assert sum(seen) == 2 * MIB
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_an_interruption_ends_at_once_with_130_and_the_rerun_goes_on(
+    tmp_path: Path, workers: str
+) -> None:
+    model = make_layers(tmp_path / "m", layers=2, mebibytes=64)
+    target = tmp_path / "t"
+    command = [sys.executable, "-m", "vllm_dfloat.cli", "compress", str(model), str(target)]
+    command += ["--workers", workers]
+    environment = {**os.environ, "VLLM_DFLOAT_THREADS": "1"}
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    ) as process:
+        while not list(target.glob(f"{TEMPORARY}*")):
+            assert process.poll() is None
+            time.sleep(0.005)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all processes
+        err = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert err == "vllm-dfloat: interrupted.\n"
+    left = {file.name for file in target.iterdir()}
+    assert JOURNAL_FILE in left
+    assert all(re.fullmatch(r"model_layers_\d\.safetensors", n) for n in left - {JOURNAL_FILE})
+    assert subprocess.run([*command, "--quiet"], env=environment).returncode == 0
+    assert compare(target, model).is_equal
+
+
+def test_pieces_of_a_stored_tensor_are_its_bits(tmp_path: Path) -> None:
+    bits = gaussian(100, 7)
+    write_safetensors(tmp_path / "f", [Item("a", "BF16", bits.shape, lambda: [bits])])
+    tensor = read_header(tmp_path / "f")["a"]
+    parts = [piece.copy() for piece in read_pieces(tensor, 38)]
+    assert {part.size for part in parts[:-1]} == {19}
+    assert np.array_equal(np.concatenate(parts), bits.reshape(-1))
+    part = np.concatenate([piece.copy() for piece in read_pieces(tensor, 38, 20, 100)])
+    assert np.array_equal(part, bits.reshape(-1)[10:50])
+
+
+def test_a_source_that_shrank_is_named(tmp_path: Path) -> None:
+    model = make_layers(tmp_path / "m", layers=1, mebibytes=2)
+    source = open_source(model)
+    file = model / "model.safetensors"
+    os.truncate(file, file.stat().st_size - 1000)
+    with (
+        mock.patch.object(pieces, "PIECE_WEIGHTS", 1000),
+        pytest.raises(FormatError, match=r"model.safetensors: model\..*: cannot be read: .* ends"),
+    ):
+        compress(source, tmp_path / "t")
+    assert {path.name for path in (tmp_path / "t").iterdir()} == {JOURNAL_FILE}

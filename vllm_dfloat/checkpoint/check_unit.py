@@ -1,0 +1,48 @@
+"""Decode a unit that was just written, and compare it with the original weights, a bounded piece at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from vllm_dfloat.checkpoint.encode_pieces import Coder
+from vllm_dfloat.checkpoint.pieces import StoredWeights
+from vllm_dfloat.checkpoint.progress import Advance
+from vllm_dfloat.checkpoint.safetensors_file import StoredTensor
+from vllm_dfloat.checkpoint.unit import UnitEntry
+from vllm_dfloat.errors import FormatError
+
+# After so many weights the file is mapped anew: pages of a mapping that were read count as memory of the process.
+_MAPPED_WEIGHTS = 64 << 20
+
+
+def check_unit(
+    entry: UnitEntry, originals: Sequence[StoredTensor], coder: Coder, advance: Advance
+) -> None:
+    """Compare every weight of a unit with its original, bit for bit.
+
+    Args:
+        entry: the unit in its file.
+        originals: its members as they were, in order.
+        coder: what decodes.
+        advance: called with the number of weights that were compared.
+
+    Raises:
+        FormatError: a bit differs.
+    """
+    unit, mapped = None, 0
+    at = 0
+    for original in originals:
+        for piece in StoredWeights(original).pieces():
+            if unit is None or mapped >= _MAPPED_WEIGHTS:
+                unit, mapped = None, 0  # unmapped before it is mapped again
+                unit = entry.load()
+            if not np.array_equal(coder.decode(unit, at, at + piece.size), piece):
+                raise FormatError(
+                    f"{entry.fields['luts'].file.name}: {original.name}: the bytes just written do not decode to the "
+                    "original bits. The memory or the disk of this machine cannot be trusted; the file is not kept."
+                )
+            at += piece.size
+            mapped += piece.size
+            advance(piece.size)
