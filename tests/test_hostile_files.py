@@ -179,7 +179,7 @@ def test_a_weight_in_two_units_is_refused(tmp_path: Path) -> None:
     unit = encode(np.arange(100, dtype=np.uint16) + 0x3F00)
     patterns = {"a": ["b.c"], "a.b": ["c"]}
     write_checkpoint(tmp_path, {"a": unit, "a.b": unit}, patterns)
-    with pytest.raises(FormatError, match="its weight a.b.c.weight is also in the unit a"):
+    with pytest.raises(FormatError, match=r"its weight a.b.c.weight is also in the unit a"):
         open_checkpoint(tmp_path)
 
 

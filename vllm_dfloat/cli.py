@@ -4,16 +4,23 @@ Results go to stdout, progress and errors to stderr. Exit 0: fine; 1: different,
 interrupted.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import sys
 import traceback
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vllm_dfloat import __version__, cli_convert
 from vllm_dfloat.errors import DFloatError
 from vllm_dfloat.plan.command import add_plan
+
+if TYPE_CHECKING:
+    from vllm_dfloat.checkpoint.compare import Comparison
 
 EXIT_EQUAL, EXIT_DIFFERENT, EXIT_BAD_INPUT = 0, 1, 2
 EXIT_INTERRUPTED = 130  # as shells say it
@@ -38,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
 
 
+@cache
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vllm-dfloat", description="Make, look at and check DFloat11 checkpoints."
@@ -56,7 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     inspect.set_defaults(run=_inspect)
     verify = commands.add_parser(
         "verify",
-        help="decode everything, and compare it bit for bit with the original",
+        help="decode everything, and compare it with the original or with its manifest",
+        description="Decode everything. With --against, compare every tensor bit for bit with the original. "
+        "Without it, compare size and SHA-256 of every file with dfloat11_manifest.json, if there is one.",
         epilog="example: vllm-dfloat verify ./Qwen3-8B-DF11 --against ./Qwen3-8B. "
         "Exit status: 0 equal, 1 different, 2 bad input.",
     )
@@ -98,23 +108,26 @@ def _verify(args: argparse.Namespace) -> int:
     if hidden > 0:
         print(f"... and {hidden} more")
     if not args.quiet:
-        print(
-            _last_line(
-                args, result.is_equal, result.tensors, result.num_bytes, len(result.differences)
-            )
-        )
+        print(_last_line(args, result))
     return EXIT_EQUAL if result.is_equal else EXIT_DIFFERENT
 
 
-def _last_line(
-    args: argparse.Namespace, is_equal: bool, tensors: int, num_bytes: int, differences: int
-) -> str:
-    what = f"{tensors} tensors, {num_bytes:,} bytes"
-    if not args.against:
-        return f"{args.path}: {what} decode without an error (give --against to compare)"
-    if is_equal:
+def _last_line(args: argparse.Namespace, result: Comparison) -> str:
+    what = f"{result.tensors} tensors, {result.num_bytes:,} bytes"
+    differences = len(result.differences)
+    if args.against and result.is_equal:
         return f"{args.path}: equal to {args.against}, bit for bit ({what})"
-    return f"{args.path}: DIFFERENT from {args.against} in {differences} tensors ({what} compared)"
+    if args.against:
+        return (
+            f"{args.path}: DIFFERENT from {args.against} in {differences} tensors ({what} compared)"
+        )
+    if differences:
+        return f"{args.path}: {what} decode, but {differences} files are not as the manifest says"
+    if result.files is None:
+        return (
+            f"{args.path}: {what} decode without an error (no manifest; give --against to compare)"
+        )
+    return f"{args.path}: {what} decode without an error, and {result.files} files are as the manifest says"
 
 
 if __name__ == "__main__":

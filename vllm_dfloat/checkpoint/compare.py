@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from vllm_dfloat.checkpoint.dfloat11 import open_checkpoint
 from vllm_dfloat.checkpoint.folder import is_dfloat11
+from vllm_dfloat.checkpoint.manifest import file_differences, read_manifest
 from vllm_dfloat.checkpoint.source import bf16_tensors
 from vllm_dfloat.checkpoint.weights import typed_weights
 from vllm_dfloat.errors import FormatError
@@ -19,10 +20,14 @@ Bits = npt.NDArray[Any]
 
 @dataclass
 class Comparison:
-    """The outcome: how many tensors and bytes were compared, and one sentence per difference."""
+    """The outcome: how many tensors, bytes and files were compared, and one sentence per difference.
+
+    `files` is None where no manifest says what they should be.
+    """
 
     tensors: int = 0
     num_bytes: int = 0
+    files: int | None = None
     differences: list[str] = field(default_factory=list)
 
     @property
@@ -73,16 +78,27 @@ def compare(
 
 
 def check(path: Path, progress: Callable[[str], None] = lambda name: None) -> Comparison:
-    """Decode everything in `path` and compare it with nothing: what cannot be decoded raises.
+    """Decode everything in `path`, and compare its files with its manifest where it has one.
+
+    Args:
+        path: a DFloat11 or a plain safetensors folder.
+        progress: called with each tensor's name when it is decoded, and with each file's before it is read.
+
+    Returns:
+        What was decoded; its differences are those between files and manifest.
 
     Raises:
-        FormatError, UnsupportedError: the checkpoint is damaged; the message names file and tensor.
+        FormatError, UnsupportedError: the checkpoint or its manifest is damaged; the message names file and tensor.
     """
     result = Comparison()
+    manifest = read_manifest(path)
     for name, _, bits in _tensors(path, None, keep_tied=True):
         progress(name)
         result.tensors += 1
         result.num_bytes += bits.nbytes
+    if manifest is not None:
+        result.files = len(manifest.files)
+        result.differences += file_differences(path, manifest, progress)
     return result
 
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from vllm_dfloat.checkpoint.json_file import read_object
-from vllm_dfloat.errors import FormatError, shown
+from vllm_dfloat.checkpoint.json_file import read_object, regular_size
+from vllm_dfloat.errors import FormatError, one_line, shown
 
 MANIFEST_FILE = "dfloat11_manifest.json"
 VERSION = 1
@@ -101,6 +101,39 @@ def _shape(name: str, value: Any) -> tuple[int, ...]:
 
 def _refuse(what: str) -> NoReturn:
     raise FormatError(f"{MANIFEST_FILE}: {what}. Remove it to read the checkpoint without it.")
+
+
+def file_differences(
+    folder: Path, manifest: Manifest, progress: Callable[[str], None] = lambda name: None
+) -> list[str]:
+    """Return a sentence for every file that is not as the manifest says, and for weight files that it does not list.
+
+    Args:
+        folder: the checkpoint.
+        manifest: its manifest.
+        progress: called with each file's name before it is read.
+    """
+    found = []
+    for name, expected in manifest.files.items():
+        progress(name)
+        difference = _difference(folder / name, expected)
+        if difference:
+            found.append(f"{one_line(name)}: {difference}")
+    extra = sorted({file.name for file in folder.glob("*.safetensors")} - manifest.files.keys())
+    return found + [f"{one_line(name)}: {MANIFEST_FILE} does not list it" for name in extra]
+
+
+def _difference(file: Path, expected: Mapping[str, Any]) -> str:
+    try:
+        size = regular_size(file)
+        if size != expected["bytes"]:
+            return f"{size} bytes; {MANIFEST_FILE} says {expected['bytes']}"
+        digest = file_entry(file)["sha256"]
+    except FormatError as error:  # missing, or nothing that can be read to its end
+        return str(error).partition(": ")[2].rstrip(".") + f"; {MANIFEST_FILE} lists it"
+    if digest != expected["sha256"]:
+        return f"SHA-256 {digest}; {MANIFEST_FILE} says {expected['sha256']}"
+    return ""
 
 
 def file_entry(file: Path) -> dict[str, Any]:

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from vllm_dfloat.checkpoint.dfloat11 import open_checkpoint
-from vllm_dfloat.checkpoint.folder import CONFIG_KEY, is_dfloat11, stored_tensors
+from vllm_dfloat.checkpoint.folder import CONFIG_KEY, is_dfloat11
+from vllm_dfloat.checkpoint.source import bf16_tensors
 
 COMPRESSED, PLAIN = "dfloat11", "plain"
 
@@ -113,7 +114,7 @@ def summarize(path: Path) -> Summary:
         UnsupportedError: a legacy DFloat11 layout.
     """
     if not is_dfloat11(path):
-        plain, units = stored_tensors(path), {}
+        plain, units = bf16_tensors(path), {}
     else:
         checkpoint = open_checkpoint(path)
         checkpoint.validate()
