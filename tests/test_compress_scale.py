@@ -156,3 +156,15 @@ def test_a_source_that_shrank_is_named(tmp_path: Path) -> None:
     ):
         compress(source, tmp_path / "t")
     assert {path.name for path in (tmp_path / "t").iterdir()} == {JOURNAL_FILE}
+
+
+def test_the_benchmark_runs_the_command_and_removes_what_it_made(tmp_path: Path) -> None:
+    script = Path(__file__).parents[1] / "scripts/bench_compress.py"
+    command = [sys.executable, str(script), "--gigabytes", "0.004", "--units", "2"]
+    command += ["--folder", str(tmp_path), "--json", str(tmp_path / "r.json")]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert 0.67 < result["ratio"] < 0.69
+    assert result["cpu_s"] > 0
+    assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
