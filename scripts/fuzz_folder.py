@@ -1,0 +1,142 @@
+"""A checkpoint in memory that a mutation can change: files by name, and safetensors files taken apart."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Special:
+    """What lies in a folder and is no plain file.
+
+    Attributes:
+        kind: "link", "pipe", "folder", or "sparse": a file with a long hole at its end.
+        content: where a link leads to; what a sparse file begins with.
+        size: of a sparse file, in bytes.
+    """
+
+    kind: str
+    content: bytes = b""
+    size: int = 0
+
+
+Folder = dict[
+    str, "bytes | Special"
+]  # names may hold anything, surrogates of bytes that are no UTF-8 included
+
+
+def read_folder(path: Path) -> Folder:
+    """Return the files directly in a folder."""
+    return {file.name: file.read_bytes() for file in sorted(path.iterdir()) if file.is_file()}
+
+
+def write_folder(folder: Mapping[str, bytes | Special], path: Path) -> int:
+    """Write a folder anew; return the bytes of its plain files. A name that no file can have is left out."""
+    clear(path)
+    total = 0
+    for name, content in folder.items():
+        file = path / name
+        try:
+            if isinstance(content, Special):
+                _write_special(content, file)
+            else:
+                file.write_bytes(content)
+                total += len(content)
+        except (OSError, ValueError):  # too long, NUL, a slash, surrogates of their own
+            continue
+    return total
+
+
+def clear(path: Path) -> None:
+    """Make `path` an empty folder."""
+    path.mkdir(parents=True, exist_ok=True)
+    for entry in os.scandir(path):  # an entry of its own kind: what a link leads to is not touched
+        if entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry.path)
+        else:
+            os.unlink(entry.path)
+
+
+def _write_special(special: Special, file: Path) -> None:
+    if special.kind == "link":
+        os.symlink(special.content, os.fsencode(file))
+    elif special.kind == "pipe":
+        os.mkfifo(file)
+    elif special.kind == "folder":
+        file.mkdir()
+    else:
+        file.write_bytes(special.content)
+        os.truncate(file, special.size)
+
+
+@dataclass
+class Stored:
+    """One tensor of a safetensors file: what the header says, and its bytes."""
+
+    name: str
+    dtype: str
+    shape: list[int]
+    data: bytes
+
+
+def unpack(content: bytes) -> list[Stored]:
+    """Return the tensors of a safetensors file that is intact.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: it is not.
+    """
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    start = 8 + length
+    return [
+        Stored(
+            name,
+            entry["dtype"],
+            entry["shape"],
+            content[start + entry["data_offsets"][0] : start + entry["data_offsets"][1]],
+        )
+        for name, entry in header.items()
+        if name != "__metadata__"
+    ]
+
+
+def pack(
+    tensors: list[Stored], change: Callable[[dict[str, Any]], Any] = lambda header: None
+) -> bytes:
+    """Return a safetensors file; `change` may make its header lie before it is written."""
+    header: dict[str, Any] = {}
+    at = 0
+    for tensor in tensors:
+        end = at + len(tensor.data)
+        header[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": tensor.shape,
+            "data_offsets": [at, end],
+        }
+        at = end
+    change(header)
+    return with_header(json.dumps(header).encode(), b"".join(tensor.data for tensor in tensors))
+
+
+def with_header(text: bytes, data: bytes) -> bytes:
+    """Return a safetensors file with this header text."""
+    return len(text).to_bytes(8, "little") + text + data
+
+
+def weight_files(folder: Folder) -> list[str]:
+    """Return the names of the safetensors files that are still plain files and can be taken apart."""
+    found = []
+    for name, content in folder.items():
+        if name.endswith(".safetensors") and isinstance(content, bytes):
+            try:
+                unpack(content)
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError, IndexError):
+                continue
+            found.append(name)
+    return found

@@ -1,0 +1,127 @@
+"""What a damaged checkpoint says, read as naively as can be: json, slices of bytes, and the slow reference decoder.
+
+Shares nothing with the reader under test but checkpoint/reference_unit.py. It may raise anything on broken input: it is
+asked only where the reader found nothing to refuse.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Collection
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vllm_dfloat.checkpoint import reference_unit
+from vllm_dfloat.checkpoint.unit import Unit
+
+FIELDS = (
+    "encoded_exponent",
+    "sign_mantissa",
+    "luts",
+    "output_positions",
+    "gaps",
+    "split_positions",
+)
+Tensors = dict[str, tuple[str, bytes]]  # name -> dtype, bytes
+
+
+def expected_tensors(folder: Path, modules: Collection[str] = ()) -> Tensors:
+    """Return every tensor under its original name, those of units decoded by the reference.
+
+    Args:
+        modules: those of the original. A unit that is one of them and holds one weight is that weight, whatever its
+            pattern lists.
+    """
+    config = _json(folder / "config.json")
+    if "dfloat11_config" not in config:
+        return {name: (dtype, data) for name, (dtype, _, data) in _plain_model(folder).items()}
+    stored = {}
+    for file in folder.glob("*.safetensors"):
+        stored.update(_read(file))
+    patterns = config["dfloat11_config"]["pattern_dict"]
+    shapes = _json(folder / "dfloat11_manifest.json").get("tensors", {})
+    units = {name.rpartition(".")[0] for name in stored if name.rpartition(".")[2] in FIELDS} - {""}
+    found: Tensors = {}
+    for unit in units:
+        parts = tuple(stored.pop(f"{unit}.{field}")[2] for field in FIELDS)
+        bits = _decode(*parts)
+        splits = np.frombuffer(parts[5], "<i8").tolist()
+        members = next(list_ for key, list_ in patterns.items() if re.fullmatch(key, unit))
+        is_itself = not members or (not splits and (len(members) > 1 or unit in modules))
+        paths = [unit] if is_itself else [f"{unit}.{member}" for member in members]
+        for path, part in zip(paths, np.split(bits, splits), strict=True):
+            name = path if path in shapes and not path.endswith(".weight") else f"{path}.weight"
+            if name in found:
+                raise ValueError(f"{name} comes from two units")
+            found[name] = ("BF16", part.tobytes())
+    if found.keys() & stored.keys():
+        raise ValueError(f"stored twice: {found.keys() & stored.keys()}")
+    return found | {name: (dtype, data) for name, (dtype, _, data) in stored.items()}
+
+
+def original_tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    """Return name -> dtype, shape, bytes of a plain model."""
+    return _plain_model(folder)
+
+
+def manifest_holds(folder: Path) -> bool:
+    """Return whether every file is as the manifest says, and no weight file is beside them; True without one."""
+    content = _json(folder / "dfloat11_manifest.json")
+    if not content:
+        return True
+    for name, entry in content["files"].items():
+        file = folder / name
+        if not os.path.isfile(file) or file.stat().st_size != entry["bytes"]:
+            return False
+        if hashlib.sha256(file.read_bytes()).hexdigest() != entry["sha256"]:
+            return False
+    return all(file.name in content["files"] for file in folder.glob("*.safetensors"))
+
+
+def _json(file: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(file.read_bytes()) if file.exists() else {}
+    return content
+
+
+def _plain_model(folder: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    indices = list(folder.glob("*.safetensors.index.json"))
+    files = list(folder.glob("*.safetensors"))
+    if len(indices) == 1 and (names := set(_json(indices[0])["weight_map"].values())):
+        files = [folder / name for name in names]
+    elif (folder / "model.safetensors").exists() and len(indices) != 1:
+        files = [folder / "model.safetensors"]
+    found = {}
+    for file in files:
+        found.update(_read(file))
+    return found
+
+
+def _read(file: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    content = file.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    found = {}
+    for name, entry in json.loads(content[8:start]).items():
+        if name != "__metadata__":
+            begin, end = entry["data_offsets"]
+            found[name] = (entry["dtype"], tuple(entry["shape"]), content[start:][begin:end])
+    return found
+
+
+@lru_cache(maxsize=2000)
+def _decode(
+    stream: bytes, sign_mantissa: bytes, luts: bytes, positions: bytes, gaps: bytes, splits: bytes
+) -> np.ndarray:
+    starts = np.frombuffer(positions, "<u4").astype(np.int64)
+    if len(starts) == -(-len(stream) // 4096):
+        starts = np.append(starts, len(sign_mantissa))
+    u8 = [np.frombuffer(part, np.uint8) for part in (stream, sign_mantissa, gaps, luts)]
+    table = u8[3].reshape(-1, 256)
+    nothing = np.zeros(0, np.int64)
+    unit = Unit("u", "u", u8[0], u8[1], u8[2], starts, nothing, table, nothing.astype(np.int32))
+    return reference_unit.decode(unit)

@@ -1,0 +1,116 @@
+"""Run numbered cases in child processes that may die or hang, and lose no case but the one that did it."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+Report = dict[str, Any]
+
+
+@dataclass
+class _Child:
+    """A process, and where it is in its cases.
+
+    Attributes:
+        cases: those it has not begun.
+        current: the one that it is at.
+        since: when that began, by the clock of this process.
+    """
+
+    pid: int
+    pipe: int
+    cases: list[int]
+    current: int | None = None
+    since: float = field(default_factory=time.monotonic)
+    buffer: bytes = b""
+
+
+def supervise(
+    run: Callable[[int, int], Report], cases: Sequence[int], workers: int, wall_seconds: float
+) -> Iterator[Report]:
+    """Yield `run(case, worker)` of every case as it ends; {"number", "result": "wrong", "told"} of one that killed its
+    process or did not end.
+
+    Args:
+        run: called in a fork of this process, which must have one thread only.
+        cases: their numbers.
+        workers: processes at a time.
+        wall_seconds: after which a process is killed. CPU time is bounded elsewhere; this is for those that wait.
+    """
+    children = {w: _start(run, list(cases[w::workers]), w) for w in range(workers)}
+    try:
+        while children:
+            ready, _, _ = select.select([child.pipe for child in children.values()], [], [], 0.2)
+            for worker, child in list(children.items()):
+                ended = child.pipe in ready and not (yield from _reports(child))
+                late = child.current is not None and time.monotonic() - child.since > wall_seconds
+                if late and not ended:
+                    os.kill(child.pid, signal.SIGKILL)
+                if not (ended or late):
+                    continue
+                status = _reap(child)
+                del children[worker]
+                if child.current is not None:
+                    yield _death(child.current, status, late, wall_seconds)
+                if child.cases and (child.current is not None or status):
+                    children[worker] = _start(run, child.cases, worker)
+    finally:
+        for child in children.values():
+            os.kill(child.pid, signal.SIGKILL)
+            _reap(child)
+
+
+def _start(run: Callable[[int, int], Report], cases: list[int], worker: int) -> _Child:
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if not pid:
+        status = 1
+        try:
+            os.close(reader)
+            for case in cases:
+                _send(writer, {"begin": case})
+                _send(writer, run(case, worker))
+            status = 0
+        finally:
+            os._exit(status)
+    os.close(writer)
+    return _Child(pid, reader, list(cases))
+
+
+def _send(pipe: int, content: Report) -> None:
+    line = json.dumps(content).encode() + b"\n"
+    while line:
+        line = line[os.write(pipe, line) :]
+
+
+def _reports(child: _Child) -> Iterator[Report]:
+    """Yield what a child has sent; return whether it may send more."""
+    data = os.read(child.pipe, 1 << 20)
+    child.buffer += data
+    *lines, child.buffer = child.buffer.split(b"\n")
+    for line in lines:
+        content = json.loads(line)
+        if "begin" in content:
+            child.current, child.since = content["begin"], time.monotonic()
+            child.cases.remove(child.current)
+        else:
+            child.current = None
+            yield content
+    return bool(data)
+
+
+def _reap(child: _Child) -> int:
+    os.close(child.pipe)
+    return os.waitstatus_to_exitcode(os.waitpid(child.pid, 0)[1])
+
+
+def _death(case: int, status: int, late: bool, wall_seconds: float) -> Report:
+    told = f"did not end in {wall_seconds} s" if late else f"its process ended with {status}"
+    return {"number": case, "result": "wrong", "told": told, "kinds": [], "base": ""}
