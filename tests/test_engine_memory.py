@@ -155,7 +155,7 @@ def test_peak_memory_while_loading_is_the_compressed_model_and_two_layers(
 
     monkeypatch.setattr(loader.DFloat11ModelLoader, "load_model", measured)
     monkeypatch.setattr(loader.DefaultModelLoader, "get_all_weights", lambda *_: made_up_weights())
-    monkeypatch.setattr(compat, "checkpoint_folder", lambda *_: tmp_path)
+    monkeypatch.setattr(compat, "checkpoint_files", lambda *_: (tmp_path, []))
     with engine(tmp_path, quantization="dfloat11") as llm:
         summary = report.summarize(model_of(llm))
     growth = seen["peak"] - seen["start"]

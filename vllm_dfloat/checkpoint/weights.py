@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -212,6 +212,20 @@ def plan(
     if checkpoint.tie_word_embeddings and not keep_tied:
         items = [item for item in items if not _is_lm_head(item.name)]
     return sorted(items, key=lambda item: _order(item.name, modules))
+
+
+def spans(items: Iterable[Member | StoredTensor]) -> Iterator[StoredTensor]:
+    """Yield the parts of the files that hold these items, each under its item's name; of units about the right part."""
+    for item in items:
+        if isinstance(item, StoredTensor):
+            yield item
+            continue
+        for tensor in item.entry.fields.values():
+            first = tensor.num_bytes * item.start // item.entry.num_weights
+            last = tensor.num_bytes * item.stop // item.entry.num_weights
+            yield replace(
+                tensor, name=item.name, begin=tensor.begin + first, num_bytes=last - first
+            )
 
 
 def _order(name: str, modules: dict[str, Member]) -> tuple[Any, ...]:

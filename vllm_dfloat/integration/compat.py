@@ -1,6 +1,7 @@
 """Everything that differs between the supported vLLM versions, and every private name of vLLM that we need."""
 
 import inspect
+import re
 import sys
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from pathlib import Path
@@ -176,8 +177,10 @@ def lanes(config: Any | None) -> list[Hashable]:
     return [_lane(ubatch, side) for ubatch in range(num_ubatches) for side in beside]
 
 
-def checkpoint_folder(loader: Any, model_config: Any, model: torch.nn.Module) -> Path:
-    """Return the local folder with the checkpoint's files and config.json, downloaded by vLLM if need be."""
+def checkpoint_files(
+    loader: Any, model_config: Any, model: torch.nn.Module
+) -> tuple[Path, list[Path]]:
+    """Return the local folder, downloaded by vLLM if need be, and the files of weights in the order of reading."""
     from vllm.model_executor.model_loader.weight_utils import download_weights_from_hf
 
     wanted = {
@@ -188,12 +191,34 @@ def checkpoint_folder(loader: Any, model_config: Any, model: torch.nn.Module) ->
         "allow_patterns_overrides": getattr(model, "allow_patterns_overrides", None),
     }
     known = inspect.signature(loader._prepare_weights).parameters
-    folder, *_ = loader._prepare_weights(**{k: v for k, v in wanted.items() if k in known})
+    folder, files, *_ = loader._prepare_weights(**{k: v for k, v in wanted.items() if k in known})
     if not (Path(folder) / "config.json").exists() and not Path(model_config.model).exists():
         download_dir = loader.load_config.download_dir
         patterns = ["config.json"]
         download_weights_from_hf(model_config.model, download_dir, patterns, model_config.revision)
-    return Path(folder)
+    return Path(folder), sorted(map(Path, files), key=lambda file: natural(file.name))
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """Return the key by which vLLM sorts files before it reads them: model-2 before model-10."""
+    parts = re.split(r"(\d+)", name)
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
+
+
+def reads_lazily(load_config: Any) -> bool:
+    """Return whether vLLM maps safetensors files and leaves the reading to the first touch."""
+    if str(load_config.load_format) not in ("auto", "hf", "safetensors"):
+        return False
+    if (load_config.model_loader_extra_config or {}).get("enable_multithread_load"):
+        return False
+    return getattr(load_config, "safetensors_load_strategy", None) in (None, "lazy")
+
+
+def is_elsewhere(name: str, model: torch.nn.Module) -> bool:
+    """Return whether a tensor of the checkpoint belongs to a layer of another pipeline stage."""
+    from vllm.model_executor.models.utils import is_pp_missing_parameter
+
+    return bool(is_pp_missing_parameter(name, model))
 
 
 def is_gate(layer: torch.nn.Module) -> bool:

@@ -1,7 +1,7 @@
 """Model loaders: vLLM's own, which also read official DFloat11 checkpoints and report what was compressed."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,9 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 
 from vllm_dfloat.checkpoint.folder import is_dfloat11
+from vllm_dfloat.checkpoint.read_ahead import read_ahead
+from vllm_dfloat.checkpoint.safetensors_file import StoredTensor, read_header
+from vllm_dfloat.errors import DFloatError
 from vllm_dfloat.integration import compat
 from vllm_dfloat.integration.plugin import METHOD
 
@@ -63,32 +66,47 @@ class DFloat11ModelLoader(_Reporting, DefaultModelLoader):  # type: ignore[misc]
         if model_config.quantization != METHOD:
             return super().get_all_weights(model_config, model)  # type: ignore[no-any-return]
         # Asked of the files, not of model_config: vLLM reloads from other folders too.
-        folder = compat.checkpoint_folder(self, model_config, model)
-        if not is_dfloat11(folder):
-            return biases_after_weights(super().get_all_weights(model_config, model))
-        self.counter_before_loading_weights = time.perf_counter()  # for vLLM's log
-        return official_weights(folder, model_config.hf_config)
+        folder, files = compat.checkpoint_files(self, model_config, model)
+        if is_dfloat11(folder):
+            self.counter_before_loading_weights = time.perf_counter()  # for vLLM's log
+            return official_weights(folder, model_config.hf_config, model)
+        pairs = super().get_all_weights(model_config, model)
+        if compat.reads_lazily(self.load_config):
+            pairs = read_ahead(pairs, wanted(stored_in(files), model))
+        return biases_after_weights(pairs)
 
 
-def official_weights(folder: Path, hf_config: Any) -> Weights:
+def official_weights(folder: Path, hf_config: Any, model: torch.nn.Module) -> Weights:
     """Return the weights of an official checkpoint; each is decoded, on the model's device, where vLLM copies it to.
 
     Their shapes come from the model that config.json describes; where it describes none, from `hf_config`.
     """
     from vllm_dfloat.checkpoint.dfloat11 import open_checkpoint
     from vllm_dfloat.checkpoint.shapes import module_shapes
-    from vllm_dfloat.checkpoint.weights import lazy_weights
+    from vllm_dfloat.checkpoint.weights import lazy_weights, plan, spans
     from vllm_dfloat.ops import uses_triton
     from vllm_dfloat.unit_ops import decode_unit
 
     checkpoint = open_checkpoint(folder)
-    shapes = None if "model_type" in checkpoint.config else module_shapes(hf_config)
+    shapes = module_shapes(folder if "model_type" in checkpoint.config else hf_config)
     device = compat.model_device()
-    if not uses_triton(device):
-        return lazy_weights(checkpoint, shapes)
-    return lazy_weights(
-        checkpoint, shapes, decode=lambda unit, *range_: decode_unit(unit, device, *range_)
-    )
+    on_device = lambda unit, *weights: decode_unit(unit, device, *weights)  # noqa: E731
+    decode = on_device if uses_triton(device) else None
+    pairs = lazy_weights(checkpoint, shapes, decode=decode)
+    return read_ahead(pairs, wanted(spans(plan(checkpoint, shapes)), model))
+
+
+def wanted(tensors: Iterable[StoredTensor], model: torch.nn.Module) -> list[StoredTensor]:
+    """Return the tensors without those of layers that another pipeline stage has."""
+    return [tensor for tensor in tensors if not compat.is_elsewhere(tensor.name, model)]
+
+
+def stored_in(files: Sequence[Path]) -> list[StoredTensor]:
+    """Return the tensors of safetensors files in the order in which vLLM reads them; none if that is not known."""
+    try:
+        return [tensor for file in files for tensor in read_header(file).values()]
+    except DFloatError:
+        return []  # vLLM itself says what is wrong, or knows a dtype that we do not
 
 
 def biases_after_weights(pairs: Iterable[tuple[str, torch.Tensor]]) -> Weights:
