@@ -43,10 +43,24 @@ def engine(model: Path, **settings: Any) -> Iterator[Any]:
         cleanup_dist_env_and_memory()  # or the next engine would find this one's process group
         raise
     try:
+        _make_buffers_between_stages(llm)
         yield llm
     finally:
         llm.llm_engine.engine_core.shutdown()
         del llm
+
+
+def _make_buffers_between_stages(llm: Any) -> None:
+    """Make up for what vLLM's CPU worker leaves out: in eager mode, pipeline stages could not receive anything.
+
+    A stage allocates the buffer for what the stage before it sends in its first dummy run (_dummy_run of
+    gpu_model_runner.py). Other workers do one to measure memory; CPUWorker skips it in eager mode, so the first prompt
+    ends in an AssertionError in sync_and_gather_intermediate_tensors, in BF16 too. The dummy batch of data parallelism
+    is such a run; it writes nothing into the KV cache.
+    """
+    config = llm.llm_engine.vllm_config
+    if config.parallel_config.pipeline_parallel_size > 1 and config.model_config.enforce_eager:
+        llm.collective_rpc("execute_dummy_batch")
 
 
 def _inspect_in_this_process(model: Path) -> None:

@@ -145,7 +145,6 @@ def of_ranks(
 def test_plan_agrees_with_two_ranks(
     ranks: str, of_ranks: dict[str, dict[str, Any]], tmp_path: Path
 ) -> None:
-    # BF16 vLLM starts with PP 2 on a CPU and reports the same, but fails in eager mode at the first prompt.
     if ranks not in of_ranks:
         pytest.skip("takes half a minute: runs with --full")
     tp, pp = (2, 1) if ranks == "TP 2" else (1, 2)

@@ -1,0 +1,82 @@
+"""Pairs of engines of several ranks, BF16 vLLM's and ours, with the same settings, in a process of their own."""
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tiny_models
+from conftest import Checkpoint
+from engines import Answers, answers_elsewhere
+
+ENVIRONMENT = {
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # several ranks on one NUMA node
+    "OMP_NUM_THREADS": "1",  # ranks that spin on each other's cores would take twice the time
+}
+OFFICIAL = {"qwen3-tiny-tied", "llama-tiny", "phi3-tiny-fused"}
+# What VLLM_CPU_CI_ENV makes of vLLM's default for a CPU: Dynamo traces, without Inductor's C++ compiles. But so vLLM
+# still warms up, without which pipeline stages have no buffer for what they receive (see engines.py).
+TRACED = dict(compilation_config={"mode": 2, "backend": "eager", "custom_ops": ["none"]})
+# The process and the ranks on it, as vLLM puts them before each line of a worker.
+WORKER = re.compile(r"\((Worker[^ ]*|RayWorker[^ ]*) .*dfloat11: compressed")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model (an architecture, an official vector or "shipped"), a mode and how many ranks run it."""
+
+    model: str
+    mode: str
+    tp: int = 1
+    pp: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.model}-{self.mode}-tp{self.tp}-pp{self.pp}"
+
+    def settings(self) -> dict[str, Any]:
+        how = (
+            dict(enforce_eager=True)
+            if self.mode == "eager"
+            else dict(enforce_eager=False, **TRACED)
+        )
+        return dict(tensor_parallel_size=self.tp, pipeline_parallel_size=self.pp, **how)
+
+
+def answer_pairs(
+    cases: list[Case],
+    bf16_checkpoint: Checkpoint,
+    folder: Path,
+    environment: dict[str, str] = ENVIRONMENT,
+    **settings: Any,
+) -> dict[Case, tuple[Answers, Answers]]:
+    """Return what BF16 vLLM and what ours answered in each case, and hold every rank to its line of log.
+
+    All engines run in one process, because only its first one pays for vLLM's import.
+    """
+    runs = []
+    for case in cases:
+        name, given = case.model, {**case.settings(), **settings}
+        plain = tiny_models.SHIPPED if name == "shipped" else bf16_checkpoint(name)
+        runs.append(dict(model=str(plain), **given))
+        if name in OFFICIAL:
+            runs.append(dict(model=str(tiny_models.official(name)), **given))
+        else:
+            runs.append(dict(model=str(plain), quantization="dfloat11", **given))
+    num_ranks = sum(2 * case.tp * case.pp for case in cases)
+    results = answers_elsewhere(runs, folder, environment, timeout=120 * num_ranks)
+    assert_each_rank_compressed(folder / "log.txt", cases)
+    return dict(zip(cases, zip(results[::2], results[1::2], strict=True), strict=True))
+
+
+def assert_each_rank_compressed(log: Path, cases: list[Case]) -> None:
+    """Check that each rank of each compressed engine has said so once."""
+    found = Counter(WORKER.findall(log.read_text()))
+    expected = Counter(name for case in cases for name in names_of_ranks(case))
+    assert found == expected
+
+
+def names_of_ranks(case: Case) -> list[str]:
+    stages = [f"_PP{stage}" for stage in range(case.pp)] if case.pp > 1 else [""]
+    slices = [f"_TP{rank}" for rank in range(case.tp)] if case.tp > 1 else [""]
+    return [f"Worker{stage}{rank}" for stage in stages for rank in slices]
