@@ -220,6 +220,8 @@ def command(limits: Limits, *arguments: str) -> tuple[int, str]:
     lines = [*out.splitlines(), *err.splitlines()]
     if status not in (0, 1, 2) or bool(err) != (status == 2):
         raise Wrong(f"{arguments[0]} exits with {status} and prints {err!r}")
+    if "internal error" in err or "out of memory" in err:
+        raise Wrong(f"{arguments[0]}: {err!r}")
     if err and (len(err.splitlines()) != 1 or not err.startswith("vllm-dfloat: ")):
         raise Wrong(f"{arguments[0]} prints no single sentence: {err!r}")
     bad = [line for line in lines if len(line) > MAX_LINE or not line.isprintable()]

@@ -1,54 +1,117 @@
 """The command line: vllm-dfloat compress | decompress | inspect | verify | plan.
 
-Results go to stdout, progress and errors to stderr. Exit 0: fine; 1: different, or does not fit; 2: bad input; 130:
-interrupted.
+Results go to stdout, progress and errors to stderr, an error as one line. Exit 0: fine; 1: different, or does not fit;
+2: bad input or any other error; 130: interrupted; 141: nobody reads the output any more.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
+import os
+import select
 import sys
 import traceback
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from vllm_dfloat import __version__, cli_convert
-from vllm_dfloat.errors import DFloatError
+from vllm_dfloat.errors import DFloatError, one_line
 from vllm_dfloat.plan.command import add_plan
 
 if TYPE_CHECKING:
     from vllm_dfloat.checkpoint.compare import Comparison
 
 EXIT_EQUAL, EXIT_DIFFERENT, EXIT_BAD_INPUT = 0, 1, 2
-EXIT_INTERRUPTED = 130  # as shells say it
+EXIT_INTERRUPTED, EXIT_UNREAD = 130, 141  # as shells say it: 128 and the signal
 MAX_DIFFERENCES_SHOWN = 20
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    args = _parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # paths may hold bytes that are no text
+            stream.reconfigure(errors="backslashreplace")
     try:
+        args = _parser().parse_args(argv)
         status: int = args.run(args)
+        sys.stdout.flush()  # here, where an error can still be told
         return status
-    except (DFloatError, OSError) as error:
-        if args.debug:
+    except (Exception, KeyboardInterrupt) as error:
+        is_unread = isinstance(error, BrokenPipeError) and _is_unread()
+        _settle_stdout()
+        if "--debug" in (sys.argv if argv is None else argv):
             traceback.print_exc()
-        print(f"vllm-dfloat: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
-    except KeyboardInterrupt:
-        if args.debug:
-            traceback.print_exc()
-        print("vllm-dfloat: interrupted.", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        if is_unread:
+            return EXIT_UNREAD
+        print(f"vllm-dfloat: {_sentence(error)}", file=sys.stderr)
+        return EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else EXIT_BAD_INPUT
+
+
+def _sentence(error: BaseException) -> str:
+    """Return one line that says what is wrong."""
+    if isinstance(error, DFloatError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        where = (
+            f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+        )
+        return one_line(f"{where}{error.strerror}.")
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted."
+    if isinstance(error, MemoryError):
+        return "out of memory. Free some, or use a machine that has more."
+    # Not 1, with which Python would end: that says that two checkpoints differ.
+    what = f"{type(error).__name__}: {error}"
+    return one_line(
+        f"internal error, {what}. Run the same with --debug, and report what it prints."
+    )
+
+
+def _is_unread() -> bool:
+    """Return whether stdout is a pipe that nobody reads any more: not every broken pipe is that one."""
+    try:
+        waiting = select.poll()
+        waiting.register(sys.stdout.fileno(), select.POLLOUT)
+        return any(event & select.POLLERR for _, event in waiting.poll(0))
+    except (OSError, ValueError):
+        return False
+
+
+def _settle_stdout() -> None:
+    """Let stdout lead nowhere if it takes nothing; else Python would complain at the end, with a status of its own."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with contextlib.suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stdout.fileno())
+            os.close(nowhere)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Tells an error in one line, as the commands do."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(
+            EXIT_BAD_INPUT, one_line(f"{self.prog}: {message}. For help: {self.prog} -h") + "\n"
+        )
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        sys.stdout.flush()
+        super().exit(status, message)
 
 
 @cache
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="vllm-dfloat", description="Make, look at and check DFloat11 checkpoints."
+    parser: argparse.ArgumentParser = _Parser(
+        prog="vllm-dfloat",
+        description="Make, look at and check DFloat11 checkpoints.",
+        epilog="example: vllm-dfloat compress ./Qwen3-8B ./Qwen3-8B-DF11. More: vllm-dfloat COMMAND -h",
     )
     parser.add_argument("--version", action="version", version=f"vllm-dfloat {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -95,13 +158,13 @@ def _verify(args: argparse.Namespace) -> int:
 
     def progress(name: str) -> None:
         if not args.quiet and sys.stderr.isatty():
-            print(f"\r\x1b[K{name}", end="", file=sys.stderr, flush=True)
+            print(f"\r\x1b[K{one_line(name, 70)}", end="", file=sys.stderr, flush=True)
 
-    result = (
-        compare(args.path, args.against, progress) if args.against else check(args.path, progress)
-    )
-    if not args.quiet and sys.stderr.isatty():
-        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+    try:
+        against = args.against
+        result = compare(args.path, against, progress) if against else check(args.path, progress)
+    finally:
+        progress("")  # an error has a line of its own
     for difference in result.differences[:MAX_DIFFERENCES_SHOWN]:
         print(difference)
     hidden = len(result.differences) - MAX_DIFFERENCES_SHOWN

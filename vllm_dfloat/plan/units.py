@@ -11,6 +11,7 @@ UNITS = {
 }  # fmt: skip
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 GIB = 1 << 30
+MAX_SIZE = 1 << 60
 
 
 def parse_size(text: str, where: str) -> int:
@@ -25,7 +26,12 @@ def parse_size(text: str, where: str) -> int:
             f"{where} {text}: not a size; expected a number and GiB (2**30 bytes) or GB (10**9 bytes), "
             "such as 80GiB."
         )
-    return int(float(match[1]) * UNITS[match[2].upper()])
+    size = float(match[1]) * UNITS[match[2].upper()]
+    if size >= MAX_SIZE:
+        raise UnsupportedError(
+            f"{where} {text}: no computer has as much; expected less than 2**60 bytes."
+        )
+    return int(size)
 
 
 def gib(num_bytes: float) -> str:
