@@ -1,0 +1,246 @@
+"""Measure the memory that a rank needs while loading, on the real shapes of a large model, one rank at a time.
+
+    python scripts/load_scale.py [--shape llama-3.1-405b] [--layers 1] [--tp 8] [--ranks 0,7] [--json FILE]
+
+Writes random weights N(0, 0.02): embedding, LM head and `--layers` transformer blocks (a 405B: 14.8 GB), compresses
+them with the real command (10 GB more), and loads each rank from both checkpoints with vLLM's loader, each in a
+process of its own (load_rank.py), from files that are not in the page cache. The peak must stay under what is held in
+the end, two of the rank's largest layers, and the scratch; otherwise the exit status is 1. Beside it: what that makes
+for all layers, and what `vllm-dfloat plan` says. Everything lies in a temporary folder, or is kept in `--folder`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from bench_serve_model import (
+    LLAMA,
+    SHAPES,
+    BenchError,
+    check_room,
+    is_complete,
+    num_bytes,
+    tensor_shapes,
+)
+
+from vllm_dfloat.checkpoint.write_safetensors import Item, write_safetensors
+
+SCRIPTS = Path(__file__).resolve().parent
+GIB = 1 << 30
+PIECE_WEIGHTS = 1 << 24
+
+
+def random_pieces(shape: tuple[int, ...], seed: int) -> Iterator[np.ndarray]:
+    """Yield the BF16 bits of a matrix N(0, 0.02), or of a vector of ones."""
+    numel = int(np.prod(shape))
+    if len(shape) == 1:
+        yield np.full(numel, 0x3F80, np.uint16)
+        return
+    rng = np.random.default_rng(seed)
+    for first in range(0, numel, PIECE_WEIGHTS):
+        values = rng.standard_normal(min(PIECE_WEIGHTS, numel - first), np.float32)
+        values *= np.float32(0.02)
+        yield (values.view(np.uint32) >> 16).astype(np.uint16)
+
+
+def write_model(shape: str, layers: int, folder: Path) -> dict[str, Any]:
+    """Write random weights of a shape with `layers` blocks, unless they are there; return config.json."""
+    config = {**LLAMA, **SHAPES[shape], "num_hidden_layers": layers}
+    if is_complete(folder, config):
+        return config
+    files = list(tensor_shapes(config))
+    check_room(folder, int(1.7 * sum(map(num_bytes, files))))
+    owners: dict[str, str] = {}
+    for number, shapes in enumerate(files):
+        name = f"model-{number + 1:05d}-of-{len(files):05d}.safetensors"
+        items = [
+            Item(tensor, "BF16", size, partial(random_pieces, size, seed))
+            for seed, (tensor, size) in enumerate(shapes.items(), len(owners))
+        ]
+        write_safetensors(folder / name, items, {"format": "pt"})
+        owners |= dict.fromkeys(shapes, name)
+    index = {"metadata": {"total_size": sum(map(num_bytes, files))}, "weight_map": owners}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    return config
+
+
+def forget(folder: Path) -> int:
+    """Have the system drop a folder's weights from its page cache; return their bytes."""
+    total = 0
+    for file in folder.glob("*.safetensors"):
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+        total += file.stat().st_size
+    return total
+
+
+def load_rank(model: Path, *options: str, cold: bool = True) -> dict[str, Any]:
+    """Run load_rank.py in a process of its own, with `cold` from files that are not cached; return what it measured."""
+    file_bytes = forget(model) if cold else 0
+    command = [sys.executable, str(SCRIPTS / "load_rank.py"), str(model), *options]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    lines = done.stdout.splitlines()
+    if done.returncode or not lines or not lines[-1].startswith("{"):
+        raise BenchError(f"{' '.join(command)}: exit {done.returncode}: {done.stdout[-3000:]}")
+    return json.loads(lines[-1]) | {"file_bytes": file_bytes}
+
+
+def planned(model: Path, tp: int, code_bits: float | None = None) -> dict[str, int]:
+    """Return what `vllm-dfloat plan` says of a rank, in bytes."""
+    from vllm_dfloat.plan.memory import Settings
+    from vllm_dfloat.plan.plan import make_plan
+
+    rank = make_plan(str(model), Settings(tp=tp), code_bits).ranks[0]
+    return {
+        "held_bytes": rank.dfloat11_weights,
+        "scratch_bytes": rank.scratch,
+        "loading_peak_bytes": rank.loading_peak,
+    }
+
+
+def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Make the checkpoints, load every rank from each; return everything."""
+    original, compressed = folder / "bf16", folder / "dfloat11"
+    config = write_model(args.shape, args.layers, original)
+    if not (compressed / "dfloat11_manifest.json").exists():
+        command = [
+            sys.executable,
+            "-m",
+            "vllm_dfloat.cli",
+            "compress",
+            str(original),
+            str(compressed),
+        ]
+        subprocess.run(command, check=True)
+    whole = folder / "whole"
+    whole.mkdir(exist_ok=True)
+    all_layers = SHAPES[args.shape]["num_hidden_layers"]
+    (whole / "config.json").write_text(json.dumps({**config, "num_hidden_layers": all_layers}))
+    ranks = []
+    for kind in args.checkpoints:
+        model = original if kind == "bf16" else compressed
+        for rank in args.ranks or range(args.tp):
+            options = ["--quantization", "dfloat11", "--tp", str(args.tp), "--rank", str(rank)]
+            found = load_rank(model, *options)
+            found["bound_bytes"] = (
+                found["held_bytes"] + 2 * found["largest_layer_bytes"] + found["scratch_bytes"]
+            )
+            more = (all_layers - args.layers) * found["block_bytes"] // args.layers
+            found["extrapolated_held_bytes"] = found["held_bytes"] + more
+            found["extrapolated_peak_bytes"] = found["peak_bytes"] + more
+            ranks.append({"checkpoint": kind, "rank": rank, **found})
+            print(line_of(ranks[-1]), flush=True)
+    return {
+        "shape": args.shape,
+        "layers": args.layers,
+        "all_layers": all_layers,
+        "tp": args.tp,
+        "ranks": ranks,
+        "plan": planned(original, args.tp),
+        "plan_of_all_layers": planned(whole, args.tp),
+    }
+
+
+def line_of(rank: dict[str, Any]) -> str:
+    """Return a row of the table."""
+    sizes = [
+        rank[name] / GIB
+        for name in (
+            "bf16_bytes",
+            "held_bytes",
+            "peak_bytes",
+            "bound_bytes",
+            "read_bytes",
+            "file_bytes",
+        )
+    ]
+    return (
+        f"{rank['checkpoint']:<9}{rank['rank']:>4}{rank['seconds']:>9.1f}"
+        + "".join(f"{size:>11.3f}" for size in sizes)
+        + ("  ok" if rank["peak_bytes"] <= rank["bound_bytes"] else "  OVER THE BOUND")
+    )
+
+
+def summary_of(result: dict[str, Any]) -> str:
+    """Return what it comes to for all layers, beside the plan."""
+    worst = max(result["ranks"], key=lambda rank: rank["extrapolated_peak_bytes"])
+    plan, whole = result["plan"], result["plan_of_all_layers"]
+    rows = [
+        (
+            f"held, {result['layers']} of {result['all_layers']} layers",
+            worst["held_bytes"],
+            plan["held_bytes"],
+        ),
+        (
+            f"held, all {result['all_layers']} layers",
+            worst["extrapolated_held_bytes"],
+            whole["held_bytes"],
+        ),
+        (
+            f"peak, all {result['all_layers']} layers",
+            worst["extrapolated_peak_bytes"],
+            whole["loading_peak_bytes"],
+        ),
+    ]
+    head = f"{'GiB per rank':<28}{'measured':>12}{'plan':>12}"
+    return "\n".join(
+        [head, *(f"{name:<28}{a / GIB:>12.3f}{b / GIB:>12.3f}" for name, a, b in rows)]
+    )
+
+
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="llama-3.1-405b")
+    parser.add_argument(
+        "--layers", type=int, default=1, help="transformer blocks to write (default: 1)"
+    )
+    parser.add_argument(
+        "--tp", type=int, default=8, help="ranks of tensor parallelism (default: 8)"
+    )
+    parser.add_argument("--ranks", type=numbers, help="which to load, such as 0,7 (default: all)")
+    parser.add_argument(
+        "--checkpoints", type=lambda text: text.split(","), default=["bf16", "official"]
+    )
+    parser.add_argument("--folder", type=Path, help="where to keep the checkpoints")
+    parser.add_argument("--json", type=Path, help="file for the results")
+    args = parser.parse_args()
+    print(
+        f"{'from':<9}{'rank':>4}{'seconds':>9}"
+        + "".join(
+            f"{name:>11}" for name in ("BF16 GiB", "held", "peak", "bound", "read", "of files")
+        ),
+        flush=True,
+    )
+    try:
+        with tempfile.TemporaryDirectory(prefix="load-scale-") as temporary:
+            result = measure(args, args.folder or Path(temporary))
+    except BenchError as trouble:
+        print(trouble, file=sys.stderr)
+        return 2
+    print(summary_of(result))
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    within = all(rank["peak_bytes"] <= rank["bound_bytes"] for rank in result["ranks"])
+    return 0 if within else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
