@@ -35,6 +35,7 @@ MODULES = (
     "decode_rows",
     "decode_dfloat11",
     "encode",
+    "encode_dfloat11",
     "matmul_gemv",
     "matmul_dot",
     "matmul",

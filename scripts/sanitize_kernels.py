@@ -86,6 +86,22 @@ def official_unit(device: torch.device) -> None:
     expect_same_bits(unit_ops.decode_unit(unit, device), weight, "decode_dfloat11")
 
 
+def official_encoder(device: torch.device) -> None:
+    """As `compress` encodes: two members, pieces of which the last lane is partly filled."""
+    import torch
+    from bench_timing import WrongBitsError
+
+    from vllm_dfloat.checkpoint.encode_unit import encode_unit
+    from vllm_dfloat.device_units import DeviceCoder
+
+    members = [normal(rows, COLS, device, seed=rows).cpu() for rows in (12, 1)]
+    bits = [member.view(torch.uint16).numpy() for member in members]
+    made, expected = encode_unit(bits, "w", DeviceCoder(device)), encode_unit(bits, "w")
+    wrong = [field for field in expected if (made[field] != expected[field]).any()]
+    if wrong:
+        raise WrongBitsError(f"encode_dfloat11: {', '.join(wrong)}")
+
+
 def official_held(device: torch.device) -> None:
     from bench_decode import check_decode, check_rows
 
@@ -128,7 +144,7 @@ def fused_products(device: torch.device) -> dict[str, Callable[[], None]]:
 def checks(device: torch.device) -> dict[str, Callable[[], None]]:
     """Return every check by name, those that take longest to compile first."""
     parts = (
-        packed_block, packed_decode, packed_rows, encoder, official_unit, official_held,
+        packed_block, packed_decode, packed_rows, encoder, official_unit, official_encoder, official_held,
     )  # fmt: skip
     return fused_products(device) | {part.__name__: partial(part, device) for part in parts}
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from vllm_dfloat.checkpoint.dfloat11 import open_checkpoint
+from vllm_dfloat.checkpoint.encode_pieces import Book
 from vllm_dfloat.checkpoint.safetensors_file import read_header
 from vllm_dfloat.checkpoint.unit import Unit
 
@@ -89,6 +89,8 @@ def write_checkpoint(
     patterns: Mapping[str, list[str]] | None = None,
 ) -> Path:
     """Write units to `path`/model.safetensors with a config.json; return `path`."""
+    from safetensors.numpy import save_file  # hosts that rent a GPU may not have it
+
     path.mkdir(parents=True, exist_ok=True)
     tensors = {
         f"{name}.{field}": array for name, unit in units.items() for field, array in unit.items()
@@ -206,3 +208,19 @@ def make_luts(codes: Mapping[int, tuple[int, int]]) -> np.ndarray:
         if symbol != EOF:
             luts[-1, symbol] = size
     return luts
+
+
+def long_book() -> Book:
+    """Return the code of exponents 100 to 131 with 1 to 32 bits, and of 132 with 32 bits: 0, 10, 110 and so on."""
+    lengths, values = np.zeros(256, np.uint8), np.zeros(256, np.uint32)
+    for i in range(33):
+        lengths[100 + i] = min(i + 1, 32)
+        values[100 + i] = ((1 << i) - 1) << 1 if i < 32 else (1 << 32) - 1
+    return Book(lengths, values, (0, 1))
+
+
+def long_code_weights(size: int) -> np.ndarray:
+    """Return BF16 bits whose exponents have codes in `long_book`, those of 32 bits as often as those of one."""
+    rng = np.random.default_rng(size)
+    symbols = 100 + rng.integers(0, 33, size)
+    return (symbols << 7 | rng.integers(0, 1 << 16, size) & 0x807F).astype(np.uint16)

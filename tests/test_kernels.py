@@ -102,7 +102,8 @@ def test_flipped_bits_end_with_a_status_or_decode_and_equal_the_cpu_decoder() ->
 # kernel report.
 FORMS = (
     "decode", "decode_block", "decode_rows", "decode_dfloat11", "decode_dfloat11_resident", "decode_dfloat11_rows",
-    "encode_count", "encode_measure", "encode_write", "gemv_1", "dot_16", "sum_1",
+    "encode_count", "encode_measure", "encode_write", "encode_dfloat11_measure", "encode_dfloat11_write",
+    "encode_dfloat11_split", "gemv_1", "dot_16", "sum_1",
 )  # fmt: skip
 
 

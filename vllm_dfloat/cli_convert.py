@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import re
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_dfloat.errors import UnsupportedError
+
 if TYPE_CHECKING:
     from vllm_dfloat.checkpoint.compress import Report
+    from vllm_dfloat.checkpoint.encode_pieces import Coder
 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -24,6 +29,13 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     compress.add_argument("target", type=Path, help="folder to write; new, empty, or begun earlier")
     compress.add_argument(
         "--workers", type=_positive, help="processes (default: as cores and memory allow)"
+    )
+    compress.add_argument(
+        "--device",
+        type=_device,
+        default="auto",
+        metavar="auto|cpu|cuda[:N]",
+        help="what encodes and compares (default: auto, a GPU where there is one)",
     )
     compress.set_defaults(run=_compress)
     decompress = commands.add_parser(
@@ -48,18 +60,48 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _device(text: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", text):
+        raise ValueError
+    return text
+
+
 def _compress(args: argparse.Namespace) -> int:
     from vllm_dfloat.checkpoint.compress import compress
     from vllm_dfloat.checkpoint.source import local_folder, open_source
 
+    coder = _coder(args.device, args.workers)
     with _Bar(args.quiet) as bar:
         source = open_source(local_folder(args.source))
-        report = compress(source, args.target, args.force, args.workers, bar.start, bar.advance)
+        report = compress(
+            source, args.target, args.force, args.workers, bar.start, bar.advance, coder
+        )
     if not args.quiet:
         for name, reason in report.left.items():
             print(f"{name}: stays as it is: {reason}")
         print(_last_line(args.target, report))
     return 0
+
+
+def _coder(device: str, workers: int | None) -> Coder | None:
+    """Return what works on a GPU, None for the CPU; workers are processes on the CPU."""
+    if device == "auto" and (workers or not _may_have_gpu()):
+        return None
+    if device == "cpu":
+        return None
+    if workers:
+        raise UnsupportedError(
+            f"--workers {workers} with --device {device}: one process feeds a GPU. Leave out one of the two."
+        )
+    from vllm_dfloat.device_units import coder_of
+
+    return coder_of(device)
+
+
+def _may_have_gpu() -> bool:
+    """Return whether it is worth the seconds that importing torch takes, to ask it."""
+    drivers = ("/dev/nvidiactl", "/dev/dxg")
+    return bool(find_spec("triton")) and any(Path(driver).exists() for driver in drivers)
 
 
 def _last_line(target: Path, report: Report) -> str:

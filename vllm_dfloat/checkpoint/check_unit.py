@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from vllm_dfloat.checkpoint.encode_pieces import Coder
 from vllm_dfloat.checkpoint.pieces import StoredWeights
 from vllm_dfloat.checkpoint.progress import Advance
@@ -25,7 +23,7 @@ def check_unit(
     Args:
         entry: the unit in its file.
         originals: its members as they were, in order.
-        coder: what decodes.
+        coder: what decodes and compares.
         advance: called with the number of weights that were compared.
 
     Raises:
@@ -38,7 +36,7 @@ def check_unit(
             if unit is None or mapped >= _MAPPED_WEIGHTS:
                 unit, mapped = None, 0  # unmapped before it is mapped again
                 unit = entry.load()
-            if not np.array_equal(coder.decode(unit, at, at + piece.size), piece):
+            if not coder.equals(unit, at, piece):
                 raise FormatError(
                     f"{entry.fields['luts'].file.name}: {original.name}: the bytes just written do not decode to the "
                     "original bits. The memory or the disk of this machine cannot be trusted; the file is not kept."

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_dfloat.checkpoint.compress_file import FileJob, FileResult, compress_file
+from vllm_dfloat.checkpoint.encode_pieces import Coder
 from vllm_dfloat.checkpoint.folder import CONFIG_FILE
 from vllm_dfloat.checkpoint.journal import JOURNAL_FILE, open_journal
 from vllm_dfloat.checkpoint.manifest import MANIFEST_FILE, Manifest, file_entry
@@ -61,6 +62,7 @@ def compress(
     workers: int | None = None,
     start: Callable[[int, int], None] = lambda total_bytes, done_bytes: None,
     advance: Callable[[int], None] = lambda num_bytes: None,
+    coder: Coder | None = None,
 ) -> Report:
     """Write `source` as a DFloat11 checkpoint into the folder `target`; go on where an earlier run was ended.
 
@@ -70,7 +72,8 @@ def compress(
         force: take another folder too, and replace the checkpoint in it.
         workers: processes; by default as many as cores and memory allow.
         start: called with the bytes to be read in all, and with those that an earlier run has read.
-        advance: called with the bytes that were read since.
+        advance: called with the bytes that were done since.
+        coder: what encodes and compares, in this process; by default the CPU, in `workers` of them.
 
     Raises:
         FormatError: `target` cannot be used, or what was written does not decode to the original.
@@ -95,7 +98,9 @@ def compress(
             results = _intact(target, journal.done, jobs)
             start(sum(sizes.values()), sum(sizes[file] for file in results))
             todo = [job for job in jobs if job.file not in results]
-            for result in _run(source, target, todo, sizes, workers, WholeBytes(advance)):
+            for result in _run(
+                source, target, todo, sizes, 1 if coder else workers, coder, WholeBytes(advance)
+            ):
                 journal.append(result.as_json())
                 results[result.file] = result
             report = _finish(source, target, plan, [results[job.file] for job in jobs])
@@ -201,6 +206,7 @@ def _run(
     jobs: Sequence[FileJob],
     sizes: Mapping[str, int],
     workers: int | None,
+    coder: Coder | None,
     report: Advance,
 ) -> Iterable[FileResult]:
     cores = num_threads()
@@ -211,7 +217,7 @@ def _run(
         workers = share_cores(cores, len(jobs), largest, total, int(0.8 * available_memory()))
     # Large files first, so that no worker begins one when the others have nothing left.
     arguments = [
-        (job, {name: source.tensors[name] for name in job.tensors}, target, None)
+        (job, {name: source.tensors[name] for name in job.tensors}, target, coder)
         for job in sorted(jobs, key=lambda job: -sizes[job.file])
     ]
     call: Callable[..., FileResult] = compress_file

@@ -84,8 +84,8 @@ class Coder(Protocol):
     def sign_mantissa(self, weights: U16Array) -> U8Array:
         """Return the sign and the mantissa of each weight in one byte."""
 
-    def decode(self, unit: Unit, start: int, stop: int) -> U16Array:
-        """Return weights start..stop of a unit as BF16 bits.
+    def equals(self, unit: Unit, start: int, weights: U16Array) -> bool:
+        """Return whether the weights of a unit from `start` on are these, to the bit.
 
         Raises:
             FormatError: the codes contradict the unit's gaps, positions or tables.
@@ -116,8 +116,8 @@ class CpuCoder:
         over_tiles(_split_chunks, -(-weights.size // CHUNK), weights, out)
         return out
 
-    def decode(self, unit: Unit, start: int, stop: int) -> U16Array:
-        return decode_unit(unit, start, stop)
+    def equals(self, unit: Unit, start: int, weights: U16Array) -> bool:
+        return np.array_equal(decode_unit(unit, start, start + weights.size), weights)
 
 
 def _chunk_starts(weights: U16Array, lengths: U8Array, bit: int) -> I64Array:
