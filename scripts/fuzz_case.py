@@ -15,7 +15,9 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import fuzz_mutations_json  # noqa: F401  # registers its mutations
+import fuzz_mutations_files  # noqa: F401  # each registers its mutations
+import fuzz_mutations_json  # noqa: F401
+import fuzz_mutations_tensors  # noqa: F401
 from fuzz_bases import Base
 from fuzz_folder import Folder, write_folder
 from fuzz_mutations import MUTATIONS
@@ -83,7 +85,7 @@ def damaged(number: int, seed: int, bases: Sequence[Base]) -> tuple[Base, Folder
     kinds: list[str] = []
     wanted = rng.choice((1, 1, 1, 2, 3, 5))
     for _ in range(50):  # not every mutation finds something to work on
-        kind = rng.choice(list(MUTATIONS))
+        kind = rng.choice(sorted(MUTATIONS))
         try:
             applied = MUTATIONS[kind](folder, rng)
         except _NOT_APPLICABLE:  # earlier damage left nothing that this one can take apart

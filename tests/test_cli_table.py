@@ -1,33 +1,18 @@
 """Every command through the same table: quiet, debug, help, and how it ends whatever goes wrong."""
 
-import errno
-import json
 import os
 import re
-import resource
-import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
-from fuzz_folder import Stored, pack
-from helpers import gaussian
+from cli_commands import COMMANDS, CONFIG, make_places, only_line
+from fuzz_folder import pack
 
 from vllm_dfloat.cli import main
 
-CONFIG = Path(__file__).parent / "data" / "configs" / "Llama-3.1-8B.json"
-# {bf16} is a model, {df11} the same compressed, {new} a folder that is not there.
-COMMANDS = {
-    "compress": ["compress", "{bf16}", "{new}"],
-    "decompress": ["decompress", "{df11}", "{new}"],
-    "inspect": ["inspect", "{df11}"],
-    "verify": ["verify", "{df11}", "--against", "{bf16}"],
-    "plan": ["plan", "{config}", "--gpu-memory", "24GiB"],
-}
 BAD_ARGUMENTS = {
     "compress": [["x"], ["x", "y", "z"], ["x", "y", "--workers", "0"], ["x", "y", "--workers", "9" * 5000]],
     "decompress": [["x"], ["x", "y", "--bogus"]],
@@ -39,19 +24,7 @@ BAD_ARGUMENTS = {
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Give the folders that the arguments of COMMANDS name."""
-    root = tmp_path_factory.mktemp("table")
-    bf16 = root / "bf16"
-    bf16.mkdir()
-    shapes = {"model.layers.0.mlp.up_proj.weight": (64, 48), "model.embed_tokens.weight": (96, 32)}
-    tensors = [
-        Stored(name, "BF16", list(shape), gaussian(*shape).tobytes())
-        for name, shape in shapes.items()
-    ]
-    (bf16 / "model.safetensors").write_bytes(pack(tensors))
-    (bf16 / "config.json").write_text(json.dumps({"tie_word_embeddings": False}))
-    assert main(["compress", str(bf16), str(root / "df11"), "--quiet"]) == 0
-    return {"bf16": bf16, "df11": root / "df11", "config": CONFIG}
+    return make_places(tmp_path_factory.mktemp("places"))
 
 
 @pytest.fixture(params=COMMANDS)
@@ -68,12 +41,6 @@ def with_input(command: list[str], path: Path) -> list[str]:
 
 def without_input(command: list[str]) -> list[str]:
     return with_input(command, Path(command[1]).with_name("nowhere"))
-
-
-def only_line(text: str) -> str:
-    (line,) = text.splitlines()
-    assert line.isprintable()
-    return line
 
 
 def test_a_command_that_succeeds_exits_0_with_results_on_stdout_alone(
@@ -226,88 +193,3 @@ def test_an_error_of_the_package_itself_does_not_look_like_a_difference(
     )
     assert main(["verify", str(places["df11"])]) == 2
     assert only_line(capsys.readouterr().err).startswith("vllm-dfloat: out of memory")
-
-
-# In a process of its own: it sends itself ctrl-C when the command opens a file of the model.
-_INTERRUPTED = """
-import os, signal, sys
-from vllm_dfloat.cli import main
-def hook(event, args):
-    if event == "open" and sys.argv[2] in str(args[0]):
-        os.kill(os.getpid(), signal.SIGINT)
-sys.addaudithook(hook)
-sys.exit(main(sys.argv[1:]))
-"""
-
-
-def run_all(
-    places: dict[str, Path],
-    folder: Path,
-    program: list[str],
-    stdout: Callable[[], int],
-    names: list[str] | None = None,
-) -> dict[str, tuple[int, str]]:
-    """Run all commands as processes at the same time; return exit status and stderr of each."""
-    started = {}
-    for name in names or COMMANDS:
-        arguments = [a.format(**places, new=folder / name) for a in COMMANDS[name]]
-        out = stdout()
-        started[name] = subprocess.Popen(
-            [sys.executable, *program, *arguments],
-            stdout=out,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "VLLM_DFLOAT_THREADS": "1"},
-        )
-        os.close(out)
-    return {name: (p.wait(), p.communicate()[1]) for name, p in started.items()}
-
-
-def test_ctrl_c_exits_130_without_a_traceback(places: dict[str, Path], tmp_path: Path) -> None:
-    ended = run_all(
-        places, tmp_path, ["-c", _INTERRUPTED], lambda: os.open(os.devnull, os.O_WRONLY)
-    )
-    assert ended == dict.fromkeys(COMMANDS, (130, "vllm-dfloat: interrupted.\n"))
-
-
-def closed_pipe() -> int:
-    reader, writer = os.pipe()
-    os.close(reader)
-    return writer
-
-
-def test_output_that_nobody_reads_ends_the_command_silently(
-    places: dict[str, Path], tmp_path: Path
-) -> None:
-    ended = run_all(places, tmp_path, ["-m", "vllm_dfloat.cli"], closed_pipe)
-    assert ended == dict.fromkeys(COMMANDS, (128 + signal.SIGPIPE, ""))
-
-
-def test_a_full_disk_under_the_output_is_one_sentence_and_exits_2(
-    places: dict[str, Path], tmp_path: Path
-) -> None:
-    # Bug caught: exit status 120 and "Exception ignored", or 0.
-    ended = run_all(
-        places, tmp_path, ["-m", "vllm_dfloat.cli"], lambda: os.open("/dev/full", os.O_WRONLY)
-    )
-    sentence = f"vllm-dfloat: {os.strerror(errno.ENOSPC)}.\n"
-    assert ended == dict.fromkeys(COMMANDS, (2, sentence))
-
-
-def test_a_limit_on_the_size_of_files_is_one_sentence_and_leaves_no_half_of_one(
-    places: dict[str, Path], tmp_path: Path
-) -> None:
-    pid = os.fork()
-    if not pid:
-        status = 99
-        try:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))
-            os.dup2(os.open(tmp_path / "err", os.O_CREAT | os.O_WRONLY), 2)
-            sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115  # ends with the process
-            status = main(["decompress", str(places["df11"]), str(tmp_path / "new")])
-            sys.stderr.flush()
-        finally:
-            os._exit(status)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 2
-    assert os.strerror(errno.EFBIG) in only_line((tmp_path / "err").read_text())
-    assert not list((tmp_path / "new").glob("*safetensors*"))

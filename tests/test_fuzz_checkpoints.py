@@ -36,9 +36,13 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> list[Base]:
 def folders(bases: list[Base]) -> list[Folder]:
     """Give the files of every case of the run below, and more of some mutations that have many forms."""
     found = [damaged(number, SEED, bases)[1] for number in range(CASES)]
-    for kind in ("lie in the index", "lie in the manifest", "rename a tensor"):
-        for seed in range(300):
-            base = bases[-2:][seed % 2] if seed % 3 else bases[0]
+    more = {
+        "lie in the index": bases[-1],
+        "lie in the manifest": bases[-2],
+        "rename a tensor": bases[0],
+    }
+    for kind, base in more.items():
+        for seed in range(1000):
             found.append(dict(base.files))
             MUTATIONS[kind](found[-1], Random(seed))
     return found
