@@ -1,9 +1,9 @@
-"""A script: compress a model again and again, each time killed at another point and then run to its end.
+"""A script: compress or decompress again and again, each time killed at another point and then run to its end.
 
-python interrupted.py SOURCE FOLDER SEED EVENTS LIMITS: prints a JSON line per run with where it was killed, what files
-were there then, and what the finished folder holds. A run is killed by signal 9 before the n-th time it opens, renames
-or removes a file in the target, or, in the midst of writing, by a limit on the size of files. Runs are forks of
-this process, which has everything imported.
+python interrupted.py WORK SOURCE FOLDER SEED EVENTS LIMITS: WORK is compress or decompress. Prints a JSON line per run
+with where it was killed, what files were there then, and what the finished folder holds. A run is killed by signal 9
+before the n-th time it opens, renames or removes a file in the target, or, in the midst of writing, by a limit on the
+size of files. Runs are forks of this process, which has everything imported.
 """
 
 import json
@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from vllm_dfloat.checkpoint.compress import compress
+from vllm_dfloat.checkpoint.decompress import decompress
 from vllm_dfloat.checkpoint.manifest import file_entry
 from vllm_dfloat.checkpoint.source import open_source
 
@@ -29,16 +30,23 @@ def contents(folder: Path) -> dict[str, str]:
     }
 
 
-def run(source: Path, target: Path, event: int = 0, limit: int = 0) -> tuple[int, int]:
-    """Compress in a fork; return its exit status and how many events there were (0 if it was killed)."""
+def work(name: str, source: Path, target: Path) -> None:
+    if name == "compress":
+        compress(open_source(source), target)
+    else:
+        decompress(source, target, shard_bytes=300_000)
+
+
+def run(name: str, source: Path, target: Path, event: int = 0, limit: int = 0) -> tuple[int, int]:
+    """Do the work in a fork; return its exit status and how many events there were (0 if it was killed)."""
     reader, writer = os.pipe()
     child = os.fork()
     if not child:
         seen = 0
 
-        def hook(name: str, args: tuple) -> None:
+        def hook(what: str, args: tuple) -> None:
             nonlocal seen
-            if name in EVENTS and str(target) in str(args[0]):
+            if what in EVENTS and str(target) in str(args[0]):
                 seen += 1
                 if seen == event:
                     os.kill(os.getpid(), signal.SIGKILL)
@@ -48,7 +56,7 @@ def run(source: Path, target: Path, event: int = 0, limit: int = 0) -> tuple[int
             signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         try:
-            compress(open_source(source), target)
+            work(name, source, target)
             os.write(writer, str(seen).encode())
         finally:
             os._exit(0)
@@ -58,24 +66,26 @@ def run(source: Path, target: Path, event: int = 0, limit: int = 0) -> tuple[int
         return status, int(stream.read() or 0)
 
 
-def main(source: Path, folder: Path, seed: int, num_events: int, num_limits: int) -> None:
+def main(
+    name: str, source: Path, folder: Path, seed: int, num_events: int, num_limits: int
+) -> None:
     os.environ["VLLM_DFLOAT_THREADS"] = "1"
-    compress(open_source(source), folder / "warm")  # what numba loads here, the forks have
-    _, events = run(source, folder / "whole")
+    work(name, source, folder / "warm")  # what numba loads here, the forks have
+    _, events = run(name, source, folder / "whole")
     whole = contents(folder / "whole")
     print(json.dumps({"events": events, "files": whole}), flush=True)
     choose = random.Random(seed)
-    sizes = [(folder / "whole" / name).stat().st_size for name in whole]
+    sizes = [(folder / "whole" / file).stat().st_size for file in whole]
     kills = [{"event": n} for n in choose.sample(range(1, events + 1), num_events)]
     kills += [{"limit": choose.randrange(1, max(sizes))} for _ in range(num_limits)]
     for i, kill in enumerate(kills):
         target = folder / str(i)
-        status, _ = run(source, target, **kill)
+        status, _ = run(name, source, target, **kill)
         left = sorted(contents(target)) if target.exists() else []
-        again, _ = run(source, target)
+        again, _ = run(name, source, target)
         line = {"kill": kill, "status": status, "left": left, "again": again}
         print(json.dumps({**line, "files": contents(target)}), flush=True)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:]))
+    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), *map(int, sys.argv[4:]))

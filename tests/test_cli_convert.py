@@ -77,7 +77,7 @@ def test_decompress_says_what_it_wrote_and_gives_the_model_back(
         (["compress", "some-org/no-such-model", "{out}"], "cannot be fetched"),
         (["decompress", str(SHIPPED), "{out}"], "without dfloat11_config"),
         (["decompress", "{df11}", "{df11}"], "the source is never touched"),
-        (["decompress", "{df11}", "{full}"], "is not empty; give --force"),
+        (["decompress", "{df11}", "{full}"], "not the beginning of a decompression; give --force"),
     ],
 )
 def test_refusals_are_one_sentence_and_exit_2(

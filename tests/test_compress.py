@@ -22,8 +22,8 @@ from vllm_dfloat.checkpoint.compare import compare
 from vllm_dfloat.checkpoint.compress import Report, compress
 from vllm_dfloat.checkpoint.decompress import decompress
 from vllm_dfloat.checkpoint.dfloat11 import open_checkpoint
-from vllm_dfloat.checkpoint.journal import JOURNAL_FILE
 from vllm_dfloat.checkpoint.manifest import MANIFEST_FILE, file_entry, read_manifest
+from vllm_dfloat.checkpoint.resume import COMPRESSION
 from vllm_dfloat.checkpoint.source import open_source
 from vllm_dfloat.errors import FormatError, UnsupportedError
 
@@ -160,7 +160,8 @@ def test_rerun_after_a_kill_at_any_point_ends_with_the_same_bytes(
     bf16_checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     script = Path(__file__).with_name("interrupted.py")
-    command = [sys.executable, str(script), str(bf16_checkpoint("llama-tiny")), str(tmp_path)]
+    source = str(bf16_checkpoint("llama-tiny"))
+    command = [sys.executable, str(script), "compress", source, str(tmp_path)]
     out = subprocess.run([*command, "1", "20", "10"], capture_output=True, text=True, timeout=300)
     assert out.returncode == 0, out.stderr
     whole, *runs = map(json.loads, out.stdout.splitlines())
@@ -195,7 +196,7 @@ def test_finished_files_are_not_made_again_unless_they_were_changed(
         for name, entry in zip(finished, entries, strict=True)
     ]
     text = "".join(json.dumps(line) + "\n" for line in lines)
-    (target / JOURNAL_FILE).write_text(text + '{"file": "cut sho')
+    (target / COMPRESSION.journal).write_text(text + '{"file": "cut sho')
     changed = target / "lm_head.safetensors"
     changed.write_bytes(changed.read_bytes()[:-1] + b"x")
     os.utime(changed, ns=(0, 0))
@@ -206,7 +207,7 @@ def test_finished_files_are_not_made_again_unless_they_were_changed(
     assert file_entry(changed) == entries[list(finished).index("lm_head.safetensors")]
     ((total, done),) = seen
     assert 0 < done < total
-    assert not (target / JOURNAL_FILE).exists()
+    assert not (target / COMPRESSION.journal).exists()
 
 
 def test_processes_write_the_same_bytes_and_end_with_a_killed_parent(tmp_path: Path) -> None:
@@ -274,9 +275,9 @@ def test_a_begun_compression_of_other_weights_is_refused(tmp_path: Path) -> None
     target = tmp_path / "t"
     target.mkdir()
     line = json.dumps({"version": 1, "source": "another"}) + "\n"
-    (target / JOURNAL_FILE).write_text(line)
+    (target / COMPRESSION.journal).write_text(line)
     assert "of other weights" in refused(SHIPPED, target)
-    assert (target / JOURNAL_FILE).read_text() == line
+    assert (target / COMPRESSION.journal).read_text() == line
 
 
 def test_sources_without_anything_to_compress_are_refused(tmp_path: Path) -> None:

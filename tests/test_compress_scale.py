@@ -18,8 +18,8 @@ from helpers import gaussian
 from vllm_dfloat.checkpoint import pieces
 from vllm_dfloat.checkpoint.compare import compare
 from vllm_dfloat.checkpoint.compress import compress
-from vllm_dfloat.checkpoint.journal import JOURNAL_FILE
 from vllm_dfloat.checkpoint.pieces import read_pieces
+from vllm_dfloat.checkpoint.resume import COMPRESSION
 from vllm_dfloat.checkpoint.safetensors_file import read_header
 from vllm_dfloat.checkpoint.source import open_source
 from vllm_dfloat.checkpoint.write_safetensors import TEMPORARY, Item, write_safetensors
@@ -47,6 +47,7 @@ MEASURE = """
 import json, sys
 from pathlib import Path
 from vllm_dfloat.checkpoint.compress import compress
+from vllm_dfloat.checkpoint.resume import COMPRESSION
 from vllm_dfloat.checkpoint.source import open_source
 
 def resident():
@@ -128,8 +129,10 @@ def test_an_interruption_ends_at_once_with_130_and_the_rerun_goes_on(
     assert process.returncode == 130
     assert err == "vllm-dfloat: interrupted.\n"
     left = {file.name for file in target.iterdir()}
-    assert JOURNAL_FILE in left
-    assert all(re.fullmatch(r"model_layers_\d\.safetensors", n) for n in left - {JOURNAL_FILE})
+    assert COMPRESSION.journal in left
+    assert all(
+        re.fullmatch(r"model_layers_\d\.safetensors", n) for n in left - {COMPRESSION.journal}
+    )
     assert subprocess.run([*command, "--quiet"], env=environment).returncode == 0
     assert compare(target, model).is_equal
 
@@ -155,7 +158,7 @@ def test_a_source_that_shrank_is_named(tmp_path: Path) -> None:
         pytest.raises(FormatError, match=r"model.safetensors: model\..*: cannot be read: .* ends"),
     ):
         compress(source, tmp_path / "t")
-    assert {path.name for path in (tmp_path / "t").iterdir()} == {JOURNAL_FILE}
+    assert {path.name for path in (tmp_path / "t").iterdir()} == {COMPRESSION.journal}
 
 
 def test_the_benchmark_runs_the_command_and_removes_what_it_made(tmp_path: Path) -> None:

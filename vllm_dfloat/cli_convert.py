@@ -28,9 +28,6 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     compress.add_argument("target", type=Path, help="folder to write; new, empty, or begun earlier")
     compress.add_argument(
-        "--workers", type=_positive, help="processes (default: as cores and memory allow)"
-    )
-    compress.add_argument(
         "--device",
         type=_device,
         default="auto",
@@ -40,13 +37,16 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     compress.set_defaults(run=_compress)
     decompress = commands.add_parser(
         "decompress",
-        help="write a DFloat11 checkpoint back as BF16 safetensors, bit for bit",
+        help="write a DFloat11 checkpoint back as BF16 safetensors, bit for bit; goes on where it was interrupted",
         epilog="example: vllm-dfloat decompress ./Qwen3-8B-DF11 ./Qwen3-8B-again",
     )
     decompress.add_argument("path", type=Path, help="folder of a DFloat11 checkpoint")
-    decompress.add_argument("out", type=Path, help="folder to write; new or empty")
+    decompress.add_argument("out", type=Path, help="folder to write; new, empty, or begun earlier")
     decompress.set_defaults(run=_decompress)
     for command in (compress, decompress):
+        command.add_argument(
+            "--workers", type=_positive, help="processes (default: as cores and memory allow)"
+        )
         command.add_argument(
             "--force", action="store_true", help="replace the checkpoint in an existing folder"
         )
@@ -117,7 +117,7 @@ def _decompress(args: argparse.Namespace) -> int:
 
     began = time.monotonic()
     with _Bar(args.quiet) as bar:
-        restored = decompress(args.path, args.out, args.force, bar.start, bar.advance)
+        restored = decompress(args.path, args.out, args.force, args.workers, bar.start, bar.advance)
     if not args.quiet:
         seconds = time.monotonic() - began
         print(

@@ -12,7 +12,7 @@ from vllm_dfloat.checkpoint.unit import UnitEntry
 from vllm_dfloat.errors import FormatError
 
 # After so many weights the file is mapped anew: pages of a mapping that were read count as memory of the process.
-_MAPPED_WEIGHTS = 64 << 20
+MAPPED_WEIGHTS = 64 << 20
 
 
 def check_unit(
@@ -33,7 +33,7 @@ def check_unit(
     at = 0
     for original in originals:
         for piece in StoredWeights(original).pieces():
-            if unit is None or mapped >= _MAPPED_WEIGHTS:
+            if unit is None or mapped >= MAPPED_WEIGHTS:
                 unit, mapped = None, 0  # unmapped before it is mapped again
                 unit = entry.load()
             if not coder.equals(unit, at, piece):

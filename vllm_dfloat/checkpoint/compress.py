@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import re
 import shutil
 import time
@@ -15,7 +13,6 @@ from typing import Any
 from vllm_dfloat.checkpoint.compress_file import FileJob, FileResult, compress_file
 from vllm_dfloat.checkpoint.encode_pieces import Coder
 from vllm_dfloat.checkpoint.folder import CONFIG_FILE
-from vllm_dfloat.checkpoint.journal import JOURNAL_FILE, open_journal
 from vllm_dfloat.checkpoint.manifest import MANIFEST_FILE, Manifest, file_entry
 from vllm_dfloat.checkpoint.plan_units import (
     PlannedUnit,
@@ -25,14 +22,19 @@ from vllm_dfloat.checkpoint.plan_units import (
     plan_units,
 )
 from vllm_dfloat.checkpoint.progress import Advance, WholeBytes
+from vllm_dfloat.checkpoint.resume import COMPRESSION, intact, prepare, resumable, write_text
 from vllm_dfloat.checkpoint.source import Source, config_text
-from vllm_dfloat.checkpoint.worker_pool import available_memory, run_jobs, share_cores
-from vllm_dfloat.checkpoint.write_safetensors import TEMPORARY, replacing
+from vllm_dfloat.checkpoint.worker_pool import (
+    WORKER_BYTES,
+    available_memory,
+    run_jobs,
+    share_cores,
+)
+from vllm_dfloat.checkpoint.write_safetensors import replacing
 from vllm_dfloat.codec.threads import num_threads
-from vllm_dfloat.errors import DFloatError, FormatError, UnsupportedError
+from vllm_dfloat.errors import UnsupportedError
 
 REST_FILE = "model.safetensors"
-WORKER_BYTES = 400 << 20  # a process with its libraries, buffers and mapped pages; measured: 290 MB
 FILE_BYTES = 2 << 30  # BF16 bytes of the units that share a file, unless one alone has more
 
 
@@ -88,56 +90,26 @@ def compress(
             f"{source.path}: holds no BF16 weight of a linear or embedding layer (its dtypes: {', '.join(found)}); "
             "there is nothing to compress."
         )
-    _prepare(source, target, force)
-    try:
-        with open_journal(target, source.identity()) as journal:
-            for stale in target.glob(f"{TEMPORARY}*"):
-                stale.unlink()
-            jobs = plan_files(plan, source)
-            sizes = {job.file: _num_bytes(source, job) for job in jobs}
-            results = _intact(target, journal.done, jobs)
-            start(sum(sizes.values()), sum(sizes[file] for file in results))
-            todo = [job for job in jobs if job.file not in results]
-            for result in _run(
-                source, target, todo, sizes, 1 if coder else workers, coder, WholeBytes(advance)
-            ):
-                journal.append(result.as_json())
-                results[result.file] = result
-            report = _finish(source, target, plan, [results[job.file] for job in jobs])
-            (target / JOURNAL_FILE).unlink()
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise DFloatError(
-            f"{target}: {error.strerror}. What is finished stays: free some space and run the same command again."
-        ) from error
+    prepare(source.path, target, COMPRESSION, force)
+    with resumable(target, COMPRESSION, source.identity()) as journal:
+        jobs = plan_files(plan, source)
+        sizes = {job.file: _num_bytes(source, job) for job in jobs}
+        done = intact(target, journal.done, set(sizes))
+        results = {file: FileResult.from_json(line) for file, line in done.items()}
+        start(sum(sizes.values()), sum(sizes[file] for file in results))
+        todo = [job for job in jobs if job.file not in results]
+        for result in _run(
+            source, target, todo, sizes, 1 if coder else workers, coder, WholeBytes(advance)
+        ):
+            journal.append(result.as_json())
+            results[result.file] = result
+        report = _finish(source, target, plan, [results[job.file] for job in jobs])
     return Report(*report, time.monotonic() - began)
 
 
 def _num_bytes(source: Source, job: FileJob) -> int:
     """Return how many bytes of the source a job reads."""
     return sum(source.tensors[name].num_bytes for name in job.tensors)
-
-
-def _prepare(source: Source, target: Path, force: bool) -> None:
-    """Make the target folder ready, or refuse it."""
-    here, there = source.path.resolve(), target.resolve()
-    if here == there or here in there.parents or there in here.parents:
-        raise FormatError(
-            f"{target}: lies in {source.path} or around it; the source is never touched. Choose another."
-        )
-    if target.exists() and not target.is_dir():
-        raise FormatError(f"{target}: is a file; expected a new or empty folder.")
-    if force and target.is_dir():
-        for pattern in ("*.safetensors", "*.safetensors.index.json", MANIFEST_FILE, JOURNAL_FILE):
-            for file in target.glob(pattern):
-                file.unlink()
-    elif target.is_dir() and any(target.iterdir()) and not (target / JOURNAL_FILE).exists():
-        raise FormatError(
-            f"{target}: exists, and is not the beginning of a compression; give --force to replace the checkpoint in "
-            "it, or choose a new folder."
-        )
-    target.mkdir(parents=True, exist_ok=True)
 
 
 def plan_files(plan: UnitPlan, source: Source) -> list[FileJob]:
@@ -185,21 +157,6 @@ def _file_name(path: str, taken: set[str]) -> str:
     return name
 
 
-def _intact(
-    target: Path, done: Iterable[Mapping[str, Any]], jobs: Sequence[FileJob]
-) -> dict[str, FileResult]:
-    """Return the results of an earlier run whose files are there, unchanged."""
-    wanted = {job.file for job in jobs}
-    results = {}
-    for line in done:
-        result = FileResult.from_json(line)
-        file = target / result.file
-        expected = {"bytes": result.num_bytes, "sha256": result.sha256}
-        if result.file in wanted and file.is_file() and file_entry(file) == expected:
-            results[result.file] = result
-    return results
-
-
 def _run(
     source: Source,
     target: Path,
@@ -237,23 +194,13 @@ def _finish(
             shutil.copyfile(source.path / name, temporary)
         files[name] = file_entry(target / name)
     units = [unit for result in results for unit in result.units]
-    _write_text(target / CONFIG_FILE, config_text(source.config, build_patterns(units)))
+    write_text(target / CONFIG_FILE, config_text(source.config, build_patterns(units)))
     files[CONFIG_FILE] = file_entry(target / CONFIG_FILE)
     shapes = {name: source.tensors[name].shape for unit in units for name in unit.tensors}
-    _write_text(target / MANIFEST_FILE, Manifest(files, shapes).as_text())
+    write_text(target / MANIFEST_FILE, Manifest(files, shapes).as_text())
     left = dict(plan.left)
     for result in results:
         left.update(result.left)
     before = sum(tensor.num_bytes for tensor in source.tensors.values())
     after = sum(result.num_bytes for result in results)
     return before, after, len(units), left
-
-
-def _write_text(file: Path, text: str) -> None:
-    with replacing(file) as temporary:
-        temporary.write_text(text)
-    directory = os.open(file.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

@@ -1,32 +1,34 @@
-"""Write a DFloat11 checkpoint back as BF16 safetensors with an index, bit for bit."""
+"""Write a DFloat11 checkpoint back as BF16 safetensors with an index, bit for bit, shard by shard."""
 
 from __future__ import annotations
 
 import json
-import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from vllm_dfloat.checkpoint.decode_unit import decode_unit
+from vllm_dfloat.checkpoint.decompress_file import Shard, decompress_file, num_bytes
 from vllm_dfloat.checkpoint.dfloat11 import Dfloat11Checkpoint, open_checkpoint
 from vllm_dfloat.checkpoint.folder import CONFIG_FILE
+from vllm_dfloat.checkpoint.progress import Advance, ignore
+from vllm_dfloat.checkpoint.resume import DECOMPRESSION, intact, prepare, resumable, write_text
 from vllm_dfloat.checkpoint.safetensors_file import StoredTensor
 from vllm_dfloat.checkpoint.shapes import module_shapes
-from vllm_dfloat.checkpoint.source import config_text, other_files
-from vllm_dfloat.checkpoint.unit import Unit, UnitEntry
+from vllm_dfloat.checkpoint.source import config_text, identity_of, other_files
 from vllm_dfloat.checkpoint.weights import Member, plan
-from vllm_dfloat.checkpoint.write_safetensors import Item, copy_item, replacing, write_safetensors
-from vllm_dfloat.errors import FormatError
+from vllm_dfloat.checkpoint.worker_pool import (
+    WORKER_BYTES,
+    available_memory,
+    run_jobs,
+    share_cores,
+)
+from vllm_dfloat.checkpoint.write_safetensors import replacing
+from vllm_dfloat.codec.threads import num_threads
 
 SHARD_BYTES = 5_000_000_000
 INDEX_FILE = "model.safetensors.index.json"
-_DECODED_AT_ONCE = 1 << 23  # weights
 
 
 @dataclass(frozen=True)
@@ -41,129 +43,92 @@ def decompress(
     path: Path,
     out: Path,
     force: bool = False,
-    start: Callable[[int], None] = lambda num_bytes: None,
-    advance: Callable[[int], None] = lambda num_bytes: None,
+    workers: int | None = None,
+    start: Callable[[int, int], None] = lambda total_bytes, done_bytes: None,
+    advance: Advance = ignore,
     shard_bytes: int = SHARD_BYTES,
 ) -> Restored:
     """Write the tensors of the DFloat11 checkpoint `path` into the folder `out`, with everything beside them.
 
-    Shards are cut at `shard_bytes` and get their names when they are complete; the index comes last.
+    Shards are cut at `shard_bytes` and get their names when they are complete; the index comes last. Goes on where an
+    earlier run with the same arguments was ended.
 
     Args:
         path: a DFloat11 checkpoint, ours or an official one.
-        out: a new or empty folder.
+        out: a new or empty folder, or one in which the same was begun.
         force: take another folder too, and replace the checkpoint in it.
-        start, advance: called with the bytes to be written, in all and as they are.
+        workers: processes; by default as many as cores and memory allow.
+        start: called with the bytes to be written in all, and with those that an earlier run has written.
+        advance: called with the bytes that were written since.
         shard_bytes: the largest size of a file, unless one tensor alone takes more.
 
     Raises:
         FormatError: the checkpoint is damaged, or `out` cannot be used.
         UnsupportedError: the shapes of its weights cannot be found out.
+        DFloatError: the disk is full.
     """
     checkpoint = open_checkpoint(path)
-    _prepare(path, out, force)
     items = plan(checkpoint, module_shapes(path), keep_tied=True)
     checkpoint.validate()
-    sizes = {item.name: _num_bytes(item) for item in items}
-    total = sum(sizes.values())
-    start(total)
-    shards = _cut(items, sizes, shard_bytes)
-    reader = _Reader(advance)
-    weight_map = {}
-    for number, shard in enumerate(shards, 1):
-        name = "model.safetensors"
-        if len(shards) > 1:
-            name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        with replacing(out / name) as temporary:
-            write_safetensors(temporary, [reader.item(item) for item in shard], {"format": "pt"})
-        weight_map.update(dict.fromkeys((item.name for item in shard), name))
-    _write_rest(checkpoint, out, total, weight_map)
-    return Restored(len(items), total)
+    prepare(path, out, DECOMPRESSION, force)
+    shards = _shards(items, shard_bytes)
+    sizes = {shard.file: shard.num_bytes for shard in shards}
+    with resumable(out, DECOMPRESSION, _identity(checkpoint, shard_bytes)) as journal:
+        done = intact(out, journal.done, set(sizes))
+        start(sum(sizes.values()), sum(sizes[file] for file in done))
+        todo = [shard for shard in shards if shard.file not in done]
+        for result in _run(out, todo, workers, advance):
+            journal.append(result)
+        _write_rest(checkpoint, out, shards)
+    return Restored(len(items), sum(sizes.values()))
 
 
-class _Reader:
-    """Makes items of a checkpoint's tensors; holds one unit open at a time."""
-
-    def __init__(self, advance: Callable[[int], None]) -> None:
-        self._advance = advance
-        self._unit: Unit | None = None
-
-    def item(self, tensor: Member | StoredTensor) -> Item:
-        if isinstance(tensor, StoredTensor):
-            item = copy_item(tensor)
-            pieces: Callable[[], Iterable[npt.NDArray[Any]]] = item.pieces
-        else:
-            item = Item(tensor.name, "BF16", tensor.shape, lambda: ())
-            member = tensor
-            pieces = lambda: self._decode(member)  # noqa: E731
-        return Item(item.name, item.dtype, item.shape, lambda: self._counted(pieces()))
-
-    def _decode(self, member: Member) -> Iterator[npt.NDArray[np.uint16]]:
-        unit = self._open(member.entry)
-        for first in range(member.start, member.stop, _DECODED_AT_ONCE):
-            yield decode_unit(unit, first, min(first + _DECODED_AT_ONCE, member.stop))
-
-    def _open(self, entry: UnitEntry) -> Unit:
-        if self._unit is None or self._unit.name != entry.name:
-            self._unit = entry.load()
-        return self._unit
-
-    def _counted(self, pieces: Iterable[npt.NDArray[Any]]) -> Iterator[npt.NDArray[Any]]:
-        for piece in pieces:
-            yield piece
-            self._advance(piece.nbytes)
+def _identity(checkpoint: Dfloat11Checkpoint, shard_bytes: int) -> str:
+    units = (tensor for unit in checkpoint.units.values() for tensor in unit.fields.values())
+    digest = identity_of(checkpoint.config, [*units, *checkpoint.plain.values()])
+    return f"{digest} {shard_bytes}"
 
 
-def _num_bytes(item: Member | StoredTensor) -> int:
-    return item.num_bytes if isinstance(item, StoredTensor) else 2 * math.prod(item.shape)
-
-
-def _cut(
-    items: Sequence[Member | StoredTensor], sizes: dict[str, int], limit: int
-) -> list[list[Member | StoredTensor]]:
+def _shards(items: Sequence[Member | StoredTensor], limit: int) -> list[Shard]:
     """Return the items in their order, cut where a shard would exceed `limit` bytes."""
-    shards: list[list[Member | StoredTensor]] = [[]]
+    parts: list[list[Member | StoredTensor]] = [[]]
     filled = 0
     for item in items:
-        if shards[-1] and filled + sizes[item.name] > limit:
-            shards.append([])
+        if parts[-1] and filled + num_bytes(item) > limit:
+            parts.append([])
             filled = 0
-        shards[-1].append(item)
-        filled += sizes[item.name]
-    return shards
+        parts[-1].append(item)
+        filled += num_bytes(item)
+    if len(parts) == 1:
+        return [Shard("model.safetensors", tuple(parts[0]))]
+    return [
+        Shard(f"model-{number:05}-of-{len(parts):05}.safetensors", tuple(part))
+        for number, part in enumerate(parts, 1)
+    ]
 
 
-def _prepare(path: Path, out: Path, force: bool) -> None:
-    here, there = path.resolve(), out.resolve()
-    if here == there or here in there.parents or there in here.parents:
-        raise FormatError(
-            f"{out}: lies in {path} or around it; the source is never touched. Choose another."
+def _run(
+    out: Path, shards: Sequence[Shard], workers: int | None, advance: Advance
+) -> Iterable[dict[str, Any]]:
+    cores = num_threads()
+    if workers is None:
+        total = sum(shard.num_bytes for shard in shards)
+        workers = share_cores(
+            cores, len(shards), WORKER_BYTES, total, int(0.8 * available_memory())
         )
-    if out.exists() and not out.is_dir():
-        raise FormatError(f"{out}: is a file; expected a new or empty folder.")
-    if out.is_dir() and any(out.iterdir()) and not force:
-        raise FormatError(
-            f"{out}: exists and is not empty; give --force to replace the checkpoint in it, or choose a new folder."
-        )
-    for pattern in ("*.safetensors", "*.safetensors.index.json"):
-        for file in out.glob(pattern):
-            file.unlink()
-    out.mkdir(parents=True, exist_ok=True)
+    call: Callable[..., dict[str, Any]] = decompress_file
+    jobs = [(shard, out) for shard in shards]
+    return run_jobs(call, jobs, workers, max(1, cores // workers), advance)
 
 
-def _write_rest(
-    checkpoint: Dfloat11Checkpoint, out: Path, total: int, weight_map: dict[str, str]
-) -> None:
+def _write_rest(checkpoint: Dfloat11Checkpoint, out: Path, shards: Sequence[Shard]) -> None:
     """Write config, index and copies of all other files."""
     for name in other_files(checkpoint.path):
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         with replacing(out / name) as temporary:
             shutil.copyfile(checkpoint.path / name, temporary)
+    total = sum(shard.num_bytes for shard in shards)
+    weight_map = {item.name: shard.file for shard in shards for item in shard.items}
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    texts = {
-        CONFIG_FILE: config_text(checkpoint.config, None),
-        INDEX_FILE: json.dumps(index, indent=2) + "\n",
-    }
-    for name, text in texts.items():
-        with replacing(out / name) as temporary:
-            temporary.write_text(text)
+    write_text(out / CONFIG_FILE, config_text(checkpoint.config, None))
+    write_text(out / INDEX_FILE, json.dumps(index, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""What is done of a compression that may be interrupted: one line per finished file, appended and synced.
+"""What is done of a task that may be interrupted: one line per finished file, appended and synced.
 
 The journal lies in the folder that is being made, and is removed when everything is done. While it is open it is
 locked, so that two processes cannot work on one folder.
@@ -16,7 +16,6 @@ from typing import Any, TextIO
 
 from vllm_dfloat.errors import FormatError
 
-JOURNAL_FILE = ".vllm-dfloat-compress.jsonl"
 _VERSION = 1
 
 
@@ -39,25 +38,25 @@ class Journal:
 
 
 @contextmanager
-def open_journal(folder: Path, identity: str) -> Iterator[Journal]:
-    """Open the journal in `folder` for work on the source `identity`, a new one if there is none.
+def open_journal(file: Path, task: str, identity: str) -> Iterator[Journal]:
+    """Open the journal `file` for a task (such as "compression") on the source `identity`, a new one if there is none.
 
     Raises:
         FormatError: the journal is that of another source, or another process has it open.
     """
-    file = folder / JOURNAL_FILE
     with file.open("a+", encoding="utf-8") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise FormatError(
-                f"{folder}: another process is compressing into this folder; wait for it, or choose another."
+                f"{file.parent}: another process is at work on a {task} into this folder; wait for it, or choose "
+                "another."
             ) from None
         lines, size = _read(stream)
         head = {"version": _VERSION, "source": identity}
         if lines and lines[0] != head:
             raise FormatError(
-                f"{folder}: holds the beginning of a compression of other weights (or by another version); "
+                f"{file.parent}: holds the beginning of a {task} of other weights (or by another version); "
                 "give --force to start anew, or choose another folder."
             )
         stream.truncate(size)  # a line that was cut short

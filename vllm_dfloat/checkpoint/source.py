@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,15 +51,21 @@ class Source:
 
     def identity(self) -> str:
         """Return a digest of the config and of names, sizes, times and headers of the weight files."""
-        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
-        for file in sorted({tensor.file for tensor in self.tensors.values()}):
-            status = file.stat()
-            digest.update(f"\n{file.name} {status.st_size} {status.st_mtime_ns}".encode())
-        for name, tensor in sorted(self.tensors.items()):
-            digest.update(
-                f"\n{name} {tensor.file.name} {tensor.dtype} {tensor.shape} {tensor.begin}".encode()
-            )
-        return digest.hexdigest()
+        return identity_of(self.config, self.tensors.values())
+
+
+def identity_of(config: Mapping[str, Any], tensors: Iterable[StoredTensor]) -> str:
+    """Return a digest of a config and of names, sizes, times and headers of the files that hold these tensors."""
+    ordered = sorted(tensors, key=lambda tensor: tensor.name)
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for file in sorted({tensor.file for tensor in ordered}):
+        status = file.stat()
+        digest.update(f"\n{file.name} {status.st_size} {status.st_mtime_ns}".encode())
+    for tensor in ordered:
+        digest.update(
+            f"\n{tensor.name} {tensor.file.name} {tensor.dtype} {tensor.shape} {tensor.begin}".encode()
+        )
+    return digest.hexdigest()
 
 
 def open_source(path: Path) -> Source:

@@ -1,0 +1,106 @@
+"""A folder that is made file by file, so that a run which was ended can be gone on with by the same command."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_dfloat.checkpoint.journal import Journal, open_journal
+from vllm_dfloat.checkpoint.manifest import MANIFEST_FILE, file_entry
+from vllm_dfloat.checkpoint.write_safetensors import TEMPORARY, replacing
+from vllm_dfloat.errors import DFloatError, FormatError
+
+_CHECKPOINT_FILES = ("*.safetensors", "*.safetensors.index.json", MANIFEST_FILE)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is being made.
+
+    Attributes:
+        name: what to call it in messages, such as "compression".
+        journal: the file in the folder that says what of it is done.
+    """
+
+    name: str
+    journal: str
+
+
+COMPRESSION = Task("compression", ".vllm-dfloat-compress.jsonl")
+DECOMPRESSION = Task("decompression", ".vllm-dfloat-decompress.jsonl")
+
+
+def prepare(source: Path, target: Path, task: Task, force: bool) -> None:
+    """Make the target folder ready, or refuse it: it must be new, empty, begun by the same task, or forced.
+
+    Raises:
+        FormatError: it cannot be used.
+    """
+    here, there = source.resolve(), target.resolve()
+    if here == there or here in there.parents or there in here.parents:
+        raise FormatError(
+            f"{target}: lies in {source} or around it; the source is never touched. Choose another."
+        )
+    if target.exists() and not target.is_dir():
+        raise FormatError(f"{target}: is a file; expected a new or empty folder.")
+    if force and target.is_dir():
+        for pattern in (*_CHECKPOINT_FILES, COMPRESSION.journal, DECOMPRESSION.journal):
+            for file in target.glob(pattern):
+                file.unlink()
+    elif target.is_dir() and any(target.iterdir()) and not (target / task.journal).exists():
+        raise FormatError(
+            f"{target}: is not empty, and not the beginning of a {task.name}; give --force to replace the checkpoint "
+            "in it, or choose a new folder."
+        )
+    target.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def resumable(target: Path, task: Task, identity: str) -> Iterator[Journal]:
+    """Give the journal of a task on the source `identity`; it is removed when the block ends without an error.
+
+    Raises:
+        FormatError: the folder holds the beginning of another task, or another process works on it.
+        DFloatError: the disk is full.
+    """
+    try:
+        with open_journal(target / task.journal, task.name, identity) as journal:
+            for stale in target.rglob(f"{TEMPORARY}*"):
+                stale.unlink()
+            yield journal
+            (target / task.journal).unlink()
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DFloatError(
+            f"{target}: {error.strerror}. What is finished stays: free some space and run the same command again."
+        ) from error
+
+
+def intact(
+    target: Path, done: Sequence[Mapping[str, Any]], wanted: set[str]
+) -> dict[str, Mapping[str, Any]]:
+    """Return file name -> journal line of those wanted files of an earlier run that are there, unchanged."""
+    found = {}
+    for line in done:
+        file = target / line["file"]
+        expected = {"bytes": line["num_bytes"], "sha256": line["sha256"]}
+        if line["file"] in wanted and file.is_file() and file_entry(file) == expected:
+            found[line["file"]] = line
+    return found
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a file that is either complete or not there, on the disk when this returns."""
+    with replacing(file) as temporary:
+        temporary.write_text(text)
+    directory = os.open(file.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
