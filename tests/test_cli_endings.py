@@ -12,7 +12,7 @@ import pytest
 from cli_commands import COMMANDS, make_places, only_line
 
 # Everything is imported once, and each command is a fork that ends as any Python process does, shutdown included.
-# Arguments: the kind of ending, a folder for stderr, and the commands as JSON.
+# Arguments: the kinds of ending, and for each the commands, as JSON; a folder for stderr.
 _PROGRAM = """
 import json, os, resource, signal, sys
 from pathlib import Path
@@ -20,13 +20,13 @@ import vllm_dfloat.checkpoint.compare, vllm_dfloat.checkpoint.compress, vllm_dfl
 import vllm_dfloat.checkpoint.summary, vllm_dfloat.plan.plan, vllm_dfloat.plan.report
 from vllm_dfloat.cli import main
 
-kind, folder, commands = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
+kinds, folder = json.loads(sys.argv[1]), Path(sys.argv[2])
 
 def interrupt(event, args):
-    if event == "open" and isinstance(args[0], (str, os.PathLike)) and sys.argv[1] in str(args[0]):
+    if event == "open" and isinstance(args[0], (str, os.PathLike)) and sys.argv[0] in str(args[0]):
         os.kill(os.getpid(), signal.SIGINT)
 
-def child(command):
+def child(kind, command):
     if kind == "closed pipe":
         reader, out = os.pipe()
         os.close(reader)
@@ -35,73 +35,78 @@ def child(command):
     os.dup2(out, 1)
     os.dup2(os.open(folder / command[0], os.O_CREAT | os.O_WRONLY), 2)
     if kind == "ctrl-C":
-        sys.argv = ["vllm-dfloat", command[1]]
+        sys.argv = [command[1]]
         sys.addaudithook(interrupt)
     if kind == "small files":
         resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
     sys.exit(main(command))
 
 ended = {}
-for command in commands:
-    pid = os.fork()
-    if not pid:
-        child(command)
-    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    ended[command[0]] = status, (folder / command[0]).read_text()
+for kind, commands in kinds.items():
+    for command in commands:
+        pid = os.fork()
+        if not pid:
+            child(kind, command)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        ended.setdefault(kind, {})[command[0]] = status, (folder / command[0]).read_text()
+        (folder / command[0]).unlink()
 print(json.dumps(ended))
 """
+KINDS = ("ctrl-C", "closed pipe", "full disk", "small files")
+Endings = dict[str, dict[str, list[int | str]]]  # kind -> command -> exit status and stderr
 
 
 @pytest.fixture(scope="module")
-def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return make_places(tmp_path_factory.mktemp("places"))
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("endings")
 
 
-def endings(kind: str, places: dict[str, Path], folder: Path) -> dict[str, tuple[int, str]]:
-    """Run all commands; return exit status and stderr of each."""
-    commands = [
-        [argument.format(**places, new=folder / f"new {name}") for argument in COMMANDS[name]]
-        for name in COMMANDS
-    ]
+@pytest.fixture(scope="module")
+def endings(folder: Path) -> Endings:
+    """Run all commands to all kinds of ending, in one process that imports the package once."""
+    places = make_places(folder)
+    kinds = {
+        kind: [
+            [a.format(**places, new=folder / kind / name) for a in COMMANDS[name]]
+            for name in COMMANDS
+        ]
+        for kind in KINDS
+    }
     done = subprocess.run(
-        [sys.executable, "-c", _PROGRAM, kind, str(folder), json.dumps(commands)],
+        [sys.executable, "-c", _PROGRAM, json.dumps(kinds), str(folder)],
         env={**os.environ, "VLLM_DFLOAT_THREADS": "1"},  # no thread, which a fork would lose
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    return {name: tuple(ended) for name, ended in json.loads(done.stdout).items()}
+    found: Endings = json.loads(done.stdout)
+    return found
 
 
-def test_ctrl_c_exits_130_without_a_traceback(places: dict[str, Path], tmp_path: Path) -> None:
-    expected = 128 + signal.SIGINT, "vllm-dfloat: interrupted.\n"
-    assert endings("ctrl-C", places, tmp_path) == dict.fromkeys(COMMANDS, expected)
+def test_ctrl_c_exits_130_without_a_traceback(endings: Endings) -> None:
+    expected = [128 + signal.SIGINT, "vllm-dfloat: interrupted.\n"]
+    assert endings["ctrl-C"] == dict.fromkeys(COMMANDS, expected)
 
 
-def test_output_that_nobody_reads_ends_the_command_silently(
-    places: dict[str, Path], tmp_path: Path
-) -> None:
-    expected = 128 + signal.SIGPIPE, ""
-    assert endings("closed pipe", places, tmp_path) == dict.fromkeys(COMMANDS, expected)
+def test_output_that_nobody_reads_ends_the_command_silently(endings: Endings) -> None:
+    expected = [128 + signal.SIGPIPE, ""]
+    assert endings["closed pipe"] == dict.fromkeys(COMMANDS, expected)
 
 
-def test_a_full_disk_under_the_output_is_one_sentence_and_exits_2(
-    places: dict[str, Path], tmp_path: Path
-) -> None:
+def test_a_full_disk_under_the_output_is_one_sentence_and_exits_2(endings: Endings) -> None:
     # Bug caught: exit status 120 and "Exception ignored", or 0.
-    expected = 2, f"vllm-dfloat: {os.strerror(errno.ENOSPC)}.\n"
-    assert endings("full disk", places, tmp_path) == dict.fromkeys(COMMANDS, expected)
+    expected = [2, f"vllm-dfloat: {os.strerror(errno.ENOSPC)}.\n"]
+    assert endings["full disk"] == dict.fromkeys(COMMANDS, expected)
 
 
 def test_a_limit_on_the_size_of_files_is_one_sentence_and_leaves_no_half_of_one(
-    places: dict[str, Path], tmp_path: Path
+    endings: Endings, folder: Path
 ) -> None:
-    ended = endings("small files", places, tmp_path)
+    ended = dict(endings["small files"])
     for name in ("compress", "decompress"):
         status, err = ended.pop(name)
         assert status == 2
-        assert os.strerror(errno.EFBIG) in only_line(err)
-        left = [file for file in (tmp_path / f"new {name}").iterdir() if file.stat().st_size > 0]
-        assert [file for file in left if file.name.startswith(".tmp-")] == []
-    assert ended == dict.fromkeys(("inspect", "verify", "plan"), (0, ""))
+        assert os.strerror(errno.EFBIG) in only_line(str(err))
+        assert list((folder / "small files" / name).glob(".tmp-*")) == []
+    assert ended == {name: [0, ""] for name in ("inspect", "verify", "plan")}

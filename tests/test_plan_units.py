@@ -100,6 +100,14 @@ def test_tied_embeddings_stay_as_they_are(config: dict, lm_head: bool, expected:
     assert [name for name in units_of(config, tensors) if "layers" not in name] == expected
 
 
+@pytest.mark.parametrize("name", [["Flux"], {}, None, 5])
+def test_an_architecture_that_is_no_name_is_passed_over(name: object) -> None:
+    # Bug caught: TypeError, unhashable.
+    tensors = layer("model.layers.0", LL)
+    for config in ({"architectures": [name]}, {"_class_name": name}, {"architectures": name}):
+        assert units_of(config, tensors) == {"model.layers.0": LL}
+
+
 def test_each_expert_is_a_unit_and_routers_and_gates_of_fp32_stay() -> None:
     attention = layer("model.layers.1", LL[:4])
     experts = [f"model.layers.1.mlp.experts.{i}" for i in (0, 1, 11)]

@@ -171,7 +171,8 @@ def _is_tied(config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> 
 def _scope(config: Mapping[str, Any]) -> re.Pattern[str] | None:
     architectures = config.get("architectures")
     names = [*(architectures if isinstance(architectures, list) else []), config.get("_class_name")]
-    return next((_PUBLISHED_SCOPE[name] for name in names if name in _PUBLISHED_SCOPE), None)
+    known = (name for name in names if isinstance(name, str) and name in _PUBLISHED_SCOPE)
+    return next((_PUBLISHED_SCOPE[name] for name in known), None)
 
 
 def _in_order(members: Mapping[str, str]) -> list[tuple[str, str]]:
