@@ -3,6 +3,7 @@
 import json
 import os
 import struct
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -233,3 +234,21 @@ def test_plan_refuses_a_config_that_is_a_pipe_or_nested_without_end(tmp_path: Pa
     other.write_text("[" * 100_000)
     with pytest.raises(FormatError, match=r"^other.json: is not valid JSON"):
         read_model_config(other)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_hole_in_a_file_takes_no_memory(name: str, one_unit: Path) -> None:
+    # Bug caught: 100 MB of zeros read from a file of a few kilobytes on the disk.
+    file = one_unit / name
+    content = bytearray(file.read_bytes())
+    if name == "model.safetensors":
+        content[:8] = (10**8).to_bytes(8, "little")
+    file.write_bytes(content)
+    os.truncate(file, 1 << 40 if name == "model.safetensors" else 15 << 20)
+    tracemalloc.start()
+    try:
+        with pytest.raises(FormatError, match=rf"^{name}: holds a zero byte"):
+            open_checkpoint(one_unit)
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()

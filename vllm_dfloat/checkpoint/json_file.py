@@ -6,9 +6,11 @@ import json
 import os
 import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from vllm_dfloat.errors import FormatError
+
+_PIECE_BYTES = 1 << 20
 
 
 def regular_size(file: Path) -> int:
@@ -41,7 +43,8 @@ def read_object(file: Path, limit: int) -> dict[str, Any] | None:
     if size > limit:
         raise FormatError(f"{file.name}: has {size} bytes; {limit} is the limit.")
     try:
-        content = json.loads(file.read_bytes())
+        with file.open("rb") as stream:
+            content = json.loads(read_text(stream, size, file.name))
     except OSError as error:
         raise FormatError(f"{file.name}: cannot be read: {_reason(error)}.") from error
     except (ValueError, RecursionError) as error:
@@ -49,6 +52,24 @@ def read_object(file: Path, limit: int) -> dict[str, Any] | None:
     if not isinstance(content, dict):
         raise FormatError(f"{file.name}: holds a {type(content).__name__}, not an object.")
     return content
+
+
+def read_text(stream: BinaryIO, length: int, name: str) -> bytes:
+    """Return the next `length` bytes of a file, which are JSON in UTF-8, or what is left of it.
+
+    Raises:
+        FormatError: there is a zero byte among them. They end there, so that a hole, which may be as large as the file
+            says and takes no room on the disk, takes none in memory.
+    """
+    pieces = []
+    while length > 0 and (piece := stream.read(min(length, _PIECE_BYTES))):
+        if b"\0" in piece:
+            raise FormatError(
+                f"{name}: holds a zero byte where JSON in UTF-8 is expected. It is damaged; fetch it again."
+            )
+        pieces.append(piece)
+        length -= len(piece)
+    return b"".join(pieces)
 
 
 def _reason(error: Exception) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vllm_dfloat.checkpoint.json_file import regular_size
+from vllm_dfloat.checkpoint.json_file import read_text, regular_size
 from vllm_dfloat.errors import FormatError, UnsupportedError, shown
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
@@ -100,7 +100,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
                     f"{file.name}: its first 8 bytes announce a header of {length} bytes, but the "
                     f"file has {size} bytes. It is truncated or not safetensors; fetch it again."
                 )
-            text = stream.read(length)
+            text = read_text(stream, length, file.name)
     except OSError as error:
         raise FormatError(f"{file.name}: cannot be read: {error.strerror}.") from error
     header = _parse(file, text)
