@@ -22,6 +22,7 @@ from vllm_dfloat.checkpoint.pieces import read_pieces
 from vllm_dfloat.checkpoint.resume import COMPRESSION
 from vllm_dfloat.checkpoint.safetensors_file import read_header
 from vllm_dfloat.checkpoint.source import open_source
+from vllm_dfloat.checkpoint.worker_pool import WORKER_BYTES, share_cores
 from vllm_dfloat.checkpoint.write_safetensors import TEMPORARY, Item, write_safetensors
 from vllm_dfloat.errors import FormatError
 
@@ -59,7 +60,10 @@ compress(open_source(small), out / "small-df11")  # loads everything
 before = resident()
 seen = []
 compress(open_source(large), out / "large-df11", advance=lambda count: seen.append(resident()))
-print(json.dumps([max(column) - start for column, start in zip(zip(*seen), before)]))
+grown = [max(column) - start for column, start in zip(zip(*seen), before)]
+status = Path("/proc/self/status").read_text()
+peak = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+print(json.dumps([*grown, peak << 10]))
 """
 
 
@@ -71,7 +75,8 @@ def test_memory_stays_bounded_whatever_the_size_of_a_unit(tmp_path: Path) -> Non
     environment = {**os.environ, "VLLM_DFLOAT_THREADS": "1"}
     run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert run.returncode == 0, run.stderr
-    anonymous, mapped = json.loads(run.stdout)
+    anonymous, mapped, peak = json.loads(run.stdout)
+    assert peak < WORKER_BYTES
     gaps = 0.0135 * 256
     assert anonymous < gaps + 16
     assert mapped < 0.7 * 2 * 64 + 16  # of the file that is compared, see check_unit.py
@@ -109,14 +114,11 @@ def test_a_weight_that_must_stay_is_counted_once_in_the_progress(tmp_path: Path)
     assert sum(seen) == 2 * MIB
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
-def test_an_interruption_ends_at_once_with_130_and_the_rerun_goes_on(
-    tmp_path: Path, workers: str
-) -> None:
+def test_an_interruption_ends_at_once_with_130_and_the_rerun_goes_on(tmp_path: Path) -> None:
     model = make_layers(tmp_path / "m", layers=2, mebibytes=64)
     target = tmp_path / "t"
     command = [sys.executable, "-m", "vllm_dfloat.cli", "compress", str(model), str(target)]
-    command += ["--workers", workers]
+    command += ["--workers", "2"]
     environment = {**os.environ, "VLLM_DFLOAT_THREADS": "1"}
     with subprocess.Popen(
         command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
@@ -135,6 +137,24 @@ def test_an_interruption_ends_at_once_with_130_and_the_rerun_goes_on(
     )
     assert subprocess.run([*command, "--quiet"], env=environment).returncode == 0
     assert compare(target, model).is_equal
+
+
+@pytest.mark.parametrize(
+    ("cores", "jobs", "gigabytes", "memory", "expected"),
+    [
+        (8, 100, 800, 64, 8),
+        (8, 3, 800, 64, 3),  # no more than there is to do
+        (8, 100, 2, 64, 2),  # a process is not worth its start
+        (8, 100, 800, 3, 2),  # layers of 51 GB, which take 1.4 GB each
+        (8, 100, 800, 0, 1),
+    ],
+)
+def test_as_many_processes_are_started_as_cores_work_and_memory_allow(
+    cores: int, jobs: int, gigabytes: int, memory: int, expected: int
+) -> None:
+    job_bytes = WORKER_BYTES + 51 * 10**9 // 50
+    found = share_cores(cores, jobs, job_bytes, gigabytes << 30, memory << 30)
+    assert found == expected
 
 
 def test_pieces_of_a_stored_tensor_are_its_bits(tmp_path: Path) -> None:
