@@ -18,10 +18,12 @@ from helpers import gaussian
 from vllm_dfloat.checkpoint import pieces
 from vllm_dfloat.checkpoint.compare import compare
 from vllm_dfloat.checkpoint.compress import compress
+from vllm_dfloat.checkpoint.encode_pieces import CpuCoder
 from vllm_dfloat.checkpoint.pieces import read_pieces
 from vllm_dfloat.checkpoint.resume import COMPRESSION
 from vllm_dfloat.checkpoint.safetensors_file import read_header
 from vllm_dfloat.checkpoint.source import open_source
+from vllm_dfloat.checkpoint.unit import Unit
 from vllm_dfloat.checkpoint.worker_pool import WORKER_BYTES, share_cores
 from vllm_dfloat.checkpoint.write_safetensors import TEMPORARY, Item, write_safetensors
 from vllm_dfloat.errors import FormatError
@@ -100,6 +102,37 @@ def test_progress_moves_within_a_unit_and_ends_with_all_bytes(tmp_path: Path, wo
     assert min(steps) >= 0
     if workers == 1:  # with more, how often depends on how fast they are
         assert max(steps) <= 2 * MIB
+
+
+def test_threads_with_a_coder_write_the_same_files_and_report_all_bytes(tmp_path: Path) -> None:
+    model = make_layers(tmp_path / "m", layers=5, mebibytes=4)
+    source = open_source(model)
+    compress(source, tmp_path / "one")
+    seen: list[int] = []
+    compress(source, tmp_path / "many", workers=3, advance=seen.append, coder=CpuCoder())
+    assert sum(seen) == 5 * 4 * MIB
+    left, right = tmp_path / "one", tmp_path / "many"
+    assert {p.name: p.read_bytes() for p in left.iterdir()} == {
+        p.name: p.read_bytes() for p in right.iterdir()
+    }
+
+
+def test_an_error_in_one_thread_ends_the_others_and_leaves_nothing_half_written(
+    tmp_path: Path,
+) -> None:
+    class Broken(CpuCoder):
+        def equals(self, unit: Unit, start: int, weights: np.ndarray) -> bool:
+            return unit.name != "model.layers.2" and super().equals(unit, start, weights)
+
+    source = open_source(make_layers(tmp_path / "m", layers=6, mebibytes=8))
+    with pytest.raises(FormatError, match=r"layers\.2\..*do not decode to the original bits"):
+        compress(source, tmp_path / "t", workers=3, coder=Broken())
+    left = {path.name for path in (tmp_path / "t").iterdir()}
+    assert COMPRESSION.journal in left
+    assert not any(name.startswith(TEMPORARY) for name in left)
+    assert "model_layers_2.safetensors" not in left
+    compress(source, tmp_path / "t")
+    assert compare(tmp_path / "t", tmp_path / "m").is_equal
 
 
 def test_a_weight_that_must_stay_is_counted_once_in_the_progress(tmp_path: Path) -> None:

@@ -169,6 +169,19 @@ def test_compress_gives_the_same_files_as_on_the_cpu(
     }
 
 
+def test_a_coder_is_checked_before_it_is_used(coder: device_units.DeviceCoder) -> None:
+    device_units.check_coder(coder, "cuda:3")
+
+    class Broken(CpuCoder):
+        def sign_mantissa(self, weights: np.ndarray) -> np.ndarray:
+            out = super().sign_mantissa(weights)
+            out[-1] ^= 1
+            return out
+
+    with pytest.raises(DeviceError, match="cuda:3: encodes a test pattern with a wrong sign_man"):
+        device_units.check_coder(Broken(), "cuda:3")
+
+
 def test_a_device_that_is_not_there_and_a_missing_triton_are_refused_in_one_sentence(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

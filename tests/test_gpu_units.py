@@ -85,7 +85,7 @@ def test_gpu_holds_one_piece_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_compress_on_a_gpu_writes_the_files_of_the_cpu(tmp_path: Path) -> None:
     source = open_source(SHIPPED)
     compress(source, tmp_path / "cpu")
-    compress(source, tmp_path / "cuda", coder=coder_of("cuda"))
+    compress(source, tmp_path / "cuda", workers=4, coder=coder_of("cuda"))
     assert coder_of("auto") is not None
     left, right = tmp_path / "cpu", tmp_path / "cuda"
     assert {p.name: p.read_bytes() for p in left.iterdir()} == {

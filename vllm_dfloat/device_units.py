@@ -6,6 +6,7 @@ as for that one. On the device there is one piece of a unit at a time.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -15,6 +16,7 @@ import torch
 
 from vllm_dfloat.checkpoint.encode_pieces import (
     Book,
+    Coder,
     Codes64,
     I64Array,
     U8Array,
@@ -22,6 +24,7 @@ from vllm_dfloat.checkpoint.encode_pieces import (
     U32Array,
 )
 from vllm_dfloat.checkpoint.encode_stream import BLOCK_BITS
+from vllm_dfloat.checkpoint.encode_unit import as_unit, encode_unit
 from vllm_dfloat.checkpoint.unit import WINDOW_BYTES, Unit
 from vllm_dfloat.checks import MIN_CAPABILITY, check_device
 from vllm_dfloat.codec.layout import SYMBOL_SHIFT, TILE_WEIGHTS
@@ -32,7 +35,7 @@ WINDOW_BITS = 8 * WINDOW_BYTES
 
 
 class DeviceCoder:
-    """Works on pieces on a GPU, or on a CPU where Triton interprets its kernels.
+    """Works on pieces on a GPU, or on a CPU where Triton interprets its kernels; from any thread.
 
     Raises:
         DeviceError: Triton is not installed, or the device has too little memory.
@@ -41,8 +44,7 @@ class DeviceCoder:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._packed, self._kernels = _kernels(device)
-        self._book: Book | None = None
-        self._tables: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._cached = _Cached()
 
     def count(self, weights: U16Array) -> I64Array:
         whole = weights.size // TILE_WEIGHTS * TILE_WEIGHTS
@@ -94,11 +96,12 @@ class DeviceCoder:
         return flat
 
     def _tables_of(self, book: Book) -> tuple[torch.Tensor, torch.Tensor]:
-        if self._tables is None or self._book is not book:
+        cached = self._cached
+        if cached.tables is None or cached.book is not book:
             arrays = _left_aligned(book), book.lengths
             codes, lengths = (torch.from_numpy(array).to(self._device) for array in arrays)
-            self._book, self._tables = book, (codes, lengths)
-        return self._tables
+            cached.book, cached.tables = book, (codes, lengths)
+        return cached.tables
 
     @contextmanager
     def _working(self) -> Iterator[None]:
@@ -113,6 +116,30 @@ class DeviceCoder:
             ) from error
 
 
+class _Cached(threading.local):
+    """The tables of the code book that this thread used last."""
+
+    book: Book | None = None
+    tables: tuple[torch.Tensor, torch.Tensor] | None = None
+
+
+def check_coder(coder: Coder, where: str) -> None:
+    """Encode a few weights and compare the bytes with the CPU's; compiles every kernel, before threads come to it.
+
+    Raises:
+        DeviceError: a byte differs.
+    """
+    weights = [np.arange(1 << 14, dtype=np.uint16) * np.uint16(7), np.full(4099, 0x3C12, np.uint16)]
+    weights[0] &= np.uint16(0xBFFF)  # exponents below 128
+    expected, made = encode_unit(weights, where), encode_unit(weights, where, coder)
+    wrong = [field for field in expected if not np.array_equal(made[field], expected[field])]
+    if wrong or not coder.equals(as_unit(expected, where), 0, np.concatenate(weights)):
+        raise DeviceError(
+            f"{where}: encodes a test pattern with a wrong {', '.join(wrong) or 'comparison'}. Its driver, Triton or "
+            "memory cannot be trusted; compress with --device cpu."
+        )
+
+
 def coder_of(name: str) -> DeviceCoder | None:
     """Return the coder for a GPU: "cuda", "cuda:N", or "auto", which is None where there is none to use.
 
@@ -122,7 +149,7 @@ def coder_of(name: str) -> DeviceCoder | None:
     count = torch.cuda.device_count()
     if name == "auto":
         is_usable = count > 0 and torch.cuda.get_device_capability(0) >= MIN_CAPABILITY
-        return DeviceCoder(torch.device("cuda", 0)) if is_usable else None
+        return _checked(torch.device("cuda", 0)) if is_usable else None
     index = int(name.partition(":")[2] or 0)
     if index >= count:
         raise DeviceError(
@@ -131,7 +158,13 @@ def coder_of(name: str) -> DeviceCoder | None:
         )
     device = torch.device("cuda", index)
     check_device(device)
-    return DeviceCoder(device)
+    return _checked(device)
+
+
+def _checked(device: torch.device) -> DeviceCoder:
+    coder = DeviceCoder(device)
+    check_coder(coder, str(device))
+    return coder
 
 
 def _left_aligned(book: Book) -> U32Array:

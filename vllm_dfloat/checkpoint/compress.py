@@ -27,6 +27,7 @@ from vllm_dfloat.checkpoint.source import Source, config_text
 from vllm_dfloat.checkpoint.worker_pool import (
     WORKER_BYTES,
     available_memory,
+    run_in_threads,
     run_jobs,
     share_cores,
 )
@@ -72,10 +73,10 @@ def compress(
         source: an open BF16 model, which is only read.
         target: a new or empty folder, or one in which the same compression was begun.
         force: take another folder too, and replace the checkpoint in it.
-        workers: processes; by default as many as cores and memory allow.
+        workers: processes; by default as many as cores and memory allow. With a coder, threads; by default one.
         start: called with the bytes to be read in all, and with those that an earlier run has read.
         advance: called with the bytes that were done since.
-        coder: what encodes and compares, in this process; by default the CPU, in `workers` of them.
+        coder: what encodes and compares, in this process; by default the CPU, in processes.
 
     Raises:
         FormatError: `target` cannot be used, or what was written does not decode to the original.
@@ -98,9 +99,7 @@ def compress(
         results = {file: FileResult.from_json(line) for file, line in done.items()}
         start(sum(sizes.values()), sum(sizes[file] for file in results))
         todo = [job for job in jobs if job.file not in results]
-        for result in _run(
-            source, target, todo, sizes, 1 if coder else workers, coder, WholeBytes(advance)
-        ):
+        for result in _run(source, target, todo, sizes, workers, coder, WholeBytes(advance)):
             journal.append(result.as_json())
             results[result.file] = result
         report = _finish(source, target, plan, [results[job.file] for job in jobs])
@@ -166,18 +165,20 @@ def _run(
     coder: Coder | None,
     report: Advance,
 ) -> Iterable[FileResult]:
-    cores = num_threads()
-    if workers is None:
-        # Gaps and positions are held, 1.3 % of the weights in files of typical weights.
-        largest = WORKER_BYTES + max((sizes[job.file] for job in jobs), default=0) // 50
-        total = sum(sizes[job.file] for job in jobs)
-        workers = share_cores(cores, len(jobs), largest, total, int(0.8 * available_memory()))
     # Large files first, so that no worker begins one when the others have nothing left.
     arguments = [
         (job, {name: source.tensors[name] for name in job.tensors}, target, coder)
         for job in sorted(jobs, key=lambda job: -sizes[job.file])
     ]
     call: Callable[..., FileResult] = compress_file
+    if coder:
+        return run_in_threads(call, arguments, workers or 1, report)
+    cores = num_threads()
+    if workers is None:
+        # Gaps and positions are held, 1.3 % of the weights in files of typical weights.
+        largest = WORKER_BYTES + max((sizes[job.file] for job in jobs), default=0) // 50
+        total = sum(sizes[job.file] for job in jobs)
+        workers = share_cores(cores, len(jobs), largest, total, int(0.8 * available_memory()))
     return run_jobs(call, arguments, workers, max(1, cores // workers), report)
 
 

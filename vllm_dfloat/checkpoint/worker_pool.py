@@ -1,4 +1,4 @@
-"""Run jobs in processes that end with their parent, however it ends."""
+"""Run jobs in processes that end with their parent, however it ends, or in threads."""
 
 from __future__ import annotations
 
@@ -8,7 +8,13 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+    wait,
+)
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -49,16 +55,52 @@ def run_jobs(
     pool = ProcessPoolExecutor(workers, context, _begin, arguments)
     try:
         with _uninterrupted():
-            waiting = {pool.submit(_call, call, job) for job in jobs}
-        seen = 0
-        while waiting:
-            finished, waiting = wait(waiting, _SECONDS_BETWEEN_REPORTS, FIRST_COMPLETED)
-            advance(done.value - seen)
-            seen = done.value
-            yield from (future.result() for future in finished)
+            futures = [pool.submit(_call, call, job) for job in jobs]
+        yield from _results(futures, lambda: done.value, advance)
     finally:
         stop.value = 1
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def run_in_threads(
+    call: Callable[..., Result],
+    jobs: Sequence[tuple[object, ...]],
+    threads: int,
+    advance: Callable[[int], None],
+) -> Iterator[Result]:
+    """Do as `run_jobs` in threads of this process: for jobs that wait for a GPU, or else do what needs no GIL."""
+    if threads <= 1:
+        yield from (call(*job, advance) for job in jobs)
+        return
+    lock, stop, done = threading.Lock(), threading.Event(), 0
+
+    def report(amount: int) -> None:
+        nonlocal done
+        if stop.is_set():
+            raise Stopped
+        with lock:
+            done += amount
+
+    pool = ThreadPoolExecutor(threads, "dfloat11-job")
+    try:
+        futures = [pool.submit(call, *job, report) for job in jobs]
+        yield from _results(futures, lambda: done, advance)
+    finally:
+        stop.set()
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _results(
+    futures: Sequence[Future[Result]], done: Callable[[], int], advance: Callable[[int], None]
+) -> Iterator[Result]:
+    """Yield results as they come, and tell how far `done` has got meanwhile."""
+    waiting, seen = set(futures), 0
+    while waiting:
+        finished, waiting = wait(waiting, _SECONDS_BETWEEN_REPORTS, FIRST_COMPLETED)
+        now = done()
+        advance(now - seen)
+        seen = now
+        yield from (future.result() for future in finished)
 
 
 @contextmanager
