@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import engines
 import tiny_models
 from conftest import Checkpoint
 from engines import Answers, answers_elsewhere
@@ -18,8 +19,7 @@ OFFICIAL = {"qwen3-tiny-tied", "llama-tiny", "phi3-tiny-fused"}
 # What VLLM_CPU_CI_ENV makes of vLLM's default for a CPU: Dynamo traces, without Inductor's C++ compiles. But so vLLM
 # still warms up, without which pipeline stages have no buffer for what they receive (see engines.py).
 TRACED = dict(compilation_config={"mode": 2, "backend": "eager", "custom_ops": ["none"]})
-# The process and the ranks on it, as vLLM puts them before each line of a worker.
-WORKER = re.compile(r"\((Worker[^ ]*|RayWorker[^ ]*) .*dfloat11: compressed")
+WORKER = re.compile(r"\((Worker\w*) pid=\d+\) [^(]*dfloat11: compressed")  # named after its ranks
 
 
 @dataclass(frozen=True)
@@ -48,23 +48,23 @@ def answer_pairs(
     bf16_checkpoint: Checkpoint,
     folder: Path,
     environment: dict[str, str] = ENVIRONMENT,
-    **settings: Any,
+    script: str = engines.__file__,
 ) -> dict[Case, tuple[Answers, Answers]]:
-    """Return what BF16 vLLM and what ours answered in each case, and hold every rank to its line of log.
+    """Return what ours and what BF16 vLLM answered in each case, and hold every rank to its line of log.
 
     All engines run in one process, because only its first one pays for vLLM's import.
     """
     runs = []
     for case in cases:
-        name, given = case.model, {**case.settings(), **settings}
+        name, given = case.model, case.settings()
         plain = tiny_models.SHIPPED if name == "shipped" else bf16_checkpoint(name)
-        runs.append(dict(model=str(plain), **given))
         if name in OFFICIAL:
             runs.append(dict(model=str(tiny_models.official(name)), **given))
         else:
             runs.append(dict(model=str(plain), quantization="dfloat11", **given))
+        runs.append(dict(model=str(plain), **given))
     num_ranks = sum(2 * case.tp * case.pp for case in cases)
-    results = answers_elsewhere(runs, folder, environment, timeout=120 * num_ranks)
+    results = answers_elsewhere(runs, folder, environment, 120 * num_ranks, script)
     assert_each_rank_compressed(folder / "log.txt", cases)
     return dict(zip(cases, zip(results[::2], results[1::2], strict=True), strict=True))
 

@@ -108,14 +108,18 @@ def answers(model: Path, **settings: Any) -> Answers:
 
 
 def answers_elsewhere(
-    runs: list[dict[str, Any]], folder: Path, environment: dict[str, str], timeout: float
+    runs: list[dict[str, Any]],
+    folder: Path,
+    environment: dict[str, str],
+    timeout: float,
+    script: str = __file__,
 ) -> list[Answers]:
     """Return the answers of several engines, run one after the other in a process of its own.
 
     The process and all its workers are gone afterwards, whatever happens.
     """
     (folder / "runs.json").write_text(json.dumps(runs))
-    command = [sys.executable, __file__, str(folder / "runs.json"), str(folder / "answers.json")]
+    command = [sys.executable, script, str(folder / "runs.json"), str(folder / "answers.json")]
     run_bounded(command, folder / "log.txt", environment, timeout)
     return json.loads((folder / "answers.json").read_text())
 

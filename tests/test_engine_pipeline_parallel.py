@@ -36,5 +36,5 @@ def test_stages_answer_as_stages_of_bf16_vllm(
 ) -> None:
     if case not in pairs:
         pytest.skip("takes a minute or more: runs with --full")
-    plain, compressed = pairs[case]
+    compressed, plain = pairs[case]
     assert compressed == plain

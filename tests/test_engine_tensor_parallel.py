@@ -38,5 +38,5 @@ def test_two_ranks_answer_as_two_ranks_of_bf16_vllm(
 ) -> None:
     if case not in pairs:
         pytest.skip("takes most of a minute: runs with --full")
-    plain, compressed = pairs[case]
+    compressed, plain = pairs[case]
     assert compressed == plain
