@@ -1,10 +1,11 @@
-"""Measure `vllm-dfloat compress` end to end: read, encode, write, hash, decode, compare; MB/s of BF16, peak memory.
+"""Measure `vllm-dfloat compress` and `decompress` end to end: MB/s of BF16 and peak memory.
 
     python scripts/bench_compress.py [--gigabytes 2.4] [--units 1] [--workers 1] [--threads 1] [--json FILE]
 
-Makes a checkpoint of random weights N(0, 0.02) in a temporary folder (with `--folder`, there), runs the real command
-in a process of its own, and removes both. CPU seconds are user and system time of all its processes, start included,
-so the number per core-second holds on a busy machine too.
+Makes a checkpoint of random weights N(0, 0.02) in a temporary folder (with `--folder`, there), runs the real commands
+in processes of their own, and removes everything. `compress` reads, encodes, writes, hashes, decodes what it wrote and
+compares; what `decompress` wrote is compared before anything is reported. CPU seconds are user and system time of all
+processes of a command, start included, so the number per core-second holds on a busy machine too.
 """
 
 import argparse
@@ -66,6 +67,15 @@ def run(command: list[str], threads: int) -> dict[str, Any]:
     }
 
 
+def rates(num_bytes: int, used: dict[str, Any]) -> dict[str, Any]:
+    megabytes = num_bytes / 1e6
+    return {
+        "mb_per_s": round(megabytes / used["wall_s"], 1),
+        "mb_per_cpu_s": round(megabytes / used["cpu_s"], 1),
+        **used,
+    }
+
+
 def processor() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next((line.split(":")[1].strip() for line in lines if "model name" in line), "unknown")
@@ -77,7 +87,7 @@ def main() -> int:
     parser.add_argument("--units", type=int, default=1)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", help="as compress takes it (default: its own)")
+    parser.add_argument("--device", help="as compress takes it, with no workers then")
     parser.add_argument("--folder", type=Path, help="where to write (default: a temporary folder)")
     parser.add_argument("--json", type=Path, help="also write the result here")
     args = parser.parse_args()
@@ -85,10 +95,13 @@ def main() -> int:
     try:
         make_checkpoint(folder / "bf16", int(args.gigabytes * 1e9), args.units)
         num_bytes = (folder / "bf16/model.safetensors").stat().st_size
-        command = [sys.executable, "-m", "vllm_dfloat.cli", "compress"]
-        command += [str(folder / "bf16"), str(folder / "df11"), "--workers", str(args.workers)]
-        command += ["--device", args.device] if args.device else []
-        used = run(command, args.threads)
+        program = [sys.executable, "-m", "vllm_dfloat.cli"]
+        paths = [str(folder / name) for name in ("bf16", "df11", "again")]
+        workers = ["--workers", str(args.workers)]
+        how = ["--device", args.device] if args.device else workers
+        used = run([*program, "compress", *paths[:2], *how], args.threads)
+        back = run([*program, "decompress", *paths[1:], *workers], args.threads)
+        run([*program, "verify", paths[1], "--against", paths[2]], args.threads)
         written = sum(file.stat().st_size for file in (folder / "df11").glob("*.safetensors"))
     finally:
         shutil.rmtree(folder)
@@ -98,10 +111,9 @@ def main() -> int:
         "ratio": round(written / num_bytes, 4),
         "workers": args.workers,
         "threads": args.threads,
-        "device": args.device or "default",
-        "mb_per_s": round(num_bytes / 1e6 / used["wall_s"], 1),
-        "mb_per_cpu_s": round(num_bytes / 1e6 / used["cpu_s"], 1),
-        **used,
+        "device": args.device or "cpu",
+        "compress": rates(num_bytes, used),
+        "decompress": rates(num_bytes, back),
         "processor": processor(),
         "cores": len(os.sched_getaffinity(0)),
     }
