@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -49,13 +50,22 @@ def main() -> int:
             reports = list(supervise(run, [args.only], 1, WALL_SECONDS))
             print(json.dumps(reports[0], indent=1))
             return int(reports[0]["result"] == "wrong")
+        for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell has them ignored
+            signal.signal(number, signal.default_int_handler)
         cases = range(args.start, args.start + args.count)
-        totals = Totals()
-        for report in supervise(run, cases, args.workers, WALL_SECONDS):
-            totals.add(report)
-            if totals.cases % EVERY == 0:
-                print(f"{totals.cases} cases, {len(totals.wrong)} wrong, {time.monotonic() - began:.0f} s; "
-                      f"--start {args.start + totals.cases} goes on here", file=sys.stderr, flush=True)  # fmt: skip
+        totals = Totals(args.start)
+        try:
+            for report in supervise(run, cases, args.workers, WALL_SECONDS):
+                totals.add(report)
+                if totals.cases % EVERY == 0:
+                    print(
+                        f"{totals.cases} cases, {len(totals.wrong)} wrong, {time.monotonic() - began:.0f} s; "
+                        f"--start {totals.next} goes on here",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+        except KeyboardInterrupt:
+            print(f"interrupted; --start {totals.next} goes on here", file=sys.stderr)
     seconds = time.monotonic() - began
     if args.json:
         args.json.write_text(json.dumps(totals.as_json(args.seed, args.start, seconds), indent=1))
@@ -82,14 +92,20 @@ def _arguments() -> argparse.Namespace:
 class Totals:
     """Counts per mutation and outcome. A case with several mutations counts for each of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, start: int) -> None:
         self.cases = 0
+        self.next = start  # every case before it has ended
+        self._ahead: set[int] = set()
         self.results: Counter[str] = Counter()
         self.kinds: Counter[tuple[str, str]] = Counter()
         self.wrong: list[Report] = []
 
     def add(self, report: Report) -> None:
         self.cases += 1
+        self._ahead.add(report["number"])
+        while self.next in self._ahead:
+            self._ahead.remove(self.next)
+            self.next += 1
         self.results[report["result"]] += 1
         self.kinds.update((kind, report["result"]) for kind in set(report["kinds"]))
         if report["result"] == "wrong":

@@ -31,6 +31,10 @@ FIELDS = (
 Tensors = dict[str, tuple[str, bytes]]  # name -> dtype, bytes
 
 
+class StoredTwice(ValueError):
+    """A weight has two places, so that the bytes do not say one thing."""
+
+
 def expected_tensors(folder: Path, modules: Collection[str] = ()) -> Tensors:
     """Return every tensor under its original name, those of units decoded by the reference.
 
@@ -58,10 +62,10 @@ def expected_tensors(folder: Path, modules: Collection[str] = ()) -> Tensors:
         for path, part in zip(paths, np.split(bits, splits), strict=True):
             name = path if path in shapes and not path.endswith(".weight") else f"{path}.weight"
             if name in found:
-                raise ValueError(f"{name} comes from two units")
+                raise StoredTwice(f"{name} comes from two units")
             found[name] = ("BF16", part.tobytes())
     if found.keys() & stored.keys():
-        raise ValueError(f"stored twice: {found.keys() & stored.keys()}")
+        raise StoredTwice(f"stored twice: {found.keys() & stored.keys()}")
     return found | {name: (dtype, data) for name, (dtype, _, data) in stored.items()}
 
 

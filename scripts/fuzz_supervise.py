@@ -74,6 +74,8 @@ def _start(run: Callable[[int, int], Report], cases: list[int], worker: int) -> 
         status = 1
         try:
             os.close(reader)
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             for case in cases:
                 _send(writer, {"begin": case})
                 _send(writer, run(case, worker))

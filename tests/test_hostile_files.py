@@ -12,11 +12,13 @@ import pytest
 from dfloat11_helpers import config, encode, stored_unit, write_checkpoint
 from safetensors.numpy import save_file
 
+from vllm_dfloat.checkpoint.compare import check
 from vllm_dfloat.checkpoint.dfloat11 import open_checkpoint
 from vllm_dfloat.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from vllm_dfloat.checkpoint.patterns import compile_patterns
 from vllm_dfloat.checkpoint.safetensors_file import read_header
 from vllm_dfloat.checkpoint.source import bf16_tensors
+from vllm_dfloat.checkpoint.weights import plan
 from vllm_dfloat.errors import MAX_MESSAGE, DFloatError, FormatError, UnsupportedError
 from vllm_dfloat.plan.config import read_model_config
 
@@ -252,3 +254,25 @@ def test_a_hole_in_a_file_takes_no_memory(name: str, one_unit: Path) -> None:
         assert tracemalloc.get_traced_memory()[1] < 4 << 20
     finally:
         tracemalloc.stop()
+
+
+def test_verify_decodes_an_lm_head_that_config_ties_too(tmp_path: Path) -> None:
+    # Bug caught: "decode without an error", though one unit was never decoded.
+    unit = encode(np.arange(1000, dtype=np.uint16) % 512 + 0x3F00)
+    unit["encoded_exponent"] = np.full_like(unit["encoded_exponent"], 0xFF)
+    write_checkpoint(tmp_path, {"lm_head": unit})
+    whole = {"dfloat11_config": config({"lm_head": []}), "tie_word_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps(whole))
+    with pytest.raises(FormatError, match=r"^model.safetensors: lm_head.encoded_exponent: window "):
+        check(tmp_path)
+
+
+def test_a_unit_that_shapes_make_the_weight_stored_beside_it_is_refused(tmp_path: Path) -> None:
+    # Bug caught: two tensors of one name, and a file of decompress with one in its header and both in its data.
+    unit = encode(np.arange(100, dtype=np.uint16) + 0x3F00)
+    write_checkpoint(tmp_path, {"a": unit}, {"a": ["b"]})
+    save_file({"a.weight": np.zeros((10, 10), np.uint16)}, tmp_path / "plain.safetensors")
+    with pytest.raises(
+        FormatError, match=r"plain.safetensors: a.weight: the weight a.weight is also"
+    ):
+        plan(open_checkpoint(tmp_path), {"a": (10, 10)})

@@ -202,16 +202,33 @@ def plan(
     skip: Callable[[str], bool] | None = None,
     keep_tied: bool = False,
 ) -> list[Member | StoredTensor]:
-    """Return what `weights` yields, in its order, without decoding; with `keep_tied` an unused `lm_head` as well."""
+    """Return what `weights` yields, in its order, without decoding; with `keep_tied` an unused `lm_head` as well.
+
+    Raises:
+        FormatError: sizes do not fit `shapes`, or two things have one name.
+    """
     members = [
         member for entry in checkpoint.units.values() for member in unit_members(entry, shapes)
     ]
     items: list[Member | StoredTensor] = [*members, *checkpoint.plain.values()]
+    _refuse_stored_twice(items)
     modules = {_module(member.name): member for member in members}
     items = [item for item in items if not (skip and skip(item.name))]
     if checkpoint.tie_word_embeddings and not keep_tied:
         items = [item for item in items if not _is_lm_head(item.name)]
     return sorted(items, key=lambda item: _order(item.name, modules))
+
+
+def _refuse_stored_twice(items: Iterable[Member | StoredTensor]) -> None:
+    """Refuse two tensors of one name: `shapes` may say that a unit is itself a weight, which is also stored plain."""
+    seen = set()
+    for item in items:
+        if item.name in seen:
+            tensor = item if isinstance(item, StoredTensor) else item.entry.fields["luts"]
+            raise FormatError(
+                f"{tensor.where}: the weight {item.name} is also in another place; it is expected once."
+            )
+        seen.add(item.name)
 
 
 def spans(items: Iterable[Member | StoredTensor]) -> Iterator[StoredTensor]:
