@@ -20,7 +20,6 @@ class LaunchConfig:
         decode_tiles_per_program: tiles of a program that decodes the packed layout, two a warp; a power of two.
         dfloat11_num_warps: warps of a program that decodes a block of the official layout; with 4, look-ups of 4
             windows overlap in a thread, and nothing spills.
-        dfloat11_encode_tiles: tiles of 16 lanes of 32 weights, of a program that encodes the official layout.
         fused_gemv_tiles_per_program: tiles, two a warp, of a program of the fused kernel without tensor cores.
         fused_dot_rows: output rows of a program of the fused kernel with tensor cores.
         fused_dot_num_warps: warps of such a program.
@@ -31,7 +30,6 @@ class LaunchConfig:
 
     decode_tiles_per_program: int = 8
     dfloat11_num_warps: int = 4
-    dfloat11_encode_tiles: int = 8
     fused_gemv_tiles_per_program: int = 8
     fused_dot_rows: int = 16
     fused_dot_num_warps: int = 4
@@ -42,9 +40,7 @@ class LaunchConfig:
 
 DEFAULT = LaunchConfig()
 # Triton's interpreter runs a program at a time, each as NumPy calls: few large programs.
-INTERPRETED = LaunchConfig(
-    decode_tiles_per_program=64, dfloat11_encode_tiles=128, fused_gemv_tiles_per_program=64
-)
+INTERPRETED = LaunchConfig(decode_tiles_per_program=64, fused_gemv_tiles_per_program=64)
 
 # A part of the device's name, or its compute capability -> parameters. A name goes before a capability, the longest
 # name before the others, the default last.

@@ -19,11 +19,11 @@ import triton.language as tl
 
 from vllm_dfloat.codec import layout
 from vllm_dfloat.kernels.compile_spec import CompileSpec
-from vllm_dfloat.kernels.configs import DEFAULT, config_of
 from vllm_dfloat.kernels.tiles import LANES, _four_words
 
 LANE_WEIGHTS = 32
-NUM_WARPS = 4  # with 8 tiles of 16 lanes, a lane a thread
+TILES_PER_PROGRAM = 8  # of 16 lanes each: one lane a thread with 4 warps
+NUM_WARPS = 4
 SPLIT_AT_ONCE = 4096
 
 _LANE_WEIGHTS = tl.constexpr(LANE_WEIGHTS)
@@ -144,6 +144,7 @@ def measure(
     num_weights: int,
     lengths: torch.Tensor,
     lane_bits: torch.Tensor,
+    tiles_per_program: int = TILES_PER_PROGRAM,
 ) -> None:
     """Measure the codes of each lane of 32 weights.
 
@@ -154,7 +155,7 @@ def measure(
         lane_bits: int32 [lanes], all written.
     """
     lanes = lane_bits.numel()
-    lanes_at_once = config_of(weights.device).dfloat11_encode_tiles * layout.LANES
+    lanes_at_once = tiles_per_program * layout.LANES
     _measure_kernel[(triton.cdiv(lanes, lanes_at_once),)](
         weights.view(torch.uint32), lengths, lane_bits, num_weights, lanes, lanes_at_once,
         num_warps=NUM_WARPS,
@@ -170,6 +171,7 @@ def write(
     words: torch.Tensor,
     first_bits: torch.Tensor,
     begins: torch.Tensor,
+    tiles_per_program: int = TILES_PER_PROGRAM,
 ) -> None:
     """Write the codes of all lanes, and where windows and blocks begin.
 
@@ -183,10 +185,9 @@ def write(
         begins: int64 [blocks]; written for the blocks likewise.
     """
     lanes = starts.numel()
-    tiles = config_of(weights.device).dfloat11_encode_tiles
-    _write_kernel[(triton.cdiv(lanes, tiles * layout.LANES),)](
+    _write_kernel[(triton.cdiv(lanes, tiles_per_program * layout.LANES),)](
         weights.view(torch.uint32), codes, lengths, starts, words.view(torch.uint32), first_bits, begins,
-        num_weights, lanes, tiles, num_warps=NUM_WARPS,
+        num_weights, lanes, tiles_per_program, num_warps=NUM_WARPS,
     )  # fmt: skip
 
 
@@ -199,8 +200,7 @@ def split(weights: torch.Tensor, out: torch.Tensor, at_once: int = SPLIT_AT_ONCE
 
 
 _SIZES = {"num_weights": "i32", "num_lanes": "i32"}
-_TILES = DEFAULT.dfloat11_encode_tiles
-_PROGRAM_WEIGHTS = _TILES * layout.LANES * LANE_WEIGHTS
+_PROGRAM_WEIGHTS = TILES_PER_PROGRAM * layout.LANES * LANE_WEIGHTS
 COMPILE_SPECS = [
     CompileSpec(
         name="encode_dfloat11_measure",
@@ -212,7 +212,7 @@ COMPILE_SPECS = [
             **_SIZES,
             "LANES_AT_ONCE": "constexpr",
         },
-        constexprs={"LANES_AT_ONCE": _TILES * layout.LANES},
+        constexprs={"LANES_AT_ONCE": TILES_PER_PROGRAM * layout.LANES},
         aligned_args=("weights_ptr", "lengths_ptr", "lane_bits_ptr"),
         num_warps=NUM_WARPS,
         weights_per_program=_PROGRAM_WEIGHTS,
@@ -231,7 +231,7 @@ COMPILE_SPECS = [
             **_SIZES,
             "TILES": "constexpr",
         },
-        constexprs={"TILES": _TILES},
+        constexprs={"TILES": TILES_PER_PROGRAM},
         aligned_args=("weights_ptr", "codes_ptr", "lengths_ptr", "starts_ptr", "words_ptr"),
         num_warps=NUM_WARPS,
         weights_per_program=_PROGRAM_WEIGHTS,

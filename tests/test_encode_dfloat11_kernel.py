@@ -26,7 +26,6 @@ from vllm_dfloat.checkpoint.encode_pieces import Codes64, CpuCoder
 from vllm_dfloat.checkpoint.encode_unit import as_unit, encode_unit
 from vllm_dfloat.checkpoint.source import open_source
 from vllm_dfloat.errors import DeviceError
-from vllm_dfloat.kernels import configs
 
 CPU = CpuCoder()
 EDGE_UNITS = open_checkpoint(VECTORS / "edge-good-df11").units
@@ -113,16 +112,16 @@ def codes64(blocks: int, bit: int) -> Codes64:
     ],
 )
 def test_codes_of_up_to_32_bits_are_joined_without_loss_from_any_bit_on(
-    size: int, tiles: int, bits: tuple[int, ...], coder: device_units.DeviceCoder
+    size: int, tiles: int, bits: tuple[int, ...]
 ) -> None:
     # Bug caught: shifts by 32; a bit counted from another block than the program's; a lane past the end.
+    coder = device_units.DeviceCoder(torch.device("cpu"), tiles)
     book = long_book()
     weights = long_code_weights(size)
     for bit in bits:
         expected, made = codes64(8, bit), codes64(8, bit)
         end = CPU.write(weights, book, bit, expected)
-        with configs.override(configs.LaunchConfig(dfloat11_encode_tiles=tiles)):
-            assert coder.write(weights, book, bit, made) == end
+        assert coder.write(weights, book, bit, made) == end
         assert np.array_equal(made.words, expected.words)
         assert np.array_equal(made.first_bits, expected.first_bits)
         assert np.array_equal(made.begins, expected.begins)

@@ -41,9 +41,16 @@ class DeviceCoder:
         DeviceError: Triton is not installed, or the device has too little memory.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, tiles_per_program: int | None = None) -> None:
+        """
+        Args:
+            device: where to work.
+            tiles_per_program: of the kernels that encode; by default theirs, or many where they are interpreted.
+        """
         self._device = device
         self._packed, self._kernels = _kernels(device)
+        default = self._kernels.TILES_PER_PROGRAM if device.type == "cuda" else 128
+        self._tiles = tiles_per_program or default
         self._cached = _Cached()
 
     def count(self, weights: U16Array) -> I64Array:
@@ -61,14 +68,17 @@ class DeviceCoder:
             codes, lengths = self._tables_of(book)
             flat = self._upload(weights, kernels.LANE_WEIGHTS)
             lane_bits = self._empty(flat.numel() // kernels.LANE_WEIGHTS, torch.int32)
-            kernels.measure(flat, size, lengths, lane_bits)
+            kernels.measure(flat, size, lengths, lane_bits, self._tiles)
             ends = lane_bits.cumsum(0, dtype=torch.int64) + bit
             end = int(ends[-1])
             window, windows, blocks = bit // WINDOW_BITS, end // WINDOW_BITS + 1, end // BLOCK_BITS
             words = torch.zeros(2 * windows, dtype=torch.int32, device=self._device)
             first_bits = self._empty(windows, torch.uint8)
             begins = self._empty(blocks + 1, torch.int64)
-            kernels.write(flat, size, codes, lengths, ends - lane_bits, words, first_bits, begins)
+            starts = ends - lane_bits
+            kernels.write(
+                flat, size, codes, lengths, starts, words, first_bits, begins, self._tiles
+            )
             out.words[window:windows] |= words[2 * window :].cpu().numpy().view(np.uint64)
             out.first_bits[window + 1 : windows] = first_bits[window + 1 :].cpu().numpy()
             out.begins[1 : blocks + 1] = begins[1:].cpu().numpy()
