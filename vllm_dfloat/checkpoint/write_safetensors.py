@@ -54,11 +54,6 @@ class Written:
     sha256: str
 
 
-def array_item(name: str, array: npt.NDArray[Any], dtype: str) -> Item:
-    """Return an item for an array in memory."""
-    return Item(name, dtype, array.shape, lambda: [array])
-
-
 def copy_item(
     tensor: StoredTensor, advance: Callable[[int], None] = lambda num_bytes: None
 ) -> Item:
