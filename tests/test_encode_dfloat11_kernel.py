@@ -22,10 +22,11 @@ from vllm_dfloat.checkpoint import pieces
 from vllm_dfloat.checkpoint.compress import compress
 from vllm_dfloat.checkpoint.decode_unit import decode_unit
 from vllm_dfloat.checkpoint.dfloat11 import open_checkpoint
-from vllm_dfloat.checkpoint.encode_pieces import Codes64, CpuCoder
+from vllm_dfloat.checkpoint.encode_pieces import Book, Codes64, CpuCoder
 from vllm_dfloat.checkpoint.encode_unit import as_unit, encode_unit
 from vllm_dfloat.checkpoint.source import open_source
-from vllm_dfloat.errors import DeviceError
+from vllm_dfloat.checkpoint.unit import Unit
+from vllm_dfloat.errors import DeviceError, FormatError
 
 CPU = CpuCoder()
 EDGE_UNITS = open_checkpoint(VECTORS / "edge-good-df11").units
@@ -179,6 +180,21 @@ def test_a_coder_is_checked_before_it_is_used(coder: device_units.DeviceCoder) -
 
     with pytest.raises(DeviceError, match="cuda:3: encodes a test pattern with a wrong sign_man"):
         device_units.check_coder(Broken(), "cuda:3")
+
+
+def test_a_coder_whose_kernels_write_nothing_is_refused_in_one_sentence() -> None:
+    class WritesNothing(CpuCoder):
+        def write(self, weights: np.ndarray, book: Book, bit: int, out: Codes64) -> int:
+            return bit
+
+    class DecodesNothing(CpuCoder):
+        def equals(self, unit: Unit, start: int, weights: np.ndarray) -> bool:
+            raise FormatError("block 0 ended with status 1")
+
+    with pytest.raises(DeviceError, match="cuda:3: encodes a test pattern with a wrong encoded_e"):
+        device_units.check_coder(WritesNothing(), "cuda:3")
+    with pytest.raises(DeviceError, match="cuda:3: encodes a test pattern with a wrong comparison"):
+        device_units.check_coder(DecodesNothing(), "cuda:3")
 
 
 def test_a_device_that_is_not_there_and_a_missing_triton_are_refused_in_one_sentence(
