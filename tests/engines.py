@@ -4,6 +4,7 @@ Also a script, for engines that need a process of their own: python engines.py R
 """
 
 import gc
+import hashlib
 import json
 import os
 import signal
@@ -105,6 +106,23 @@ def answers(model: Path, **settings: Any) -> Answers:
     """Return what a fresh engine on `model` answers."""
     with engine(model, **settings) as llm:
         return ask(llm)
+
+
+_of_bf16: dict[str, Answers] = {}
+
+
+def bf16_answers(model: Path, **settings: Any) -> Answers:
+    """Return what BF16 vLLM answers, asked once for each content of the folder, settings and environment of vLLM."""
+    content = hashlib.sha256()
+    for file in sorted(Path(model).glob("*")):
+        content.update(file.name.encode() + file.read_bytes())
+    environment = {k: v for k, v in os.environ.items() if k.startswith("VLLM_")}
+    key = json.dumps([content.hexdigest(), settings, environment], sort_keys=True)
+    if key not in _of_bf16:
+        with engine(model, **settings) as llm:
+            assert llm.llm_engine.vllm_config.model_config.quantization is None
+            _of_bf16[key] = ask(llm)
+    return _of_bf16[key]
 
 
 def answers_elsewhere(

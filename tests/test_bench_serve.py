@@ -36,6 +36,7 @@ def launcher(change: Change, order: list[str]) -> bench_serve.Launch:
 
 
 @pytest.mark.engine
+@pytest.mark.on_demand
 def test_rehearsal_writes_a_table_a_report_and_plots_and_says_that_it_is_one(
     tmp_path: Path,
 ) -> None:

@@ -11,11 +11,16 @@ import pytest
 import tiny_models
 import torch
 from conftest import Checkpoint
-from engines import answers, ask, engine
+from engines import answers, ask, bf16_answers, engine
 from safetensors.torch import load_file
 
 DENSE = [name for name in tiny_models.ARCHITECTURES if name != "qwen3_moe"]
 VECTORS = ["llama-tiny", "phi3-tiny-fused", "qwen3-tiny-tied"]
+# Tracing takes twice the time; a fused and a tied model always, the others with --full.
+on_demand = pytest.mark.on_demand
+TRACED = [
+    name if name in ("phi3", "qwen3") else pytest.param(name, marks=on_demand) for name in DENSE
+]
 
 pytestmark = pytest.mark.engine
 
@@ -23,31 +28,40 @@ pytestmark = pytest.mark.engine
 @pytest.mark.parametrize("name", DENSE)
 def test_eager_engine_answers_as_bf16_vllm(name: str, bf16_checkpoint: Checkpoint) -> None:
     model = bf16_checkpoint(name)
-    assert answers(model, quantization="dfloat11") == answers(model)
+    assert answers(model, quantization="dfloat11") == bf16_answers(model)
 
 
-@pytest.mark.parametrize("name", VECTORS)
-@pytest.mark.parametrize("enforce_eager", [True, False])
+@pytest.mark.parametrize(
+    ("name", "enforce_eager"),
+    [
+        *((name, True) for name in VECTORS),
+        ("llama-tiny", False),
+        pytest.param("phi3-tiny-fused", False, marks=on_demand),
+        pytest.param("qwen3-tiny-tied", False, marks=on_demand),
+    ],
+)
 def test_official_checkpoint_is_recognised_and_answers_as_its_bf16_original(
     name: str,
     enforce_eager: bool,
     bf16_checkpoint: Checkpoint,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("VLLM_CPU_CI_ENV", "1")
+    if not enforce_eager:
+        monkeypatch.setenv("VLLM_CPU_CI_ENV", "1")
     official, original = tiny_models.official(name), bf16_checkpoint(name)
     mode = dict(enforce_eager=enforce_eager)
-    assert answers(official, **mode) == answers(original, **mode)
+    assert answers(official, **mode) == bf16_answers(original, **mode)
 
 
 @pytest.mark.parametrize("enforce_eager", [True, False])
 def test_shipped_model_answers_as_bf16_vllm(
     enforce_eager: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("VLLM_CPU_CI_ENV", "1")
+    if not enforce_eager:
+        monkeypatch.setenv("VLLM_CPU_CI_ENV", "1")
     mode = dict(enforce_eager=enforce_eager)
     served = answers(tiny_models.SHIPPED, quantization="dfloat11", **mode)
-    assert served == answers(tiny_models.SHIPPED, **mode)
+    assert served == bf16_answers(tiny_models.SHIPPED, **mode)
 
 
 def logprobs_at_every_position(model: Path, tokens: list[int]) -> torch.Tensor:
@@ -76,14 +90,14 @@ def test_official_checkpoint_gives_the_logits_of_its_original(
     assert (served[1:] - expected[:-1]).abs().max() > 1  # one position off would be noticed
 
 
-@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize("name", TRACED)
 def test_traced_engine_answers_as_bf16_vllm(
     name: str, bf16_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VLLM_CPU_CI_ENV", "1")  # Dynamo traces, without Inductor's C++ compiles
     model = bf16_checkpoint(name)
     traced = dict(enforce_eager=False)
-    assert answers(model, quantization="dfloat11", **traced) == answers(model, **traced)
+    assert answers(model, quantization="dfloat11", **traced) == bf16_answers(model, **traced)
 
 
 def test_engine_compiled_by_inductor_answers_as_bf16_vllm(
@@ -92,4 +106,4 @@ def test_engine_compiled_by_inductor_answers_as_bf16_vllm(
     monkeypatch.setenv("VLLM_DISABLE_COMPILE_CACHE", "1")
     model = bf16_checkpoint("qwen2")
     compiled = dict(enforce_eager=False)
-    assert answers(model, quantization="dfloat11", **compiled) == answers(model, **compiled)
+    assert answers(model, quantization="dfloat11", **compiled) == bf16_answers(model, **compiled)

@@ -9,7 +9,7 @@ import pytest
 import tiny_models
 import torch
 from conftest import Checkpoint
-from engines import answers, ask, engine
+from engines import answers, ask, bf16_answers, engine
 
 from vllm_dfloat.errors import UnsupportedError
 
@@ -42,7 +42,7 @@ def test_ignored_layers_stay_bf16_and_change_nothing(
         f"model.layers.0.self_attn.{part}_proj" for part in "qkv"
     ]  # all parts of a fused layer
     ignore = ["re:.*down_proj", "lm_head", *parts]
-    assert answers(model, **options(ignore=ignore)) == answers(model)
+    assert answers(model, **options(ignore=ignore)) == bf16_answers(model)
     assert "compressed 6 of 10 layers" in summary(log_lines)
 
 
@@ -58,7 +58,7 @@ def test_embedding_decides_for_a_tied_head(
     bf16_checkpoint: Checkpoint, log_lines: list[str]
 ) -> None:
     model = bf16_checkpoint("qwen3")
-    assert answers(model, **options(ignore=["lm_head"])) == answers(model)
+    assert answers(model, **options(ignore=["lm_head"])) == bf16_answers(model)
     assert "compressed 9 of 9 layers" in summary(log_lines)
 
 
@@ -123,7 +123,7 @@ def test_float16_is_refused_by_vllm(tmp_path: Path) -> None:
 def test_float32_checkpoint_is_served_as_bf16_when_asked_for(tmp_path: Path) -> None:
     model = tiny_models.save("llama", tmp_path, torch.float32)
     as_bf16 = dict(dtype="bfloat16")
-    assert answers(model, quantization="dfloat11", **as_bf16) == answers(model, **as_bf16)
+    assert answers(model, quantization="dfloat11", **as_bf16) == bf16_answers(model, **as_bf16)
 
 
 def test_checkpoint_quantized_otherwise_is_refused_by_vllm(
@@ -143,7 +143,7 @@ def test_matrices_that_would_not_shrink_stay_bf16_and_are_named(
 ) -> None:
     small = dict(hidden_size=32, num_attention_heads=1, num_key_value_heads=1)
     model = tiny_models.save("llama", tmp_path, **small)
-    assert answers(model, quantization="dfloat11") == answers(model)
+    assert answers(model, quantization="dfloat11") == bf16_answers(model)
     assert "compressed 6 of 10 layers" in summary(log_lines)
     names = [f"model.layers.{i}.self_attn.{kind}_proj" for i in range(2) for kind in ("qkv", "o")]
     assert f"dfloat11: held as BF16, would not shrink: {', '.join(names)}" in log_lines
@@ -156,7 +156,7 @@ def test_comparison_notices_one_changed_bit(bf16_checkpoint: Checkpoint, tmp_pat
 
     model = bf16_checkpoint("llama")
     other = tiny_models.edit(shutil.copytree(model, tmp_path / "other"), flip)
-    assert answers(other, quantization="dfloat11") != answers(model)
+    assert answers(other, quantization="dfloat11") != bf16_answers(model)
 
 
 def test_reloaded_engine_answers_as_one_that_was_started_so(
@@ -168,7 +168,7 @@ def test_reloaded_engine_answers_as_one_that_was_started_so(
         llm.collective_rpc("reload_weights", kwargs={"weights_path": str(other)})
         after = ask(llm)
     assert after != before
-    assert after == answers(other)
+    assert after == bf16_answers(other)
 
 
 def test_made_up_weights_are_compressed_too(
@@ -176,7 +176,7 @@ def test_made_up_weights_are_compressed_too(
 ) -> None:
     model = bf16_checkpoint("llama")
     dummy = dict(load_format="dummy")
-    assert answers(model, quantization="dfloat11", **dummy) == answers(model, **dummy)
+    assert answers(model, quantization="dfloat11", **dummy) == bf16_answers(model, **dummy)
     assert "compressed 10 of 10 layers" in summary(log_lines)
 
 
@@ -184,7 +184,7 @@ def test_experts_stay_bf16_with_a_line_in_the_log(
     bf16_checkpoint: Checkpoint, log_lines: list[str]
 ) -> None:
     model = bf16_checkpoint("qwen3_moe")
-    assert answers(model, quantization="dfloat11") == answers(model)
+    assert answers(model, quantization="dfloat11") == bf16_answers(model)
     assert (
         len([line for line in log_lines if line.startswith("dfloat11: left uncompressed: Routed")])
         == 1
@@ -196,4 +196,4 @@ def test_official_single_file_checkpoint_takes_its_config_from_elsewhere(
 ) -> None:
     original = bf16_checkpoint("llama-tiny-single")
     settings = dict(hf_config_path=str(original), quantization="dfloat11")
-    assert answers(tiny_models.official("llama-tiny-single"), **settings) == answers(original)
+    assert answers(tiny_models.official("llama-tiny-single"), **settings) == bf16_answers(original)

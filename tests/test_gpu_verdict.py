@@ -19,6 +19,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
 
 
+@pytest.mark.on_demand  # two minutes: before a GPU is used, and in the nightly run
 def test_rehearsal_goes_through_every_part_and_leaves_no_result_behind(tmp_path: Path) -> None:
     before = sorted(RESULTS.rglob("*"))
     result = run("--device", "cpu", "--output", str(tmp_path / "found.json"))

@@ -128,7 +128,9 @@ def of_ranks(
 ) -> dict[str, dict[str, Any]]:
     """Return what compressed engines of two ranks report; one process, which imports vLLM once."""
     folder = tmp_path_factory.mktemp("plan")
-    names = list(RANKS) if request.config.getoption("--full") else ["PP 2"]
+    if not request.config.getoption("--full"):
+        return {}
+    names = list(RANKS)
     runs = [
         dict(model=str(tiny_models.SHIPPED), room=ROOM, quantization="dfloat11", **RANKS[name])
         for name in names
