@@ -98,6 +98,7 @@ def check_plots(path: Path) -> None:
 
 
 @pytest.mark.engine
+@pytest.mark.on_demand
 def test_tokens_that_differ_end_with_status_1_and_neither_times_nor_files(
     bf16_checkpoint: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
