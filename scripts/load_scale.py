@@ -221,6 +221,12 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="where to keep the checkpoints")
     parser.add_argument("--json", type=Path, help="file for the results")
     args = parser.parse_args()
+    if unknown := set(args.checkpoints) - {"bf16", "official"}:
+        parser.error(
+            f"--checkpoints {sorted(unknown)[0]}: expected bf16, official, or both with a comma"
+        )
+    if args.tp < 1 or not all(0 <= rank < args.tp for rank in args.ranks or ()):
+        parser.error(f"--ranks {args.ranks}, --tp {args.tp}: expected ranks from 0 to tp - 1")
     print(
         f"{'from':<9}{'rank':>4}{'seconds':>9}"
         + "".join(
