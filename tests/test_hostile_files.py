@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import struct
 import tracemalloc
 from pathlib import Path
@@ -45,15 +46,16 @@ def replace(file: Path, kind: str) -> None:
 def test_what_is_no_regular_file_is_refused_unread(name: str, kind: str, one_unit: Path) -> None:
     # Bugs caught: waiting for ever for a pipe's writer; a config that is not there after all, so nothing is compressed.
     replace(one_unit / name, kind)
-    with pytest.raises(FormatError, match=rf"^{name}: "):
+    with pytest.raises(FormatError, match=rf"^{re.escape(str(one_unit / name))}: "):
         open_checkpoint(one_unit)
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "folder", "loop", "dangling"])
 def test_an_index_that_is_no_regular_file_is_refused_unread(kind: str, tmp_path: Path) -> None:
     save_file({"a": np.zeros(4, np.float32)}, tmp_path / "model.safetensors")
-    replace(tmp_path / "model.safetensors.index.json", kind)
-    with pytest.raises(FormatError, match=r"^model.safetensors.index.json: "):
+    index = tmp_path / "model.safetensors.index.json"
+    replace(index, kind)
+    with pytest.raises(FormatError, match=rf"^{re.escape(str(index))}: "):
         bf16_tensors(tmp_path)
 
 
@@ -230,7 +232,9 @@ def test_settings_of_any_size_are_refused_in_a_short_sentence(
 def test_plan_refuses_a_config_that_is_a_pipe_or_nested_without_end(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     os.mkfifo(file)
-    with pytest.raises(FormatError, match=r"^config.json: is a directory, pipe or device"):
+    with pytest.raises(
+        FormatError, match=rf"^{re.escape(str(file))}: is a directory, pipe or device"
+    ):
         read_model_config(file)
     other = tmp_path / "other.json"
     other.write_text("[" * 100_000)

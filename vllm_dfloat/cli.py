@@ -7,11 +7,8 @@ Results go to stdout, progress and errors to stderr, an error as one line. Exit 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import io
 import json
-import os
-import select
 import sys
 import traceback
 from collections.abc import Sequence
@@ -20,7 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from vllm_dfloat import __version__, cli_convert
-from vllm_dfloat.errors import DFloatError, one_line
+from vllm_dfloat.cli_endings import is_unread, sentence, settle_stdout
+from vllm_dfloat.errors import one_line
+from vllm_dfloat.output import flush, say
 from vllm_dfloat.plan.command import add_plan
 
 if TYPE_CHECKING:
@@ -36,61 +35,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # paths may hold bytes that are no text
             stream.reconfigure(errors="backslashreplace")
+    args: argparse.Namespace | None = None
     try:
         args = _parser().parse_args(argv)
         status: int = args.run(args)
-        sys.stdout.flush()  # here, where an error can still be told
+        flush()  # here, where an error can still be told
         return status
     except (Exception, KeyboardInterrupt) as error:
-        is_unread = isinstance(error, BrokenPipeError) and _is_unread()
-        _settle_stdout()
+        unread = isinstance(error, BrokenPipeError) and is_unread()
+        settle_stdout()
         if "--debug" in (sys.argv if argv is None else argv):
             traceback.print_exc()
-        if is_unread:
+        if unread:
             return EXIT_UNREAD
-        print(f"vllm-dfloat: {_sentence(error)}", file=sys.stderr)
+        print(f"vllm-dfloat: {sentence(error, args)}", file=sys.stderr)
         return EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else EXIT_BAD_INPUT
-
-
-def _sentence(error: BaseException) -> str:
-    """Return one line that says what is wrong."""
-    if isinstance(error, DFloatError):
-        return str(error)
-    if isinstance(error, OSError) and error.strerror:
-        where = (
-            f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
-        )
-        return one_line(f"{where}{error.strerror}.")
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted."
-    if isinstance(error, MemoryError):
-        return "out of memory. Free some, or use a machine that has more."
-    # Not 1, with which Python would end: that says that two checkpoints differ.
-    what = f"{type(error).__name__}: {error}"
-    return one_line(
-        f"internal error, {what}. Run the same with --debug, and report what it prints."
-    )
-
-
-def _is_unread() -> bool:
-    """Return whether stdout is a pipe that nobody reads any more: not every broken pipe is that one."""
-    try:
-        waiting = select.poll()
-        waiting.register(sys.stdout.fileno(), select.POLLOUT)
-        return any(event & select.POLLERR for _, event in waiting.poll(0))
-    except (OSError, ValueError):
-        return False
-
-
-def _settle_stdout() -> None:
-    """Let stdout lead nowhere if it takes nothing; else Python would complain at the end, with a status of its own."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        with contextlib.suppress(OSError, ValueError):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, sys.stdout.fileno())
-            os.close(nowhere)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -149,7 +108,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
     summary = summarize(args.path)
     if not args.quiet:
-        print(json.dumps(summary.as_json(), indent=1) if args.json else summary.as_table())
+        say(json.dumps(summary.as_json(), indent=1) if args.json else summary.as_table())
     return EXIT_EQUAL
 
 
@@ -166,12 +125,12 @@ def _verify(args: argparse.Namespace) -> int:
     finally:
         progress("")  # an error has a line of its own
     for difference in result.differences[:MAX_DIFFERENCES_SHOWN]:
-        print(difference)
+        say(difference)
     hidden = len(result.differences) - MAX_DIFFERENCES_SHOWN
     if hidden > 0:
-        print(f"... and {hidden} more")
+        say(f"... and {hidden} more")
     if not args.quiet:
-        print(_last_line(args, result))
+        say(_last_line(args, result))
     return EXIT_EQUAL if result.is_equal else EXIT_DIFFERENT
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_dfloat.errors import UnsupportedError
+from vllm_dfloat.output import say
 
 if TYPE_CHECKING:
     from vllm_dfloat.checkpoint.compress import Report
@@ -80,8 +81,8 @@ def _compress(args: argparse.Namespace) -> int:
         report = compress(source, args.target, args.force, workers, bar.start, bar.advance, coder)
     if not args.quiet:
         for name, reason in report.left.items():
-            print(f"{name}: stays as it is: {reason}")
-        print(_last_line(args.target, report))
+            say(f"{name}: stays as it is: {reason}")
+        say(_last_line(args.target, report))
     return 0
 
 
@@ -122,7 +123,7 @@ def _decompress(args: argparse.Namespace) -> int:
         restored = decompress(args.path, args.out, args.force, args.workers, bar.start, bar.advance)
     if not args.quiet:
         seconds = time.monotonic() - began
-        print(
+        say(
             f"{args.out}: {restored.tensors} tensors, {restored.num_bytes:,} bytes, {seconds:.1f} s"
         )
     return 0

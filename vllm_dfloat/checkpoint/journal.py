@@ -31,10 +31,18 @@ class Journal:
         self.done = done
 
     def append(self, entry: dict[str, Any]) -> None:
-        """Add a line; it is on the disk when this returns."""
-        self._stream.write(json.dumps(entry) + "\n")
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
+        """Add a line; it is on the disk when this returns.
+
+        Raises:
+            OSError: the disk is full, or the like; it names the journal.
+        """
+        try:
+            self._stream.write(json.dumps(entry) + "\n")
+            self._stream.flush()
+            os.fsync(self._stream.fileno())
+        except OSError as error:
+            error.filename = self._stream.name
+            raise
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import stat
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from vllm_dfloat.checkpoint.lfs import refuse_pointer
 from vllm_dfloat.errors import FormatError
 
 _PIECE_BYTES = 1 << 20
@@ -22,9 +23,9 @@ def regular_size(file: Path) -> int:
     try:
         status = file.stat()
     except (OSError, ValueError) as error:
-        raise FormatError(f"{file.name}: cannot be read: {_reason(error)}.") from error
+        raise FormatError(f"{file}: cannot be read: {_reason(error)}.") from error
     if not stat.S_ISREG(status.st_mode):
-        raise FormatError(f"{file.name}: is a directory, pipe or device; a file is expected.")
+        raise FormatError(f"{file}: is a directory, pipe or device; a file is expected.")
     return status.st_size
 
 
@@ -42,11 +43,12 @@ def read_object(file: Path, limit: int) -> dict[str, Any] | None:
     size = regular_size(file)
     if size > limit:
         raise FormatError(f"{file.name}: has {size} bytes; {limit} is the limit.")
+    refuse_pointer(file)
     try:
         with file.open("rb") as stream:
             content = json.loads(read_text(stream, size, file.name))
     except OSError as error:
-        raise FormatError(f"{file.name}: cannot be read: {_reason(error)}.") from error
+        raise FormatError(f"{file}: cannot be read: {_reason(error)}.") from error
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{file.name}: is not valid JSON: {error}.") from error
     if not isinstance(content, dict):

@@ -130,7 +130,8 @@ def _difference(file: Path, expected: Mapping[str, Any]) -> str:
             return f"{size} bytes; {MANIFEST_FILE} says {expected['bytes']}"
         digest = file_entry(file)["sha256"]
     except FormatError as error:  # missing, or nothing that can be read to its end
-        return str(error).partition(": ")[2].rstrip(".") + f"; {MANIFEST_FILE} lists it"
+        reason = str(error).removeprefix(one_line(f"{file}: ")).rstrip(".")
+        return f"{reason}; {MANIFEST_FILE} lists it"
     if digest != expected["sha256"]:
         return f"SHA-256 {digest}; {MANIFEST_FILE} says {expected['sha256']}"
     return ""

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_dfloat.checkpoint.json_file import read_text, regular_size
+from vllm_dfloat.checkpoint.lfs import refuse_pointer
 from vllm_dfloat.errors import FormatError, UnsupportedError, shown
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
@@ -92,6 +93,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         UnsupportedError: a tensor has a dtype that this package does not know.
     """
     size = regular_size(file)
+    refuse_pointer(file)
     try:
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
@@ -102,7 +104,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
                 )
             text = read_text(stream, length, file.name)
     except OSError as error:
-        raise FormatError(f"{file.name}: cannot be read: {error.strerror}.") from error
+        raise FormatError(f"{file}: cannot be read: {error.strerror}.") from error
     header = _parse(file, text)
     header.pop("__metadata__", None)
     start = _LENGTH_BYTES + length

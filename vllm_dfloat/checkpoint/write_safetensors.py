@@ -69,7 +69,12 @@ def copy_item(
 
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """Give a temporary path beside `file`; when the block ends without an error, it is synced and takes its name."""
+    """Give a temporary path beside `file`; when the block ends without an error, it is synced and takes its name.
+
+    Raises:
+        OSError: of the block, or of this; it names `file` where it named the temporary path, or nothing: a failed
+            write does not say what was written.
+    """
     # By process: the worker of a killed run may live for a moment beside the run that goes on.
     temporary = file.with_name(f"{TEMPORARY}{os.getpid()}-{file.name}")
     try:
@@ -77,6 +82,12 @@ def replacing(file: Path) -> Iterator[Path]:
         with temporary.open("rb+") as stream:
             os.fsync(stream.fileno())
         temporary.replace(file)
+    except OSError as error:
+        if error.filename in (None, str(temporary)):
+            error.filename = str(file)
+        if error.filename2 is not None:
+            error.filename2 = str(file)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_dfloat.errors import UnsupportedError
+from vllm_dfloat.output import say
 from vllm_dfloat.plan.units import parse_size
 
 EXIT_FITS, EXIT_DOES_NOT_FIT = 0, 1
@@ -87,9 +88,9 @@ def run(args: argparse.Namespace) -> int:
 
         draw(plan, args.png)
     if args.json:
-        print(json.dumps(as_json(plan), indent=1))
+        say(json.dumps(as_json(plan), indent=1))
     else:
-        print(summary(plan) if args.quiet else as_table(plan))
+        say(summary(plan) if args.quiet else as_table(plan))
     return EXIT_FITS if plan.dfloat11.fits else EXIT_DOES_NOT_FIT
 
 

@@ -1,0 +1,32 @@
+"""Git LFS pointers: what a clone without Git LFS holds in place of its large files."""
+
+from pathlib import Path
+
+from vllm_dfloat.errors import FormatError
+
+_BEGINNING = b"version https://git-lfs.github.com/spec/"
+_MAX_BYTES = 1024  # Git LFS takes no larger file for a pointer
+
+
+def is_pointer(file: Path) -> bool:
+    """Return whether a regular file is a Git LFS pointer; False if it cannot be read, which others say better."""
+    try:
+        if file.stat().st_size > _MAX_BYTES:
+            return False
+        with file.open("rb") as stream:
+            return stream.read(len(_BEGINNING)) == _BEGINNING
+    except OSError:
+        return False
+
+
+def refuse_pointer(file: Path) -> None:
+    """Refuse a file that is a pointer.
+
+    Raises:
+        FormatError: it is one.
+    """
+    if is_pointer(file):
+        raise FormatError(
+            f"{file}: is a Git LFS pointer, not the file itself. Run `git lfs pull` in {file.parent}, or fetch the "
+            "model again."
+        )

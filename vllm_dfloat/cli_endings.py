@@ -1,0 +1,65 @@
+"""How a command ends that does not succeed: one line on stderr, whatever went wrong."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import select
+import sys
+
+from vllm_dfloat.errors import DFloatError, one_line
+
+_PLACES = ("source", "target", "path", "against", "out", "model")  # arguments that name files
+
+
+def sentence(error: BaseException, args: argparse.Namespace | None) -> str:
+    """Return one line that says what is wrong.
+
+    Args:
+        error: what ended the command.
+        args: its arguments, None where they were not understood.
+    """
+    if isinstance(error, DFloatError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return one_line(f"{_place(error, args)}{error.strerror}.")
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted."
+    if isinstance(error, MemoryError):
+        return "out of memory. Free some, or use a machine that has more."
+    # Not 1, with which Python would end: that says that two checkpoints differ.
+    what = f"{type(error).__name__}: {error}"
+    return one_line(
+        f"internal error, {what}. Run the same with --debug, and report what it prints."
+    )
+
+
+def _place(error: OSError, args: argparse.Namespace | None) -> str:
+    """Return "path: ": what the error names, or else what the command works on, of which nobody knows more."""
+    named = [n for n in (error.filename, error.filename2) if isinstance(n, str | bytes)]
+    if named:
+        return " -> ".join(map(os.fsdecode, named)) + ": "
+    places = [str(place) for name in _PLACES if (place := getattr(args, name, None))]
+    return f"{', '.join(places)}: " if places else ""
+
+
+def is_unread() -> bool:
+    """Return whether stdout is a pipe that nobody reads any more: not every broken pipe is that one."""
+    try:
+        waiting = select.poll()
+        waiting.register(sys.stdout.fileno(), select.POLLOUT)
+        return any(event & select.POLLERR for _, event in waiting.poll(0))
+    except (OSError, ValueError):
+        return False
+
+
+def settle_stdout() -> None:
+    """Let stdout lead nowhere if it takes nothing; else Python would complain at the end, with a status of its own."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with contextlib.suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stdout.fileno())
+            os.close(nowhere)
