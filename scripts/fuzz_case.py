@@ -26,7 +26,7 @@ from fuzz_oracle import StoredTwice, Tensors, expected_tensors, manifest_holds, 
 from vllm_dfloat.checkpoint.compare import check
 from vllm_dfloat.checkpoint.dfloat11 import open_checkpoint
 from vllm_dfloat.checkpoint.folder import is_dfloat11
-from vllm_dfloat.checkpoint.source import bf16_tensors
+from vllm_dfloat.checkpoint.plain_model import bf16_tensors
 from vllm_dfloat.checkpoint.weights import typed_weights
 from vllm_dfloat.cli import main
 from vllm_dfloat.errors import MAX_MESSAGE, DFloatError, one_line

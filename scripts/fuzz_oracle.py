@@ -46,7 +46,7 @@ def expected_tensors(folder: Path, modules: Collection[str] = ()) -> Tensors:
     if "dfloat11_config" not in config:
         return {name: (dtype, data) for name, (dtype, _, data) in _plain_model(folder).items()}
     stored = {}
-    for file in folder.glob("*.safetensors"):
+    for file in _visible(folder, "*.safetensors"):
         stored.update(_read(file))
     patterns = config["dfloat11_config"]["pattern_dict"]
     shapes = _json(folder / "dfloat11_manifest.json").get("tensors", {})
@@ -85,7 +85,11 @@ def manifest_holds(folder: Path) -> bool:
             return False
         if hashlib.sha256(file.read_bytes()).hexdigest() != entry["sha256"]:
             return False
-    return all(file.name in content["files"] for file in folder.glob("*.safetensors"))
+    return all(file.name in content["files"] for file in _visible(folder, "*.safetensors"))
+
+
+def _visible(folder: Path, pattern: str) -> list[Path]:
+    return [file for file in folder.glob(pattern) if file.name[0] != "."]
 
 
 def _json(file: Path) -> dict[str, Any]:
@@ -94,12 +98,11 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 def _plain_model(folder: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
-    indices = list(folder.glob("*.safetensors.index.json"))
-    files = list(folder.glob("*.safetensors"))
-    if len(indices) == 1 and (names := set(_json(indices[0])["weight_map"].values())):
+    indices = {file.name: file for file in _visible(folder, "*.safetensors.index.json")}
+    files = _visible(folder, "*.safetensors")
+    index = indices.get("model.safetensors.index.json", next(iter(indices.values()), None))
+    if index and (names := set(_json(index)["weight_map"].values())):
         files = [folder / name for name in names]
-    elif (folder / "model.safetensors").exists() and len(indices) != 1:
-        files = [folder / "model.safetensors"]
     found = {}
     for file in files:
         found.update(_read(file))

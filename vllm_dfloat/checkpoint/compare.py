@@ -11,7 +11,7 @@ import numpy.typing as npt
 from vllm_dfloat.checkpoint.dfloat11 import open_checkpoint
 from vllm_dfloat.checkpoint.folder import is_dfloat11
 from vllm_dfloat.checkpoint.manifest import file_differences, read_manifest
-from vllm_dfloat.checkpoint.source import bf16_tensors
+from vllm_dfloat.checkpoint.plain_model import bf16_tensors
 from vllm_dfloat.checkpoint.weights import typed_weights
 from vllm_dfloat.errors import FormatError
 

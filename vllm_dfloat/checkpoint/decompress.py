@@ -12,6 +12,7 @@ from typing import Any
 from vllm_dfloat.checkpoint.decompress_file import Shard, decompress_file, num_bytes
 from vllm_dfloat.checkpoint.dfloat11 import Dfloat11Checkpoint, open_checkpoint
 from vllm_dfloat.checkpoint.folder import CONFIG_FILE
+from vllm_dfloat.checkpoint.listing import INDEX_FILE
 from vllm_dfloat.checkpoint.progress import Advance, ignore
 from vllm_dfloat.checkpoint.resume import DECOMPRESSION, intact, prepare, resumable, write_text
 from vllm_dfloat.checkpoint.safetensors_file import StoredTensor
@@ -28,7 +29,6 @@ from vllm_dfloat.checkpoint.write_safetensors import replacing
 from vllm_dfloat.codec.threads import num_threads
 
 SHARD_BYTES = 5_000_000_000
-INDEX_FILE = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)

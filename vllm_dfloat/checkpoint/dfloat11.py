@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from vllm_dfloat.checkpoint.folder import CONFIG_FILE, CONFIG_KEY, read_config, stored_tensors
+from vllm_dfloat.checkpoint.listing import visible_files, weight_files
 from vllm_dfloat.checkpoint.manifest import read_manifest
 from vllm_dfloat.checkpoint.patterns import Patterns, compile_patterns
 from vllm_dfloat.checkpoint.safetensors_file import StoredTensor
@@ -67,7 +68,7 @@ def open_checkpoint(path: str | Path) -> Dfloat11Checkpoint:
     if not path.is_dir():
         raise FormatError(f"{path}: not a directory; a DFloat11 checkpoint is one.")
     config = read_config(path)
-    files = sorted(path.glob("*.safetensors"))
+    files = weight_files(path)
     if config is None or CONFIG_KEY not in config:
         _refuse_directory(path, config, files)
     patterns = parse_config(config[CONFIG_KEY], f"{CONFIG_FILE}: {CONFIG_KEY}")
@@ -117,7 +118,7 @@ def parse_config(config: Any, where: str) -> Patterns:
 
 
 def _refuse_directory(path: Path, config: dict[str, Any] | None, files: list[Path]) -> NoReturn:
-    pickles = sorted(path.glob("*.pkl"))
+    pickles = visible_files(path, "*.pkl")
     if pickles:
         raise UnsupportedError(
             f"{path}: found {pickles[0].name} and no {CONFIG_KEY} in config.json: the legacy "

@@ -1,13 +1,19 @@
 """A folder of safetensors files with a config.json, whatever it holds."""
 
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from vllm_dfloat.checkpoint.json_file import read_object
+from vllm_dfloat.checkpoint.listing import visible_files, weight_files
 from vllm_dfloat.checkpoint.safetensors_file import StoredTensor, read_header
 from vllm_dfloat.errors import FormatError, UnsupportedError
 
+COMPRESS_JOURNAL, DECOMPRESS_JOURNAL = (
+    ".vllm-dfloat-compress.jsonl",
+    ".vllm-dfloat-decompress.jsonl",
+)
 CONFIG_FILE = "config.json"
 CONFIG_KEY = "dfloat11_config"
 MAX_CONFIG_BYTES = 16 << 20
@@ -23,8 +29,28 @@ def read_config(path: Path) -> dict[str, Any] | None:
 
 
 def is_dfloat11(path: Path) -> bool:
-    """Return whether the folder holds an official DFloat11 checkpoint, of today's or of the legacy layout."""
-    return CONFIG_KEY in (read_config(path) or {}) or any(path.glob("layer_*.pkl"))
+    """Return whether the folder holds an official DFloat11 checkpoint, of today's or of the legacy layout.
+
+    Raises:
+        FormatError: config.json is damaged, or a command that writes the folder has not ended.
+    """
+    refuse_unfinished(path)
+    return CONFIG_KEY in (read_config(path) or {}) or bool(visible_files(path, "layer_*.pkl"))
+
+
+def refuse_unfinished(path: Path) -> None:
+    """Refuse a folder in which the journal of a command says that it has not ended.
+
+    Raises:
+        FormatError: it holds a part of a model only, or what another command is writing.
+    """
+    for command, journal in (("compress", COMPRESS_JOURNAL), ("decompress", DECOMPRESS_JOURNAL)):
+        if (path / journal).exists():
+            raise FormatError(
+                f"{path}: unfinished: the {journal} in it says that a {command} into this folder was interrupted or "
+                f"is still at work; expected a whole model. Run vllm-dfloat {command} SOURCE "
+                f"{shlex.quote(str(path))} again, with the same SOURCE: it goes on where it ended."
+            )
 
 
 def stored_tensors(path: Path) -> dict[str, StoredTensor]:
@@ -36,9 +62,10 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
     """
     if not path.is_dir():
         raise FormatError(f"{path}: no such folder; expected one with *.safetensors files.")
-    files = sorted(path.glob("*.safetensors"))
+    refuse_unfinished(path)
+    files = weight_files(path)
     if not files:
-        if any(path.glob("*.bin")) or any(path.glob("*.pt")):
+        if visible_files(path, "*.bin") or visible_files(path, "*.pt"):
             raise UnsupportedError(
                 f"{path}: holds PyTorch pickle files only; pickles are never read, since reading can run "
                 "code. Convert the model to safetensors."

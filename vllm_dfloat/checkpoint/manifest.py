@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from vllm_dfloat.checkpoint.json_file import read_object, regular_size
+from vllm_dfloat.checkpoint.listing import weight_files
 from vllm_dfloat.errors import FormatError, one_line, shown
 
 MANIFEST_FILE = "dfloat11_manifest.json"
@@ -119,7 +120,7 @@ def file_differences(
         difference = _difference(folder / name, expected)
         if difference:
             found.append(f"{one_line(name)}: {difference}")
-    extra = sorted({file.name for file in folder.glob("*.safetensors")} - manifest.files.keys())
+    extra = sorted({file.name for file in weight_files(folder)} - manifest.files.keys())
     return found + [f"{one_line(name)}: {MANIFEST_FILE} does not list it" for name in extra]
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_dfloat.checkpoint.folder import COMPRESS_JOURNAL, DECOMPRESS_JOURNAL
 from vllm_dfloat.checkpoint.journal import Journal, open_journal
 from vllm_dfloat.checkpoint.manifest import MANIFEST_FILE, file_entry
 from vllm_dfloat.checkpoint.write_safetensors import TEMPORARY, replacing
@@ -31,8 +32,8 @@ class Task:
     journal: str
 
 
-COMPRESSION = Task("compression", ".vllm-dfloat-compress.jsonl")
-DECOMPRESSION = Task("decompression", ".vllm-dfloat-decompress.jsonl")
+COMPRESSION = Task("compression", COMPRESS_JOURNAL)
+DECOMPRESSION = Task("decompression", DECOMPRESS_JOURNAL)
 
 
 def prepare(source: Path, target: Path, task: Task, force: bool) -> None:

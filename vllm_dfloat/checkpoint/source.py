@@ -10,20 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_dfloat.checkpoint.folder import (
-    CONFIG_FILE,
-    CONFIG_KEY,
-    is_dfloat11,
-    read_config,
-    stored_tensors,
-    tensors_of,
-)
-from vllm_dfloat.checkpoint.json_file import read_object
+from vllm_dfloat.checkpoint.folder import CONFIG_FILE, CONFIG_KEY, is_dfloat11, read_config
 from vllm_dfloat.checkpoint.manifest import MANIFEST_FILE
+from vllm_dfloat.checkpoint.plain_model import bf16_tensors
 from vllm_dfloat.checkpoint.safetensors_file import StoredTensor
-from vllm_dfloat.errors import FormatError, UnsupportedError, shown
-
-MAX_INDEX_BYTES = 256 << 20
+from vllm_dfloat.errors import FormatError, UnsupportedError
 
 # Weights in other forms, and what belongs to a download rather than to the model.
 _NOT_COPIED = (
@@ -84,60 +75,6 @@ def open_source(path: Path) -> Source:
             f"{path}: has no {CONFIG_FILE}; expected one, as Hugging Face models have."
         )
     return Source(path, config, tensors, other_files(path))
-
-
-def weight_files(path: Path) -> list[Path]:
-    """Return the weight files of a folder: those of its index, or model.safetensors, or all there are.
-
-    Some folders hold the weights a second time under other names (consolidated.safetensors).
-    """
-    indices = sorted(path.glob("*.safetensors.index.json"))
-    if len(indices) == 1:
-        return [path / name for name in sorted(set(_weight_map(indices[0]).values()))]
-    files = sorted(path.glob("*.safetensors"))
-    single = [file for file in files if file.name == "model.safetensors"]
-    return single or files
-
-
-def bf16_tensors(path: Path) -> dict[str, StoredTensor]:
-    """Return the tensors of a model that is not compressed, by name.
-
-    Raises:
-        FormatError: no such folder, no safetensors in it, or a damaged file. Or the index names a tensor that is not
-            where it says: a part of the model would be missing.
-        UnsupportedError: only pickle files.
-    """
-    files = weight_files(path)
-    tensors = (
-        tensors_of(files) if files else stored_tensors(path)
-    )  # the latter says what is missing
-    indices = sorted(path.glob("*.safetensors.index.json"))
-    for name, file in _weight_map(indices[0]).items() if len(indices) == 1 else ():
-        if name not in tensors or tensors[name].file.name != file:
-            raise FormatError(
-                f"{indices[0].name}: says that {shown(name)} is in {file}, which does not hold it. "
-                "The files belong to different models, or are damaged; fetch them again."
-            )
-    return tensors
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    """Return tensor name -> file name from an index; every file is in the folder of the index.
-
-    Raises:
-        FormatError: it is no index, or names a file that is not there.
-    """
-    weight_map = (read_object(index, MAX_INDEX_BYTES) or {}).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise FormatError(f"{index.name}: has no object `weight_map`; it is no index of weights.")
-    here = {file.name for file in index.parent.glob("*.safetensors")}
-    for name, file in weight_map.items():
-        if not isinstance(file, str) or file not in here:
-            raise FormatError(
-                f"{index.name}: says that {shown(name)} is in {shown(file)}, which is no *.safetensors file in "
-                f"{index.parent}. The download is incomplete, or the index damaged; fetch it again."
-            )
-    return weight_map
 
 
 def other_files(path: Path) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from vllm_dfloat.checkpoint.dfloat11 import open_checkpoint
 from vllm_dfloat.checkpoint.folder import CONFIG_KEY, is_dfloat11
-from vllm_dfloat.checkpoint.source import bf16_tensors
+from vllm_dfloat.checkpoint.plain_model import bf16_tensors
 
 COMPRESSED, PLAIN = "dfloat11", "plain"
 

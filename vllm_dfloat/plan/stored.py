@@ -10,6 +10,8 @@ import numpy.typing as npt
 
 from vllm_dfloat.checkpoint.dfloat11 import open_checkpoint
 from vllm_dfloat.checkpoint.folder import is_dfloat11, stored_tensors
+from vllm_dfloat.checkpoint.listing import weight_files
+from vllm_dfloat.checkpoint.plain_model import bf16_tensors
 from vllm_dfloat.checkpoint.safetensors_file import StoredTensor
 from vllm_dfloat.codec.huffman import NUM_SYMBOLS
 from vllm_dfloat.codec.layout import SYMBOL_SHIFT
@@ -30,9 +32,11 @@ def read_tensors(folder: Path) -> dict[str, StoredTensor] | None:
     """Return the tensors in the folder's safetensors files, None if there are no such files; reads headers only.
 
     Raises:
-        FormatError: a damaged file.
+        FormatError: a damaged file, or a model that is not whole.
     """
-    return stored_tensors(folder) if any(folder.glob("*.safetensors")) else None
+    if not weight_files(folder):
+        return None
+    return stored_tensors(folder) if is_dfloat11(folder) else bf16_tensors(folder)
 
 
 def check_shapes(weights: list[Weight], tensors: Tensors, folder: Path) -> list[str]:

@@ -1,0 +1,117 @@
+"""Which files of a folder hold the weights: by their names and the index, without opening one of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vllm_dfloat.checkpoint.json_file import read_object
+from vllm_dfloat.errors import FormatError, shown
+
+INDEX_FILE = "model.safetensors.index.json"
+MAX_INDEX_BYTES = 256 << 20
+# What transformers and diffusers write. Where one of them is, another index is of a copy in another form.
+_STANDARD_INDICES = (INDEX_FILE, "diffusion_pytorch_model.safetensors.index.json")
+_COPY = (
+    "consolidated"  # how the names begin under which Mistral ships the same weights a second time
+)
+_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """The files that make up a model.
+
+    Attributes:
+        files: in the order of their names.
+        index: name of the index that chose them, nothing if there is none.
+        weight_map: tensor name -> name of the file that should hold it, from the index.
+    """
+
+    files: tuple[Path, ...]
+    index: str = ""
+    weight_map: Mapping[str, str] = field(default_factory=dict)
+
+
+def visible_files(folder: Path, pattern: str) -> list[Path]:
+    """Return what lies directly in a folder under a name of this pattern, by name, hidden files left out.
+
+    macOS puts a ._NAME beside each NAME on foreign disks; such a file is no weight, no config and no index.
+    """
+    return sorted(file for file in folder.glob(pattern) if not file.name.startswith("."))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return every *.safetensors file directly in a folder but the hidden ones, by name."""
+    return visible_files(folder, "*.safetensors")
+
+
+def model_files(folder: Path) -> ModelFiles:
+    """Return the files of a model that is not compressed: those of its index, or else all weight files.
+
+    As vLLM reads a Hugging Face checkpoint: model.safetensors.index.json decides where it is there, and what else lies
+    in the folder is not read. Mistral's second form of the same weights (consolidated*) counts only where there is no
+    other.
+
+    Raises:
+        FormatError: the index is none, or names a file that is not there; two indices, of which none is the standard
+            one; a file is missing from a numbered series.
+    """
+    files = weight_files(folder)
+    named_so = [file for file in files if not file.name.startswith(_COPY)]
+    index = _index(folder, has_standard_names=bool(named_so))
+    if index is not None:
+        weight_map = _weight_map(index, files)
+        chosen = tuple(folder / name for name in sorted(set(weight_map.values())))
+        return ModelFiles(chosen, index.name, weight_map)
+    _refuse_missing_shards(folder, named_so or files)
+    return ModelFiles(tuple(named_so or files))
+
+
+def _index(folder: Path, has_standard_names: bool) -> Path | None:
+    indices = visible_files(folder, "*.safetensors.index.json")
+    for name in _STANDARD_INDICES:
+        if folder / name in indices:
+            return folder / name
+    if has_standard_names:
+        indices = [index for index in indices if not index.name.startswith(_COPY)]
+    if len(indices) > 1:
+        raise FormatError(
+            f"{folder}: holds {len(indices)} indices, such as {indices[0].name} and {indices[1].name}, and none is "
+            f"{INDEX_FILE}; one is expected. Move those of other models out of the folder."
+        )
+    return indices[0] if indices else None
+
+
+def _weight_map(index: Path, files: list[Path]) -> dict[str, str]:
+    """Return tensor name -> file name from an index; every file is one of `files`."""
+    weight_map = (read_object(index, MAX_INDEX_BYTES) or {}).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise FormatError(f"{index.name}: has no object `weight_map`; it is no index of weights.")
+    here = {file.name for file in files}
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or file not in here:
+            raise FormatError(
+                f"{index.name}: says that {shown(name)} is in {shown(file)}, which is no *.safetensors file in "
+                f"{index.parent}. The download is incomplete, or the index damaged; fetch it again."
+            )
+    return weight_map
+
+
+def _refuse_missing_shards(folder: Path, files: list[Path]) -> None:
+    """Refuse model-00001-of-00003 without the two others: no index says which they are, but the name does."""
+    series: dict[tuple[str, str], set[int]] = {}
+    for file in files:
+        if found := _SHARD.fullmatch(file.name):
+            stem, number, total = found.groups()
+            series.setdefault((stem, total), set()).add(int(number))
+    for (stem, total), numbers in series.items():
+        missing = next((i for i in range(1, int(total) + 1) if i not in numbers), None)
+        if missing is not None:
+            raise FormatError(
+                f"{folder}: holds {len(numbers)} of {int(total)} files named {stem}-NNNNN-of-{total}.safetensors, "
+                f"not {stem}-{missing:05}-of-{total}.safetensors. The model is incomplete: fetch it again, or run "
+                "the command again that was writing it."
+            )

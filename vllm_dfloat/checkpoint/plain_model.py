@@ -1,0 +1,72 @@
+"""The tensors of a model that is not compressed, by name, whatever its files repeat."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from vllm_dfloat.checkpoint.folder import refuse_unfinished, stored_tensors
+from vllm_dfloat.checkpoint.listing import ModelFiles, model_files
+from vllm_dfloat.checkpoint.safetensors_file import StoredTensor, read_header
+from vllm_dfloat.errors import FormatError, shown
+
+_PIECE_BYTES = 16 << 20
+
+
+def bf16_tensors(path: Path) -> dict[str, StoredTensor]:
+    """Return the tensors of a model that is not compressed, by name.
+
+    A tensor that two files hold with the same bytes is that of the file which the index names.
+
+    Raises:
+        FormatError: no such folder, no safetensors in it, or a damaged file. The index names a tensor that is not
+            where it says: a part of the model would be missing. Two files hold a tensor with different bytes.
+        UnsupportedError: only pickle files.
+    """
+    refuse_unfinished(path)
+    chosen = model_files(path)
+    if not chosen.files:
+        return stored_tensors(path)  # says what is missing
+    tensors = merged(chosen)
+    for name, file in chosen.weight_map.items():
+        if name not in tensors or tensors[name].file.name != file:
+            raise FormatError(
+                f"{chosen.index}: says that {shown(name)} is in {file}, which does not hold it. "
+                "The files belong to different models, or are damaged; fetch them again."
+            )
+    return tensors
+
+
+def merged(chosen: ModelFiles) -> dict[str, StoredTensor]:
+    """Return every tensor of a model's files, by name.
+
+    Raises:
+        FormatError: a damaged file, or one tensor with different bytes in two files.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for file in chosen.files:
+        for name, tensor in read_header(file).items():
+            other = tensors.setdefault(name, tensor)
+            if other is tensor:
+                continue
+            if not is_same(tensor, other):
+                raise FormatError(
+                    f"{tensor.where}: {tensor.dtype} {list(tensor.shape)}, and {other.file.name} holds a tensor of "
+                    f"that name with other contents, {other.dtype} {list(other.shape)}; one is expected, or two that "
+                    "are equal. The two files are of different versions of the model: fetch both again."
+                )
+            if chosen.weight_map.get(name) == file.name:
+                tensors[name] = tensor
+    return tensors
+
+
+def is_same(one: StoredTensor, other: StoredTensor) -> bool:
+    """Return whether two tensors have one dtype, one shape and the same bytes; reads them in pieces."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    left, right = (tensor.bits().reshape(-1).view(np.uint8) for tensor in (one, other))
+    return all(
+        np.array_equal(left[at : at + _PIECE_BYTES], right[at : at + _PIECE_BYTES])
+        for at in range(0, one.num_bytes, _PIECE_BYTES)
+    )
