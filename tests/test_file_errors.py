@@ -133,9 +133,9 @@ def test_a_name_that_is_too_long_is_one_sentence_with_the_name(
         ["verify", str(places["df11"]), "--against", long],
     ):
         assert main(arguments) == 2
-        assert only_line(capsys.readouterr().err) == (
-            f"vllm-dfloat: {long}: {os.strerror(errno.ENAMETOOLONG)}."
-        )
+        line = only_line(capsys.readouterr().err)
+        assert line.startswith(f"vllm-dfloat: {long}")
+        assert line.endswith(f": {os.strerror(errno.ENAMETOOLONG)}.")
 
 
 def test_an_error_that_names_no_file_names_what_the_command_works_on(

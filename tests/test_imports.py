@@ -19,18 +19,11 @@ ALLOWED = {
     "checkpoint": {"errors", "codec"},
     "output": set(),
     "plan": {"errors", "output", "codec", "checkpoint"},
-    "cli": {
-        "errors",
-        "output",
-        "codec",
-        "checkpoint",
-        "cli_convert",
-        "cli_endings",
-        "plan",
-        "__init__",
-    },
+    "cli": {"errors", "output", "cli_check", "cli_convert", "cli_endings", "plan", "__init__"},
     "cli_endings": {"errors"},
-    "cli_convert": {"errors", "output", "codec", "checkpoint", "device_units"},
+    "cli_progress": set(),
+    "cli_check": {"errors", "output", "codec", "checkpoint", "cli_progress"},
+    "cli_convert": {"errors", "output", "codec", "checkpoint", "cli_progress", "device_units"},
     "kernels": {"codec.layout"},
     "scratch": {"errors", "codec"},
     "device_encode": {"errors", "codec", "kernels"},
@@ -190,7 +183,9 @@ def test_codec_loads_no_torch_triton_or_vllm(tmp_path):
 
 
 def test_checkpoint_and_command_line_load_no_triton_or_vllm(tmp_path):
-    loaded = loaded_by(import_all("checkpoint", "plan", "cli", "cli_convert"), tmp_path)
+    loaded = loaded_by(
+        import_all("checkpoint", "plan", "cli", "cli_check", "cli_convert"), tmp_path
+    )
     assert not loaded & {"triton", "vllm"}
 
 

@@ -9,8 +9,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_dfloat.cli_progress import Bar
 from vllm_dfloat.errors import UnsupportedError
-from vllm_dfloat.output import say
+from vllm_dfloat.output import say, say_json
 
 if TYPE_CHECKING:
     from vllm_dfloat.checkpoint.compress import Report
@@ -54,6 +55,9 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         command.add_argument(
             "--force", action="store_true", help="replace the checkpoint in an existing folder"
         )
+        command.add_argument(
+            "--json", action="store_true", help="print one JSON object instead of lines"
+        )
         command.add_argument("--quiet", action="store_true", help="print errors only")
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
@@ -66,7 +70,9 @@ def _positive(text: str) -> int:
 
 def _device(text: str) -> str:
     if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", text):
-        raise ValueError
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not known; expected auto, cpu, cuda, or cuda:N, N being the number of a GPU"
+        )
     return text
 
 
@@ -75,11 +81,13 @@ def _compress(args: argparse.Namespace) -> int:
     from vllm_dfloat.checkpoint.source import local_folder, open_source
 
     coder = _coder(args.device, args.workers)
-    with _Bar(args.quiet) as bar:
+    with Bar(args.quiet) as bar:
         source = open_source(local_folder(args.source))
         workers = _GPU_THREADS if coder else args.workers
         report = compress(source, args.target, args.force, workers, bar.start, bar.advance, coder)
-    if not args.quiet:
+    if args.json:
+        say_json(_as_json(args, report))
+    elif not args.quiet:
         for name, reason in report.left.items():
             say(f"{name}: stays as it is: {reason}")
         say(_last_line(args.target, report))
@@ -107,6 +115,18 @@ def _may_have_gpu() -> bool:
     return bool(find_spec("triton")) and any(Path(driver).exists() for driver in drivers)
 
 
+def _as_json(args: argparse.Namespace, report: Report) -> dict[str, Any]:
+    return {
+        "source": args.source,
+        "target": str(args.target),
+        "units": report.units,
+        "num_bytes": report.num_bytes,
+        "bf16_bytes": report.bf16_bytes,
+        "left": dict(report.left),
+        "seconds": report.seconds,
+    }
+
+
 def _last_line(target: Path, report: Report) -> str:
     ratio = 100 * report.num_bytes / report.bf16_bytes
     return (
@@ -119,42 +139,21 @@ def _decompress(args: argparse.Namespace) -> int:
     from vllm_dfloat.checkpoint.decompress import decompress
 
     began = time.monotonic()
-    with _Bar(args.quiet) as bar:
+    with Bar(args.quiet) as bar:
         restored = decompress(args.path, args.out, args.force, args.workers, bar.start, bar.advance)
-    if not args.quiet:
-        seconds = time.monotonic() - began
+    seconds = time.monotonic() - began
+    if args.json:
+        say_json(
+            {
+                "path": str(args.path),
+                "out": str(args.out),
+                "tensors": restored.tensors,
+                "num_bytes": restored.num_bytes,
+                "seconds": seconds,
+            }
+        )
+    elif not args.quiet:
         say(
             f"{args.out}: {restored.tensors} tensors, {restored.num_bytes:,} bytes, {seconds:.1f} s"
         )
     return 0
-
-
-class _Bar:
-    """A progress bar on stderr with rate and time left; nothing where stderr is no terminal."""
-
-    def __init__(self, quiet: bool) -> None:
-        self._quiet = quiet
-        self._bar: Any = None
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def start(self, total_bytes: int, done_bytes: int = 0) -> None:
-        from tqdm import tqdm  # type: ignore[import-untyped]  # transformers brings it
-
-        self._bar = tqdm(
-            total=total_bytes,
-            initial=done_bytes,
-            unit="B",
-            unit_scale=True,
-            dynamic_ncols=True,
-            leave=False,
-            disable=self._quiet or None,  # None: by what stderr is
-        )
-
-    def advance(self, num_bytes: int) -> None:
-        self._bar.update(num_bytes)
-
-    def __exit__(self, *exception: object) -> None:
-        if self._bar is not None:
-            self._bar.close()

@@ -1,8 +1,10 @@
 """Where commands print their results: standard output, which may be a full disk or a closed pipe."""
 
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 STDOUT = "standard output"
 
@@ -15,6 +17,11 @@ def say(text: str) -> None:
     """
     with _named():
         print(text)
+
+
+def say_json(content: dict[str, Any]) -> None:
+    """Print a result as one JSON object; raises as `say` does."""
+    say(json.dumps(content, indent=1))
 
 
 def flush() -> None:

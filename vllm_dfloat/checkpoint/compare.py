@@ -1,6 +1,6 @@
 """Compare a checkpoint with its BF16 original, bit for bit."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from vllm_dfloat.checkpoint.dfloat11 import open_checkpoint
 from vllm_dfloat.checkpoint.folder import is_dfloat11
 from vllm_dfloat.checkpoint.manifest import file_differences, read_manifest
 from vllm_dfloat.checkpoint.plain_model import bf16_tensors
+from vllm_dfloat.checkpoint.progress import Advance, Bytes, Start, ignore, no_start
 from vllm_dfloat.checkpoint.weights import typed_weights
 from vllm_dfloat.errors import FormatError
 
@@ -36,14 +37,15 @@ class Comparison:
 
 
 def compare(
-    path: Path, against: Path, progress: Callable[[str], None] = lambda name: None
+    path: Path, against: Path, start: Start = no_start, advance: Advance = ignore
 ) -> Comparison:
     """Compare every tensor of the checkpoint `path` with the tensor of the same name in `against`.
 
     Args:
         path: a DFloat11 or a plain safetensors folder.
         against: a plain safetensors folder; it also gives the shapes that a DFloat11 folder does not store.
-        progress: called with each tensor's name before it is compared.
+        start: called with the bytes to be compared in all.
+        advance: called with the bytes that were compared since, all of them by the end.
 
     Raises:
         FormatError, UnsupportedError: one of the two cannot be read, or `against` is itself compressed.
@@ -61,9 +63,12 @@ def compare(
         if len(tensor.shape) > 1
     }
     keep_tied = any("lm_head" in name.split(".") for name in originals)
-    for name, dtype, bits in _tensors(path, shapes, keep_tied):
-        progress(name)
+    num_bytes, tensors = _open(path, shapes, keep_tied)
+    progress = Bytes(num_bytes, advance)
+    start(num_bytes, 0)
+    for name, dtype, bits in tensors:
         seen.add(name)
+        progress.done(bits.nbytes)
         if name not in originals:
             result.differences.append(f"{name}: not in {against}")
             continue
@@ -73,16 +78,18 @@ def compare(
         difference = _difference(dtype, bits, original.dtype, original.bits())
         if difference:
             result.differences.append(f"{name}: {difference}")
+    progress.finish()
     result.differences += [f"{name}: not in {path}" for name in originals if name not in seen]
     return result
 
 
-def check(path: Path, progress: Callable[[str], None] = lambda name: None) -> Comparison:
+def check(path: Path, start: Start = no_start, advance: Advance = ignore) -> Comparison:
     """Decode everything in `path`, and compare its files with its manifest where it has one.
 
     Args:
         path: a DFloat11 or a plain safetensors folder.
-        progress: called with each tensor's name when it is decoded, and with each file's before it is read.
+        start: called with the bytes to be decoded and those of the manifest's files.
+        advance: called with the bytes that were decoded or read since, all of them by the end.
 
     Returns:
         What was decoded; its differences are those between files and manifest.
@@ -92,24 +99,34 @@ def check(path: Path, progress: Callable[[str], None] = lambda name: None) -> Co
     """
     result = Comparison()
     manifest = read_manifest(path)
-    for name, _, bits in _tensors(path, None, keep_tied=True):
-        progress(name)
+    num_bytes, tensors = _open(path, None, keep_tied=True)
+    if manifest is not None:
+        num_bytes += sum(entry["bytes"] for entry in manifest.files.values())
+    progress = Bytes(num_bytes, advance)
+    start(num_bytes, 0)
+    for _, _, bits in tensors:
         result.tensors += 1
         result.num_bytes += bits.nbytes
+        progress.done(bits.nbytes)
     if manifest is not None:
         result.files = len(manifest.files)
-        result.differences += file_differences(path, manifest, progress)
+        result.differences += file_differences(path, manifest, progress.done)
+    progress.finish()
     return result
 
 
-def _tensors(
-    path: Path, shapes: Mapping[str, tuple[int, ...]] | None, keep_tied: bool = False
-) -> Iterator[tuple[str, str, Bits]]:
-    if is_dfloat11(path):
-        yield from typed_weights(open_checkpoint(path), shapes, keep_tied=keep_tied)
-    else:
-        for name, tensor in bf16_tensors(path).items():
-            yield name, tensor.dtype, tensor.bits()
+def _open(
+    path: Path, shapes: Mapping[str, tuple[int, ...]] | None, keep_tied: bool
+) -> tuple[int, Iterator[tuple[str, str, Bits]]]:
+    """Return how many bytes the tensors of a checkpoint take when they are decoded, and (name, dtype, bits) of each."""
+    if not is_dfloat11(path):
+        stored = bf16_tensors(path)
+        tensors = ((name, tensor.dtype, tensor.bits()) for name, tensor in stored.items())
+        return sum(tensor.num_bytes for tensor in stored.values()), tensors
+    checkpoint = open_checkpoint(path)
+    num_bytes = sum(2 * unit.num_weights for unit in checkpoint.units.values())
+    num_bytes += sum(tensor.num_bytes for tensor in checkpoint.plain.values())
+    return num_bytes, typed_weights(checkpoint, shapes, keep_tied=keep_tied)
 
 
 def _difference(dtype: str, bits: Bits, original_dtype: str, original: Bits) -> str:

@@ -9,19 +9,21 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from vllm_dfloat.checkpoint.json_file import read_object, regular_size
 from vllm_dfloat.checkpoint.listing import weight_files
+from vllm_dfloat.checkpoint.progress import Advance, ignore
 from vllm_dfloat.errors import FormatError, one_line, shown
 
 MANIFEST_FILE = "dfloat11_manifest.json"
 VERSION = 1
 _MAX_BYTES = 256 << 20
 _MAX_DIMS = 8
+_PIECE_BYTES = 1 << 20
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -104,32 +106,29 @@ def _refuse(what: str) -> NoReturn:
     raise FormatError(f"{MANIFEST_FILE}: {what}. Remove it to read the checkpoint without it.")
 
 
-def file_differences(
-    folder: Path, manifest: Manifest, progress: Callable[[str], None] = lambda name: None
-) -> list[str]:
+def file_differences(folder: Path, manifest: Manifest, advance: Advance = ignore) -> list[str]:
     """Return a sentence for every file that is not as the manifest says, and for weight files that it does not list.
 
     Args:
         folder: the checkpoint.
         manifest: its manifest.
-        progress: called with each file's name before it is read.
+        advance: called with the bytes that were read.
     """
     found = []
     for name, expected in manifest.files.items():
-        progress(name)
-        difference = _difference(folder / name, expected)
+        difference = _difference(folder / name, expected, advance)
         if difference:
             found.append(f"{one_line(name)}: {difference}")
     extra = sorted({file.name for file in weight_files(folder)} - manifest.files.keys())
     return found + [f"{one_line(name)}: {MANIFEST_FILE} does not list it" for name in extra]
 
 
-def _difference(file: Path, expected: Mapping[str, Any]) -> str:
+def _difference(file: Path, expected: Mapping[str, Any], advance: Advance) -> str:
     try:
         size = regular_size(file)
         if size != expected["bytes"]:
             return f"{size} bytes; {MANIFEST_FILE} says {expected['bytes']}"
-        digest = file_entry(file)["sha256"]
+        digest = file_entry(file, advance)["sha256"]
     except FormatError as error:  # missing, or nothing that can be read to its end
         reason = str(error).removeprefix(one_line(f"{file}: ")).rstrip(".")
         return f"{reason}; {MANIFEST_FILE} lists it"
@@ -138,8 +137,12 @@ def _difference(file: Path, expected: Mapping[str, Any]) -> str:
     return ""
 
 
-def file_entry(file: Path) -> dict[str, Any]:
-    """Return size and SHA-256 of a file as a manifest has them."""
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return {"bytes": file.stat().st_size, "sha256": digest}
+def file_entry(file: Path, advance: Advance = ignore) -> dict[str, Any]:
+    """Return size and SHA-256 of a file as a manifest has them; `advance` is called with the bytes that were read."""
+    digest, size = hashlib.sha256(), 0
+    with file.open("rb", buffering=0) as stream:
+        while piece := stream.read(_PIECE_BYTES):
+            digest.update(piece)
+            size += len(piece)
+            advance(len(piece))
+    return {"bytes": size, "sha256": digest.hexdigest()}
