@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from tiny_models import SHIPPED
 
 from vllm_dfloat.cli import main
+from vllm_dfloat.plan.units import show_size
 
 CONFIGS = Path(__file__).parent / "data" / "configs"
 GIB = 1 << 30
@@ -41,7 +42,13 @@ def edited(tmp_path: Path):
         ("80GB", 80 * 10**9),
         ("80 gib", 80 << 30),
         ("1.5GB", 15 * 10**8),
-        ("4096", 4096),
+        ("24GB", 24 * 10**9),
+        ("24G", 24 * 10**9),
+        ("24g", 24 * 10**9),
+        ("24000MB", 24 * 10**9),
+        ("24000M", 24 * 10**9),
+        ("24576MiB", 24 << 30),
+        ("4096B", 4096),
     ],
 )
 def test_units_of_memory(memory: str, num_bytes: int, capsys: pytest.CaptureFixture[str]) -> None:
@@ -53,6 +60,12 @@ def test_units_of_memory(memory: str, num_bytes: int, capsys: pytest.CaptureFixt
     ("arguments", "sentence"),
     [
         (["--gpu-memory", "80 potatoes"], "not a size"),
+        (["--gpu-memory=-8GiB"], "not a size"),
+        (["--gpu-memory", "GiB"], "not a size"),
+        (["--gpu-memory", "24"], "no unit; expected GiB or MiB (2**30 or 2**20 bytes"),
+        (["--gpu-memory", "24"], "If GiB is meant: --gpu-memory 24GiB."),
+        (["--gpu-memory", "24GiB", "--kv-cache-memory", "10"], "--kv-cache-memory 10: no unit"),
+        (["--gpu-memory", "0GiB"], "--gpu-memory 0GiB: expected more than nothing"),
         (["--gpu-memory", "80GiB", "--tp", "3"], "--tp 3: 32 attention heads"),
         (["--gpu-memory", "80GiB", "--tp", "64"], "--tp 64: 32 attention heads"),
         (["--gpu-memory", "80GiB", "--pp", "33"], "--pp 33: the model has 32 layers"),
@@ -223,3 +236,29 @@ def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
         main(["plan", "-h"])
     assert stopped.value.code == 0
     assert "example: vllm-dfloat plan" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "shown"),
+    [
+        (80 << 30, "80.00 GiB"),
+        (-(23 << 30), "-23.00 GiB"),
+        (GIB // 10 + 1, "0.10 GiB"),
+        (6_623_744, "6.32 MiB"),
+        (-6_623_744, "-6.32 MiB"),
+        (4096, "4,096 B"),
+        (0, "0 B"),
+    ],
+)
+def test_sizes_keep_their_digits_however_small(num_bytes: int, shown: str) -> None:
+    # Bug caught: weights, scratch and peak of a small model were all 0.00 GiB.
+    assert show_size(num_bytes) == shown
+
+
+def test_a_small_model_is_planned_in_mib(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", str(SHIPPED), "--gpu-memory", "64MiB", "--overhead", "0"]
+    assert main([*arguments, "--max-num-batched-tokens", "128"]) == 0
+    table = capsys.readouterr().out
+    assert "3.312 million parameters" in table
+    assert "each GPU 64.00 MiB" in table
+    assert "0.00 GiB" not in table

@@ -24,7 +24,10 @@ def add_plan(commands: Any) -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("model", help="folder of a model, its config.json alone, or a hub id")
     parser.add_argument("--gpus", type=int, help="how many GPUs (default: --tp times --pp)")
-    parser.add_argument("--gpu-memory", required=True, help="of each GPU: 80GiB, 80GB, or bytes")
+    parser.add_argument(
+        "--gpu-memory", required=True, metavar="SIZE",
+        help="of each GPU, with a unit: 80GiB, or 81920MiB as nvidia-smi shows it; 80GB and 80G are 80 * 10**9 bytes",
+    )  # fmt: skip
     parser.add_argument(
         "--tp", type=int, help="ranks of tensor parallelism (default: the GPUs / --pp)"
     )
@@ -44,9 +47,12 @@ def add_plan(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--max-num-batched-tokens", type=int, help="default: vLLM's for such a GPU")
     parser.add_argument("--max-num-seqs", type=int, help="default: vLLM's for such a GPU")
     parser.add_argument(
-        "--overhead", help="bytes beside weights and KV cache, such as 3GiB (default: estimated)"
-    )
-    parser.add_argument("--kv-cache-memory", help="fix the KV cache of each rank, such as 10GiB")
+        "--overhead", metavar="SIZE", help="all beside weights and KV cache, such as 3GiB or 0 (default: estimated)"
+    )  # fmt: skip
+    parser.add_argument(
+        "--kv-cache-memory", metavar="SIZE",
+        help="fix the KV cache of each rank, such as 10GiB (what vLLM's --kv-cache-memory-bytes calls 10G)",
+    )  # fmt: skip
     parser.add_argument(
         "--granularity", choices=("layer", "block"), default="layer", help="what is decoded at a time (default: layer)"
     )  # fmt: skip
@@ -68,10 +74,13 @@ def run(args: argparse.Namespace) -> int:
 
     tp = _ranks(args)
     _check(args)
+    gpu_memory = parse_size(args.gpu_memory, "--gpu-memory")
+    if not gpu_memory:
+        raise UnsupportedError(f"--gpu-memory {args.gpu_memory}: expected more than nothing.")
     settings = Settings(
         tp=tp,
         pp=args.pp,
-        gpu_memory=parse_size(args.gpu_memory, "--gpu-memory"),
+        gpu_memory=gpu_memory,
         gpu_memory_utilization=args.gpu_memory_utilization,
         max_model_len=args.max_model_len,
         kv_cache_dtype=args.kv_cache_dtype,

@@ -4,7 +4,7 @@ from typing import Any
 
 from vllm_dfloat.plan.memory import Rank
 from vllm_dfloat.plan.plan import Outcome, Plan
-from vllm_dfloat.plan.units import gib
+from vllm_dfloat.plan.units import show_count, show_size
 
 NAME, CELL = 24, 14
 DASH = "-"
@@ -14,9 +14,9 @@ def as_table(plan: Plan) -> str:
     """Return the plan for people: a table per pipeline stage, then what fits, then one sentence."""
     settings, config = plan.settings, plan.config
     lines = [
-        f"{plan.model}: {config.architecture}, {plan.parameters / 1e9:,.3f} billion parameters",
-        f"TP {settings.tp} x PP {settings.pp}, each GPU {gib(settings.gpu_memory)}, vLLM may use "
-        f"{settings.gpu_memory_utilization:g} of it: {gib(settings.requested)}",
+        f"{plan.model}: {config.architecture}, {show_count(plan.parameters)} parameters",
+        f"TP {settings.tp} x PP {settings.pp}, each GPU {show_size(settings.gpu_memory)}, vLLM may use "
+        f"{settings.gpu_memory_utilization:g} of it: {show_size(settings.requested)}",
     ]
     for index, rank in enumerate(plan.ranks):
         lines += ["", *_stage(plan, index, rank)]
@@ -52,17 +52,17 @@ def _stage(plan: Plan, index: int, rank: Rank) -> list[str]:
     return [
         _row(who, "BF16", "DFloat11", layers),
         _row(
-            "weights", gib(rank.bf16_weights), gib(rank.dfloat11_weights),
+            "weights", show_size(rank.bf16_weights), show_size(rank.dfloat11_weights),
             f"{rank.bits_per_weight:.2f} bits per compressed weight",
         ),
-        _row("scratch", DASH, gib(rank.scratch), largest),
-        _row("other", gib(rank.overhead), gib(rank.overhead)),
+        _row("scratch", DASH, show_size(rank.scratch), largest),
+        _row("other", show_size(rank.overhead), show_size(rank.overhead)),
         _row(
             "left for the KV cache",
-            gib(plan.bf16.kv_bytes[index]),
-            gib(plan.dfloat11.kv_bytes[index]),
+            show_size(plan.bf16.kv_bytes[index]),
+            show_size(plan.dfloat11.kv_bytes[index]),
         ),
-        _row("peak while loading", DASH, gib(rank.loading_peak), "bound: two layers on top"),
+        _row("peak while loading", DASH, show_size(rank.loading_peak), "bound: two layers on top"),
         _row("KV bytes per token", per_token, per_token),
     ]  # fmt: skip
 
