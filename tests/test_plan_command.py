@@ -259,6 +259,6 @@ def test_a_small_model_is_planned_in_mib(capsys: pytest.CaptureFixture[str]) -> 
     arguments = ["plan", str(SHIPPED), "--gpu-memory", "64MiB", "--overhead", "0"]
     assert main([*arguments, "--max-num-batched-tokens", "128"]) == 0
     table = capsys.readouterr().out
-    assert "3.312 million parameters" in table
+    assert "3.287 million parameters" in table
     assert "each GPU 64.00 MiB" in table
     assert "0.00 GiB" not in table
