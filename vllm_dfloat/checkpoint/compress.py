@@ -13,6 +13,7 @@ from typing import Any
 from vllm_dfloat.checkpoint.compress_file import FileJob, FileResult, compress_file
 from vllm_dfloat.checkpoint.encode_pieces import Coder
 from vllm_dfloat.checkpoint.folder import CONFIG_FILE
+from vllm_dfloat.checkpoint.folder_lock import FolderLock
 from vllm_dfloat.checkpoint.manifest import MANIFEST_FILE, Manifest, file_entry
 from vllm_dfloat.checkpoint.plan_units import (
     PlannedUnit,
@@ -22,7 +23,7 @@ from vllm_dfloat.checkpoint.plan_units import (
     plan_units,
 )
 from vllm_dfloat.checkpoint.progress import Advance, WholeBytes
-from vllm_dfloat.checkpoint.resume import COMPRESSION, intact, prepare, resumable, write_text
+from vllm_dfloat.checkpoint.resume import COMPRESSION, intact, resumable, write_text
 from vllm_dfloat.checkpoint.source import Source, config_text
 from vllm_dfloat.checkpoint.worker_pool import (
     WORKER_BYTES,
@@ -91,15 +92,16 @@ def compress(
             f"{source.path}: holds no BF16 weight of a linear or embedding layer (its dtypes: {', '.join(found)}); "
             "there is nothing to compress."
         )
-    prepare(source.path, target, COMPRESSION, force)
-    with resumable(target, COMPRESSION, source.identity()) as journal:
+    begun = resumable(source.path, target, COMPRESSION, source.identity(), force)
+    with begun as (journal, lock):
         jobs = plan_files(plan, source)
         sizes = {job.file: _num_bytes(source, job) for job in jobs}
         done = intact(target, journal.done, set(sizes))
         results = {file: FileResult.from_json(line) for file, line in done.items()}
         start(sum(sizes.values()), sum(sizes[file] for file in results))
         todo = [job for job in jobs if job.file not in results]
-        for result in _run(source, target, todo, sizes, workers, coder, WholeBytes(advance)):
+        for result in _run(source, lock, todo, sizes, workers, coder, WholeBytes(advance)):
+            lock.check()
             journal.append(result.as_json())
             results[result.file] = result
         report = _finish(source, target, plan, [results[job.file] for job in jobs])
@@ -158,7 +160,7 @@ def _file_name(path: str, taken: set[str]) -> str:
 
 def _run(
     source: Source,
-    target: Path,
+    target: FolderLock,
     jobs: Sequence[FileJob],
     sizes: Mapping[str, int],
     workers: int | None,
@@ -167,7 +169,7 @@ def _run(
 ) -> Iterable[FileResult]:
     # Large files first, so that no worker begins one when the others have nothing left.
     arguments = [
-        (job, {name: source.tensors[name] for name in job.tensors}, target, coder)
+        (job, {name: source.tensors[name] for name in job.tensors}, target.path, coder)
         for job in sorted(jobs, key=lambda job: -sizes[job.file])
     ]
     call: Callable[..., FileResult] = compress_file
@@ -179,7 +181,7 @@ def _run(
         largest = WORKER_BYTES + max((sizes[job.file] for job in jobs), default=0) // 50
         total = sum(sizes[job.file] for job in jobs)
         workers = share_cores(cores, len(jobs), largest, total, int(0.8 * available_memory()))
-    return run_jobs(call, arguments, workers, max(1, cores // workers), report)
+    return run_jobs(call, arguments, workers, max(1, cores // workers), report, target)
 
 
 def _finish(

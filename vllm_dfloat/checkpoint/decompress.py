@@ -12,9 +12,10 @@ from typing import Any
 from vllm_dfloat.checkpoint.decompress_file import Shard, decompress_file, num_bytes
 from vllm_dfloat.checkpoint.dfloat11 import Dfloat11Checkpoint, open_checkpoint
 from vllm_dfloat.checkpoint.folder import CONFIG_FILE
+from vllm_dfloat.checkpoint.folder_lock import FolderLock
 from vllm_dfloat.checkpoint.listing import INDEX_FILE
 from vllm_dfloat.checkpoint.progress import Advance, ignore
-from vllm_dfloat.checkpoint.resume import DECOMPRESSION, intact, prepare, resumable, write_text
+from vllm_dfloat.checkpoint.resume import DECOMPRESSION, intact, resumable, write_text
 from vllm_dfloat.checkpoint.safetensors_file import StoredTensor
 from vllm_dfloat.checkpoint.shapes import module_shapes
 from vllm_dfloat.checkpoint.source import config_text, identity_of, other_files
@@ -70,14 +71,15 @@ def decompress(
     checkpoint = open_checkpoint(path)
     items = plan(checkpoint, module_shapes(path), keep_tied=True)
     checkpoint.validate()
-    prepare(path, out, DECOMPRESSION, force)
     shards = _shards(items, shard_bytes)
     sizes = {shard.file: shard.num_bytes for shard in shards}
-    with resumable(out, DECOMPRESSION, _identity(checkpoint, shard_bytes)) as journal:
+    begun = resumable(path, out, DECOMPRESSION, _identity(checkpoint, shard_bytes), force)
+    with begun as (journal, lock):
         done = intact(out, journal.done, set(sizes))
         start(sum(sizes.values()), sum(sizes[file] for file in done))
         todo = [shard for shard in shards if shard.file not in done]
-        for result in _run(out, todo, workers, advance):
+        for result in _run(lock, todo, workers, advance):
+            lock.check()
             journal.append(result)
         _write_rest(checkpoint, out, shards)
     return Restored(len(items), sum(sizes.values()))
@@ -108,7 +110,7 @@ def _shards(items: Sequence[Member | StoredTensor], limit: int) -> list[Shard]:
 
 
 def _run(
-    out: Path, shards: Sequence[Shard], workers: int | None, advance: Advance
+    out: FolderLock, shards: Sequence[Shard], workers: int | None, advance: Advance
 ) -> Iterable[dict[str, Any]]:
     cores = num_threads()
     if workers is None:
@@ -117,8 +119,8 @@ def _run(
             cores, len(shards), WORKER_BYTES, total, int(0.8 * available_memory())
         )
     call: Callable[..., dict[str, Any]] = decompress_file
-    jobs = [(shard, out) for shard in shards]
-    return run_jobs(call, jobs, workers, max(1, cores // workers), advance)
+    jobs = [(shard, out.path) for shard in shards]
+    return run_jobs(call, jobs, workers, max(1, cores // workers), advance, out)
 
 
 def _write_rest(checkpoint: Dfloat11Checkpoint, out: Path, shards: Sequence[Shard]) -> None:

@@ -7,11 +7,13 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from vllm_dfloat.checkpoint.folder import COMPRESS_JOURNAL, DECOMPRESS_JOURNAL
-from vllm_dfloat.checkpoint.journal import Journal, open_journal
+from vllm_dfloat.checkpoint.folder_lock import FolderLock, locked
+from vllm_dfloat.checkpoint.journal import Journal, discard_journal, open_journal
 from vllm_dfloat.checkpoint.manifest import MANIFEST_FILE, file_entry
 from vllm_dfloat.checkpoint.write_safetensors import TEMPORARY, replacing
 from vllm_dfloat.errors import DFloatError, FormatError
@@ -36,12 +38,52 @@ COMPRESSION = Task("compression", COMPRESS_JOURNAL)
 DECOMPRESSION = Task("decompression", DECOMPRESS_JOURNAL)
 
 
-def prepare(source: Path, target: Path, task: Task, force: bool) -> None:
-    """Make the target folder ready, or refuse it: it must be new, empty, begun by the same task, or forced.
+@contextmanager
+def resumable(
+    source: Path, target: Path, task: Task, identity: str, force: bool
+) -> Iterator[tuple[Journal, FolderLock]]:
+    """Make and lock the folder `target`, and give the journal of a task that makes it from `source`.
+
+    The folder must be new, empty, begun by the same task, or forced: then the checkpoint in it is removed. The journal
+    is removed when the block ends without an error.
+
+    Args:
+        source: the folder that is read.
+        target: the folder that is made.
+        task: what is being made.
+        identity: of what is read; a journal of another one is refused.
+        force: take another folder too.
 
     Raises:
-        FormatError: it cannot be used.
+        FormatError: the folder cannot be used, holds the beginning of another task, or another process works in it.
+        DFloatError: the disk is full.
     """
+    _check_place(source, target)
+    try:
+        with locked(target) as lock:
+            # Only now: what another run does in the folder until it ends is not to be judged or removed.
+            if not force:
+                _check_content(target, task)
+            clear = partial(_clear, target, task)
+            with open_journal(target / task.journal, task.name, identity, force, clear) as journal:
+                for stale in target.rglob(f"{TEMPORARY}*"):
+                    stale.unlink()
+                try:
+                    yield journal, lock
+                except Exception:
+                    lock.check()  # explains any error
+                    raise
+                lock.check()
+                (target / task.journal).unlink()
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DFloatError(
+            f"{target}: {error.strerror}. What is finished stays: free some space and run the same command again."
+        ) from error
+
+
+def _check_place(source: Path, target: Path) -> None:
     here, there = source.resolve(), target.resolve()
     if here == there or here in there.parents or there in here.parents:
         raise FormatError(
@@ -49,38 +91,30 @@ def prepare(source: Path, target: Path, task: Task, force: bool) -> None:
         )
     if target.exists() and not target.is_dir():
         raise FormatError(f"{target}: is a file; expected a new or empty folder.")
-    if force and target.is_dir():
-        for pattern in (*_CHECKPOINT_FILES, COMPRESSION.journal, DECOMPRESSION.journal):
-            for file in target.glob(pattern):
-                file.unlink()
-    elif target.is_dir() and any(target.iterdir()) and not (target / task.journal).exists():
+
+
+def _check_content(target: Path, task: Task) -> None:
+    begun = [(target / other.journal).exists() for other in (COMPRESSION, DECOMPRESSION)]
+    if all(begun):  # a forced run was killed before it had removed the other's journal
+        raise FormatError(
+            f"{target}: holds the beginnings of a compression and of a decompression; give --force to start anew, or "
+            "choose a new folder."
+        )
+    if any(target.iterdir()) and not (target / task.journal).exists():
         raise FormatError(
             f"{target}: is not empty, and not the beginning of a {task.name}; give --force to replace the checkpoint "
             "in it, or choose a new folder."
         )
-    target.mkdir(parents=True, exist_ok=True)
 
 
-@contextmanager
-def resumable(target: Path, task: Task, identity: str) -> Iterator[Journal]:
-    """Give the journal of a task on the source `identity`; it is removed when the block ends without an error.
-
-    Raises:
-        FormatError: the folder holds the beginning of another task, or another process works on it.
-        DFloatError: the disk is full.
-    """
-    try:
-        with open_journal(target / task.journal, task.name, identity) as journal:
-            for stale in target.rglob(f"{TEMPORARY}*"):
-                stale.unlink()
-            yield journal
-            (target / task.journal).unlink()
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise DFloatError(
-            f"{target}: {error.strerror}. What is finished stays: free some space and run the same command again."
-        ) from error
+def _clear(target: Path, task: Task) -> None:
+    """Remove the checkpoint in the folder, and the beginning of another task."""
+    for other in (COMPRESSION, DECOMPRESSION):
+        if other != task:
+            discard_journal(target / other.journal)
+    for pattern in _CHECKPOINT_FILES:
+        for file in target.glob(pattern):
+            file.unlink()
 
 
 def intact(

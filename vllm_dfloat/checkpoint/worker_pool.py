@@ -33,6 +33,7 @@ def run_jobs(
     workers: int,
     threads: int,
     advance: Callable[[int], None],
+    held: object = None,
 ) -> Iterator[Result]:
     """Yield `call(*job, report)` of every job as they end; in this process if one worker is wanted.
 
@@ -45,13 +46,14 @@ def run_jobs(
         workers: processes.
         threads: threads in each.
         advance: called, in this process, with the numbers that were reported.
+        held: something that every process is to have as long as it lives, such as a `FolderLock`.
     """
     if workers <= 1:
         yield from (call(*job, advance) for job in jobs)
         return
     context = multiprocessing.get_context("spawn")  # a fork would copy locks held by other threads
     done, stop = context.Value("q", 0), context.Value("b", 0, lock=False)
-    arguments = (os.getpid(), threads, done, stop)
+    arguments = (os.getpid(), threads, done, stop, held)
     pool = ProcessPoolExecutor(workers, context, _begin, arguments)
     try:
         with _uninterrupted():
@@ -113,12 +115,12 @@ def _uninterrupted() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-_shared: tuple[Any, Any] | None = None  # in a worker: what was done, and whether to stop
+_shared: tuple[Any, ...] | None = None  # in a worker: what was done, whether to stop, what it holds
 
 
-def _begin(parent: int, threads: int, done: Any, stop: Any) -> None:
+def _begin(parent: int, threads: int, done: Any, stop: Any, held: object) -> None:
     global _shared
-    _shared = done, stop
+    _shared = done, stop, held
     os.environ["VLLM_DFLOAT_THREADS"] = str(threads)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
@@ -130,7 +132,7 @@ def _call(call: Callable[..., Result], job: tuple[object, ...]) -> Result:
 def _report(amount: int) -> None:
     if _shared is None:
         raise RuntimeError("not in a worker")
-    done, stop = _shared
+    done, stop, _ = _shared
     if stop.value:
         raise Stopped
     with done.get_lock():
