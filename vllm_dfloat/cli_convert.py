@@ -78,6 +78,7 @@ def _device(text: str) -> str:
 
 def _compress(args: argparse.Namespace) -> int:
     from vllm_dfloat.checkpoint.compress import compress
+    from vllm_dfloat.checkpoint.left import left_lines
     from vllm_dfloat.checkpoint.source import local_folder, open_source
 
     coder = _coder(args.device, args.workers)
@@ -88,8 +89,8 @@ def _compress(args: argparse.Namespace) -> int:
     if args.json:
         say_json(_as_json(args, report))
     elif not args.quiet:
-        for name, reason in report.left.items():
-            say(f"{name}: stays as it is: {reason}")
+        for line in left_lines(report.left):
+            say(line)
         say(_last_line(args.target, report))
     return 0
 

@@ -93,7 +93,7 @@ def plan_units(config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -
             continue
         grouped.setdefault(unit, []).append((member, name))
     units = []
-    for unit in sorted(grouped, key=_natural):
+    for unit in sorted(grouped, key=natural):
         members = _in_order(dict(grouped[unit]))
         units.append(
             PlannedUnit(unit, tuple(m for m, _ in members if m), tuple(t for _, t in members))
@@ -186,10 +186,10 @@ def _order(member: str) -> tuple[Any, ...]:
     parent, _, leaf = member.rpartition(".")
     rank = _LEAF_ORDER.index(leaf) if leaf in _LEAF_ORDER else len(_LEAF_ORDER)
     is_attention = "attn" in parent or "attention" in parent
-    return (not is_attention, _natural(parent), rank, _natural(leaf))
+    return (not is_attention, natural(parent), rank, natural(leaf))
 
 
-def _natural(path: str) -> tuple[Any, ...]:
+def natural(path: str) -> tuple[Any, ...]:
     """Return a sort key under which layers.2 comes before layers.10."""
     return tuple(
         (0, int(part), "") if part.isdecimal() else (1, 0, part) for part in path.split(".")

@@ -13,6 +13,7 @@ from typing import Any
 from vllm_dfloat.checkpoint.folder import CONFIG_FILE, CONFIG_KEY, is_dfloat11, read_config
 from vllm_dfloat.checkpoint.manifest import MANIFEST_FILE
 from vllm_dfloat.checkpoint.plain_model import bf16_tensors
+from vllm_dfloat.checkpoint.quantized import refuse_quantized_config, refuse_quantized_files
 from vllm_dfloat.checkpoint.safetensors_file import StoredTensor
 from vllm_dfloat.errors import FormatError, UnsupportedError
 
@@ -64,12 +65,14 @@ def open_source(path: Path) -> Source:
 
     Raises:
         FormatError: no such folder, no safetensors or no config.json in it, a damaged file.
-        UnsupportedError: the folder holds pickles only, or is compressed already.
+        UnsupportedError: the folder holds pickles only, is compressed already, or its weights are quantized.
     """
     if path.is_dir() and is_dfloat11(path):
         raise UnsupportedError(f"{path}: is a DFloat11 checkpoint already; expected BF16 weights.")
-    tensors = bf16_tensors(path)
     config = read_config(path)
+    refuse_quantized_config(config or {}, f"{path / CONFIG_FILE}")
+    tensors = bf16_tensors(path)
+    refuse_quantized_files(path, tensors)
     if config is None:
         raise FormatError(
             f"{path}: has no {CONFIG_FILE}; expected one, as Hugging Face models have."

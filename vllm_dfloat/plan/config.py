@@ -7,13 +7,13 @@ from typing import Any
 
 from vllm_dfloat.checkpoint.folder import CONFIG_FILE, MAX_CONFIG_BYTES
 from vllm_dfloat.checkpoint.json_file import read_object
+from vllm_dfloat.checkpoint.quantized import refuse_quantized_config
 from vllm_dfloat.errors import FormatError, UnsupportedError, shown
 
 MAX_SIZE = (
     1 << 32
 )  # no size in a config is as large; a larger one is a mistake, and would take forever
 MAX_LAYERS = 1 << 12
-METHOD = "dfloat11"  # our name in a config's quantization_config
 GEMMA3_PATTERN = 6  # every sixth layer of Gemma 3 sees everything, unless its config says otherwise
 
 
@@ -85,7 +85,7 @@ def read_model_config(file: Path) -> ModelConfig:
 
     Raises:
         FormatError: not JSON, or a size is missing or impossible.
-        UnsupportedError: an attention whose cache is not made of keys and values per head.
+        UnsupportedError: quantized weights, or an attention whose cache is not made of keys and values per head.
     """
     where = str(file)
     whole = read_object(file, MAX_CONFIG_BYTES)
@@ -96,12 +96,7 @@ def read_model_config(file: Path) -> ModelConfig:
         raise FormatError(
             f"{where}: `architectures` is {shown(architectures)}; expected a list of one."
         )
-    method = whole.get("quantization_config")
-    if method and not (isinstance(method, Mapping) and method.get("quant_method") == METHOD):
-        raise UnsupportedError(
-            f"{where}: has a quantization_config, so its weights are not BF16; plan compares BF16 with DFloat11. "
-            "Plan with the BF16 original."
-        )
+    refuse_quantized_config(whole, where)
     text = whole.get("text_config")
     entries = text if isinstance(text, Mapping) else whole
     if entries.get("kv_lora_rank"):

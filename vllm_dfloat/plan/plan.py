@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_dfloat.checkpoint.folder import CONFIG_FILE, is_dfloat11
+from vllm_dfloat.checkpoint.quantized import refuse_quantized_files
 from vllm_dfloat.errors import UnsupportedError
 from vllm_dfloat.plan.config import ModelConfig, config_file, read_model_config
 from vllm_dfloat.plan.kv_cache import KVCache
@@ -83,12 +84,14 @@ def make_plan(model: str, settings: Settings, code_bits: float | None = None) ->
 
     Raises:
         FormatError: config.json or a file of weights is missing or damaged, or they contradict each other.
-        UnsupportedError: an architecture that is not known without its weights, or ranks that cannot share it.
+        UnsupportedError: quantized weights, an architecture that is not known without its weights, or ranks that
+            cannot share it.
     """
     file = config_file(model)
     config = read_model_config(file)
     # Files beside a config of another name belong to another model.
     tensors = read_tensors(file.parent) if file.name == CONFIG_FILE else None
+    refuse_quantized_files(file.parent, tensors or {})
     weights, notes = _weights(config, tensors, file.parent)
     bits, told = _code_bits(file.parent, tensors, code_bits)
     ranks = ranks_of(config, weights, settings, bits)

@@ -1,0 +1,30 @@
+"""Tell which tensors stay as they are, a line for each reason however many they are."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from vllm_dfloat.checkpoint.plan_units import natural
+
+
+def left_lines(left: Mapping[str, str]) -> list[str]:
+    """Return a sentence per kind of reason.
+
+    Args:
+        left: tensor name -> why it was not compressed. Reasons that differ in their numbers only are of one kind.
+    """
+    kinds: dict[str, list[str]] = {}
+    for name, reason in left.items():
+        kinds.setdefault(re.sub(r"\d+", "#", reason), []).append(name)
+    return [_line(names, left) for names in kinds.values()]
+
+
+def _line(names: list[str], left: Mapping[str, str]) -> str:
+    first, *others = sorted(names, key=natural)
+    reason = left[first]
+    if not others:
+        return f"{first}: stays as it is: {reason}"
+    if any(left[name] != reason for name in others):
+        reason += " (the first of them)"
+    return f"{len(names)} tensors, {first} to {others[-1]}: stay as they are: {reason}"

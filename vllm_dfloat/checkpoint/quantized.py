@@ -1,0 +1,92 @@
+"""Refuse models whose weights are quantized (FP8, GPTQ, AWQ, MXFP4, bitsandbytes, ...), whatever tells it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from vllm_dfloat.checkpoint.json_file import read_object
+from vllm_dfloat.checkpoint.safetensors_file import StoredTensor
+from vllm_dfloat.errors import UnsupportedError, shown
+
+METHOD = (
+    "dfloat11"  # our own name in a quantization_config, beside BF16 weights: options for serving
+)
+_MODELOPT_FILE = "hf_quant_config.json"
+_MAX_BYTES = 16 << 20
+# Of most kinds, of compressed-tensors in its first versions, of MLX.
+_KEYS = ("quantization_config", "compression_config", "quantization")
+_METHOD_KEYS = ("quant_method", "quant_algo", "format")
+_INTEGERS = ("I8", "U8", "I16", "U16", "I32", "U32")
+# Of GPTQ, AWQ, compressed-tensors, ModelOpt, DeepSeek, bitsandbytes.
+_LEAVES = re.compile(
+    r"(.*[._])?(qweight|qzeros|weight_packed|weight_scale(_inv|_2)?|weight_global_scale|weight_zero_point"
+    r"|SCB|absmax|nested_absmax|quant_map|nested_quant_map|quant_state\.bitsandbytes__\w+)"
+)
+_PACKED = re.compile(r"(.*[._])?(weight|blocks|packed)")  # where the dtype is that of an integer
+
+
+def refuse_quantized_config(config: Mapping[str, Any], where: str) -> None:
+    """Refuse a config.json that says that the weights are quantized.
+
+    Args:
+        config: its content.
+        where: its path, for the message.
+
+    Raises:
+        UnsupportedError: it does.
+    """
+    for place, key, value in _quantization_configs(config):
+        if value and (value.get("quant_method") if isinstance(value, Mapping) else "") != METHOD:
+            _refuse(where, f"{place}{key} is {_method(value)}")
+
+
+def refuse_quantized_files(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
+    """Refuse a model whose files tell, with or without a word in its config, that the weights are quantized.
+
+    Raises:
+        UnsupportedError: they do.
+    """
+    modelopt = (read_object(folder / _MODELOPT_FILE, _MAX_BYTES) or {}).get("quantization")
+    if isinstance(modelopt, Mapping) and modelopt.get("quant_algo"):  # without one, of the KV cache
+        _refuse(str(folder / _MODELOPT_FILE), f"quantization is {_method(modelopt)}")
+    found = [tensor for tensor in tensors.values() if _is_quantized(tensor)]
+    if found:
+        first = found[0]
+        more = f" and {len(found) - 1} other tensors are" if len(found) > 1 else " is"
+        _refuse(
+            str(folder),
+            f"{first.name} ({first.dtype} {list(first.shape)}){more} of quantized weights",
+        )
+
+
+def _quantization_configs(config: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
+    """Yield (path of the part, key, value) of every quantization config, also of those within parts of the model."""
+    parts = [("", config)]
+    parts += [(f"{key}.", value) for key, value in config.items() if isinstance(value, Mapping)]
+    for place, part in parts:
+        if place.removesuffix(".") not in _KEYS:
+            yield from ((place, key, part[key]) for key in _KEYS if key in part)
+
+
+def _method(value: Any) -> str:
+    if isinstance(value, Mapping):
+        named = [value[key] for key in _METHOD_KEYS if value.get(key)]
+        return shown((named or [value])[0])
+    return shown(value)
+
+
+def _is_quantized(tensor: StoredTensor) -> bool:
+    if tensor.dtype.startswith("F8") or _LEAVES.fullmatch(tensor.name):
+        return True
+    is_packed = tensor.dtype in _INTEGERS and len(tensor.shape) > 1
+    return is_packed and bool(_PACKED.fullmatch(tensor.name))
+
+
+def _refuse(where: str, what: str) -> NoReturn:
+    raise UnsupportedError(
+        f"{where}: {what}, so its weights are not BF16; expected a model in BF16. Take the original, from which this "
+        "one was quantized."
+    )
