@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 from dfloat11_helpers import config
 
-from vllm_dfloat.checkpoint.dfloat11 import parse_config
 from vllm_dfloat.checkpoint.patterns import compile_patterns
+from vllm_dfloat.checkpoint.settings import parse_config
 from vllm_dfloat.errors import DFloatError, FormatError, UnsupportedError
 
 

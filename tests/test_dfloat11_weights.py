@@ -80,16 +80,16 @@ def _layered(path: Path, layers: list[int]) -> Dfloat11Checkpoint:
 
 def test_bias_follows_its_weight_and_layers_come_in_numerical_order(tmp_path: Path) -> None:
     # Bug caught: vLLM does not count a bias that arrives before its layer's first weight.
-    checkpoint = _layered(tmp_path, [2, 10])
+    checkpoint = _layered(tmp_path, list(range(11)))
     shapes = {
         f"model.layers.{i}.{n}": s
-        for i in (2, 10)
+        for i in range(11)
         for n, s in (("q_proj", (8, 4)), ("k_proj", (4, 4)))
     }
     names = [name for name, _ in weights(checkpoint, shapes)]
     leaves = ["q_proj.weight", "q_proj.bias", "k_proj.weight", "k_proj.bias", "q_norm.weight",
               "router.weight", "router.bias"]  # fmt: skip
-    assert names == [f"model.layers.{i}.{leaf}" for i in (2, 10) for leaf in leaves] + [
+    assert names == [f"model.layers.{i}.{leaf}" for i in range(11) for leaf in leaves] + [
         "model.norm.weight"
     ]
 

@@ -24,6 +24,7 @@ from vllm_dfloat.checkpoint.plan_units import (
 )
 from vllm_dfloat.checkpoint.progress import Advance, WholeBytes
 from vllm_dfloat.checkpoint.resume import COMPRESSION, intact, resumable, write_text
+from vllm_dfloat.checkpoint.safetensors_file import header_sha256
 from vllm_dfloat.checkpoint.source import Source, config_text
 from vllm_dfloat.checkpoint.worker_pool import (
     WORKER_BYTES,
@@ -200,7 +201,8 @@ def _finish(
     write_text(target / CONFIG_FILE, config_text(source.config, build_patterns(units)))
     files[CONFIG_FILE] = file_entry(target / CONFIG_FILE)
     shapes = {name: source.tensors[name].shape for unit in units for name in unit.tensors}
-    write_text(target / MANIFEST_FILE, Manifest(files, shapes).as_text())
+    headers = {result.file: header_sha256(target / result.file) for result in results}
+    write_text(target / MANIFEST_FILE, Manifest(files, shapes, headers).as_text())
     left = dict(plan.left)
     for result in results:
         left.update(result.left)

@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from vllm_dfloat.checkpoint.folder import CONFIG_FILE, CONFIG_KEY, read_config, stored_tensors
-from vllm_dfloat.checkpoint.listing import visible_files, weight_files
-from vllm_dfloat.checkpoint.manifest import read_manifest
-from vllm_dfloat.checkpoint.patterns import Patterns, compile_patterns
+from vllm_dfloat.checkpoint.completeness import refuse_gaps
+from vllm_dfloat.checkpoint.folder import CONFIG_KEY, refuse_unfinished, stored_tensors
+from vllm_dfloat.checkpoint.listing import weight_files
+from vllm_dfloat.checkpoint.manifest import (
+    read_manifest,
+    refuse_missing_weights,
+    refuse_other_files,
+)
+from vllm_dfloat.checkpoint.patterns import Patterns
 from vllm_dfloat.checkpoint.safetensors_file import StoredTensor
+from vllm_dfloat.checkpoint.settings import read_settings
 from vllm_dfloat.checkpoint.unit import FIELDS, UnitEntry, check_entry
-from vllm_dfloat.errors import FormatError, UnsupportedError, shown
-
-_THREADS_PER_BLOCK = [512]
-_BYTES_PER_THREAD = 8
+from vllm_dfloat.errors import FormatError
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,11 @@ class Dfloat11Checkpoint:
     config: Mapping[str, Any]
     units: Mapping[str, UnitEntry]
     plain: Mapping[str, StoredTensor]
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Return the names of all tensors, compressed and plain, as far as no model class must be asked for them."""
+        return frozenset(self.plain) | {name for u in self.units.values() for name in u.names}
 
     @property
     def tie_word_embeddings(self) -> bool | None:
@@ -67,17 +75,17 @@ def open_checkpoint(path: str | Path) -> Dfloat11Checkpoint:
     path = Path(path)
     if not path.is_dir():
         raise FormatError(f"{path}: not a directory; a DFloat11 checkpoint is one.")
-    config = read_config(path)
+    refuse_unfinished(path)
     files = weight_files(path)
-    if config is None or CONFIG_KEY not in config:
-        _refuse_directory(path, config, files)
-    patterns = parse_config(config[CONFIG_KEY], f"{CONFIG_FILE}: {CONFIG_KEY}")
+    config, patterns = read_settings(path, files)
     if not files:
         raise FormatError(
             f"{path}: config.json has {CONFIG_KEY}, but there is no *.safetensors file beside it."
         )
-    tensors = stored_tensors(path)
     manifest = read_manifest(path)
+    if manifest:
+        refuse_other_files(path, manifest)
+    tensors = stored_tensors(path)
     parameters = manifest.parameters if manifest else frozenset()
     groups = _group(tensors)
     patterns.check_steps(list(groups))
@@ -85,51 +93,12 @@ def open_checkpoint(path: str | Path) -> Dfloat11Checkpoint:
     used = {tensor.name for unit in units.values() for tensor in unit.fields.values()}
     plain = {name: tensor for name, tensor in tensors.items() if name not in used}
     _refuse_stored_twice(units, plain)
-    return Dfloat11Checkpoint(path, config, units, plain)
-
-
-def parse_config(config: Any, where: str) -> Patterns:
-    """Check a `dfloat11_config` object and return its compiled patterns."""
-    keys = ("version", "threads_per_block", "bytes_per_thread", "pattern_dict")
-    if not isinstance(config, dict) or set(config) != set(keys):
-        found = sorted(config)[:20] if isinstance(config, dict) else type(config).__name__
-        raise FormatError(f"{where}: found {found}; an object with {', '.join(keys)} is expected.")
-    if not isinstance(config["version"], str):
-        raise FormatError(f"{where}: version is {shown(config['version'])}; a string is expected.")
-    if config["threads_per_block"] != _THREADS_PER_BLOCK:
-        raise UnsupportedError(
-            f"{where}: threads_per_block is {shown(config['threads_per_block'])}; "
-            f"{_THREADS_PER_BLOCK} is the only published value."
-        )
-    if config["bytes_per_thread"] != _BYTES_PER_THREAD:
-        raise UnsupportedError(
-            f"{where}: bytes_per_thread is {shown(config['bytes_per_thread'])}; "
-            f"{_BYTES_PER_THREAD} is the only published value."
-        )
-    pattern_dict = config["pattern_dict"]
-    if not isinstance(pattern_dict, dict) or not all(
-        isinstance(names, list) and all(isinstance(name, str) for name in names)
-        for names in pattern_dict.values()
-    ):
-        raise FormatError(
-            f"{where}: pattern_dict must be an object of lists of attribute paths, regex -> list."
-        )
-    return compile_patterns(pattern_dict, f"{where}: pattern_dict")
-
-
-def _refuse_directory(path: Path, config: dict[str, Any] | None, files: list[Path]) -> NoReturn:
-    pickles = visible_files(path, "*.pkl")
-    if pickles:
-        raise UnsupportedError(
-            f"{path}: found {pickles[0].name} and no {CONFIG_KEY} in config.json: the legacy "
-            "DFloat11 0.1.0 layout, whose pickle files can run code when they are read. Expected "
-            f"are *.safetensors and {CONFIG_KEY}; use a release made with DFloat11 0.2.0 or later."
-        )
-    found = "no config.json" if config is None else f"a config.json without {CONFIG_KEY}"
-    raise FormatError(
-        f"{path}: found {found} and {len(files)} *.safetensors file(s); "
-        f"a DFloat11 checkpoint has {CONFIG_KEY} in config.json."
-    )
+    checkpoint = Dfloat11Checkpoint(path, config, units, plain)
+    if manifest:
+        refuse_missing_weights(path, manifest, checkpoint.names)
+    else:
+        refuse_gaps(path, config, patterns, checkpoint.names)
+    return checkpoint
 
 
 def _group(tensors: dict[str, StoredTensor]) -> dict[str, dict[str, StoredTensor]]:
@@ -166,11 +135,7 @@ def _unit(
 def _refuse_stored_twice(units: Mapping[str, UnitEntry], plain: Mapping[str, StoredTensor]) -> None:
     holders: dict[str, UnitEntry] = {}
     for unit in units.values():
-        # The list of a module that is itself the weight means nothing.
-        listed = unit.members if unit.num_members == len(unit.members) else ("",)
-        for member in listed:
-            path = f"{unit.name}.{member}" if member else unit.name
-            name = path if path in unit.parameters else f"{path}.weight"
+        for name in unit.names:
             other = holders.setdefault(name, unit)
             if other is not unit:
                 raise FormatError(

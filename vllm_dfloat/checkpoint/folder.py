@@ -6,9 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from vllm_dfloat.checkpoint.json_file import read_object
-from vllm_dfloat.checkpoint.listing import visible_files, weight_files
-from vllm_dfloat.checkpoint.safetensors_file import StoredTensor, read_header
-from vllm_dfloat.errors import FormatError, UnsupportedError
+from vllm_dfloat.checkpoint.listing import (
+    model_files,
+    refuse_missing_shards,
+    visible_files,
+    weight_files,
+)
+from vllm_dfloat.checkpoint.safetensors_file import StoredTensor, read_header, read_names
+from vllm_dfloat.errors import DFloatError, FormatError, UnsupportedError
 
 COMPRESS_JOURNAL, DECOMPRESS_JOURNAL = (
     ".vllm-dfloat-compress.jsonl",
@@ -16,6 +21,9 @@ COMPRESS_JOURNAL, DECOMPRESS_JOURNAL = (
 )
 CONFIG_FILE = "config.json"
 CONFIG_KEY = "dfloat11_config"
+_UNIT_FIELDS = frozenset(
+    ("encoded_exponent", "sign_mantissa", "output_positions", "split_positions")
+)
 MAX_CONFIG_BYTES = 16 << 20
 
 
@@ -29,13 +37,30 @@ def read_config(path: Path) -> dict[str, Any] | None:
 
 
 def is_dfloat11(path: Path) -> bool:
-    """Return whether the folder holds an official DFloat11 checkpoint, of today's or of the legacy layout.
+    """Return whether the folder holds a DFloat11 checkpoint, of today's or of the legacy layout.
+
+    config.json says so, or the weight files: those for ComfyUI come without a config.json.
 
     Raises:
         FormatError: config.json is damaged, or a command that writes the folder has not ended.
     """
     refuse_unfinished(path)
-    return CONFIG_KEY in (read_config(path) or {}) or bool(visible_files(path, "layer_*.pkl"))
+    if CONFIG_KEY in (read_config(path) or {}) or visible_files(path, "layer_*.pkl"):
+        return True
+    try:
+        return any(_has_units(file) for file in model_files(path).files)
+    except DFloatError:  # whoever reads the files says what is wrong with them
+        return False
+
+
+def _has_units(file: Path) -> bool:
+    names, metadata = read_names(file)
+    return CONFIG_KEY in metadata or any(is_unit_field(name) for name in names)
+
+
+def is_unit_field(name: str) -> bool:
+    """Return whether a tensor of this name can be nothing but a part of a DFloat11 unit."""
+    return name.rpartition(".")[2] in _UNIT_FIELDS
 
 
 def refuse_unfinished(path: Path) -> None:
@@ -71,15 +96,7 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
                 "code. Convert the model to safetensors."
             )
         raise FormatError(f"{path}: no *.safetensors file; expected at least one.")
-    return tensors_of(files)
-
-
-def tensors_of(files: Iterable[Path]) -> dict[str, StoredTensor]:
-    """Return every tensor of some safetensors files, by name.
-
-    Raises:
-        FormatError: a damaged file, or a tensor stored twice.
-    """
+    refuse_missing_shards(path, files)
     return _merge(read_header(file) for file in files)
 
 
@@ -89,8 +106,8 @@ def _merge(headers: Iterable[dict[str, StoredTensor]]) -> dict[str, StoredTensor
         for name, tensor in header.items():
             if name in tensors:
                 raise FormatError(
-                    f"{tensor.where}: the tensor is also in {tensors[name].file.name}; one file is "
-                    "expected to hold it. Remove the file that does not belong here."
+                    f"{tensor.where}: the tensor is also in {tensors[name].file.name}; a DFloat11 checkpoint holds "
+                    "each once. Files of two checkpoints are mixed here: fetch the one anew into an empty folder."
                 )
             tensors[name] = tensor
     return tensors

@@ -66,7 +66,7 @@ def model_files(folder: Path) -> ModelFiles:
         weight_map = _weight_map(index, files)
         chosen = tuple(folder / name for name in sorted(set(weight_map.values())))
         return ModelFiles(chosen, index.name, weight_map)
-    _refuse_missing_shards(folder, named_so or files)
+    refuse_missing_shards(folder, named_so or files)
     return ModelFiles(tuple(named_so or files))
 
 
@@ -100,8 +100,12 @@ def _weight_map(index: Path, files: list[Path]) -> dict[str, str]:
     return weight_map
 
 
-def _refuse_missing_shards(folder: Path, files: list[Path]) -> None:
-    """Refuse model-00001-of-00003 without the two others: no index says which they are, but the name does."""
+def refuse_missing_shards(folder: Path, files: list[Path]) -> None:
+    """Refuse model-00001-of-00003 without the two others: no index says which they are, but the name does.
+
+    Raises:
+        FormatError: a numbered series among `files` has a gap.
+    """
     series: dict[tuple[str, str], set[int]] = {}
     for file in files:
         if found := _SHARD.fullmatch(file.name):

@@ -9,14 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
 from vllm_dfloat.checkpoint.json_file import read_object, regular_size
 from vllm_dfloat.checkpoint.listing import weight_files
 from vllm_dfloat.checkpoint.progress import Advance, ignore
+from vllm_dfloat.checkpoint.safetensors_file import header_sha256
 from vllm_dfloat.errors import FormatError, one_line, shown
 
 MANIFEST_FILE = "dfloat11_manifest.json"
@@ -24,6 +25,7 @@ VERSION = 1
 _MAX_BYTES = 256 << 20
 _MAX_DIMS = 8
 _PIECE_BYTES = 1 << 20
+MAX_NAMED = 3  # files that a message names
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -34,10 +36,13 @@ class Manifest:
     Attributes:
         files: file name -> {"bytes", "sha256"}, all but the manifest itself.
         shapes: name of each compressed tensor -> its shape.
+        headers: name of each weight file -> SHA-256 of its header, which is read anyhow when a checkpoint is opened;
+            nothing in manifests of earlier versions.
     """
 
     files: Mapping[str, Mapping[str, Any]]
     shapes: Mapping[str, tuple[int, ...]]
+    headers: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def module_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -53,6 +58,7 @@ class Manifest:
         content = {
             "version": VERSION,
             "files": {name: dict(self.files[name]) for name in sorted(self.files)},
+            "headers": {name: self.headers[name] for name in sorted(self.headers)},
             "tensors": {name: list(self.shapes[name]) for name in sorted(self.shapes)},
         }
         return json.dumps(content, indent=1) + "\n"
@@ -74,7 +80,11 @@ def read_manifest(folder: Path) -> Manifest | None:
         _refuse("has no objects `files` and `tensors`")
     for name, entry in files.items():
         _check_file(name, entry)
-    return Manifest(files, {name: _shape(name, shape) for name, shape in tensors.items()})
+    headers = content.get("headers", {})
+    if not isinstance(headers, dict) or not all(map(_is_digest, headers.values())):
+        _refuse("has `headers` that are no object of SHA-256 digests")
+    shapes = {name: _shape(name, shape) for name, shape in tensors.items()}
+    return Manifest(files, shapes, headers)
 
 
 def _check_file(name: str, entry: Any) -> None:
@@ -86,8 +96,12 @@ def _check_file(name: str, entry: Any) -> None:
     good = isinstance(entry, dict) and set(entry) == {"bytes", "sha256"}
     if not good or type(entry["bytes"]) is not int or entry["bytes"] < 0:
         _refuse(f"has no size and SHA-256 for the file {shown(name)}")
-    if not isinstance(entry["sha256"], str) or not _SHA256.fullmatch(entry["sha256"]):
+    if not _is_digest(entry["sha256"]):
         _refuse(f"says that the SHA-256 of {shown(name)} is {shown(entry['sha256'])}")
+
+
+def _is_digest(value: Any) -> bool:
+    return isinstance(value, str) and bool(_SHA256.fullmatch(value))
 
 
 def _shape(name: str, value: Any) -> tuple[int, ...]:
@@ -106,8 +120,54 @@ def _refuse(what: str) -> NoReturn:
     raise FormatError(f"{MANIFEST_FILE}: {what}. Remove it to read the checkpoint without it.")
 
 
+def refuse_other_files(folder: Path, manifest: Manifest) -> None:
+    """Compare the weight files of a checkpoint with its manifest, as far as that takes no time.
+
+    Their names, sizes and headers: that finds a file that was removed, renamed, added, cut or exchanged for one with
+    other tensors, not one whose tensors have other values; for that `file_differences` reads all of it.
+
+    Raises:
+        FormatError: a weight file is missing, too many, or another one.
+    """
+    files = {file.name: file for file in weight_files(folder)}
+    listed = {name for name in manifest.files if name.endswith(".safetensors") and "/" not in name}
+    found = [f"{one_line(name)} is missing" for name in sorted(listed - files.keys())]
+    found += [f"{one_line(name)} is not listed" for name in sorted(files.keys() - listed)]
+    for name in sorted(listed & files.keys()):
+        size, expected = regular_size(files[name]), manifest.files[name]["bytes"]
+        if size != expected:
+            found.append(f"{one_line(name)} has {size} bytes instead of {expected}")
+        elif header_sha256(files[name]) != manifest.headers.get(name, header_sha256(files[name])):
+            found.append(f"{one_line(name)} holds tensors of other names, dtypes or shapes")
+    if found:
+        more = f", and {len(found) - MAX_NAMED} more" if len(found) > MAX_NAMED else ""
+        only_more = len(found) == len(files.keys() - listed)
+        advice = "Move" if only_more else "Fetch the checkpoint again, or make it again, and move"
+        raise FormatError(
+            f"{folder}: its weight files are not the {len(listed)} that {MANIFEST_FILE} lists: "
+            f"{', '.join(found[:MAX_NAMED])}{more}. {advice} what is not listed out of the folder."
+        )
+
+
+def refuse_missing_weights(folder: Path, manifest: Manifest, names: Collection[str]) -> None:
+    """Refuse a checkpoint without a compressed tensor that its manifest lists.
+
+    Args:
+        names: of all tensors in the checkpoint.
+
+    Raises:
+        FormatError: one is missing.
+    """
+    missing = sorted(set(manifest.shapes) - set(names))
+    if missing:
+        raise FormatError(
+            f"{folder}: {len(missing)} of {len(manifest.shapes)} compressed tensors that {MANIFEST_FILE} lists are "
+            f"missing, such as {one_line(missing[0])}. Fetch the checkpoint again, or make it again."
+        )
+
+
 def file_differences(folder: Path, manifest: Manifest, advance: Advance = ignore) -> list[str]:
-    """Return a sentence for every file that is not as the manifest says, and for weight files that it does not list.
+    """Return a sentence for every file that is not as the manifest says.
 
     Args:
         folder: the checkpoint.
@@ -119,8 +179,7 @@ def file_differences(folder: Path, manifest: Manifest, advance: Advance = ignore
         difference = _difference(folder / name, expected, advance)
         if difference:
             found.append(f"{one_line(name)}: {difference}")
-    extra = sorted({file.name for file in weight_files(folder)} - manifest.files.keys())
-    return found + [f"{one_line(name)}: {MANIFEST_FILE} does not list it" for name in extra]
+    return found
 
 
 def _difference(file: Path, expected: Mapping[str, Any], advance: Advance) -> str:

@@ -6,6 +6,7 @@ DFloat11 unit is one tensor of up to a gigabyte, so this reader maps the bytes i
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import mmap
@@ -22,6 +23,7 @@ from vllm_dfloat.errors import FormatError, UnsupportedError, shown
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 _LENGTH_BYTES = 8
+_METADATA = "__metadata__"
 MAX_NAME = 512  # characters; real names have about 100
 _MAX_DIMS = 16
 
@@ -92,6 +94,38 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         FormatError: the header is not valid or does not fit the file's size.
         UnsupportedError: a tensor has a dtype that this package does not know.
     """
+    text, size = _header_text(file)
+    header = _parse(file, text)
+    header.pop(_METADATA, None)
+    start = _LENGTH_BYTES + len(text)
+    tensors = [_tensor(file, name, entry, start) for name, entry in header.items()]
+    tensors.sort(key=lambda tensor: (tensor.begin, tensor.num_bytes))
+    _check_layout(file, tensors, start, size)
+    return {tensor.name: tensor for tensor in tensors}
+
+
+def read_names(file: Path) -> tuple[list[str], dict[str, Any]]:
+    """Return what a header calls tensors, whatever it says about them, and its metadata.
+
+    Raises:
+        FormatError: it is no header.
+    """
+    header = _parse(file, _header_text(file)[0])
+    metadata = header.pop(_METADATA, None)
+    return list(header), metadata if isinstance(metadata, dict) else {}
+
+
+def header_sha256(file: Path) -> str:
+    """Return the SHA-256 of a file's header: of the names, dtypes, shapes and places of its tensors.
+
+    Raises:
+        FormatError: it has none.
+    """
+    return hashlib.sha256(_header_text(file)[0]).hexdigest()
+
+
+def _header_text(file: Path) -> tuple[bytes, int]:
+    """Return the JSON of a file's header, and the size of the file."""
     size = regular_size(file)
     refuse_pointer(file)
     try:
@@ -102,16 +136,9 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
                     f"{file.name}: its first 8 bytes announce a header of {length} bytes, but the "
                     f"file has {size} bytes. It is truncated or not safetensors; fetch it again."
                 )
-            text = read_text(stream, length, file.name)
+            return read_text(stream, length, file.name), size
     except OSError as error:
         raise FormatError(f"{file}: cannot be read: {error.strerror}.") from error
-    header = _parse(file, text)
-    header.pop("__metadata__", None)
-    start = _LENGTH_BYTES + length
-    tensors = [_tensor(file, name, entry, start) for name, entry in header.items()]
-    tensors.sort(key=lambda tensor: (tensor.begin, tensor.num_bytes))
-    _check_layout(file, tensors, start, size)
-    return {tensor.name: tensor for tensor in tensors}
 
 
 def _parse(file: Path, text: bytes) -> dict[str, Any]:

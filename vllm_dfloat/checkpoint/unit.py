@@ -119,6 +119,14 @@ class UnitEntry:
     def num_members(self) -> int:
         return self.fields["split_positions"].shape[0] + 1
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Return the tensor name of each weight. Of a list with more than the one weight that there is, nothing is
+        meant: the module is itself the weight."""
+        listed = self.members if self.num_members == len(self.members) else ("",)
+        paths = (f"{self.name}.{member}" if member else self.name for member in listed)
+        return tuple(path if path in self.parameters else f"{path}.weight" for path in paths)
+
     @cached_property
     def splits(self) -> I64Array:
         """Return 0, the stored split positions and N.

@@ -36,7 +36,10 @@ def read_tensors(folder: Path) -> dict[str, StoredTensor] | None:
     """
     if not weight_files(folder):
         return None
-    return stored_tensors(folder) if is_dfloat11(folder) else bf16_tensors(folder)
+    if not is_dfloat11(folder):
+        return bf16_tensors(folder)
+    open_checkpoint(folder)  # which refuses one that is not whole
+    return stored_tensors(folder)
 
 
 def check_shapes(weights: list[Weight], tensors: Tensors, folder: Path) -> list[str]:

@@ -1,0 +1,135 @@
+"""Is a DFloat11 checkpoint without a manifest whole? What its config and its patterns say must be there, is.
+
+Nothing in the format lists the files or tensors of a checkpoint, so one without a layer looks like a smaller model. No
+model class is asked here: see `model_class.missing_parameters` for that.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from vllm_dfloat.checkpoint.patterns import Patterns
+from vllm_dfloat.errors import FormatError, shown
+
+Names = Collection[str]
+
+# The lists of which every member is a block of the model. Others (`mlp.0`, `mlp.2`) may have gaps.
+_BLOCK_LIST = re.compile(r"layers?|h|\w*blocks?|\w*refiner")
+_ONE_MODULE = re.compile(r"[\w.]+")
+_ALL_BLOCKS = re.compile(r"([\w.]+)\.\\d\+\+?")
+# The blocks that config.json counts, where a model has several lists of them.
+_TEXT_BLOCKS = (
+    "model.layers", "transformer.h", "model.language_model.layers", "language_model.model.layers",
+)  # fmt: skip
+_TOWERS = re.compile(r"vis|audio|speech|encoder")
+_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_LANGUAGE_MODEL = re.compile(r"For(CausalLM|ConditionalGeneration)$")
+_EMBEDDING = re.compile(r"emb(?!.*inv_freq)|wte")
+_NORM = re.compile(r"norm|(^|[._])ln[._]")
+_HEAD = re.compile(r"head|output|embed_out|proj_out")
+
+
+def refuse_gaps(path: Path, config: Mapping[str, Any], patterns: Patterns, names: Names) -> None:
+    """Refuse a checkpoint of which a block, or the embedding, last norm or head of a language model is missing.
+
+    Args:
+        path: its folder.
+        config: its config.json.
+        patterns: its `pattern_dict`.
+        names: of all tensors, those of units under their original names.
+
+    Raises:
+        FormatError: something is missing; the message names it.
+    """
+    may_have_gaps = bool(config.get("block_configs"))  # pruned block by block; some have no tensor
+    for key, _ in patterns.entries:
+        _check_key(path, key.pattern.replace(r"\.", "."), may_have_gaps, names)
+    text = config.get("text_config")
+    text = text if isinstance(text, Mapping) else config
+    count = next((text[key] for key in _LAYER_COUNTS if type(text.get(key)) is int), None)
+    stack = _text_blocks(names)
+    if stack is None or count is None:
+        return
+    if not may_have_gaps:
+        _refuse_gap(path, stack, _numbers(stack, names), count)
+    architectures = config.get("architectures")
+    if isinstance(architectures, list) and any(
+        isinstance(name, str) and _LANGUAGE_MODEL.search(name) for name in architectures
+    ):
+        _check_ends(path, config, text, stack, names)
+
+
+def _check_key(path: Path, key: str, may_have_gaps: bool, names: Names) -> None:
+    """Refuse a pattern that names one module, or all blocks of a list, of which something is not there.
+
+    Args:
+        key: the pattern, dots not escaped.
+    """
+    if _ONE_MODULE.fullmatch(key) and not any(name.startswith(f"{key}.") for name in names):
+        _refuse(path, f"no tensor of {key}, which is a key of pattern_dict")
+    found = _ALL_BLOCKS.fullmatch(key)
+    if found and _BLOCK_LIST.fullmatch(found.group(1).rpartition(".")[2]):
+        numbers = _numbers(found.group(1), names)
+        if not numbers:
+            _refuse(path, f"no tensor of {found.group(1)}.0, which a key of pattern_dict matches")
+        if not may_have_gaps:
+            _refuse_gap(path, found.group(1), numbers, max(numbers) + 1)
+
+
+def _numbers(block_list: str, names: Names) -> set[int]:
+    """Return the numbers of the blocks of a list."""
+    prefix = f"{block_list}."
+    tails = (
+        name.removeprefix(prefix).partition(".")[0] for name in names if name.startswith(prefix)
+    )
+    return {int(number) for number in tails if number.isdecimal()}
+
+
+def _refuse_gap(path: Path, block_list: str, numbers: set[int], count: int) -> None:
+    """Refuse a list of blocks without one of the numbers from 0 to count - 1."""
+    ordered = sorted(numbers)
+    missing = next((i for i, number in enumerate(ordered) if i != number), len(ordered))
+    if missing < count:
+        _refuse(path, f"no tensor of {block_list}.{missing}, one of {shown(count)} such blocks")
+
+
+def _text_blocks(names: Names) -> str | None:
+    """Return the list of blocks that config.json counts, None where that is not certain."""
+    found = set()
+    for name in names:
+        parts = name.split(".")
+        at = next((i for i, part in enumerate(parts) if part.isdecimal()), 0)
+        if at and _BLOCK_LIST.fullmatch(parts[at - 1]):
+            found.add(".".join(parts[:at]))
+    usual = [block_list for block_list in _TEXT_BLOCKS if block_list in found]
+    others = [block_list for block_list in found if not _TOWERS.search(block_list)]
+    likely = usual or others
+    return likely[0] if len(likely) == 1 else None
+
+
+def _check_ends(
+    path: Path, config: Mapping[str, Any], text: Mapping[str, Any], stack: str, names: Names
+) -> None:
+    """Refuse a language model without what lies before and behind its blocks."""
+    inside = [name for name in names if name.startswith(f"{stack}.")]
+    outside = [
+        name for name in names if not name.startswith(f"{stack}.") and not _TOWERS.search(name)
+    ]
+    if not any(map(_EMBEDDING.search, outside)):
+        _refuse(path, "no tensor of an embedding")
+    has_last_norm = any(map(_NORM.search, inside)) and text.get("do_layer_norm_before", True)
+    if has_last_norm and not any(map(_NORM.search, outside)):
+        _refuse(path, "no tensor of the norm behind the last block")
+    tied = {part.get("tie_word_embeddings") for part in (config, text)}
+    if False in tied and True not in tied and not any(map(_HEAD.search, outside)):
+        _refuse(path, "no tensor of an LM head, and tie_word_embeddings is false")
+
+
+def _refuse(path: Path, what: str) -> NoReturn:
+    raise FormatError(
+        f"{path}: {what}; expected the whole model that config.json describes. A weight file is missing, or is of "
+        "another model: fetch the checkpoint again."
+    )
