@@ -91,7 +91,7 @@ def _decode(bench: Bench, case: str, block: Block, bf16_bytes: int) -> None:
         else:
             bench.skip("block", case, f"{name}, CUDA graph", "needs a GPU")
     for name, call in work.items():
-        block.check(f"block, {name}", call)
+        bench.compare(block.check, f"block, {name}", call)
     calls: dict[str, Call] = {name: ignoring(call) for name, call in work.items()}
     bench.measure("block", case, calls, 1, bf16_bytes)
 
@@ -119,7 +119,7 @@ def _overlap(
             out.view(torch.int16).fill_(-1)  # a NaN
         ahead.replay()
         for found, wanted in zip(layers.outs, expected, strict=True):
-            expect_same_bits(found, wanted, f"overlap, {case}")
+            bench.compare(expect_same_bits, found, wanted, f"overlap, {case}")
         calls: dict[str, Call] = {
             "GEMMs on BF16": ignoring(plain.replay),
             "decode, then GEMM": ignoring(serial.replay),

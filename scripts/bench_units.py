@@ -32,12 +32,12 @@ def _measure(bench: Bench, rows: int, cols: int) -> None:
     layouts = {"packed": (packed, ops.decode)}
     layouts["official, held"] = (resident_units.pack(weight, "w"), resident_units.decode)
     for name, (held, decode) in layouts.items():
-        check_decode(held, weight, f"{name} {case}", decode)
+        bench.compare(check_decode, held, weight, f"{name} {case}", decode)
         calls[name] = _held_call(held, decode, outs)
         facts[name] = {"bits_per_weight": _bits(held.num_bytes, weight)}
     tensors = encode_unit([weight.cpu().view(torch.uint16).numpy().reshape(-1)], "w")
     num_bytes = sum(tensor.nbytes for tensor in tensors.values())
-    calls["official, as in a file"] = _unit_call(weight, tensors, outs)
+    calls["official, as in a file"] = _unit_call(bench, weight, tensors, outs)
     facts["official, as in a file"] = {"bits_per_weight": _bits(num_bytes, weight)}
     _add_official_kernel(bench, case, weight, tensors, outs, calls, facts)
     for algorithm in NVCOMP_ALGORITHMS:
@@ -54,7 +54,9 @@ def _held_call(held: Any, decode: Any, outs: list[Any]) -> Call:
     return lambda i: decode(copies[i].desc, held.rows, held.cols, *outs[i])
 
 
-def _unit_call(weight: torch.Tensor, tensors: dict[str, Any], outs: list[Any]) -> Call:
+def _unit_call(
+    bench: Bench, weight: torch.Tensor, tensors: dict[str, Any], outs: list[Any]
+) -> Call:
     """Return a call that decodes a unit from the tensors of a file, checked."""
     unit = as_unit(tensors, "w")
     fields = (unit.stream, unit.sign_mantissa, unit.tables, unit.positions, unit.gaps)
@@ -66,8 +68,8 @@ def _unit_call(weight: torch.Tensor, tensors: dict[str, Any], outs: list[Any]) -
         unit_ops.decode_dfloat11(*sets[i], outs[i][0][:numel], status)
 
     for i in range(len(outs)):
-        _check(call, i, weight, outs, "official unit")
-        expect_no_status(status, "official unit")
+        bench.compare(_check, call, i, weight, outs, "official unit")
+        bench.compare(expect_no_status, status, "official unit")
     return call
 
 

@@ -1,16 +1,20 @@
 """Launch every kernel on small sizes and compare the bits: what compute-sanitizer runs, and what compiles them all.
 
     compute-sanitizer --tool memcheck python scripts/sanitize_kernels.py
+    python scripts/sanitize_kernels.py packed_decode encoder    # these checks only
     python scripts/sanitize_kernels.py --share 0/4     # every fourth check: they compile in parallel so
     python scripts/sanitize_kernels.py --device cpu    # in Triton's interpreter
 
-Prints a line per check. Exit status 0 all right, 1 wrong bits, 2 it cannot run here.
+Prints a line per check; one that fails does not end the others. Exit status 0 all right, 1 wrong bits or a kernel that
+does not compile or launch, 2 it cannot run here.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import time
+import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
@@ -158,8 +162,23 @@ def share(text: str) -> tuple[int, int]:
     return int(index), int(number)
 
 
+def is_right(name: str, check: Callable[[], None]) -> bool:
+    """Run a check, and print its line: what is wrong with the kernel, if anything is."""
+    begun = time.monotonic()
+    try:
+        check()
+    except Exception as error:  # wrong bits, or whatever Triton and the driver raise
+        traceback.print_exc()
+        reason = next(iter(str(error).splitlines()), "")
+        print(f"WRONG: {name}: {type(error).__name__}: {reason[:200]}", flush=True)
+        return False
+    print(f"right bits: {name} ({time.monotonic() - begun:.1f} s)", flush=True)
+    return True
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help="checks to run, by default all")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--share", type=share, default=(0, 1), help="I/N: every N-th from the I-th")
     args = parser.parse_args(argv)
@@ -168,17 +187,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CannotRunError as error:
         print(f"sanitize_kernels: cannot run: {error}", file=sys.stderr)
         return 2
-    from bench_timing import WrongBitsError
-
+    found = checks(device)
+    unknown = [name for name in args.names if name not in found]
+    if unknown:
+        parser.error(f"no check {', '.join(unknown)}; there are {', '.join(found)}")
     first, step = args.share
-    for name, check in list(checks(device).items())[first::step]:
-        try:
-            check()
-        except WrongBitsError as error:
-            print(f"sanitize_kernels: {name}: wrong bits: {error}", file=sys.stderr)
-            return 1
-        print(f"right bits: {name}", flush=True)
-    return 0
+    names = (args.names or list(found))[first::step]
+    verdicts = [is_right(name, found[name]) for name in names]
+    return 0 if all(verdicts) else 1
 
 
 if __name__ == "__main__":

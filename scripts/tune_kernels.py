@@ -120,13 +120,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     import bench_report
     from bench_timing import Bench, WrongBitsError
 
-    bench = Bench(device, 21 if device.type == "cuda" else 1, begun + args.seconds)
+    print(bench_report.HEAD, flush=True)
+    report = lambda row: print(bench_report.line(row), flush=True)  # noqa: E731
+    bench = Bench(device, 21 if device.type == "cuda" else 1, begun + args.seconds, report)
     try:
         config = tune(bench, args.only)
     except WrongBitsError as error:
         print(f"tune_kernels: wrong bits: {error}; no choice is printed", file=sys.stderr)
         return 1
-    print(bench_report.table(bench.rows))
     print(entry(config, environment(device)))
     return 0
 

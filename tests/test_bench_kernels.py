@@ -1,4 +1,4 @@
-"""The scripts that measure and tune kernels, rehearsed in Triton's interpreter; and that wrong bits cost the times."""
+"""The scripts that measure and tune kernels, rehearsed in Triton's interpreter; and that wrong bits mark the times."""
 
 import json
 import sys
@@ -54,7 +54,7 @@ REAL_DECODE = ops.decode
 
 
 @pytest.mark.parametrize("section", ["decode", "encode"])
-def test_wrong_bits_end_with_status_1_and_no_time(
+def test_wrong_bits_mark_the_times_of_their_case_and_end_with_status_1(
     section: str,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -64,12 +64,41 @@ def test_wrong_bits_end_with_status_1_and_no_time(
 
     monkeypatch.setattr(ops, "decode", spoiled)
     path = tmp_path / "kernels.json"
-    arguments = ["--device", "cpu", "--only", section, "--output", str(path)]
+    arguments = ["--device", "cpu", "--only", section, "decode_rows", "--output", str(path)]
     assert bench_kernels.main(arguments) == 1
     printed = capsys.readouterr()
-    assert printed.out == ""
-    assert " weights differ from the original ones" in printed.err
-    assert not path.exists()
+    sentence = " weights differ from the original ones"
+    assert sentence in printed.err
+    found = json.loads(path.read_text())
+    assert len(found["environment"]["wrong_bits"]) == 1
+    measured = {row["section"]: row for row in found["rows"] if "us" in row}
+    assert sentence in measured[section]["wrong_bits"]
+    assert "wrong_bits" not in measured["decode_rows"]  # the mark ends with its case
+    assert any("WRONG BITS" in line and sentence in line for line in printed.out.splitlines())
+
+
+def test_each_row_is_printed_and_in_the_file_before_the_next_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Bug caught: a run that was cut short left nothing, because all rows were printed at the end.
+    import bench_decode
+    import bench_kernels
+
+    path = tmp_path / "kernels.json"
+    seen: list[Any] = []
+
+    def look(bench: Any) -> None:
+        seen.append((capsys.readouterr().out, json.loads(path.read_text())["rows"]))
+
+    monkeypatch.setattr(bench_decode, "run_encode", look)
+    arguments = ["--device", "cpu", "--only", "decode", "encode", "--output", str(path)]
+    assert bench_kernels.main(arguments) == 0
+    ((printed, rows),) = seen
+    assert [row["name"] for row in rows if "us" in row] == [
+        "copy of the bytes read and written",
+        "decode",
+    ]
+    assert all(row["name"] in printed for row in rows)
 
 
 def test_part_that_fails_costs_its_own_numbers_only(
@@ -148,7 +177,7 @@ def test_tuning_prints_no_choice_where_a_candidate_changes_bits(
     monkeypatch.setattr(ops, "decode", spoiled_where_small)
     assert tune_kernels.main(["--device", "cpu", "--only", "decode_tiles_per_program"]) == 1
     printed = capsys.readouterr()
-    assert printed.out == ""
+    assert "LaunchConfig" not in printed.out
     assert "wrong bits" in printed.err
 
 
@@ -170,6 +199,34 @@ def test_shares_of_the_small_checks_cover_all_of_them_once() -> None:
     for text in ("3/3", "1", "a/b", "-1/2"):
         with pytest.raises(sanitize_kernels.argparse.ArgumentTypeError, match=text):
             sanitize_kernels.share(text)
+
+
+def test_small_check_that_fails_is_named_and_does_not_end_the_others(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sanitize_kernels
+
+    monkeypatch.setattr(ops, "decode", spoiled)
+    arguments = ["--device", "cpu", "packed_decode", "official_unit"]
+    assert sanitize_kernels.main(arguments) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("WRONG: packed_decode: WrongBitsError: decode: 1 of ")
+    assert lines[1].startswith("right bits: official_unit")
+
+
+def test_small_checks_that_do_not_exist_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    import sanitize_kernels
+
+    with pytest.raises(SystemExit, match="2"):
+        sanitize_kernels.main(["--device", "cpu", "packed_decod"])
+    assert "no check packed_decod; there are fused" in capsys.readouterr().err
+
+
+def test_commit_can_be_told_where_there_is_no_git(monkeypatch: pytest.MonkeyPatch) -> None:
+    import bench_setup
+
+    monkeypatch.setenv("VLLM_DFLOAT_COMMIT", "0123abcd")
+    assert bench_setup.commit() == "0123abcd"
 
 
 @pytest.fixture(scope="module", autouse=True)
