@@ -1,9 +1,13 @@
-"""Measured rows as lines of a table for people, and as JSON for the record."""
+"""Measured rows as lines of a table for people, and as JSON for the record.
+
+python scripts/bench_report.py FACTS    # the folder under results/ for the GPU that bench_setup.py's line names
+"""
 
 from __future__ import annotations
 
 import json
 import re
+import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,8 +20,13 @@ HEADS = ("section", "case", "name", "us", "ratio", "of_copy", "gb_per_s", "bits_
 
 def default_path(device_name: str, kind: str) -> Path:
     """Return where results of a GPU belong: scripts/results/<gpu>/<kind>-<date>.json."""
-    folder = re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-")
-    return ROOT / "scripts/results" / folder / f"{kind}-{time.strftime('%Y-%m-%d')}.json"
+    file = f"{kind}-{time.strftime('%Y-%m-%d')}.json"
+    return ROOT / "scripts/results" / folder_name(device_name) / file
+
+
+def folder_name(device_name: str) -> str:
+    """Return a GPU's name as a folder: "NVIDIA H100 80GB HBM3" -> "nvidia-h100-80gb-hbm3"."""
+    return re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-")
 
 
 def _in_columns(cells: Iterable[str]) -> str:
@@ -45,3 +54,7 @@ def write(path: Path, environment: dict[str, Any], rows: Sequence[dict[str, Any]
     text = json.dumps({"environment": environment, "rows": list(rows)}, indent=1)
     part.write_text(text + "\n")
     part.replace(path)
+
+
+if __name__ == "__main__":
+    print(folder_name(json.loads(sys.argv[1])["device"]))

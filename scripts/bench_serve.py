@@ -14,6 +14,7 @@ import datetime
 import shlex
 import signal
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -154,6 +155,7 @@ def run_all(options: Options, head: Json, files: Files, launch: Launch, until: f
         results[name].append(
             {**launch(asked, files.logs, f"{name}-{run + 1}"), "engine": asked["engine"]}
         )
+        archive(files.logs, options.logs)
         judge(name, run, results)
         say("    " + report.progress(results[name][-1]))
         if all(results[other] for other in COMPARED):
@@ -168,13 +170,24 @@ def say(text: str) -> None:
 
 @contextmanager
 def log_folder(options: Options) -> Iterator[Path]:
-    """Give the folder for the engines' files: the one asked for, or one that is removed afterwards."""
+    """Give a folder for the engines' files, which is removed afterwards; with --logs they are in the archive then."""
     if options.logs:
-        make_folder(options.logs, "--logs")
-        yield options.logs
-        return
+        make_folder(options.logs.parent, "--logs")
     with tempfile.TemporaryDirectory(prefix="bench-serve-") as folder:
-        yield Path(folder)
+        try:
+            yield Path(folder)
+        finally:  # what an engine that was ended has said, too
+            archive(Path(folder), options.logs)
+
+
+def archive(folder: Path, file: Path | None) -> None:
+    """Write the engines' files, three for each, into one archive, whole or not at all."""
+    if file is None:
+        return
+    part = file.with_name(f".{file.name}.part")
+    with tarfile.open(part, "w:gz") as tar:
+        tar.add(folder, ".")
+    part.replace(file)
 
 
 def make_folder(folder: Path, argument: str) -> None:

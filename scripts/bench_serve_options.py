@@ -90,7 +90,7 @@ def parser() -> Parser:
     add("--eager", action="store_true", help="no torch.compile, no CUDA graphs")
     add("--engine", default="{}", help="JSON: further arguments of LLM(), for all variants")
     add("--output", type=Path, help="FILE.json; the plots go to FILE.png beside it")
-    add("--logs", type=Path, help="folder in which the logs of the engines are kept")
+    add("--logs", type=Path, help="FILE.tar.gz that keeps the logs of the engines")
     return p
 
 
@@ -108,6 +108,9 @@ def parse(argv: list[str] | None) -> Options:
     for name in ("budget", "point_seconds"):
         check(getattr(args, name) > 0, name, getattr(args, name), "more than 0 seconds")
     check(0 < args.gpu_memory <= 1, "gpu_memory", args.gpu_memory, "a share over 0, up to 1")
+    if args.logs:
+        name = args.logs.name
+        check(name.endswith(".tar.gz"), "logs", args.logs, "a name that ends in .tar.gz")
     if args.output:
         check(args.output.suffix == ".json", "output", args.output, "a name that ends in .json")
     values = vars(args) | {

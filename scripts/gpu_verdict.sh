@@ -1,29 +1,25 @@
 #!/usr/bin/env bash
-# The verdict of a GPU on this project, in under 8 minutes: bits first, then times.
+# The verdict of a GPU on this project's kernels, in under 6 minutes: the facts that are wanted most come first.
 #
-#     scripts/gpu_verdict.sh                # needs an NVIDIA GPU, PyTorch, Triton, numba and pytest; no network, no vLLM
-#     scripts/gpu_verdict.sh --device cpu   # a rehearsal in Triton's interpreter, on tiny sizes
+#     scripts/gpu_verdict.sh [--out DIR] [--limit SECONDS] [--commit HASH]
+#     scripts/gpu_verdict.sh --device cpu    # a rehearsal in Triton's interpreter, on tiny sizes
 #
-# Compiles every kernel and compares its bits on a small size, runs the tests marked `gpu`, then scripts/bench_kernels.py,
-# which prints a table and writes scripts/results/<gpu>/kernels-<date>.json (a rehearsal writes nothing but to --output
-# FILE), then every kernel under compute-sanitizer, where there is one. The last line is the verdict.
-# Exit status 0 all good, 1 wrong bits or something failed, 2 it cannot run here.
-# PYTHON names the interpreter, by default python3.
+# Needs an NVIDIA GPU, PyTorch, Triton, numba and pytest; no network, no vLLM, nothing installed. Sections: environment;
+# the bits of every kernel on small sizes; times of decode, encode and fused beside a device copy and cuBLAS; the tests
+# marked `gpu`; times of blocks, rows and the official layout; memcheck; more than 2^31 weights; hardware counters;
+# racecheck; tuning. Each has a limit of its own and none begins after --limit (345 s) in all, so that what was measured
+# is kept: every row is printed and written when it is known. Wrong bits and failed tests mark the times, and end with 1.
+#
+# DIR gets at most 8 files; by default it is scripts/results/<gpu>/verdict-<date>, for a rehearsal a temporary folder.
+# Exit status 0 all good, 1 wrong bits or something failed, 2 it cannot run here. PYTHON names the interpreter.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 PYTHON=${PYTHON:-python3}
-# Seconds for each part. The fused kernels take several each to compile; later parts find them in Triton's cache.
-COMPILE_SECONDS=90
-TEST_SECONDS=160
-BENCH_SECONDS=100 # begins no case after that, and is given BENCH_GRACE more to end
-BENCH_GRACE=30
-SANITIZER_SECONDS=45
-device=cuda
-output=()
+device=cuda out='' limit=345
 
 usage() {
-  echo "usage: scripts/gpu_verdict.sh [--device cuda|cpu] [--output FILE]" >&2
+  echo "usage: scripts/gpu_verdict.sh [--device cuda|cpu] [--out DIR] [--limit SECONDS] [--commit HASH]" >&2
   exit 2
 }
 
@@ -31,146 +27,173 @@ while (($#)); do
   (($# > 1)) || usage
   case $1 in
     --device) device=$2 ;;
-    --output) output=(--output "$2") ;;
+    --out) out=$2 ;;
+    --limit) limit=$2 ;;
+    --commit) export VLLM_DFLOAT_COMMIT=$2 ;;
     *) usage ;;
   esac
   shift 2
 done
 [[ $device == cuda || $device == cpu ]] || usage
+[[ $limit =~ ^[1-9][0-9]{0,4}$ ]] || usage
+
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 TRITON_INTERPRET=0
+[[ $device == cuda ]] || export TRITON_INTERPRET=1
+problems=()
+notes=()
 
 verdict() { # STATUS SENTENCE
   echo "verdict: $2"
   exit "$1"
 }
 
-# Run a part with a limit of time; leaves its status in $status, and never ends this script.
-limited() { # SECONDS COMMAND...
-  local seconds=$1
-  shift
+# Say once what is wrong, and go on.
+problem() {
+  problems+=("$1")
+  echo "problem: $1"
+}
+
+# Run a part within its limit and what is left of the whole; $status is how it ended, 124 or 137 by time.
+section() { # NAME MOST_SECONDS LOG COMMAND...
+  local name=$1 most=$2 log=$3 begun=$SECONDS left=$((limit - SECONDS))
+  shift 3
   status=0
-  timeout --kill-after=10 "$seconds" "$@" || status=$?
-}
-
-explain() { # PART SECONDS
-  if ((status == 124 || status == 137)); then
-    echo "$1 took longer than $2 s"
-  else
-    echo "$1 ended with status $status"
-  fi
-}
-
-compile_all() {
-  local i jobs=1 pid pids=()
-  [[ $device == cpu ]] || jobs=$(nproc)
-  ((jobs <= 16)) || jobs=16
-  for ((i = 0; i < jobs; i++)); do
-    timeout --kill-after=10 "$COMPILE_SECONDS" "$PYTHON" scripts/sanitize_kernels.py \
-      --device "$device" --share "$i/$jobs" &
-    pids+=("$!")
-  done
-  for pid in "${pids[@]}"; do
-    status=0
-    wait "$pid" || status=$?
-    if ((status == 124 || status == 137)); then
-      notes+=("not every kernel was compiled within $COMPILE_SECONDS s")
-    elif ((status != 0)); then
-      problems+=("scripts/sanitize_kernels.py ended with status $status")
-      bits_in_doubt=1
-    fi
-  done
-}
-
-run_tests() {
-  local files
-  if ! "$PYTHON" -c 'import pytest' 2>/dev/null; then
-    problems+=("the tests were not run, because $PYTHON has no pytest")
+  ((most <= left)) || most=$left
+  if ((most < 8)); then
+    notes+=("no time was left for $name")
+    status=124
     return
   fi
+  echo "== $name (at $SECONDS s, at most $most s)"
+  timeout --signal="${stop_signal:-TERM}" --kill-after=8 "$most" "$@" >>"$log" 2>&1 || status=$?
+  echo "== $name: status $status after $((SECONDS - begun)) s"
+  ! ended_by_time || notes+=("$name was ended after $most s")
+}
+
+ended_by_time() { ((status == 124 || status == 137)); }
+
+# The same, where any other end than a good one, or that by time, is a problem.
+checked_section() {
+  section "$@"
+  ((status == 0)) || ended_by_time || problem "$1 ended with status $status; see $3"
+}
+
+# Bits of every kernel, compiled by many processes at once.
+small_checks() {
+  local i jobs=2
+  [[ $device == cpu ]] || jobs=$(($(nproc) < 16 ? $(nproc) : 16))
+  for ((i = 0; i < jobs; i++)); do
+    "$PYTHON" scripts/sanitize_kernels.py --device "$device" --share "$i/$jobs" &
+  done
+  wait
+}
+export -f small_checks
+
+run_bits() {
+  local wrong
+  : >"$out/bits.log"
+  section bits 110 "$out/bits.log" bash -c small_checks
+  grep -hE '^(right bits|WRONG):' "$out/bits.log" | sort -r | cut -c1-170 || true
+  wrong=$(grep -c '^WRONG:' "$out/bits.log" || true)
+  ((wrong == 0)) || problem "$wrong small checks of kernels failed; see $out/bits.log"
+  grep -q '^right bits:' "$out/bits.log" || problem "no kernel's bits were found right; see $out/bits.log"
+}
+
+run_times() { # NAME MOST_SECONDS FILE SECTION...
+  local name=$1 most=$2 file=$3 grace=20
+  shift 3
+  [[ $device == cuda ]] || most=$((4 * most)) # the interpreter takes its time
+  : >"$out/$name.part"
+  checked_section "$name" "$most" "$out/$name.part" "$PYTHON" scripts/bench_kernels.py --device "$device" \
+    --seconds $((most - grace)) --only "$@" --output "$out/$file"
+  grep -vE '^(Traceback|  )' "$out/$name.part" | cut -c1-170 || true
+  cat "$out/$name.part" >>"$out/times.log"
+  rm "$out/$name.part"
+}
+
+run_tests() { # NAME MOST_SECONDS EXPRESSION OPTION...
+  local name=$1 most=$2 which=$3 files
+  shift 3
   mapfile -t files < <(grep -lE 'NEEDS_GPU|mark\.gpu' tests/test_*.py)
   if [[ $device == cpu ]]; then
     files=(tests/test_gpu_block.py)
     export VLLM_DFLOAT_GPU_REHEARSAL=1
   fi
-  VLLM_DFLOAT_REQUIRE_GPU=1 limited "$TEST_SECONDS" \
-    "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider "${files[@]}"
-  if ((status != 0)); then
-    problems+=("$(explain "the tests marked gpu" "$TEST_SECONDS")")
-    ((status == 124 || status == 137)) || bits_in_doubt=1
-  fi
+  # Interrupted as from the keyboard, pytest still says what failed so far.
+  stop_signal=INT section "$name" "$most" "$out/tests.log" "$PYTHON" -m pytest -v -m gpu -k "$which" \
+    -p no:cacheprovider --tb=short --durations=8 "$@" "${files[@]}"
+  grep -E '^(FAILED|ERROR)|passed|failed|no tests ran' "$out/tests.log" | cut -c1-200 | tail -n 12 || true
+  ((status == 0 || status == 5)) || ended_by_time || problem "$name ended with status $status; see $out/tests.log"
+  ! grep -qE '^(FAILED|ERROR) ' "$out/tests.log" || problem "tests marked gpu failed; see $out/tests.log"
 }
 
-sanitize() { # TOOL
-  local log checked
-  log=$(mktemp)
-  limited "$SANITIZER_SECONDS" compute-sanitizer --tool "$1" --error-exitcode 9 \
-    "$PYTHON" scripts/sanitize_kernels.py >"$log" 2>&1
-  tail -n 5 "$log"
-  if grep -q 'Device not supported' "$log"; then
+sanitize() { # TOOL MOST_SECONDS CHECK...
+  local tool=$1 most=$2
+  shift 2
+  section "$tool" "$most" "$out/sanitizer.log" compute-sanitizer --tool "$tool" --error-exitcode 9 \
+    "$PYTHON" scripts/sanitize_kernels.py "$@"
+  grep -E '^=+ (ERROR SUMMARY|RACECHECK SUMMARY|Invalid|Error)|^(right bits|WRONG):' "$out/sanitizer.log" |
+    cut -c1-160 | tail -n 12 || true
+  if grep -q 'Device not supported' "$out/sanitizer.log"; then
     notes+=("compute-sanitizer does not support this device")
-  elif ((status == 124 || status == 137)); then
-    checked=$(grep -c '^right bits' "$log" || true)
-    notes+=("$1 made $checked checks in $SANITIZER_SECONDS s, not all")
-    if grep -qE '^=+ +(Invalid|Error:|.*hazard)' "$log"; then
-      problems+=("$1 found errors before its time was over")
-    fi
-  elif ((status != 0)); then
-    cat "$log"
-    problems+=("$(explain "$1 of compute-sanitizer" "$SANITIZER_SECONDS")")
+  elif grep -qE '^=+ +(Invalid|Error:|.*hazard)|^WRONG:' "$out/sanitizer.log" || { ((status)) && ! ended_by_time; }; then
+    problem "$tool of compute-sanitizer found errors; see $out/sanitizer.log"
   fi
-  rm -f "$log"
 }
 
-run_sanitizers() {
-  if [[ $device == cpu ]]; then
-    return
-  elif command -v compute-sanitizer >/dev/null; then
-    sanitize memcheck
-    sanitize racecheck
+# One launch of a decode, with what it waited for.
+run_counters() {
+  section counters 45 "$out/counters.txt" ncu --clock-control none --target-processes all \
+    -k regex:_decode_kernel -s 4 -c 1 --section SpeedOfLight --section MemoryWorkloadAnalysis \
+    --section WarpStateStats --section Occupancy "$PYTHON" scripts/launch_decode.py
+  grep -E 'Throughput|Duration|Hit Rate|Registers|Occupancy' "$out/counters.txt" | head -n 20 || true
+  ((status == 0)) || ended_by_time || notes+=("ncu ended with status $status; see $out/counters.txt")
+}
+
+on_gpu_only() {
+  if command -v compute-sanitizer >/dev/null; then
+    # Without PyTorch's pool, or a read beyond a tensor stays inside the pool and is not seen.
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 sanitize memcheck 50 packed_decode encoder packed_rows official_held \
+      packed_block official_encoder official_unit
   else
     notes+=("compute-sanitizer is not installed")
   fi
+  run_tests "tests of over 2^31 weights" 90 two_billion
+  if command -v ncu >/dev/null; then run_counters; else notes+=("ncu is not installed"); fi
+  ! command -v compute-sanitizer >/dev/null || sanitize racecheck 35 encoder official_held packed_decode
+  section tuning 70 "$out/times.log" "$PYTHON" scripts/tune_kernels.py --seconds 50 \
+    --only decode_tiles_per_program fused_gemv_tiles_per_program fused_dot_num_warps
+  sed -n '/^section  *case/,$p' "$out/times.log" | tail -n 18 | cut -c1-130
 }
 
-# Not after a failure: no speed is worth anything where bits may be wrong.
-run_bench() {
-  if ((bits_in_doubt)); then
-    notes+=("nothing was timed, as bits may be wrong; scripts/bench_kernels.py compares and times by itself")
-    return
-  fi
-  local seconds=$((BENCH_SECONDS + BENCH_GRACE))
-  limited "$seconds" "$PYTHON" scripts/bench_kernels.py \
-    --device "$device" --seconds "$BENCH_SECONDS" "${output[@]}"
-  ((status == 0)) || problems+=("$(explain scripts/bench_kernels.py "$seconds")")
-}
-
-export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
-if [[ $device == cpu ]]; then
-  export TRITON_INTERPRET=1
-else
-  export TRITON_INTERPRET=0
-fi
 status=0
-bits_in_doubt=0
-problems=()
-notes=()
-
-"$PYTHON" scripts/bench_setup.py --device "$device" || status=$?
+facts=$("$PYTHON" scripts/bench_setup.py --device "$device") || status=$?
 ((status == 0)) || verdict 2 "it cannot run here: scripts/bench_setup.py ended with status $status and says why."
-compile_all
-run_tests
-run_bench
-run_sanitizers # last: without them the verdict is weaker, without the others there is none
+if [[ -z $out && $device == cuda ]]; then
+  out=scripts/results/$("$PYTHON" scripts/bench_report.py "$facts")/verdict-$(date +%F)
+fi
+out=${out:-$(mktemp -d)}
+mkdir -p "$out"
+# Nothing of an earlier run may be taken for this one's.
+rm -f "$out"/{verdict.log,bits.log,times.log,tests.log,sanitizer.log,counters.txt,times1.json,times2.json}
+exec > >(tee "$out/verdict.log")
+
+echo "$facts"
+nvidia-smi --query-gpu=clocks.sm,clocks.mem,temperature.gpu,memory.total --format=csv 2>/dev/null || true
+echo "$(nproc) cores, $(free -g | sed -n 's/^Mem: *\([0-9]*\).*/\1/p') GiB"
+export PYTHON device
+run_bits
+run_times "times of decode, encode, fused" 100 times1.json decode encode fused
+workers=()
+if [[ $device == cuda ]] && "$PYTHON" -c 'import xdist' 2>/dev/null; then workers=(-n 6); fi
+run_tests "tests marked gpu" 90 "not two_billion" "${workers[@]}"
+run_times "times of blocks, rows, layouts" 65 times2.json block decode_rows layouts
+[[ $device == cpu ]] || on_gpu_only
 
 for note in "${notes[@]}"; do
   echo "note: $note"
 done
-if ((${#problems[@]})); then
-  for problem in "${problems[@]}"; do
-    echo "problem: $problem" >&2
-  done
-  verdict 1 "not good: ${problems[0]}."
-fi
-if [[ $device == cpu ]]; then
-  verdict 0 "the rehearsal went well; nothing was measured."
-fi
-verdict 0 "all bits are right; the times are in the table above."
+echo "results: $out"
+((${#problems[@]} == 0)) || verdict 1 "not good: ${problems[0]}."
+[[ $device == cuda ]] || verdict 0 "the rehearsal went well; nothing was measured."
+verdict 0 "all bits that were compared are right; the times are in the tables above."

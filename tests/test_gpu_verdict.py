@@ -19,23 +19,46 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
 
 
-@pytest.mark.on_demand  # two minutes: before a GPU is used, and in the nightly run
-def test_rehearsal_goes_through_every_part_and_leaves_no_result_behind(tmp_path: Path) -> None:
+@pytest.mark.on_demand  # minutes: before a GPU is used, and in the nightly run
+def test_rehearsal_goes_through_its_parts_and_leaves_results_only_where_it_was_told(
+    tmp_path: Path,
+) -> None:
     before = sorted(RESULTS.rglob("*"))
-    result = run("--device", "cpu", "--output", str(tmp_path / "found.json"))
+    result = run(
+        "--device", "cpu", "--out", str(tmp_path), "--limit", "900", "--commit", "0123abcd"
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     lines = result.stdout.splitlines()
     assert lines[-1] == "verdict: the rehearsal went well; nothing was measured."
-    compared = lines.index("right bits: encoder")
-    tested = next(i for i, line in enumerate(lines) if " passed" in line)
+    compared = next(i for i, line in enumerate(lines) if line.startswith("right bits: encoder"))
     timed = next(i for i, line in enumerate(lines) if line.startswith("section "))
-    assert compared < tested < timed  # bits before times
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert "interpreter" in found["environment"]["device"]
-    assert found["environment"]["failures"] == []
-    sections = {"decode", "fused", "layouts", "block", "overlap", "encode", "decode_rows"}
-    assert {row["section"] for row in found["rows"]} == sections
+    tested = next(i for i, line in enumerate(lines) if " passed" in line)
+    assert compared < timed < tested
+    sections = set()
+    for name in ("times1.json", "times2.json"):
+        found = json.loads((tmp_path / name).read_text())
+        assert "interpreter" in found["environment"]["device"]
+        assert found["environment"]["commit"] == "0123abcd"
+        assert found["environment"]["failures"] == found["environment"]["wrong_bits"] == []
+        sections |= {row["section"] for row in found["rows"]}
+    assert sections == {"decode", "fused", "layouts", "block", "overlap", "encode", "decode_rows"}
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert files == [
+        "bits.log",
+        "tests.log",
+        "times.log",
+        "times1.json",
+        "times2.json",
+        "verdict.log",
+    ]
     assert sorted(RESULTS.rglob("*")) == before
+
+
+def test_time_that_is_up_ends_the_parts_and_names_those_that_did_not_run(tmp_path: Path) -> None:
+    result = run("--device", "cpu", "--out", str(tmp_path), "--limit", "1")
+    assert result.returncode == 1  # nothing was found right
+    assert "note: no time was left for tests marked gpu" in result.stdout
+    assert "problem: no kernel's bits were found right" in result.stdout
 
 
 def test_without_a_gpu_it_says_in_a_sentence_that_it_cannot_run() -> None:
@@ -45,7 +68,9 @@ def test_without_a_gpu_it_says_in_a_sentence_that_it_cannot_run() -> None:
     assert result.stdout.splitlines()[-1].startswith("verdict: it cannot run here")
 
 
-@pytest.mark.parametrize("arguments", [("--device",), ("--device", "tpu"), ("--fast", "yes")])
+@pytest.mark.parametrize(
+    "arguments", [("--device",), ("--device", "tpu"), ("--fast", "yes"), ("--limit", "soon")]
+)
 def test_arguments_that_it_does_not_know_are_refused(arguments: tuple[str, ...]) -> None:
     result = run(*arguments)
     assert result.returncode == 2

@@ -1,0 +1,133 @@
+#!/usr/bin/env bash
+# A real vLLM end to end on a GPU, in under 6 minutes: BF16 against DFloat11 exact, fused and in the official layout.
+#
+#     scripts/gpu_serve.sh [--out DIR] [--limit SECONDS] [--commit HASH] [--site FOLDER] [BENCH_SERVE ARGUMENT...]
+#     scripts/gpu_serve.sh --device cpu      # a rehearsal with vLLM's CPU build, on a tiny model
+#
+# Takes the vLLM that is installed, or one in FOLDER (put on PYTHONPATH; FOLDER/env.sh is sourced if there is one), and
+# this checkout as its plugin. Random weights in the shape of Llama 3.1 8B are written to memory where it has room. vLLM
+# may use 28 GiB of the GPU, as on a smaller card, so that what DFloat11 saves decides how many sequences fit; decode
+# steps run from CUDA graphs, without torch.compile, which would take half a minute more per engine. Results are written
+# after each engine; if the first attention backend gives none, another is tried once. Further arguments go to
+# scripts/bench_serve.py and replace these choices.
+#
+# DIR gets serve.json, serve.png, logs.tar.gz and serve.log; by default it is scripts/results/<gpu>/serve-<date>, for a
+# rehearsal a temporary folder. Exit status 0 measured, 1 other tokens than BF16's or an engine that did not run, 2 it
+# cannot run here. PYTHON names the interpreter.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+PYTHON=${PYTHON:-python3}
+device=cuda out='' limit=345 site=''
+MEMORY_MIB=28672
+GRAPHS='"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 4, 16, 64, 256]}, '
+
+usage() {
+  echo "usage: scripts/gpu_serve.sh [--device cuda|cpu] [--out DIR] [--limit SECONDS] [--commit HASH] [--site FOLDER] [BENCH_SERVE ARGUMENT...]" >&2
+  exit 2
+}
+
+while (($#)); do
+  case $1 in
+    --device | --out | --limit | --commit | --site) (($# > 1)) || usage ;;&
+    --device) device=$2 ;;
+    --out) out=$2 ;;
+    --limit) limit=$2 ;;
+    --commit) export VLLM_DFLOAT_COMMIT=$2 ;;
+    --site) site=$2 ;;
+    *) break ;;
+  esac
+  shift 2
+done
+[[ $device == cuda || $device == cpu ]] || usage
+[[ $limit =~ ^[1-9][0-9]{0,4}$ ]] || usage
+
+cannot() {
+  echo "verdict: it cannot run here: $1"
+  exit 2
+}
+
+if [[ -n $site ]]; then
+  [[ -d $site ]] || cannot "--site $site: no such folder; expected one that holds the package vllm."
+  export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
+  # shellcheck source=/dev/null
+  [[ ! -f $site/env.sh ]] || . "$site/env.sh"
+fi
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+# What vLLM finds plugins by, for a checkout that is not installed.
+plugin=$work/plugin/vllm_dfloat-0.0.0.dist-info
+mkdir -p "$plugin"
+printf 'Metadata-Version: 2.1\nName: vllm-dfloat\nVersion: 0.0.0\n' >"$plugin/METADATA"
+printf '[vllm.general_plugins]\ndfloat11 = vllm_dfloat.integration.plugin:register\n' >"$plugin/entry_points.txt"
+export PYTHONPATH=$PWD:$work/plugin${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+
+"$PYTHON" -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("vllm"))' ||
+  cannot "$PYTHON has no package vllm. Install it, or name a folder that holds it with --site."
+status=0
+facts=$("$PYTHON" scripts/bench_setup.py --device "$device") || status=$?
+((status == 0)) || cannot "scripts/bench_setup.py ended with status $status and says why."
+if [[ -z $out && $device == cuda ]]; then
+  out=scripts/results/$("$PYTHON" scripts/bench_report.py "$facts")/serve-$(date +%F)
+fi
+out=${out:-$(mktemp -d)}
+mkdir -p "$out"
+rm -f "$out"/serve.{json,png,log} "$out/logs.tar.gz" # nothing of an earlier run may be taken for this one's
+exec > >(tee "$out/serve.log") 2>&1
+echo "$facts"
+
+if [[ $device == cpu ]]; then
+  shape=tiny folder=$work/weights attention=('') graphs=''
+  choices=(--eager --batches 1,2 --context 16 --prefill 64 --hold 128 --steps 4 --point-seconds 2 --max-seqs 4 --variants bf16,exact,official)
+else
+  shape=llama-3.1-8b attention=(FLASH_ATTN TRITON_ATTN) graphs=$GRAPHS folder=$work/weights
+  room=$(df -BG --output=avail /dev/shm 2>/dev/null | tail -n 1 | tr -dc 0-9)
+  if ((${room:-0} >= 24)); then # 16 GB, and some for the engines
+    folder=/dev/shm/vllm-dfloat-$$
+    trap 'rm -rf "$work" "$folder"' EXIT
+  fi
+  total=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2>/dev/null | head -n 1 | tr -dc 0-9)
+  share=$(awk -v mine="$MEMORY_MIB" -v total="${total:-81559}" 'BEGIN { s = mine / total; printf "%.3f", s < 0.9 ? s : 0.9 }')
+  choices=(--batches 1,4,16,64,256 --prefill 8192 --hold 2048 --steps 60 --point-seconds 4 --max-seqs 256
+    --gpu-memory "$share" --variants bf16,exact,fused,official)
+fi
+
+# The weights are made on the GPU and written while vLLM is imported once, so that the engines find its files in memory.
+"$PYTHON" scripts/bench_serve_model.py "$shape" "$folder" >"$work/weights.log" 2>&1 &
+writer=$!
+"$PYTHON" -c 'from vllm import LLM; import vllm; print("vLLM", vllm.__version__)' 2>&1 | tail -n 1
+if ! wait "$writer"; then
+  tail -n 3 "$work/weights.log"
+  cannot "the weights could not be written to $folder."
+fi
+echo "== weights in $folder at $SECONDS s"
+
+serve() { # ATTENTION_BACKEND ARGUMENT...
+  local backend=$1 budget=$((limit - SECONDS - 25)) engine="{${graphs%, }}"
+  shift
+  if ((budget < 20)); then
+    echo "note: no time was left to serve${backend:+ with $backend}"
+    return 1
+  fi
+  [[ -z $backend ]] || engine="{$graphs\"attention_backend\": \"$backend\"}"
+  status=0
+  timeout --kill-after=10 $((budget + 15)) "$PYTHON" scripts/bench_serve.py --shape "$shape" --folder "$folder" \
+    --runs 1 --budget "$budget" --engine "$engine" --logs "$out/logs.tar.gz" --output "$out/serve.json" \
+    "${choices[@]}" "$@" || status=$?
+  echo "== bench_serve${backend:+ with $backend}: status $status at $SECONDS s"
+  return "$status"
+}
+
+if ! serve "${attention[0]}" "$@" && [[ ! -s $out/serve.json ]] && ((${#attention[@]} > 1)); then
+  serve "${attention[1]}" "$@" || true
+fi
+# What the engines said of sizes and loading.
+tar -xzOf "$out/logs.tar.gz" --wildcards '*.log' 2>/dev/null |
+  grep -hE 'dfloat11:|Model loading took|Loading weights took|GPU KV cache size|Graph capturing finished' |
+  sed 's/^.*\] //' | cut -c1-200 || true
+echo "results: $out"
+if ((status != 0)); then
+  echo "verdict: not good: scripts/bench_serve.py ended with status $status; see above and $out/logs.tar.gz."
+  exit $((status == 2 ? 2 : 1))
+fi
+echo "verdict: tokens of exact are those of BF16; the times are in the table above."
