@@ -42,6 +42,7 @@ class DFloat11EmbeddingMethod(PackedMethod, QuantizeMethodBase):  # type: ignore
         return self.multiply(layer, x, bias)
 
     def embedding(self, layer: torch.nn.Module, input_: torch.Tensor) -> torch.Tensor:
+        self.check_in_place(layer)
         ids = input_.reshape(-1)
         rows = BY_NAME[self.layout].lookup(layer.dfloat11_desc, ids, self.rows, self.cols)
         return rows.view(*input_.shape, self.cols)

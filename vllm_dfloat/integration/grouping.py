@@ -58,7 +58,7 @@ def _group(layers: list[Any]) -> None:
     starts = blocks.first_tiles(shapes)
     table = blocks.block_table([layer.dfloat11_desc for layer in layers], shapes)
     for layer, start in zip(layers, starts, strict=False):
-        layer.register_buffer(packed.BLOCK, table, persistent=False)
+        layer.__dict__[packed.BLOCK] = table  # no buffer, which strangers could write
         layer.quant_method.place_in_block = start, starts[-1]
     scratch.require(device, starts[-1] * TILE_WEIGHTS)
     layers[0].quant_method.reserve_scratch(device)

@@ -1,24 +1,38 @@
 """What linear layers and embeddings have in common: a weight that vLLM loads as BF16 and we hold compressed."""
 
+import dataclasses
+
 import torch
-from torch.nn import Parameter
 
 from vllm_dfloat import fused, ops
 from vllm_dfloat.errors import UnsupportedError
 from vllm_dfloat.integration import compat, gemm
 from vllm_dfloat.integration.layouts import BY_NAME
 from vllm_dfloat.integration.options import Options
+from vllm_dfloat.integration.placeholder import HOW, WeightPlaceholder
 from vllm_dfloat.scratch import MAIN_LANE, scratch
 
 PACKED = "dfloat11"  # the attribute of a compressed layer that holds its PackedWeight
-DESC = "dfloat11_desc"  # and the parameter that tells the ops where it lies
-BLOCK = "dfloat11_block"  # and the buffer of a layer that is decoded with its whole block
+DESC = "dfloat11_desc"  # and the tensor that tells the ops where it lies; no parameter, which strangers could write
+BLOCK = "dfloat11_block"  # and the table of a layer that is decoded with its whole block
 PROCESSED = "_already_called_process_weights_after_loading"  # vLLM's flag; it deletes it on reload
 
 
 def packed_of(layer: torch.nn.Module) -> ops.PackedWeight | None:
     """Return the layer's compressed weight, or None if the layer has none."""
     return layer.__dict__.get(PACKED)
+
+
+def hold(layer: torch.nn.Module, packed: ops.PackedWeight) -> None:
+    """Let a layer hold a compressed weight, under the descriptor tensor it has had from its first one on.
+
+    Compiled graphs, captured CUDA graphs and block tables know the address of that tensor.
+    """
+    desc = layer.__dict__.setdefault(DESC, packed.desc)
+    if desc is not packed.desc:
+        desc.copy_(packed.desc)
+        packed = dataclasses.replace(packed, desc=desc)
+    layer.__dict__[PACKED] = packed
 
 
 class PackedMethod:
@@ -40,6 +54,7 @@ class PackedMethod:
         self.mode = options.mode
         self.granularity = options.granularity
         self.fused_rows = 0
+        self.placeholder: WeightPlaceholder | None = None
         self.place_in_block = 0, 0  # first tile, tiles of the whole block
         self.gemm = gemm.BATCH_INVARIANT if compat.is_batch_invariant() else self._backend(config)
         self.lanes = compat.lanes(config)
@@ -79,11 +94,10 @@ class PackedMethod:
     def _replace_weight(self, layer: torch.nn.Module, packed: ops.PackedWeight) -> None:
         device = layer.get_parameter("weight").device
         del layer.weight
-        layer.__dict__[PACKED] = packed
-        layer.register_parameter(DESC, Parameter(packed.desc, requires_grad=False))
-        # LoRA, MLA and many models ask a layer's weight for its device and dtype, and for nothing else.
-        placeholder = torch.empty(0, dtype=torch.bfloat16, device=device)
-        layer.register_parameter("weight", Parameter(placeholder, requires_grad=False))
+        hold(layer, packed)
+        if self.placeholder is None:
+            self.placeholder = WeightPlaceholder(self.name, self.rows, self.cols, device)
+        layer.register_parameter("weight", self.placeholder)
         layer.__dict__[PROCESSED] = True
         scratch.require(device, ops.padded_numel(self.rows, self.cols))
 
@@ -106,10 +120,27 @@ class PackedMethod:
         self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
         """Return x @ weight.T + bias."""
+        self.check_in_place(layer)
         return gemm.op(
             x, layer.dfloat11_desc, bias, self.rows, self.cols, self.gemm, self.layout,
             self.fused_rows, getattr(layer, BLOCK, None), *self.place_in_block,
         )  # fmt: skip
+
+    def check_in_place(self, layer: torch.nn.Module) -> None:
+        """Check that nobody has put another weight in the placeholder's place; compiled code does not look.
+
+        Raises:
+            UnsupportedError: somebody has, or vLLM is about to, in the middle of an update.
+        """
+        if torch.compiler.is_compiling():
+            return
+        weight = layer._parameters.get("weight")
+        if weight is not self.placeholder:
+            what = "is being updated" if weight is not None and weight.is_meta else "was replaced"
+            raise UnsupportedError(
+                f"{self.name}: its weight {what} from outside, which has no effect on the compressed one; expected "
+                f"{self.placeholder}. Finish the update, or put that back. {HOW}"
+            )
 
     def dequantize_weight(self, layer: torch.nn.Module) -> torch.Tensor:
         """Return the BF16 weight, for vLLM's callers that must see it."""

@@ -7,6 +7,7 @@ import torch
 
 from vllm_dfloat.integration.options import Options
 from vllm_dfloat.integration.packed import packed_of
+from vllm_dfloat.integration.placeholder import WeightPlaceholder
 from vllm_dfloat.integration.plugin import logger
 from vllm_dfloat.scratch import scratch
 
@@ -66,8 +67,11 @@ def summarize(model: torch.nn.Module) -> Summary:
     methods = [layer.quant_method for layer in layers if packed_of(layer) is not None]
     layouts = {method.layout for method in methods}
     packed = [weight for weight in held if not weight.is_raw]
-    plain_bytes = sum(parameter.nbytes for parameter in model.parameters())
-    desc_bytes = sum(weight.desc.nbytes for weight in held)
+    plain_bytes = sum(
+        parameter.nbytes
+        for parameter in model.parameters()
+        if not isinstance(parameter, WeightPlaceholder)  # which has the size of the BF16 weight
+    )
     devices = {weight.payload.device for weight in held}
     return Summary(
         num_layers=len(layers),
@@ -78,8 +82,8 @@ def summarize(model: torch.nn.Module) -> Summary:
         raw_names=tuple(weight.name for weight in held if weight.is_raw),
         weights=sum(weight.rows * weight.cols for weight in packed),
         packed_bytes=sum(weight.num_bytes for weight in packed),
-        bf16_bytes=plain_bytes - desc_bytes + sum(2 * w.rows * w.cols for w in held),
-        held_bytes=plain_bytes + sum(weight.payload.nbytes for weight in held),
+        bf16_bytes=plain_bytes + sum(2 * w.rows * w.cols for w in held),
+        held_bytes=plain_bytes + sum(weight.num_bytes for weight in held),
         scratch_bytes=sum(scratch.num_bytes(device) for device in devices),
     )
 

@@ -1,0 +1,151 @@
+"""What stands where vLLM and trainers look for the BF16 weight of a compressed layer.
+
+It has the weight's shape, dtype and device and no values: one NaN, expanded. Whatever only looks at it works; whatever
+would read or write values raises a sentence that names the layer and the way that works. Without it, a trainer's write
+would be lost in silence, and the engine would go on answering from the old weights.
+"""
+
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+
+import torch
+import torch._dynamo.config
+from torch.nn import Parameter
+
+from vllm_dfloat.errors import UnsupportedError
+
+HOW = (
+    "To change it, hand new weights to reload_weights, to the model's load_weights or to vLLM's weight transfer; to "
+    "read it, call the layer's quant_method.dequantize_weight(layer); a layer named in `ignore` stays BF16."
+)
+
+_T: Any = torch.Tensor  # its annotations know no __get__
+_VIEWS = frozenset(getattr(_T, name).__get__ for name in ("T", "H", "mT", "mH", "real", "imag"))
+_ABOUT_IT = frozenset(
+    [
+        _T.size, _T.stride, _T.dim, _T.ndimension, _T.numel, _T.nelement, _T.element_size, _T.storage_offset,
+        _T.get_device, _T.is_contiguous, _T.is_complex, _T.is_floating_point, _T.is_signed, _T.is_inference,
+        _T.is_shared, _T.is_pinned, _T.is_same_size, _T.__len__, _T.__hash__, _T._is_view, torch.is_floating_point,
+        torch.is_complex, torch.is_inference, torch.numel, torch._has_compatible_shallow_copy_type,
+    ]
+)  # fmt: skip
+_ITSELF = frozenset(
+    [_T.data.__get__, _T.detach, torch.detach, _T.requires_grad_, _T.cpu, _T.bfloat16]
+)
+
+
+class WeightPlaceholder(Parameter):
+    """A parameter without values.
+
+    It gives itself where torch would give another view of the same memory (`data`, `detach()`), and so does a
+    conversion to what it is. Copying it onto itself does nothing: so ends vLLM's reload of a layer.
+    """
+
+    layer_name: str
+
+    def __new__(
+        cls, layer_name: str, rows: int, cols: int, device: torch.device
+    ) -> "WeightPlaceholder":
+        """Return a placeholder for the BF16 weight [rows, cols] of a layer."""
+        nan = torch.full((1, 1), torch.nan, dtype=torch.bfloat16, device=device)
+        self: WeightPlaceholder = _T._make_subclass(cls, nan.expand(rows, cols), False)
+        self.layer_name = layer_name
+        return self
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # Also what torch.nn.Parameter(placeholder) calls, which gives the placeholder. A tensor that somebody holds a
+        # weak reference to is not swapped for another one (torch.utils.swap_tensors).
+        self._stays = weakref.ref(self)
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"WeightPlaceholder({self.layer_name}: {list(self.shape)}, held compressed)"
+
+    __format__ = object.__format__
+    __str__ = __repr__
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        first = args[0] if args else None
+        if isinstance(first, WeightPlaceholder) and _gives_itself(func, args, kwargs):
+            return first
+        if func is torch.equal or func is _T.equal:
+            return args[0] is args[1]
+        is_getter = getattr(func, "__name__", "") == "__get__" and func not in _VIEWS
+        if func in _ABOUT_IT or is_getter:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        _find(args, kwargs).refuse(_name_of(func))
+
+    def refuse(self, what: str) -> NoReturn:
+        """Raise the sentence for an operation that needs values.
+
+        Raises:
+            UnsupportedError: always.
+        """
+        raise UnsupportedError(
+            f"{self.layer_name}: {what} on its weight, which is held compressed; nothing was read or changed. {HOW}"
+        )
+
+    def weight_loader(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse what vLLM's loaders, called one by one on a loaded model, would write."""
+        self.refuse("weight_loader")
+
+    # What vLLM's linear layers ask of their own kinds of parameters, in weight_loader_v2.
+    load_column_parallel_weight = load_row_parallel_weight = weight_loader
+    load_merged_column_weight = load_qkv_weight = weight_loader
+
+    def set_(
+        self, *args: Any, **kwargs: Any
+    ) -> NoReturn:  # for which torch asks no __torch_function__
+        self.refuse("set_")
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        self.refuse("pickle")
+
+
+def _gives_itself(func: Any, args: Any, kwargs: Mapping[str, Any]) -> bool:
+    this = args[0]
+    if func in _ITSELF:
+        return True
+    if func is _T.copy_ or func == _T.data.__set__:
+        return len(args) > 1 and args[1] is this
+    if func == _T.grad.__set__:
+        return args[1] is None
+    if func is _T.cuda:
+        return bool(this.is_cuda) and not (args[1:] or kwargs)
+    if func is _T.to:
+        copies = kwargs.get("copy", False)
+        given = {name: value for name, value in kwargs.items() if name != "copy"}
+        device, dtype, *_ = torch._C._nn._parse_to(*args[1:], **given)
+        return not copies and device in (None, this.device) and dtype in (None, this.dtype)
+    return False
+
+
+def _find(*values: Any) -> WeightPlaceholder:
+    """Return the placeholder among an operation's arguments."""
+    waiting = list(values)
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, WeightPlaceholder):
+            return value
+        if isinstance(value, list | tuple):
+            waiting.extend(value)
+        elif isinstance(value, Mapping):
+            waiting.extend(value.values())
+    raise UnsupportedError(f"an operation on a weight that is held compressed. {HOW}")
+
+
+def _name_of(func: Callable[..., Any]) -> str:
+    name = str(getattr(func, "__name__", func))
+    if name in ("__get__", "__set__"):
+        attribute = getattr(getattr(func, "__self__", None), "__name__", "an attribute")
+        return f"reading {attribute}" if name == "__get__" else f"setting {attribute}"
+    return name
+
+
+# Dynamo then takes shape, dtype and device as constants, and refuses the rest; otherwise it would read the storage.
+torch._dynamo.config.nontraceable_tensor_subclasses.add(WeightPlaceholder)
