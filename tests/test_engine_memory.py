@@ -58,8 +58,9 @@ def test_layers_hold_the_packed_weights_of_the_checkpoint_and_nothing_else(
             held = packed_of(model.get_submodule(name))
             assert held is not None, name
             assert torch.equal(held.payload, packed.payload), name
-        parameters = sum(parameter.nbytes for parameter in model.parameters())
-        assert parameters == rest + DESC_BYTES * len(expected)
+        with torch._C.DisableTorchFunctionSubclass():  # placeholders tell nobody of their storage
+            parameters = sum(p.untyped_storage().nbytes() for p in model.parameters())
+        assert parameters == rest + 2 * len(expected)  # one NaN in a compressed layer's weight
         summary = report.summarize(model)
     assert (summary.bf16_bytes, summary.held_bytes) == (bf16_bytes, rest + packed_bytes)
     assert summary.num_layers == summary.num_compressed == len(expected)
@@ -73,8 +74,9 @@ def bf16_copies(prints: dict[str, bytes]) -> list[str]:
     for thing in gc.get_objects():
         if not issubclass(type(thing), torch.Tensor) or issubclass(type(thing), FakeTensor):
             continue  # fake tensors, left behind by tracing, have no memory
-        if thing.dtype == torch.bfloat16 and thing.device.type == "cpu" and thing.numel():
-            storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage()
+        with torch._C.DisableTorchFunctionSubclass():  # placeholders tell nobody of their storage
+            if thing.dtype == torch.bfloat16 and thing.device.type == "cpu" and thing.numel():
+                storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage()
     # The scratch holds the layer that was decoded last, which is its purpose.
     storages.pop(scratch.take(torch.device("cpu"), 0)[0].data_ptr(), None)
     contents = [ctypes.string_at(s.data_ptr(), s.nbytes()) for s in storages.values()]
