@@ -13,11 +13,12 @@ from gpu_helpers import (
     buffers,
     captured,
     decode,
+    gaussian,
     nan_memory,
     no_rehearsal,
     of_size,
 )
-from helpers import Bits, gaussian, hard_matrices, same_bits, to_torch, unlike
+from helpers import Bits, hard_matrices, same_bits, to_torch, unlike
 
 from vllm_dfloat import ops, resident_units, unit_ops
 from vllm_dfloat.checkpoint.decode_unit import decode_unit

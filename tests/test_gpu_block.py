@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from gpu_helpers import DEVICE, NEEDS_GPU, buffers, captured, no_rehearsal, of_size
-from helpers import gaussian, hard_matrices, same_bits, to_torch, unlike
+from gpu_helpers import DEVICE, NEEDS_GPU, buffers, captured, gaussian, no_rehearsal, of_size
+from helpers import hard_matrices, same_bits, to_torch, unlike
 
 from vllm_dfloat import blocks, ops
 from vllm_dfloat.codec import layout

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from gpu_helpers import NEEDS_GPU, no_rehearsal
-from helpers import gaussian, hard_matrices, same_bits, to_torch
+from gpu_helpers import NEEDS_GPU, gaussian, no_rehearsal
+from helpers import hard_matrices, same_bits, to_torch
 
 from vllm_dfloat import device_encode, ops
 from vllm_dfloat.codec.encode import encode

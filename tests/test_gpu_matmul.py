@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from gpu_helpers import DEVICE, NEEDS_GPU, captured, nan_memory, no_rehearsal, of_size
-from helpers import assert_within_bound, gaussian, hard_matrices, same_bits, to_torch
+from gpu_helpers import DEVICE, NEEDS_GPU, captured, gaussian, nan_memory, no_rehearsal, of_size
+from helpers import assert_within_bound, hard_matrices, same_bits, to_torch
 
 from vllm_dfloat import fused, ops
 from vllm_dfloat.codec import layout

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 from dfloat11_helpers import VECTORS, edge_originals, long_book, long_code_weights, stored_unit
-from gpu_helpers import DEVICE, NEEDS_GPU, no_rehearsal, of_size
-from helpers import gaussian
+from gpu_helpers import DEVICE, NEEDS_GPU, gaussian, no_rehearsal, of_size
 
 from vllm_dfloat.checkpoint import pieces
 from vllm_dfloat.checkpoint.compress import compress
