@@ -140,3 +140,28 @@ def test_every_supported_number_of_columns_fits_its_segments() -> None:
         touched = max((offset % cols + 2047) // cols + 1 for offset in range(0, cols * 2048, 2048))
         assert kernels.num_segments(cols) >= touched
         assert kernels.is_supported(cols) == (cols >= 688)
+
+
+def test_activations_that_are_a_slice_reach_the_kernel_aligned(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Bug caught: a misaligned address is another kernel to Triton, which it compiled while requests waited.
+    weight, cols = to_torch(gaussian(2, 1024)), 1024
+    packed, memory = ops.pack(weight, "w"), torch.empty(2 * cols + 1, dtype=torch.bfloat16)
+    x = memory[1 : cols + 1].view(1, cols)
+    x.copy_(activations(1, cols))
+    assert x.data_ptr() % 16
+    addresses, real = [], kernels.matmul
+
+    def spy(x: torch.Tensor, *rest: object) -> None:
+        addresses.append(x.data_ptr())
+        real(x, *rest)
+
+    monkeypatch.setattr(kernels, "matmul", spy)
+    scratch = (
+        torch.empty(ops.padded_numel(2, cols), dtype=torch.bfloat16),
+        torch.empty(ops.num_tiles(2, cols), dtype=torch.int32),
+    )
+    found = fused.launch_matmul(x, packed.desc, 2, cols, None, scratch)
+    assert [address % 16 for address in addresses] == [0]
+    assert same_bits(found, multiply(weight, x.clone()))

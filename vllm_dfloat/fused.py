@@ -70,10 +70,7 @@ def matmul(
         numel, tiles = ops.padded_numel(rows, cols), ops.num_tiles(rows, cols)
         check_tensor("fused: scratch[0]", scratch[0], torch.bfloat16, numel, x.device, 16)
         check_tensor("fused: scratch[1]", scratch[1], torch.int32, tiles, x.device)
-    x = x.contiguous()  # and where the kernels can load 16 bytes at once
-    return launch_matmul(
-        x if x.data_ptr() % 16 == 0 else x.clone(), desc, rows, cols, bias, scratch
-    )
+    return launch_matmul(x, desc, rows, cols, bias, scratch)
 
 
 def launch_matmul(
@@ -87,11 +84,16 @@ def launch_matmul(
     """Do what `matmul` does without its checks: for every forward pass, whose tensors vLLM and the arena made."""
     from vllm_dfloat.kernels import matmul as kernels
 
+    x = x.contiguous()
+    if (
+        x.data_ptr() % 16
+    ):  # a slice: Triton would compile another kernel for it, while requests wait
+        x = x.clone()
     num_x, num_tiles = x.shape[0], ops.num_tiles(rows, cols)
     out = torch.empty(num_x, rows, dtype=torch.bfloat16, device=x.device)
     memory, status = scratch
     partials = memory.view(torch.float32)[: kernels.num_partials(num_tiles, cols, num_x)]
-    kernels.matmul(x.contiguous(), desc, bias, cols, out, partials, status)
+    kernels.matmul(x, desc, bias, cols, out, partials, status)
     return out
 
 
