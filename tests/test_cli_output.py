@@ -15,7 +15,7 @@ from cli_commands import COMMANDS, make_places, only_line
 from tiny_models import SHIPPED
 
 from vllm_dfloat.checkpoint.compare import check, compare
-from vllm_dfloat.checkpoint.manifest import read_manifest
+from vllm_dfloat.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from vllm_dfloat.cli import main
 
 
@@ -130,8 +130,10 @@ def test_json_of_a_difference_has_all_of_them_and_exits_1(
 ) -> None:
     for file in compressed.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
+    manifest = json.loads((tmp_path / MANIFEST_FILE).read_text())
     for i in range(30):
-        (tmp_path / f"more-{i}.safetensors").write_bytes(b"\2\0\0\0\0\0\0\0{}")
+        manifest["files"][f"missing-{i}.txt"] = {"bytes": 1, "sha256": "0" * 64}
+    (tmp_path / MANIFEST_FILE).write_text(json.dumps(manifest))
     assert main(["verify", str(tmp_path), "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
     assert found["equal"] is False

@@ -51,8 +51,10 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def _inspect(args: argparse.Namespace) -> int:
+    from vllm_dfloat.checkpoint.locate import check_checkpoint
     from vllm_dfloat.checkpoint.summary import summarize
 
+    check_checkpoint(args.path)
     summary = summarize(args.path)
     if args.json:
         say_json(summary.as_json())
@@ -63,7 +65,11 @@ def _inspect(args: argparse.Namespace) -> int:
 
 def _verify(args: argparse.Namespace) -> int:
     from vllm_dfloat.checkpoint.compare import check, compare
+    from vllm_dfloat.checkpoint.locate import check_checkpoint
 
+    check_checkpoint(args.path)
+    if args.against:
+        check_checkpoint(args.against)
     with Bar(args.quiet) as bar:
         if args.against:
             result = compare(args.path, args.against, bar.start, bar.advance)

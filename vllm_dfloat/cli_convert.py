@@ -79,11 +79,14 @@ def _device(text: str) -> str:
 def _compress(args: argparse.Namespace) -> int:
     from vllm_dfloat.checkpoint.compress import compress
     from vllm_dfloat.checkpoint.left import left_lines
+    from vllm_dfloat.checkpoint.locate import check_bf16
     from vllm_dfloat.checkpoint.source import local_folder, open_source
 
     coder = _coder(args.device, args.workers)
+    folder = local_folder(args.source)
+    check_bf16(folder)
     with Bar(args.quiet) as bar:
-        source = open_source(local_folder(args.source))
+        source = open_source(folder)
         workers = _GPU_THREADS if coder else args.workers
         report = compress(source, args.target, args.force, workers, bar.start, bar.advance, coder)
     if args.json:
@@ -138,7 +141,9 @@ def _last_line(target: Path, report: Report) -> str:
 
 def _decompress(args: argparse.Namespace) -> int:
     from vllm_dfloat.checkpoint.decompress import decompress
+    from vllm_dfloat.checkpoint.locate import check_dfloat11
 
+    check_dfloat11(args.path)
     began = time.monotonic()
     with Bar(args.quiet) as bar:
         restored = decompress(args.path, args.out, args.force, args.workers, bar.start, bar.advance)

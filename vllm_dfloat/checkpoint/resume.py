@@ -58,7 +58,7 @@ def resumable(
         FormatError: the folder cannot be used, holds the beginning of another task, or another process works in it.
         DFloatError: the disk is full.
     """
-    _check_place(source, target)
+    _check_place(source, target, task)
     try:
         with locked(target) as lock:
             # Only now: what another run does in the folder until it ends is not to be judged or removed.
@@ -83,14 +83,17 @@ def resumable(
         ) from error
 
 
-def _check_place(source: Path, target: Path) -> None:
+def _check_place(source: Path, target: Path, task: Task) -> None:
     here, there = source.resolve(), target.resolve()
     if here == there or here in there.parents or there in here.parents:
         raise FormatError(
             f"{target}: lies in {source} or around it; the source is never touched. Choose another."
         )
     if target.exists() and not target.is_dir():
-        raise FormatError(f"{target}: is a file; expected a new or empty folder.")
+        raise FormatError(
+            f"{target}: is a file in the folder {target.parent}; expected a new or empty folder, or one in which a "
+            f"{task.name} was begun."
+        )
 
 
 def _check_content(target: Path, task: Task) -> None:
