@@ -1,13 +1,16 @@
 """Decompression: interruptions, processes, memory; that the bits are right is tested with compression."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import Checkpoint
 from dfloat11_helpers import VECTORS
+from tiny_models import SHIPPED
 
 from vllm_dfloat.checkpoint import decompress_file
 from vllm_dfloat.checkpoint.compare import compare
@@ -91,6 +94,40 @@ def test_processes_write_the_same_bytes_and_report_all_of_them(tmp_path: Path) -
     assert sum(seen) == total
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     assert compare(LLAMA, tmp_path / "two").is_equal
+
+
+@pytest.mark.parametrize("given", ["", "config.json", "model.safetensors.index.json"])
+def test_shapes_that_the_config_does_not_give_come_from_the_original(
+    given: str, bf16_checkpoint: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Bug caught: advice to pass the config of the original model, with no option that takes it.
+    source, original = tmp_path / "df11", tmp_path / "original"
+    shutil.copytree(LLAMA, source)
+    shutil.copytree(bf16_checkpoint("llama-tiny"), original)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "model_type": "nobody-knows-it"}))
+    assert main(["decompress", str(source), str(tmp_path / "t")]) == 2
+    line = capsys.readouterr().err
+    assert "`nobody-knows-it`" in line
+    assert "Give --original, a folder of the BF16 model or the config.json of it." in line
+    command = ["decompress", str(source), str(tmp_path / "t"), "--original", str(original / given)]
+    if given == "model.safetensors.index.json":
+        assert main(command) == 2
+        assert str(original) in capsys.readouterr().err
+        return
+    if given:  # then there is nothing else to read
+        (original / "model.safetensors").unlink()
+    assert main(command) == 0
+    assert compare(tmp_path / "t", bf16_checkpoint("llama-tiny")).is_equal
+
+
+def test_an_original_of_another_model_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["decompress", str(LLAMA), str(tmp_path / "t"), "--original", str(SHIPPED)]
+    assert main(command) == 2
+    assert "belong to different models" in capsys.readouterr().err
+    assert not (tmp_path / "t").exists()
 
 
 def test_an_interruption_ends_with_130_and_a_journal(

@@ -47,6 +47,13 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     decompress.add_argument("path", type=Path, help="folder of a DFloat11 checkpoint")
     decompress.add_argument("out", type=Path, help="folder to write; new, empty, or begun earlier")
+    decompress.add_argument(
+        "--original",
+        type=Path,
+        metavar="PATH",
+        help="folder or config.json of the BF16 model: the shapes of weights, where neither a manifest nor the "
+        "checkpoint's own config gives them",
+    )
     decompress.set_defaults(run=_decompress)
     for command in (compress, decompress):
         command.add_argument(
@@ -108,15 +115,21 @@ def _coder(device: str, workers: int | None) -> Coder | None:
         raise UnsupportedError(
             f"--workers {workers} with --device {device}: one process feeds a GPU. Leave out one of the two."
         )
-    from vllm_dfloat.device_units import coder_of
-
+    try:
+        from vllm_dfloat.device_units import coder_of
+    except ModuleNotFoundError as error:
+        raise UnsupportedError(
+            f"--device {device}: a GPU needs torch and Triton, and {error.name} is not installed. Install them: "
+            "pip install torch triton; or take --device cpu."
+        ) from error
     return coder_of(device)
 
 
 def _may_have_gpu() -> bool:
     """Return whether it is worth the seconds that importing torch takes, to ask it."""
     drivers = ("/dev/nvidiactl", "/dev/dxg")
-    return bool(find_spec("triton")) and any(Path(driver).exists() for driver in drivers)
+    packages = find_spec("torch") and find_spec("triton")
+    return bool(packages) and any(Path(driver).exists() for driver in drivers)
 
 
 def _as_json(args: argparse.Namespace, report: Report) -> dict[str, Any]:
@@ -146,7 +159,15 @@ def _decompress(args: argparse.Namespace) -> int:
     check_dfloat11(args.path)
     began = time.monotonic()
     with Bar(args.quiet) as bar:
-        restored = decompress(args.path, args.out, args.force, args.workers, bar.start, bar.advance)
+        restored = decompress(
+            args.path,
+            args.out,
+            args.force,
+            args.workers,
+            bar.start,
+            bar.advance,
+            original=args.original,
+        )
     seconds = time.monotonic() - began
     if args.json:
         say_json(

@@ -26,6 +26,12 @@ def sentence(error: BaseException, args: argparse.Namespace | None) -> str:
         return one_line(f"{_place(error, args)}{error.strerror}.")
     if isinstance(error, KeyboardInterrupt):
         return "interrupted."
+    if isinstance(error, ImportError) and (package := _package(error)):
+        return _not_imported(package, error)
+    if isinstance(error, RuntimeError) and "no locator available" in str(error):
+        return (
+            "numba finds no folder that it may write compiled code to. Set NUMBA_CACHE_DIR to one."
+        )
     if isinstance(error, MemoryError):
         return "out of memory. Free some, or use a machine that has more."
     # Not 1, with which Python would end: that says that two checkpoints differ.
@@ -42,6 +48,25 @@ def _place(error: OSError, args: argparse.Namespace | None) -> str:
         return " -> ".join(map(os.fsdecode, named)) + ": "
     places = [str(place) for name in _PLACES if (place := getattr(args, name, None))]
     return f"{', '.join(places)}: " if places else ""
+
+
+def _package(error: ImportError) -> str:
+    """Return the package of others that cannot be imported, nothing if it is this one."""
+    name, frames = error.name, error.__traceback__
+    while not name and frames:  # raised by hand: by the package that the last frame is in
+        if frames.tb_next is None:
+            name = frames.tb_frame.f_globals.get("__name__")
+        frames = frames.tb_next
+    package = (name or "").partition(".")[0]
+    return "" if package in ("", "__main__", "vllm_dfloat") else package
+
+
+def _not_imported(package: str, error: ImportError) -> str:
+    if isinstance(error, ModuleNotFoundError):
+        return f"{package} is not installed for {sys.executable}. Install it: pip install {package}"
+    return one_line(
+        f"{package} cannot be imported: {error}. Install it again: pip install --force-reinstall {package}"
+    )
 
 
 def is_unread() -> bool:

@@ -17,7 +17,7 @@ from vllm_dfloat.checkpoint.listing import INDEX_FILE
 from vllm_dfloat.checkpoint.progress import Advance, ignore
 from vllm_dfloat.checkpoint.resume import DECOMPRESSION, intact, resumable, write_text
 from vllm_dfloat.checkpoint.safetensors_file import StoredTensor
-from vllm_dfloat.checkpoint.shapes import module_shapes
+from vllm_dfloat.checkpoint.shapes import Shapes, module_shapes, original_shapes
 from vllm_dfloat.checkpoint.source import config_text, identity_of, other_files
 from vllm_dfloat.checkpoint.weights import Member, plan
 from vllm_dfloat.checkpoint.worker_pool import (
@@ -48,6 +48,7 @@ def decompress(
     start: Callable[[int, int], None] = lambda total_bytes, done_bytes: None,
     advance: Advance = ignore,
     shard_bytes: int = SHARD_BYTES,
+    original: Path | None = None,
 ) -> Restored:
     """Write the tensors of the DFloat11 checkpoint `path` into the folder `out`, with everything beside them.
 
@@ -62,6 +63,7 @@ def decompress(
         start: called with the bytes to be written in all, and with those that an earlier run has written.
         advance: called with the bytes that were written since.
         shard_bytes: the largest size of a file, unless one tensor alone takes more.
+        original: where the shapes of the weights come from instead of manifest and config of the checkpoint.
 
     Raises:
         FormatError: the checkpoint is damaged, or `out` cannot be used.
@@ -69,7 +71,7 @@ def decompress(
         DFloatError: the disk is full.
     """
     checkpoint = open_checkpoint(path)
-    items = plan(checkpoint, module_shapes(path), keep_tied=True)
+    items = plan(checkpoint, _shapes(path, original), keep_tied=True)
     checkpoint.validate()
     shards = _shards(items, shard_bytes)
     sizes = {shard.file: shard.num_bytes for shard in shards}
@@ -83,6 +85,15 @@ def decompress(
             journal.append(result)
         _write_rest(checkpoint, out, shards)
     return Restored(len(items), sum(sizes.values()))
+
+
+def _shapes(path: Path, original: Path | None) -> Shapes:
+    """Return the shapes of a checkpoint's weights; see `original_shapes`."""
+    if original is None:
+        return module_shapes(
+            path, "Give --original, a folder of the BF16 model or the config.json of it."
+        )
+    return original_shapes(original)
 
 
 def _identity(checkpoint: Dfloat11Checkpoint, shard_bytes: int) -> str:

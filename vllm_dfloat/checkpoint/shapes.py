@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from vllm_dfloat.checkpoint.folder import CONFIG_FILE, is_dfloat11
+from vllm_dfloat.checkpoint.listing import weight_files
+from vllm_dfloat.checkpoint.locate import check_original
 from vllm_dfloat.checkpoint.manifest import read_manifest
+from vllm_dfloat.checkpoint.plain_model import bf16_tensors
 from vllm_dfloat.errors import FormatError, UnsupportedError
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def module_shapes(model: str | Path | Any) -> dict[str, tuple[int, ...]]:
+NO_SHAPES = "the format stores no shapes, so they come from the model's config"
+
+
+def module_shapes(model: str | Path | Any, advice: str = "") -> dict[str, tuple[int, ...]]:
     """Return module path -> (out_features, in_features) of every module with a 2-D weight.
 
     A checkpoint made by this package says it in its manifest, also for experts that no module class of today has
@@ -21,53 +29,86 @@ def module_shapes(model: str | Path | Any) -> dict[str, tuple[int, ...]]:
     nothing of its size is allocated. Code that comes with a checkpoint is never run.
 
     Args:
-        model: a directory with config.json, or a transformers config object.
+        model: a directory with config.json, such a file, or a transformers config object.
+        advice: what else to do where the config does not tell, a sentence for the end of messages.
 
     Raises:
-        UnsupportedError: transformers does not know the model.
+        UnsupportedError: transformers does not know the model, or it is not installed.
         FormatError: the manifest is damaged.
     """
-    manifest = read_manifest(Path(model)) if isinstance(model, str | Path) else None
+    if not isinstance(model, str | Path):
+        return _built(model, "config", advice)
+    folder = Path(model) if Path(model).is_dir() else None
+    manifest = read_manifest(folder) if folder else None
     if manifest is not None:
         return manifest.module_shapes
-    import torch  # imported here: reading a checkpoint needs neither torch nor transformers
-    from transformers import (
-        AutoConfig,
-        AutoModel,
-        AutoModelForCausalLM,
-        AutoModelForImageTextToText,
-    )
-
-    where = "config"
-    if isinstance(model, str | Path):
-        where = f"{model}: config.json"
+    where = f"{model}: {CONFIG_FILE}" if folder else str(model)
+    with _transformers(where, advice) as transformers:
         try:
-            model = AutoConfig.from_pretrained(str(model), trust_remote_code=False)
-        except ImportError as error:
-            raise UnsupportedError(f"transformers cannot be used here: {_brief(error)}") from error
+            config = transformers.AutoConfig.from_pretrained(str(model), trust_remote_code=False)
         except Exception as error:  # transformers raises whatever the config's keys lead to
             raise UnsupportedError(
-                f"{where}: transformers finds no model in it: {_brief(error)}. Shapes of compressed "
-                "weights come from the model's config; pass that of the original model."
+                f"{where}: transformers finds no model in it: {_brief(error)}; {NO_SHAPES}. {advice}".strip()
             ) from error
+    return _built(config, where, advice)
+
+
+def _built(config: Any, where: str, advice: str) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the modules of the model that transformers builds from a config."""
     reasons = []
-    for factory in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModel):
-        try:
-            with torch.device("meta"):
-                built = factory.from_config(model, trust_remote_code=False)
-        except Exception as error:
-            reasons.append(f"{factory.__name__}: {_brief(error)}")
-            continue
-        return {
-            name: (int(weight.shape[0]), int(weight.shape[1]))
-            for name, module in built.named_modules()
-            if isinstance(weight := getattr(module, "weight", None), torch.Tensor)
-            and weight.dim() == 2
-        }
+    with _transformers(where, advice) as transformers:
+        import torch  # here, as transformers: nothing else that reads a checkpoint needs them
+
+        for name in ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModel"):
+            try:
+                with torch.device("meta"):
+                    built = getattr(transformers, name).from_config(config, trust_remote_code=False)
+            except Exception as error:
+                reasons.append(f"{name}: {_brief(error)}")
+                continue
+            return {
+                name: (int(weight.shape[0]), int(weight.shape[1]))
+                for name, module in built.named_modules()
+                if isinstance(weight := getattr(module, "weight", None), torch.Tensor)
+                and weight.dim() == 2
+            }
     raise UnsupportedError(
-        f"{where}: transformers cannot build this model, which the shapes of compressed weights "
-        f"come from. {' '.join(reasons)}"
+        f"{where}: transformers cannot build this model; {NO_SHAPES}. {advice} {' '.join(reasons)}"
     )
+
+
+@contextmanager
+def _transformers(where: str, advice: str) -> Iterator[Any]:
+    """Give the package transformers, or say what is missing: commands that convert are installed without it."""
+    try:
+        import transformers
+
+        yield transformers
+    except ImportError as error:
+        raise UnsupportedError(
+            f"{where}: {NO_SHAPES}, for which torch and transformers are needed: {_brief(error)}. Install them: "
+            f"pip install torch transformers. {advice}".strip()
+        ) from error
+
+
+def original_shapes(original: Path) -> dict[str, tuple[int, ...]]:
+    """Return module path -> shape from the original of a DFloat11 model: from its weight files' headers, or its config.
+
+    Args:
+        original: a folder with *.safetensors files, a folder with a config.json alone, or such a file.
+
+    Raises:
+        FormatError: none of these, or damaged.
+        UnsupportedError: there is a config alone, and transformers does not know it, or is not installed.
+    """
+    check_original(original)
+    if not original.is_dir() or not weight_files(original) or is_dfloat11(original):
+        return module_shapes(original)
+    return {
+        name.removesuffix(".weight"): tensor.shape
+        for name, tensor in bf16_tensors(original).items()
+        if len(tensor.shape) > 1
+    }
 
 
 def _brief(error: Exception) -> str:

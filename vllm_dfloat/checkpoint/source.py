@@ -120,7 +120,7 @@ def local_folder(source: str) -> Path:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise FormatError(
-            f"{source}: no such folder; to fetch a model of that id, install huggingface_hub."
+            f"{source}: no such folder; to fetch a model of that id: pip install huggingface_hub."
         ) from None
     try:
         return Path(
