@@ -9,13 +9,11 @@ import sys
 import time
 from itertools import pairwise
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
 from helpers import gaussian
 
-from vllm_dfloat.checkpoint import pieces
 from vllm_dfloat.checkpoint.compare import compare
 from vllm_dfloat.checkpoint.compress import compress
 from vllm_dfloat.checkpoint.encode_pieces import CpuCoder
@@ -81,7 +79,7 @@ def test_memory_stays_bounded_whatever_the_size_of_a_unit(tmp_path: Path) -> Non
     assert peak < WORKER_BYTES
     gaps = 0.0135 * 256
     assert anonymous < gaps + 16
-    assert mapped < 0.7 * 2 * 64 + 16  # of the file that is compared, see check_unit.py
+    assert mapped < 16  # files are read
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -199,19 +197,6 @@ def test_pieces_of_a_stored_tensor_are_its_bits(tmp_path: Path) -> None:
     assert np.array_equal(np.concatenate(parts), bits.reshape(-1))
     part = np.concatenate([piece.copy() for piece in read_pieces(tensor, 38, 20, 100)])
     assert np.array_equal(part, bits.reshape(-1)[10:50])
-
-
-def test_a_source_that_shrank_is_named(tmp_path: Path) -> None:
-    model = make_layers(tmp_path / "m", layers=1, mebibytes=2)
-    source = open_source(model)
-    file = model / "model.safetensors"
-    os.truncate(file, file.stat().st_size - 1000)
-    with (
-        mock.patch.object(pieces, "PIECE_WEIGHTS", 1000),
-        pytest.raises(FormatError, match=r"model.safetensors: model\..*: cannot be read: .* ends"),
-    ):
-        compress(source, tmp_path / "t")
-    assert {path.name for path in (tmp_path / "t").iterdir()} == {COMPRESSION.journal}
 
 
 def test_the_benchmark_runs_the_command_and_removes_what_it_made(tmp_path: Path) -> None:

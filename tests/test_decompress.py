@@ -136,7 +136,7 @@ def test_an_interruption_ends_with_130_and_a_journal(
     def interrupted(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(decompress_file, "decode_unit", interrupted)
+    monkeypatch.setattr(decompress_file, "decode_range", interrupted)
     assert main(["decompress", str(LLAMA), str(tmp_path / "t")]) == 130
     assert capsys.readouterr().err == "vllm-dfloat: interrupted.\n"
     assert [path.name for path in (tmp_path / "t").iterdir()] == [DECOMPRESSION.journal]

@@ -16,6 +16,7 @@ from vllm_dfloat.checkpoint.write_safetensors import (
     replacing,
     write_safetensors,
 )
+from vllm_dfloat.errors import FormatError
 
 DTYPES = [torch.bool, torch.uint8, torch.int8, torch.float8_e5m2, torch.float8_e4m3fn, torch.int16]
 DTYPES += [torch.float16, torch.bfloat16, torch.int32, torch.float32, torch.float64, torch.int64]
@@ -46,7 +47,7 @@ def test_pieces_follow_each_other(tmp_path: Path) -> None:
 
 def test_an_item_that_gives_other_bytes_than_announced_is_an_error(tmp_path: Path) -> None:
     item = Item("a", "U8", (4,), lambda: [np.zeros(3, np.uint8)])
-    with pytest.raises(ValueError, match="a: 3 bytes given, 4 expected"):
+    with pytest.raises(FormatError, match="a: 3 bytes were made, 4 expected"):
         write_safetensors(tmp_path / "f", [item])
 
 

@@ -23,6 +23,10 @@ class FormatError(DFloatError):
     """Stored bytes contradict the format: truncated, corrupt or not DFloat11 at all."""
 
 
+class ChangedError(FormatError):
+    """A file was changed while it was read."""
+
+
 class UnsupportedError(DFloatError):
     """The input is well formed, but this package does not handle it (legacy layout, wrong dtype)."""
 

@@ -11,9 +11,6 @@ from vllm_dfloat.checkpoint.safetensors_file import StoredTensor
 from vllm_dfloat.checkpoint.unit import UnitEntry
 from vllm_dfloat.errors import FormatError
 
-# After so many weights the file is mapped anew: pages of a mapping that were read count as memory of the process.
-MAPPED_WEIGHTS = 64 << 20
-
 
 def check_unit(
     entry: UnitEntry, originals: Sequence[StoredTensor], coder: Coder, advance: Advance
@@ -29,18 +26,15 @@ def check_unit(
     Raises:
         FormatError: a bit differs.
     """
-    unit, mapped = None, 0
+    unit = entry.open()
     at = 0
     for original in originals:
         for piece in StoredWeights(original).pieces():
-            if unit is None or mapped >= MAPPED_WEIGHTS:
-                unit, mapped = None, 0  # unmapped before it is mapped again
-                unit = entry.load()
             if not coder.equals(unit, at, piece):
                 raise FormatError(
                     f"{entry.fields['luts'].file.name}: {original.name}: the bytes just written do not decode to the "
-                    "original bits. The memory or the disk of this machine cannot be trusted; the file is not kept."
+                    f"original bits. {original.file.name} was written to through a memory map, of which its times say "
+                    "nothing, or the memory or the disk of this machine cannot be trusted; the file is not kept."
                 )
             at += piece.size
-            mapped += piece.size
             advance(piece.size)

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from vllm_dfloat.checkpoint.compress_file import FileJob, FileResult, compress_file
 from vllm_dfloat.checkpoint.encode_pieces import Coder
 from vllm_dfloat.checkpoint.folder import CONFIG_FILE
 from vllm_dfloat.checkpoint.folder_lock import FolderLock
-from vllm_dfloat.checkpoint.manifest import MANIFEST_FILE, Manifest, file_entry
+from vllm_dfloat.checkpoint.manifest import MANIFEST_FILE, Manifest
 from vllm_dfloat.checkpoint.plan_units import (
     PlannedUnit,
     UnitPlan,
@@ -23,9 +21,10 @@ from vllm_dfloat.checkpoint.plan_units import (
     plan_units,
 )
 from vllm_dfloat.checkpoint.progress import Advance, WholeBytes
-from vllm_dfloat.checkpoint.resume import COMPRESSION, intact, resumable, write_text
+from vllm_dfloat.checkpoint.resume import COMPRESSION, resumable
 from vllm_dfloat.checkpoint.safetensors_file import header_sha256
 from vllm_dfloat.checkpoint.source import Source, config_text
+from vllm_dfloat.checkpoint.work import Work
 from vllm_dfloat.checkpoint.worker_pool import (
     WORKER_BYTES,
     available_memory,
@@ -33,7 +32,6 @@ from vllm_dfloat.checkpoint.worker_pool import (
     run_jobs,
     share_cores,
 )
-from vllm_dfloat.checkpoint.write_safetensors import replacing
 from vllm_dfloat.codec.threads import num_threads
 from vllm_dfloat.errors import UnsupportedError
 
@@ -50,6 +48,7 @@ class Report:
         num_bytes: the same of the target.
         units: how many units it holds.
         left: tensor name -> why it was not compressed.
+        left_out: file beside the weights -> why it was not copied.
         seconds: how long it took.
     """
 
@@ -57,6 +56,7 @@ class Report:
     num_bytes: int
     units: int
     left: Mapping[str, str]
+    left_out: Mapping[str, str]
     seconds: float
 
 
@@ -81,6 +81,7 @@ def compress(
         coder: what encodes and compares, in this process; by default the CPU, in processes.
 
     Raises:
+        ChangedError: a file of the source was changed meanwhile.
         FormatError: `target` cannot be used, or what was written does not decode to the original.
         UnsupportedError: there is nothing to compress in `source`.
         DFloatError: the disk is full.
@@ -94,18 +95,17 @@ def compress(
             "there is nothing to compress."
         )
     begun = resumable(source.path, target, COMPRESSION, source.identity(), force)
-    with begun as (journal, lock):
+    with begun as work, source.files.unchanged():
         jobs = plan_files(plan, source)
         sizes = {job.file: _num_bytes(source, job) for job in jobs}
-        done = intact(target, journal.done, set(sizes))
+        done = work.resume(set(sizes))
         results = {file: FileResult.from_json(line) for file, line in done.items()}
         start(sum(sizes.values()), sum(sizes[file] for file in results))
         todo = [job for job in jobs if job.file not in results]
-        for result in _run(source, lock, todo, sizes, workers, coder, WholeBytes(advance)):
-            lock.check()
-            journal.append(result.as_json())
+        for result in _run(source, work.lock, todo, sizes, workers, coder, WholeBytes(advance)):
+            work.append(result.as_json())
             results[result.file] = result
-        report = _finish(source, target, plan, [results[job.file] for job in jobs])
+        report = _finish(source, work, plan, [results[job.file] for job in jobs])
     return Report(*report, time.monotonic() - began)
 
 
@@ -186,26 +186,20 @@ def _run(
 
 
 def _finish(
-    source: Source, target: Path, plan: UnitPlan, results: Sequence[FileResult]
-) -> tuple[int, int, int, dict[str, str]]:
+    source: Source, work: Work, plan: UnitPlan, results: Sequence[FileResult]
+) -> tuple[int, int, int, Mapping[str, str], Mapping[str, str]]:
     """Write everything beside the weights; return the fields of a Report without the time."""
-    files: dict[str, dict[str, Any]] = {
-        result.file: {"bytes": result.num_bytes, "sha256": result.sha256} for result in results
-    }
-    for name in source.others:
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        with replacing(target / name) as temporary:
-            shutil.copyfile(source.path / name, temporary)
-        files[name] = file_entry(target / name)
     units = [unit for result in results for unit in result.units]
-    write_text(target / CONFIG_FILE, config_text(source.config, build_patterns(units)))
-    files[CONFIG_FILE] = file_entry(target / CONFIG_FILE)
+    for name in source.files.side.names:
+        work.copy(source.path, name, source.files.identity(name))
+    source.files.check()  # before the files are there that make the folder a model
+    work.write_text(CONFIG_FILE, config_text(source.config, build_patterns(units)))
     shapes = {name: source.tensors[name].shape for unit in units for name in unit.tensors}
-    headers = {result.file: header_sha256(target / result.file) for result in results}
-    write_text(target / MANIFEST_FILE, Manifest(files, shapes, headers).as_text())
+    headers = {result.file: header_sha256(work.folder / result.file) for result in results}
+    work.write_text(MANIFEST_FILE, Manifest(work.entries, shapes, headers).as_text())
     left = dict(plan.left)
     for result in results:
         left.update(result.left)
     before = sum(tensor.num_bytes for tensor in source.tensors.values())
     after = sum(result.num_bytes for result in results)
-    return before, after, len(units), left
+    return before, after, len(units), left, source.files.side.left_out

@@ -16,10 +16,11 @@ from vllm_dfloat.checkpoint.encode_unit import (
     count_weights,
     measure_unit,
 )
+from vllm_dfloat.checkpoint.file_identity import unchanged
 from vllm_dfloat.checkpoint.pieces import StoredWeights
 from vllm_dfloat.checkpoint.plan_units import PlannedUnit, is_expert
 from vllm_dfloat.checkpoint.progress import COMPARE, COUNT, ENCODE, SIGNS, Advance, Progress, ignore
-from vllm_dfloat.checkpoint.safetensors_file import StoredTensor, read_header
+from vllm_dfloat.checkpoint.safetensors_file import StoredTensor, files_of, read_header
 from vllm_dfloat.checkpoint.unit import FIELDS, UnitEntry
 from vllm_dfloat.checkpoint.write_safetensors import (
     Item,
@@ -97,6 +98,7 @@ def compress_file(
         report: called with sixteenths of the bytes of `tensors`, all of them by the end.
 
     Raises:
+        ChangedError: a file with original tensors is not what it was when it was opened.
         FormatError: what was written does not decode to the original bits.
         OSError: the disk is full, or the like.
     """
@@ -116,14 +118,15 @@ def compress_file(
             units.append(unit)
             items += _items(unit.name, encoded, coder, progress)
     items += [copy_item(tensors[name], progress.copied) for name in (*left, *job.plain)]
-    with replacing(folder / job.file) as temporary:
+    originals = files_of(tensors.values())
+    with replacing(folder / job.file) as temporary, unchanged(originals):
         written = write_safetensors(temporary, items, job.metadata)
         stored = read_header(temporary)
         for unit in units:
             fields = {field: stored[f"{unit.name}.{field}"] for field in FIELDS}
-            originals = [tensors[name] for name in unit.tensors]
+            members = [tensors[name] for name in unit.tensors]
             entry = UnitEntry(unit.name, unit.members, fields)
-            check_unit(entry, originals, coder, progress.phase(COMPARE))
+            check_unit(entry, members, coder, progress.phase(COMPARE))
     progress.finish()
     return FileResult(job.file, written.num_bytes, written.sha256, tuple(units), left)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,20 +13,21 @@ from vllm_dfloat.checkpoint.decompress_file import Shard, decompress_file, num_b
 from vllm_dfloat.checkpoint.dfloat11 import Dfloat11Checkpoint, open_checkpoint
 from vllm_dfloat.checkpoint.folder import CONFIG_FILE
 from vllm_dfloat.checkpoint.folder_lock import FolderLock
-from vllm_dfloat.checkpoint.listing import INDEX_FILE
+from vllm_dfloat.checkpoint.listing import INDEX_FILE, weight_files
 from vllm_dfloat.checkpoint.progress import Advance, ignore
-from vllm_dfloat.checkpoint.resume import DECOMPRESSION, intact, resumable, write_text
+from vllm_dfloat.checkpoint.resume import DECOMPRESSION, resumable
 from vllm_dfloat.checkpoint.safetensors_file import StoredTensor
 from vllm_dfloat.checkpoint.shapes import Shapes, module_shapes, original_shapes
-from vllm_dfloat.checkpoint.source import config_text, identity_of, other_files
+from vllm_dfloat.checkpoint.source import config_text, identity_of
+from vllm_dfloat.checkpoint.source_files import SourceFiles
 from vllm_dfloat.checkpoint.weights import Member, plan
+from vllm_dfloat.checkpoint.work import Work
 from vllm_dfloat.checkpoint.worker_pool import (
     WORKER_BYTES,
     available_memory,
     run_jobs,
     share_cores,
 )
-from vllm_dfloat.checkpoint.write_safetensors import replacing
 from vllm_dfloat.codec.threads import num_threads
 
 SHARD_BYTES = 5_000_000_000
@@ -34,10 +35,11 @@ SHARD_BYTES = 5_000_000_000
 
 @dataclass(frozen=True)
 class Restored:
-    """How many tensors were written, and how many bytes they take."""
+    """How many tensors were written, how many bytes they take, and which files beside them were not copied, and why."""
 
     tensors: int
     num_bytes: int
+    left_out: Mapping[str, str]
 
 
 def decompress(
@@ -66,25 +68,28 @@ def decompress(
         original: where the shapes of the weights come from instead of manifest and config of the checkpoint.
 
     Raises:
+        ChangedError: a file of the checkpoint was changed meanwhile.
         FormatError: the checkpoint is damaged, or `out` cannot be used.
         UnsupportedError: the shapes of its weights cannot be found out.
         DFloatError: the disk is full.
     """
+    files = SourceFiles(path, weight_files)
     checkpoint = open_checkpoint(path)
     items = plan(checkpoint, _shapes(path, original), keep_tied=True)
     checkpoint.validate()
+    files.check()
     shards = _shards(items, shard_bytes)
     sizes = {shard.file: shard.num_bytes for shard in shards}
-    begun = resumable(path, out, DECOMPRESSION, _identity(checkpoint, shard_bytes), force)
-    with begun as (journal, lock):
-        done = intact(out, journal.done, set(sizes))
+    identity = _identity(checkpoint, items, shard_bytes)
+    begun = resumable(path, out, DECOMPRESSION, identity, force)
+    with begun as work, files.unchanged():
+        done = work.resume(set(sizes))
         start(sum(sizes.values()), sum(sizes[file] for file in done))
         todo = [shard for shard in shards if shard.file not in done]
-        for result in _run(lock, todo, workers, advance):
-            lock.check()
-            journal.append(result)
-        _write_rest(checkpoint, out, shards)
-    return Restored(len(items), sum(sizes.values()))
+        for result in _run(work.lock, todo, workers, advance):
+            work.append(result)
+        _write_rest(checkpoint, files, work, shards)
+    return Restored(len(items), sum(sizes.values()), files.side.left_out)
 
 
 def _shapes(path: Path, original: Path | None) -> Shapes:
@@ -96,10 +101,13 @@ def _shapes(path: Path, original: Path | None) -> Shapes:
     return original_shapes(original)
 
 
-def _identity(checkpoint: Dfloat11Checkpoint, shard_bytes: int) -> str:
+def _identity(
+    checkpoint: Dfloat11Checkpoint, items: Sequence[Member | StoredTensor], shard_bytes: int
+) -> str:
     units = (tensor for unit in checkpoint.units.values() for tensor in unit.fields.values())
     digest = identity_of(checkpoint.config, [*units, *checkpoint.plain.values()])
-    return f"{digest} {shard_bytes}"
+    shapes = hashlib.sha256(str([(item.name, item.shape) for item in items]).encode()).hexdigest()
+    return f"{digest} {shapes} {shard_bytes}"  # shapes may come from another model
 
 
 def _shards(items: Sequence[Member | StoredTensor], limit: int) -> list[Shard]:
@@ -134,14 +142,15 @@ def _run(
     return run_jobs(call, jobs, workers, max(1, cores // workers), advance, out)
 
 
-def _write_rest(checkpoint: Dfloat11Checkpoint, out: Path, shards: Sequence[Shard]) -> None:
-    """Write config, index and copies of all other files."""
-    for name in other_files(checkpoint.path):
-        (out / name).parent.mkdir(parents=True, exist_ok=True)
-        with replacing(out / name) as temporary:
-            shutil.copyfile(checkpoint.path / name, temporary)
+def _write_rest(
+    checkpoint: Dfloat11Checkpoint, files: SourceFiles, work: Work, shards: Sequence[Shard]
+) -> None:
+    """Write copies of all other files, config and index."""
+    for name in files.side.names:
+        work.copy(checkpoint.path, name, files.identity(name))
+    files.check()  # before the files are there that make the folder a model
     total = sum(shard.num_bytes for shard in shards)
     weight_map = {item.name: shard.file for shard in shards for item in shard.items}
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    write_text(out / CONFIG_FILE, config_text(checkpoint.config, None))
-    write_text(out / INDEX_FILE, json.dumps(index, indent=2) + "\n")
+    work.write_text(CONFIG_FILE, config_text(checkpoint.config, None))
+    work.write_text(INDEX_FILE, json.dumps(index, indent=2) + "\n")

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vllm_dfloat.checkpoint.check_unit import MAPPED_WEIGHTS
-from vllm_dfloat.checkpoint.decode_unit import decode_unit
+from vllm_dfloat.checkpoint.decode_unit import decode_range
+from vllm_dfloat.checkpoint.file_identity import unchanged
 from vllm_dfloat.checkpoint.pieces import piece_weights
 from vllm_dfloat.checkpoint.progress import Advance
-from vllm_dfloat.checkpoint.safetensors_file import StoredTensor
+from vllm_dfloat.checkpoint.safetensors_file import StoredTensor, files_of
 from vllm_dfloat.checkpoint.unit import Unit, UnitEntry
 from vllm_dfloat.checkpoint.weights import Member
 from vllm_dfloat.checkpoint.write_safetensors import Item, copy_item, replacing, write_safetensors
@@ -32,6 +32,12 @@ class Shard:
     def num_bytes(self) -> int:
         return sum(num_bytes(item) for item in self.items)
 
+    @property
+    def stored(self) -> Iterator[StoredTensor]:
+        """Yield the tensors of the checkpoint that the items are made from."""
+        for item in self.items:
+            yield from [item] if isinstance(item, StoredTensor) else item.entry.fields.values()
+
 
 def num_bytes(item: Member | StoredTensor) -> int:
     """Return what a tensor takes in BF16, or as it is."""
@@ -47,23 +53,23 @@ def decompress_file(shard: Shard, folder: Path, advance: Advance) -> dict[str, A
         advance: called with the bytes that were written.
 
     Raises:
+        ChangedError: a file of the checkpoint is not what it was when it was opened.
         FormatError: a unit is damaged.
         OSError: the disk is full, or the like.
     """
     reader = _Reader(advance)
-    with replacing(folder / shard.file) as temporary:
+    with replacing(folder / shard.file) as temporary, unchanged(files_of(shard.stored)):
         items = [reader.item(item) for item in shard.items]
         written = write_safetensors(temporary, items, {"format": "pt"})
     return {"file": shard.file, "num_bytes": written.num_bytes, "sha256": written.sha256}
 
 
 class _Reader:
-    """Makes items of a checkpoint's tensors; holds one unit open at a time, and little of it in memory."""
+    """Makes items of a checkpoint's tensors; keeps the tables of one unit at a time."""
 
     def __init__(self, advance: Advance) -> None:
         self._advance = advance
         self._unit: Unit | None = None
-        self._mapped = 0
 
     def item(self, tensor: Member | StoredTensor) -> Item:
         if isinstance(tensor, StoredTensor):
@@ -75,13 +81,11 @@ class _Reader:
         step = piece_weights()
         for first in range(member.start, member.stop, step):
             stop = min(first + step, member.stop)
-            piece = decode_unit(self._open(member.entry), first, stop)
+            piece = decode_range(self._open(member.entry), first, stop)
             yield piece
-            self._mapped += piece.size
             self._advance(piece.nbytes)
 
     def _open(self, entry: UnitEntry) -> Unit:
-        if self._unit is None or self._unit.name != entry.name or self._mapped >= MAPPED_WEIGHTS:
-            self._unit, self._mapped = None, 0  # unmapped before it is mapped again
-            self._unit = entry.load()
+        if self._unit is None or self._unit.name != entry.name:
+            self._unit = entry.open()
         return self._unit

@@ -59,7 +59,7 @@ class Dfloat11Checkpoint:
             FormatError: a unit cannot be decoded.
         """
         for unit in self.units.values():
-            unit.load()
+            unit.open()
 
 
 def open_checkpoint(path: str | Path) -> Dfloat11Checkpoint:

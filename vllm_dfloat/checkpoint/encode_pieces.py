@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from vllm_dfloat.checkpoint.decode_unit import decode_unit
+from vllm_dfloat.checkpoint.decode_unit import decode_range
 from vllm_dfloat.checkpoint.official_huffman import EOF, Codes
 from vllm_dfloat.checkpoint.unit import BLOCK_WINDOWS, Unit
 from vllm_dfloat.codec.encode import count_exponents
@@ -117,7 +117,7 @@ class CpuCoder:
         return out
 
     def equals(self, unit: Unit, start: int, weights: U16Array) -> bool:
-        return np.array_equal(decode_unit(unit, start, start + weights.size), weights)
+        return np.array_equal(decode_range(unit, start, start + weights.size), weights)
 
 
 def _chunk_starts(weights: U16Array, lengths: U8Array, bit: int) -> I64Array:

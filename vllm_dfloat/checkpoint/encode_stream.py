@@ -13,6 +13,7 @@ from vllm_dfloat.checkpoint.encode_pieces import Book, Coder, Codes64
 from vllm_dfloat.checkpoint.pieces import Weights, piece_weights
 from vllm_dfloat.checkpoint.progress import Advance
 from vllm_dfloat.checkpoint.unit import BLOCK_BYTES, BLOCK_GAP_BYTES, BLOCK_WINDOWS, num_blocks
+from vllm_dfloat.errors import FormatError
 
 U8Array = npt.NDArray[np.uint8]
 Number = TypeVar("Number", bound=np.generic)
@@ -57,6 +58,7 @@ class StreamEncoder:
         for piece in (piece for member in self._members for piece in member.pieces()):
             bit = self._coder.write(piece, self._book, bit, out)
             whole = bit // BLOCK_BITS
+            self._check(block + whole, blocks)
             positions[block + 1 : block + 1 + whole] = weight + out.begins[1 : 1 + whole]
             _take_gaps(out, whole, gaps[BLOCK_GAP_BYTES * block :])
             if whole:
@@ -66,12 +68,21 @@ class StreamEncoder:
             block += whole
             weight += piece.size
             self._advance(piece.size)
+        self._check(block + bool(bit), blocks)
         if bit:
             self._end(out, bit)
             _take_gaps(out, 1, gaps[BLOCK_GAP_BYTES * block :])
             yield _big_endian(out.words[:BLOCK_WINDOWS])[: -(-bit // 8)]
         positions[-1] = weight
         self._gaps, self._positions = gaps, positions
+
+    def _check(self, block: int, blocks: int) -> None:
+        """Refuse more blocks than were measured: there is no room for their gaps."""
+        if block > blocks:
+            raise FormatError(
+                f"the weights have more than the {self._num_bits} bits of codes that they were measured to have; "
+                "expected the same weights in every pass. They were changed meanwhile: begin again."
+            )
 
     def _buffers(self) -> Codes64:
         """Return room for what is left of a block, and the longest codes for a whole piece."""

@@ -5,7 +5,6 @@ Files are read, not mapped: pages of a mapping count as memory of the process un
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -13,7 +12,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from vllm_dfloat.checkpoint.safetensors_file import BITS_DTYPES, StoredTensor
+from vllm_dfloat.checkpoint.file_identity import require_same
+from vllm_dfloat.checkpoint.safetensors_file import BITS_DTYPES, StoredTensor, fill
 from vllm_dfloat.codec.threads import num_threads
 from vllm_dfloat.errors import FormatError
 
@@ -85,28 +85,22 @@ def read_pieces(
         begin, end: where to start and stop within the tensor, multiples of that size too.
 
     Raises:
-        FormatError: the file cannot be read, or ends before the tensor.
+        ChangedError: the file is not what it was when its header was read.
+        FormatError: it cannot be read.
     """
     dtype = np.dtype(BITS_DTYPES[tensor.dtype])
     end = tensor.num_bytes if end is None else end
     buffer = np.empty(min(piece_bytes, end - begin), np.uint8)
     try:
-        with tensor.file.open("rb", buffering=0) as stream:
+        with tensor.open() as stream:
             for first in range(begin, end, piece_bytes):
                 piece = buffer[: min(piece_bytes, end - first)]
-                _fill(stream.fileno(), piece, tensor.begin + first)
+                try:
+                    fill(stream.fileno(), piece, tensor.begin + first)
+                finally:  # after reading: what was written before that moves the time
+                    require_same(tensor.file, tensor.identity, stream.fileno())
                 yield piece.view(dtype)
     except OSError as error:
         raise FormatError(
-            f"{tensor.where}: cannot be read: {error}. "
-            "The file was changed after it was opened; fetch it again."
+            f"{tensor.where}: cannot be read: {error}. Fetch the file again."
         ) from error
-
-
-def _fill(descriptor: int, piece: npt.NDArray[np.uint8], at: int) -> None:
-    filled = 0
-    while filled < piece.size:
-        count = os.preadv(descriptor, [piece[filled:].data], at + filled)
-        if not count:
-            raise OSError(f"the file ends at byte {at + filled}")
-        filled += count

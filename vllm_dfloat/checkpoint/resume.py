@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import errno
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from vllm_dfloat.checkpoint.folder import COMPRESS_JOURNAL, DECOMPRESS_JOURNAL
-from vllm_dfloat.checkpoint.folder_lock import FolderLock, locked
-from vllm_dfloat.checkpoint.journal import Journal, discard_journal, open_journal
-from vllm_dfloat.checkpoint.manifest import MANIFEST_FILE, file_entry
-from vllm_dfloat.checkpoint.write_safetensors import TEMPORARY, replacing
+from vllm_dfloat.checkpoint.folder_lock import locked
+from vllm_dfloat.checkpoint.journal import discard_journal, open_journal
+from vllm_dfloat.checkpoint.manifest import MANIFEST_FILE
+from vllm_dfloat.checkpoint.work import Work
+from vllm_dfloat.checkpoint.write_safetensors import TEMPORARY
 from vllm_dfloat.errors import DFloatError, FormatError
 
 _CHECKPOINT_FILES = ("*.safetensors", "*.safetensors.index.json", MANIFEST_FILE)
@@ -39,10 +38,8 @@ DECOMPRESSION = Task("decompression", DECOMPRESS_JOURNAL)
 
 
 @contextmanager
-def resumable(
-    source: Path, target: Path, task: Task, identity: str, force: bool
-) -> Iterator[tuple[Journal, FolderLock]]:
-    """Make and lock the folder `target`, and give the journal of a task that makes it from `source`.
+def resumable(source: Path, target: Path, task: Task, identity: str, force: bool) -> Iterator[Work]:
+    """Make and lock the folder `target`, and give it to a task that makes it from `source`.
 
     The folder must be new, empty, begun by the same task, or forced: then the checkpoint in it is removed. The journal
     is removed when the block ends without an error.
@@ -68,12 +65,13 @@ def resumable(
             with open_journal(target / task.journal, task.name, identity, force, clear) as journal:
                 for stale in target.rglob(f"{TEMPORARY}*"):
                     stale.unlink()
+                work = Work(lock, journal)
                 try:
-                    yield journal, lock
+                    yield work
                 except Exception:
                     lock.check()  # explains any error
                     raise
-                lock.check()
+                work.check()
                 (target / task.journal).unlink()
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -118,27 +116,3 @@ def _clear(target: Path, task: Task) -> None:
     for pattern in _CHECKPOINT_FILES:
         for file in target.glob(pattern):
             file.unlink()
-
-
-def intact(
-    target: Path, done: Sequence[Mapping[str, Any]], wanted: set[str]
-) -> dict[str, Mapping[str, Any]]:
-    """Return file name -> journal line of those wanted files of an earlier run that are there, unchanged."""
-    found = {}
-    for line in done:
-        file = target / line["file"]
-        expected = {"bytes": line["num_bytes"], "sha256": line["sha256"]}
-        if line["file"] in wanted and file.is_file() and file_entry(file) == expected:
-            found[line["file"]] = line
-    return found
-
-
-def write_text(file: Path, text: str) -> None:
-    """Write a file that is either complete or not there, on the disk when this returns."""
-    with replacing(file) as temporary:
-        temporary.write_text(text)
-    directory = os.open(file.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

@@ -10,13 +10,16 @@ import hashlib
 import json
 import math
 import mmap
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import numpy.typing as npt
 
+from vllm_dfloat.checkpoint.file_identity import FileIdentity, require_same
 from vllm_dfloat.checkpoint.json_file import read_text, regular_size
 from vllm_dfloat.checkpoint.lfs import refuse_pointer
 from vllm_dfloat.errors import FormatError, UnsupportedError, shown
@@ -44,6 +47,7 @@ class StoredTensor:
         name, dtype, shape: as the header has them.
         begin: its first byte, counted from the start of the file.
         num_bytes: its size in bytes.
+        identity: of the file when its header was read; None where nobody looked.
     """
 
     file: Path
@@ -52,6 +56,7 @@ class StoredTensor:
     shape: tuple[int, ...]
     begin: int
     num_bytes: int
+    identity: FileIdentity | None = None
 
     @property
     def where(self) -> str:
@@ -59,7 +64,12 @@ class StoredTensor:
         return f"{self.file.name}: {self.name}"
 
     def bits(self) -> npt.NDArray[Any]:
-        """Return the tensor's bits, mapped privately from the file: a write never reaches it."""
+        """Return the tensor's bits, mapped privately from the file: a write never reaches it.
+
+        Raises:
+            ChangedError: the file is not what it was when its header was read.
+            FormatError: it cannot be read.
+        """
         dtype = np.dtype(BITS_DTYPES[self.dtype])
         if self.num_bytes == 0:
             return np.empty(self.shape, dtype)
@@ -68,16 +78,52 @@ class StoredTensor:
         except (OSError, ValueError) as error:
             raise FormatError(
                 f"{self.where}: cannot read {self.num_bytes} bytes at byte {self.begin}: {error}. "
-                "The file was changed after it was opened; fetch it again."
+                "Fetch the file again."
             ) from error
         if plain.ctypes.data % dtype.itemsize:
             plain = plain.copy()  # an unusual header length left the data unaligned
         return plain.view(dtype).reshape(self.shape)
 
+    def read(self) -> npt.NDArray[Any]:
+        """Return the tensor's bits in memory of their own, for small ones: no later change of the file reaches them.
+
+        Raises:
+            ChangedError, FormatError: as `bits`.
+        """
+        buffer = np.empty(self.num_bytes, np.uint8)
+        try:
+            with self.open() as stream:
+                fill(stream.fileno(), buffer, self.begin)
+                require_same(self.file, self.identity, stream.fileno())
+        except OSError as error:
+            raise FormatError(
+                f"{self.where}: cannot be read: {error}. Fetch the file again."
+            ) from error
+        return buffer.view(BITS_DTYPES[self.dtype]).reshape(self.shape)
+
+    def open(self) -> BinaryIO:
+        """Return the file, open, unbuffered, and the same as when its header was read.
+
+        Raises:
+            ChangedError: it is not.
+            OSError: it cannot be opened.
+        """
+        try:
+            stream = self.file.open("rb", buffering=0)
+        except FileNotFoundError:
+            require_same(self.file, self.identity)
+            raise
+        try:
+            require_same(self.file, self.identity, stream.fileno())
+        except BaseException:
+            stream.close()
+            raise
+        return cast(BinaryIO, stream)
+
     def _map(self) -> npt.NDArray[np.uint8]:
         """Return the bytes as np.memmap would; that one resolves the path first, which takes longer than the rest."""
         skipped = self.begin % mmap.ALLOCATIONGRANULARITY
-        with self.file.open("rb") as stream:
+        with self.open() as stream:
             pages = mmap.mmap(
                 stream.fileno(),
                 skipped + self.num_bytes,
@@ -87,6 +133,25 @@ class StoredTensor:
         return np.frombuffer(pages, np.uint8, self.num_bytes, skipped)
 
 
+def files_of(tensors: Iterable[StoredTensor]) -> dict[Path, FileIdentity | None]:
+    """Return the files that hold these tensors, each with its identity when its header was read."""
+    return {tensor.file: tensor.identity for tensor in tensors}
+
+
+def fill(descriptor: int, buffer: npt.NDArray[np.uint8], at: int) -> None:
+    """Read bytes `at`.. of an open file until the buffer is full.
+
+    Raises:
+        OSError: the file ends before that, or cannot be read.
+    """
+    filled = 0
+    while filled < buffer.size:
+        count = os.preadv(descriptor, [buffer[filled:].data], at + filled)
+        if not count:
+            raise OSError(f"the file ends at byte {at + filled}")
+        filled += count
+
+
 def read_header(file: Path) -> dict[str, StoredTensor]:
     """Return the tensors of a safetensors file by name, in the order of their data.
 
@@ -94,13 +159,13 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         FormatError: the header is not valid or does not fit the file's size.
         UnsupportedError: a tensor has a dtype that this package does not know.
     """
-    text, size = _header_text(file)
+    text, identity = _header_text(file)
     header = _parse(file, text)
     header.pop(_METADATA, None)
     start = _LENGTH_BYTES + len(text)
-    tensors = [_tensor(file, name, entry, start) for name, entry in header.items()]
+    tensors = [_tensor(file, identity, name, entry, start) for name, entry in header.items()]
     tensors.sort(key=lambda tensor: (tensor.begin, tensor.num_bytes))
-    _check_layout(file, tensors, start, size)
+    _check_layout(file, tensors, start, identity.size)
     return {tensor.name: tensor for tensor in tensors}
 
 
@@ -124,21 +189,25 @@ def header_sha256(file: Path) -> str:
     return hashlib.sha256(_header_text(file)[0]).hexdigest()
 
 
-def _header_text(file: Path) -> tuple[bytes, int]:
-    """Return the JSON of a file's header, and the size of the file."""
-    size = regular_size(file)
+def _header_text(file: Path) -> tuple[bytes, FileIdentity]:
+    """Return the JSON of a file's header, and the identity of the file that it was read from."""
+    regular_size(file)
     refuse_pointer(file)
     try:
         with file.open("rb") as stream:
+            identity = FileIdentity.of(os.fstat(stream.fileno()))
+            size = identity.size
             length = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
             if size < _LENGTH_BYTES or length > min(size - _LENGTH_BYTES, MAX_HEADER_BYTES):
                 raise FormatError(
                     f"{file.name}: its first 8 bytes announce a header of {length} bytes, but the "
                     f"file has {size} bytes. It is truncated or not safetensors; fetch it again."
                 )
-            return read_text(stream, length, file.name), size
+            text = read_text(stream, length, file.name)
+            require_same(file, identity, stream.fileno())
     except OSError as error:
         raise FormatError(f"{file}: cannot be read: {error.strerror}.") from error
+    return text, identity
 
 
 def _parse(file: Path, text: bytes) -> dict[str, Any]:
@@ -157,7 +226,7 @@ def _parse(file: Path, text: bytes) -> dict[str, Any]:
     return header
 
 
-def _tensor(file: Path, name: str, entry: Any, start: int) -> StoredTensor:
+def _tensor(file: Path, identity: FileIdentity, name: str, entry: Any, start: int) -> StoredTensor:
     if not 0 < len(name) <= MAX_NAME or not name.isprintable():
         raise UnsupportedError(
             f"{file.name}: a tensor is named {shown(name)}, {len(name)} characters; "
@@ -185,7 +254,7 @@ def _tensor(file: Path, name: str, entry: Any, start: int) -> StoredTensor:
         raise FormatError(
             f"{where}: shape {shape}; sizes whose product is below 2**63 are expected."
         )
-    return StoredTensor(file, name, dtype, tuple(shape), start + begin, need)
+    return StoredTensor(file, name, dtype, tuple(shape), start + begin, need, identity)
 
 
 def _is_sizes(value: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -11,17 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from vllm_dfloat.checkpoint.folder import CONFIG_FILE, CONFIG_KEY, is_dfloat11, read_config
-from vllm_dfloat.checkpoint.manifest import MANIFEST_FILE
+from vllm_dfloat.checkpoint.listing import model_files
 from vllm_dfloat.checkpoint.plain_model import bf16_tensors
 from vllm_dfloat.checkpoint.quantized import refuse_quantized_config, refuse_quantized_files
-from vllm_dfloat.checkpoint.safetensors_file import StoredTensor
+from vllm_dfloat.checkpoint.safetensors_file import StoredTensor, files_of
+from vllm_dfloat.checkpoint.side_files import leads_outside
+from vllm_dfloat.checkpoint.source_files import SourceFiles
 from vllm_dfloat.errors import FormatError, UnsupportedError
 
-# Weights in other forms, and what belongs to a download rather than to the model.
-_NOT_COPIED = (
-    ".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt", ".h5", ".msgpack",
-    ".gguf", ".onnx", ".onnx_data", ".pkl", ".lock", ".incomplete", ".tmp",
-)  # fmt: skip
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -33,13 +31,13 @@ class Source:
         path: the folder.
         config: its config.json.
         tensors: everything its weight files hold, by name.
-        others: files to be copied, as paths relative to the folder.
+        files: all that it was read from, and what is copied with it.
     """
 
     path: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, StoredTensor]
-    others: tuple[str, ...]
+    files: SourceFiles
 
     def identity(self) -> str:
         """Return a digest of the config and of names, sizes, times and headers of the weight files."""
@@ -50,9 +48,10 @@ def identity_of(config: Mapping[str, Any], tensors: Iterable[StoredTensor]) -> s
     """Return a digest of a config and of names, sizes, times and headers of the files that hold these tensors."""
     ordered = sorted(tensors, key=lambda tensor: tensor.name)
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for file in sorted({tensor.file for tensor in ordered}):
-        status = file.stat()
-        digest.update(f"\n{file.name} {status.st_size} {status.st_mtime_ns}".encode())
+    for file, identity in sorted(files_of(ordered).items()):
+        if identity:  # without the inode, which another machine or mount may number otherwise
+            of_file = identity.size, identity.mtime_ns, identity.ctime_ns
+            digest.update(f"\n{file.name} {of_file}".encode())
     for tensor in ordered:
         digest.update(
             f"\n{tensor.name} {tensor.file.name} {tensor.dtype} {tensor.shape} {tensor.begin}".encode()
@@ -64,11 +63,13 @@ def open_source(path: Path) -> Source:
     """Open the BF16 model in folder `path`; reads the config and the headers.
 
     Raises:
+        ChangedError: a file was changed meanwhile.
         FormatError: no such folder, no safetensors or no config.json in it, a damaged file.
         UnsupportedError: the folder holds pickles only, is compressed already, or its weights are quantized.
     """
     if path.is_dir() and is_dfloat11(path):
         raise UnsupportedError(f"{path}: is a DFloat11 checkpoint already; expected BF16 weights.")
+    files = SourceFiles(path, lambda folder: model_files(folder).files)
     config = read_config(path)
     refuse_quantized_config(config or {}, f"{path / CONFIG_FILE}")
     tensors = bf16_tensors(path)
@@ -77,19 +78,20 @@ def open_source(path: Path) -> Source:
         raise FormatError(
             f"{path}: has no {CONFIG_FILE}; expected one, as Hugging Face models have."
         )
-    return Source(path, config, tensors, other_files(path))
+    _check_config_link(path, config)
+    files.check()
+    return Source(path, config, tensors, files)
 
 
-def other_files(path: Path) -> tuple[str, ...]:
-    """Return what is copied with a model, tokenizer and the like, as paths relative to the folder."""
-    found = []
-    for file in sorted(path.rglob("*")):
-        name = file.relative_to(path)
-        hidden = any(part.startswith(".") for part in name.parts)
-        is_ours = name.name in (CONFIG_FILE, MANIFEST_FILE) and len(name.parts) == 1
-        if file.is_file() and not hidden and not is_ours and not name.name.endswith(_NOT_COPIED):
-            found.append(name.as_posix())
-    return tuple(found)
+def _check_config_link(path: Path, config: Mapping[str, Any]) -> None:
+    """Refuse a config.json that leads out of the folder to what is no model's config: it would be passed on."""
+    is_model = any(key in config for key in ("model_type", "architectures", "_class_name"))
+    file = path / CONFIG_FILE
+    if not is_model and leads_outside(file, path):
+        raise FormatError(
+            f"{file}: is a link to {os.path.realpath(file)}, outside of the model's folder, and names no model_type; "
+            "expected a model's config. Put a copy of the right one in its place."
+        )
 
 
 def config_text(config: Mapping[str, Any], pattern_dict: Mapping[str, list[str]] | None) -> str:

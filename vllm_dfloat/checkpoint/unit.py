@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -46,6 +47,7 @@ class Unit:
         splits: int64 [m + 1], 0, first weight of each further member, N.
         luts: uint8 [R, 256] as stored.
         tables: int32 [R - 1, 256], the same codes without stale slots (code_tables.py).
+        first_block: of the stored unit that the first block is, if this is a piece of it.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Unit:
     splits: I64Array
     luts: U8Array
     tables: npt.NDArray[np.int32]
+    first_block: int = 0
 
     @property
     def num_weights(self) -> int:
@@ -87,7 +90,28 @@ class Unit:
             gaps=self.gaps[BLOCK_GAP_BYTES * first : BLOCK_GAP_BYTES * behind],
             positions=self.positions[first : behind + 1] - begin,
             splits=np.array([0, stop - begin]),
+            first_block=self.first_block + first,
         )
+
+
+class _StoredBytes:
+    """The bytes of a tensor that stay in their file: a range of them is read when it is asked for."""
+
+    def __init__(self, tensor: StoredTensor) -> None:
+        self._tensor = tensor
+
+    def __len__(self) -> int:
+        return self._tensor.num_bytes
+
+    def __getitem__(self, part: slice) -> U8Array:
+        begin, end, _ = part.indices(len(self))
+        bytes_ = replace(
+            self._tensor,
+            begin=self._tensor.begin + begin,
+            num_bytes=max(0, end - begin),
+            shape=(max(0, end - begin),),
+        )
+        return bytes_.read()
 
 
 @dataclass(frozen=True)
@@ -135,7 +159,7 @@ class UnitEntry:
             FormatError: they do not rise strictly from 0 to N.
         """
         tensor = self.fields["split_positions"]
-        splits = np.concatenate(([0], tensor.bits(), [self.num_weights])).astype(np.int64)
+        splits = np.concatenate(([0], tensor.read(), [self.num_weights])).astype(np.int64)
         if not (splits[1:] > splits[:-1]).all():
             raise FormatError(
                 f"{tensor.where}: found {splits[1:-1].tolist()[:20]}; positions that rise "
@@ -149,15 +173,25 @@ class UnitEntry:
         Raises:
             FormatError: the contents contradict the format.
         """
+        return self._unit(StoredTensor.bits)
+
+    def open(self) -> Unit:
+        """Do as `load`, but map nothing: only pieces of the unit can be decoded, and are read when they are cut.
+
+        For long jobs: a mapped file that is cut meanwhile ends the process, and pages of a mapping count as its memory.
+        """
+        return self._unit(lambda tensor: cast(U8Array, _StoredBytes(tensor)))
+
+    def _unit(self, large: Callable[[StoredTensor], U8Array]) -> Unit:
         luts = self.fields["luts"]
-        table = luts.bits()
+        table = luts.read()
         first = self.fields["encoded_exponent"]
         return Unit(
             name=self.name,
             where=f"{first.file.name}: {self.name}",
-            stream=first.bits(),
-            sign_mantissa=self.fields["sign_mantissa"].bits(),
-            gaps=self.fields["gaps"].bits(),
+            stream=large(first),
+            sign_mantissa=large(self.fields["sign_mantissa"]),
+            gaps=large(self.fields["gaps"]),
             positions=self._positions(),
             splits=self.splits,
             luts=table,
@@ -167,7 +201,7 @@ class UnitEntry:
     def _positions(self) -> I64Array:
         tensor = self.fields["output_positions"]
         numbers = self.num_weights
-        stored = tensor.bits().view("<u4").astype(np.int64)
+        stored = tensor.read().view("<u4").astype(np.int64)
         if stored[0] != 0 or stored[-1] != numbers:
             raise FormatError(
                 f"{tensor.where}: runs from {stored[0]} to {stored[-1]}; "

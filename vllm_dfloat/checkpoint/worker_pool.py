@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import (
     FIRST_COMPLETED,
     Future,
@@ -15,8 +15,12 @@ from concurrent.futures import (
     ThreadPoolExecutor,
     wait,
 )
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
+
+from vllm_dfloat.errors import DFloatError
 
 Result = TypeVar("Result")
 WORKER_BYTES = 400 << 20  # a process with its libraries, buffers and mapped pages; measured: 290 MB
@@ -40,6 +44,9 @@ def run_jobs(
     The first exception ends everything, an interruption by the user too: jobs that have not begun are given up, and
     running ones end with `Stopped` when they next report.
 
+    Raises:
+        DFloatError: a process was killed.
+
     Args:
         call: a function of a module; it reports how far it is by calling its last argument with a number.
         jobs: the other arguments, which must be picklable.
@@ -55,13 +62,34 @@ def run_jobs(
     done, stop = context.Value("q", 0), context.Value("b", 0, lock=False)
     arguments = (os.getpid(), threads, done, stop, held)
     pool = ProcessPoolExecutor(workers, context, _begin, arguments)
+    processes: list[BaseProcess] = []
     try:
         with _uninterrupted():
             futures = [pool.submit(_call, call, job) for job in jobs]
+            processes += multiprocessing.active_children()
         yield from _results(futures, lambda: done.value, advance)
+    except BrokenProcessPool as error:
+        pool.shutdown(wait=True, cancel_futures=True)  # which settles how its processes ended
+        raise DFloatError(_killed(processes)) from error
     finally:
         stop.value = 1
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _killed(processes: Iterable[BaseProcess]) -> str:
+    """Return a sentence on processes, all ended, of which one ended before its work did."""
+    codes = {process.exitcode or 0 for process in processes}
+    # A broken pool ends its other processes with SIGTERM.
+    names = [_ending(code) for code in sorted(codes - {0, -signal.SIGTERM})] or ["SIGTERM"]
+    likely = ", as the system does when memory runs out" if names[0] == "SIGKILL" else ""
+    return (
+        f"a worker process was ended by {names[0]}{likely}; expected it to end with its work. What is finished stays: "
+        "run the same command again, with fewer --workers if it is short of memory."
+    )
+
+
+def _ending(code: int) -> str:
+    return signal.Signals(-code).name if code < 0 else f"itself, with status {code}"
 
 
 def run_in_threads(

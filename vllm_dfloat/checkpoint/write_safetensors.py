@@ -18,8 +18,10 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from vllm_dfloat.checkpoint.file_identity import AGAIN
 from vllm_dfloat.checkpoint.pieces import read_pieces
 from vllm_dfloat.checkpoint.safetensors_file import BITS_DTYPES, StoredTensor
+from vllm_dfloat.errors import FormatError
 
 TEMPORARY = ".tmp-"  # prefix of files that are being written
 _PIECE_BYTES = 1 << 20  # so much stays in the cache between being hashed and being written
@@ -83,7 +85,7 @@ def replacing(file: Path) -> Iterator[Path]:
             os.fsync(stream.fileno())
         temporary.replace(file)
     except OSError as error:
-        if error.filename in (None, str(temporary)):
+        if error.errno is not None and error.filename in (None, str(temporary)):
             error.filename = str(file)
         if error.filename2 is not None:
             error.filename2 = str(file)
@@ -99,7 +101,7 @@ def write_safetensors(
 
     Raises:
         OSError: the disk is full, or the like.
-        ValueError: an item gave another number of bytes than its shape says.
+        FormatError: an item gave another number of bytes than its shape says: what it is made from has changed.
     """
     ordered = sorted(items, key=lambda item: (-_DTYPE_ORDER.index(item.dtype), item.name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
@@ -123,7 +125,10 @@ def write_safetensors(
         for item in ordered:
             written = _write_item(stream, digest, item)
             if written != item.num_bytes:
-                raise ValueError(f"{item.name}: {written} bytes given, {item.num_bytes} expected")
+                raise FormatError(
+                    f"{item.name}: {written} bytes were made, {item.num_bytes} expected: what it is made from was "
+                    f"changed meanwhile. {AGAIN}"
+                )
             total += written
     return Written(total, digest.hexdigest())
 
