@@ -1,7 +1,6 @@
 """Compression and back: official bytes, the whole circle, interruptions, refusals."""
 
 import json
-import math
 import os
 import shutil
 import signal
@@ -15,8 +14,8 @@ import tiny_models
 import torch
 from conftest import Checkpoint
 from dfloat11_helpers import VECTORS
-from helpers import gaussian
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from small_models import bf16, make_model
 
 from vllm_dfloat.checkpoint.compare import compare
 from vllm_dfloat.checkpoint.compress import Report, compress
@@ -28,18 +27,6 @@ from vllm_dfloat.checkpoint.source import open_source
 from vllm_dfloat.errors import FormatError, UnsupportedError
 
 SHIPPED = tiny_models.SHIPPED
-
-
-def bf16(*shape: int, seed: int = 0) -> torch.Tensor:
-    bits = gaussian(math.prod(shape[:-1]), shape[-1], seed)
-    return torch.from_numpy(bits.reshape(shape)).view(torch.bfloat16)
-
-
-def make_model(path: Path, tensors: dict[str, torch.Tensor], **config: object) -> Path:
-    path.mkdir()
-    save_file(tensors, path / "model.safetensors", {"format": "pt"})
-    (path / "config.json").write_text(json.dumps(config))
-    return path
 
 
 def circle(model: Path, folder: Path) -> tuple[Report, Path]:

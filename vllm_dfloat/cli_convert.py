@@ -85,7 +85,7 @@ def _device(text: str) -> str:
 
 def _compress(args: argparse.Namespace) -> int:
     from vllm_dfloat.checkpoint.compress import compress
-    from vllm_dfloat.checkpoint.left import left_lines
+    from vllm_dfloat.checkpoint.left import left_lines, left_out_lines
     from vllm_dfloat.checkpoint.locate import check_bf16
     from vllm_dfloat.checkpoint.source import local_folder, open_source
 
@@ -99,7 +99,7 @@ def _compress(args: argparse.Namespace) -> int:
     if args.json:
         say_json(_as_json(args, report))
     elif not args.quiet:
-        for line in left_lines(report.left):
+        for line in (*left_lines(report.left), *left_out_lines(report.left_out)):
             say(line)
         say(_last_line(args.target, report))
     return 0
@@ -140,6 +140,7 @@ def _as_json(args: argparse.Namespace, report: Report) -> dict[str, Any]:
         "num_bytes": report.num_bytes,
         "bf16_bytes": report.bf16_bytes,
         "left": dict(report.left),
+        "left_out": dict(report.left_out),
         "seconds": report.seconds,
     }
 
@@ -154,6 +155,7 @@ def _last_line(target: Path, report: Report) -> str:
 
 def _decompress(args: argparse.Namespace) -> int:
     from vllm_dfloat.checkpoint.decompress import decompress
+    from vllm_dfloat.checkpoint.left import left_out_lines
     from vllm_dfloat.checkpoint.locate import check_dfloat11
 
     check_dfloat11(args.path)
@@ -176,10 +178,13 @@ def _decompress(args: argparse.Namespace) -> int:
                 "out": str(args.out),
                 "tensors": restored.tensors,
                 "num_bytes": restored.num_bytes,
+                "left_out": dict(restored.left_out),
                 "seconds": seconds,
             }
         )
     elif not args.quiet:
+        for line in left_out_lines(restored.left_out):
+            say(line)
         say(
             f"{args.out}: {restored.tensors} tensors, {restored.num_bytes:,} bytes, {seconds:.1f} s"
         )
