@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
+import transformers
 from conftest import Checkpoint
 from dfloat11_helpers import VECTORS
 from safetensors.torch import load_file
@@ -24,6 +25,7 @@ from vllm_dfloat.checkpoint.dfloat11 import open_checkpoint
 from vllm_dfloat.checkpoint.manifest import MANIFEST_FILE, file_entry, read_manifest
 from vllm_dfloat.checkpoint.resume import COMPRESSION
 from vllm_dfloat.checkpoint.source import open_source
+from vllm_dfloat.checkpoint.weights import weights
 from vllm_dfloat.errors import FormatError, UnsupportedError
 
 SHIPPED = tiny_models.SHIPPED
@@ -141,6 +143,26 @@ def test_experts_in_one_tensor_and_tied_lm_head_come_back_under_their_names(tmp_
     report, compressed = circle(model, tmp_path)
     assert sorted(report.left) == ["lm_head.weight", f"{base}.gate_up_proj_bias"]
     assert len(open_checkpoint(compressed).units) == 4
+
+
+def test_the_embedding_of_an_encoder_has_its_name_and_shape_without_a_manifest_too(
+    tmp_path: Path,
+) -> None:
+    config = transformers.BertConfig(
+        vocab_size=256,
+        hidden_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        intermediate_size=96,
+    )
+    transformers.BertModel(config).bfloat16().save_pretrained(tmp_path / "m")
+    _, compressed = circle(tmp_path / "m", tmp_path)
+    (compressed / MANIFEST_FILE).unlink()
+    units = open_checkpoint(compressed)
+    assert "embeddings.word_embeddings" in units.units
+    found = {name: tuple(tensor.shape) for name, tensor in weights(units)}
+    original = load_file(tmp_path / "m/model.safetensors")
+    assert found == {name: tuple(tensor.shape) for name, tensor in original.items()}
 
 
 def test_rerun_after_a_kill_at_any_point_ends_with_the_same_bytes(

@@ -38,6 +38,12 @@ _PUBLISHED_SCOPE = {
     "FluxTransformer2DModel": re.compile(r"(single_)?transformer_blocks\.\d+\..*"),
 }
 _EMBEDDINGS = {"embed_tokens", "wte", "word_embeddings", "tok_embeddings", "lm_head"}
+# Classes without an LM head, such as BertModel, T5EncoderModel, Qwen3ForTokenClassification, but not GPT2LMHeadModel.
+_HEADLESS = re.compile(
+    r"(?!.*(LMHead|DoubleHeads|EncoderDecoder|Chat|GLM))"
+    r".*(Model(With\w+)?|Encoder|For(\w*(Classification|QuestionAnswering|MultipleChoice|NextSentencePrediction)"
+    r"|\w*(Embedding|Retrieval|Reward|Ranking|TextEncoding))\w*)"
+)
 _ROUTERS = {"gate", "router", "shared_expert_gate"}
 _EXPERTS = re.compile(r"expert|moe", re.IGNORECASE)
 
@@ -161,6 +167,10 @@ def _reason_to_leave(
 
 
 def _is_tied(config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> bool:
+    """Return whether the embedding is the LM head too; what a config says about it means nothing without a head."""
+    classes = _classes(config)
+    if classes and all(_HEADLESS.fullmatch(name) for name in classes):
+        return False
     text = config.get("text_config")
     for part in (config, text if isinstance(text, dict) else {}):
         if isinstance(part.get("tie_word_embeddings"), bool):
@@ -169,10 +179,15 @@ def _is_tied(config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> 
 
 
 def _scope(config: Mapping[str, Any]) -> re.Pattern[str] | None:
+    known = (name for name in _classes(config) if name in _PUBLISHED_SCOPE)
+    return next((_PUBLISHED_SCOPE[name] for name in known), None)
+
+
+def _classes(config: Mapping[str, Any]) -> list[str]:
+    """Return the names of the classes that the model is for."""
     architectures = config.get("architectures")
     names = [*(architectures if isinstance(architectures, list) else []), config.get("_class_name")]
-    known = (name for name in names if isinstance(name, str) and name in _PUBLISHED_SCOPE)
-    return next((_PUBLISHED_SCOPE[name] for name in known), None)
+    return [name for name in names if isinstance(name, str)]
 
 
 def _in_order(members: Mapping[str, str]) -> list[tuple[str, str]]:

@@ -1,0 +1,63 @@
+"""Encoders and other models without an LM head, compressed on disk and served for embeddings by a real vLLM."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from engines import PROMPTS, engine
+from tiny_models import SHIPPED
+
+from vllm_dfloat.checkpoint.compress import compress
+from vllm_dfloat.checkpoint.dfloat11 import open_checkpoint
+from vllm_dfloat.checkpoint.source import open_source
+
+pytestmark = pytest.mark.engine
+
+SHAPE: dict[str, Any] = dict(
+    vocab_size=260, hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=2,
+    max_position_embeddings=130, initializer_range=0.02,
+)  # fmt: skip
+# name: (config class, model class, what differs from SHAPE, module path of the word embedding)
+MODELS: dict[str, tuple[str, str, dict[str, Any], str]] = {
+    "bert": ("BertConfig", "BertModel", {}, "embeddings.word_embeddings"),
+    "qwen3": (
+        "Qwen3Config",
+        "Qwen3Model",
+        dict(head_dim=64, num_key_value_heads=1, tie_word_embeddings=True),
+        "embed_tokens",
+    ),
+}
+
+
+def save(name: str, path: Path) -> Path:
+    config, model, differences, _ = MODELS[name]
+    torch.manual_seed(7)
+    made = getattr(transformers, model)(getattr(transformers, config)(**{**SHAPE, **differences}))
+    for parameter in made.parameters():
+        if parameter.dim() == 1:
+            torch.nn.init.normal_(parameter, mean=parameter.data.mean().item(), std=0.02)
+    made.bfloat16().save_pretrained(path)
+    return path
+
+
+def embeddings(model: Path, **settings: Any) -> list[list[float]]:
+    settings |= dict(skip_tokenizer_init=False, tokenizer=str(SHIPPED))  # embed asks for one
+    with engine(model, runner="pooling", **settings) as llm:
+        outputs = llm.embed([{"prompt_token_ids": prompt} for prompt in PROMPTS], use_tqdm=False)
+    return [list(output.outputs.embedding) for output in outputs]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_without_lm_head_is_served_from_its_compressed_embedding(
+    name: str, tmp_path: Path
+) -> None:
+    # Bug caught: the word embedding, half of an encoder, left in BF16.
+    model = save(name, tmp_path / "m")
+    report = compress(open_source(model), tmp_path / "df11")
+    assert MODELS[name][3] in open_checkpoint(tmp_path / "df11").units
+    assert report.num_bytes < 0.75 * report.bf16_bytes
+    expected = embeddings(model)
+    assert embeddings(tmp_path / "df11") == expected
+    assert len({tuple(embedding) for embedding in expected}) == len(PROMPTS)
