@@ -9,8 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_dfloat.checkpoint.dfloat11 import open_checkpoint
-from vllm_dfloat.checkpoint.folder import is_dfloat11
+from vllm_dfloat.checkpoint.folder import is_dfloat11, read_config
 from vllm_dfloat.checkpoint.manifest import file_differences, read_manifest
+from vllm_dfloat.checkpoint.model_class import refuse_missing_parameters
 from vllm_dfloat.checkpoint.plain_model import bf16_tensors
 from vllm_dfloat.checkpoint.progress import Advance, Bytes, Start, ignore, no_start
 from vllm_dfloat.checkpoint.weights import typed_weights
@@ -99,7 +100,7 @@ def check(path: Path, start: Start = no_start, advance: Advance = ignore) -> Com
     """
     result = Comparison()
     manifest = read_manifest(path)
-    num_bytes, tensors = _open(path, None, keep_tied=True)
+    num_bytes, tensors = _open(path, None, keep_tied=True, must_be_whole=True)
     if manifest is not None:
         num_bytes += sum(entry["bytes"] for entry in manifest.files.values())
     progress = Bytes(num_bytes, advance)
@@ -116,14 +117,24 @@ def check(path: Path, start: Start = no_start, advance: Advance = ignore) -> Com
 
 
 def _open(
-    path: Path, shapes: Mapping[str, tuple[int, ...]] | None, keep_tied: bool
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]] | None,
+    keep_tied: bool,
+    must_be_whole: bool = False,
 ) -> tuple[int, Iterator[tuple[str, str, Bits]]]:
     """Return how many bytes the tensors of a checkpoint take when they are decoded, and (name, dtype, bits) of each."""
     if not is_dfloat11(path):
         stored = bf16_tensors(path)
+        if must_be_whole and read_config(path) is None:
+            raise FormatError(
+                f"{path}: has no config.json, so nothing says whether all of a model is here; expected one. Fetch it, "
+                "run the command again that was writing this folder, or compare with the original: --against."
+            )
         tensors = ((name, tensor.dtype, tensor.bits()) for name, tensor in stored.items())
         return sum(tensor.num_bytes for tensor in stored.values()), tensors
     checkpoint = open_checkpoint(path)
+    if must_be_whole and not checkpoint.has_manifest:
+        refuse_missing_parameters(path, checkpoint.names, path)
     num_bytes = sum(2 * unit.num_weights for unit in checkpoint.units.values())
     num_bytes += sum(tensor.num_bytes for tensor in checkpoint.plain.values())
     return num_bytes, typed_weights(checkpoint, shapes, keep_tied=keep_tied)

@@ -14,6 +14,7 @@ from vllm_dfloat.checkpoint.dfloat11 import Dfloat11Checkpoint, open_checkpoint
 from vllm_dfloat.checkpoint.folder import CONFIG_FILE
 from vllm_dfloat.checkpoint.folder_lock import FolderLock
 from vllm_dfloat.checkpoint.listing import INDEX_FILE, weight_files
+from vllm_dfloat.checkpoint.model_class import refuse_missing_parameters
 from vllm_dfloat.checkpoint.progress import Advance, ignore
 from vllm_dfloat.checkpoint.resume import DECOMPRESSION, resumable
 from vllm_dfloat.checkpoint.safetensors_file import StoredTensor
@@ -76,6 +77,8 @@ def decompress(
     files = SourceFiles(path, weight_files)
     checkpoint = open_checkpoint(path)
     items = plan(checkpoint, _shapes(path, original), keep_tied=True)
+    if not checkpoint.has_manifest:
+        refuse_missing_parameters(path, checkpoint.names, original or path)
     checkpoint.validate()
     files.check()
     shards = _shards(items, shard_bytes)

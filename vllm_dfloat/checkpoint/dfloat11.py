@@ -31,12 +31,14 @@ class Dfloat11Checkpoint:
         config: config.json as a dictionary.
         units: the compressed modules by module path.
         plain: every tensor that belongs to no unit, by tensor name.
+        has_manifest: whether a manifest lists its files, which have been compared with it.
     """
 
     path: Path
     config: Mapping[str, Any]
     units: Mapping[str, UnitEntry]
     plain: Mapping[str, StoredTensor]
+    has_manifest: bool = False
 
     @property
     def names(self) -> frozenset[str]:
@@ -93,7 +95,7 @@ def open_checkpoint(path: str | Path) -> Dfloat11Checkpoint:
     used = {tensor.name for unit in units.values() for tensor in unit.fields.values()}
     plain = {name: tensor for name, tensor in tensors.items() if name not in used}
     _refuse_stored_twice(units, plain)
-    checkpoint = Dfloat11Checkpoint(path, config, units, plain)
+    checkpoint = Dfloat11Checkpoint(path, config, units, plain, manifest is not None)
     if manifest:
         refuse_missing_weights(path, manifest, checkpoint.names)
     else:

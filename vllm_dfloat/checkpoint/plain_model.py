@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -12,6 +14,8 @@ from vllm_dfloat.checkpoint.safetensors_file import StoredTensor, read_header
 from vllm_dfloat.errors import FormatError, shown
 
 _PIECE_BYTES = 16 << 20
+
+Value = TypeVar("Value")
 
 
 def bf16_tensors(path: Path) -> dict[str, StoredTensor]:
@@ -48,17 +52,66 @@ def merged(chosen: ModelFiles) -> dict[str, StoredTensor]:
     for file in chosen.files:
         for name, tensor in read_header(file).items():
             other = tensors.setdefault(name, tensor)
-            if other is tensor:
-                continue
-            if not is_same(tensor, other):
-                raise FormatError(
-                    f"{tensor.where}: {tensor.dtype} {list(tensor.shape)}, and {other.file.name} holds a tensor of "
-                    f"that name with other contents, {other.dtype} {list(other.shape)}; one is expected, or two that "
-                    "are equal. The two files are of different versions of the model: fetch both again."
-                )
+            if other is not tensor:
+                refuse_different(tensor, other)
             if chosen.weight_map.get(name) == file.name:
                 tensors[name] = tensor
     return tensors
+
+
+def repeated(tensors: Iterable[StoredTensor]) -> frozenset[str]:
+    """Return the names under which several files hold the same tensor.
+
+    Raises:
+        FormatError: two hold different ones under one name.
+    """
+    first: dict[str, StoredTensor] = {}
+    found = set()
+    for tensor in tensors:
+        other = first.setdefault(tensor.name, tensor)
+        if other is not tensor:
+            refuse_different(tensor, other)
+            found.add(tensor.name)
+    return frozenset(found)
+
+
+def each_once(
+    pairs: Iterable[tuple[str, Value]], repeated: Collection[str]
+) -> Iterator[tuple[str, Value]]:
+    """Yield the same pairs, a name that comes again left out.
+
+    Args:
+        pairs: (tensor name, anything).
+        repeated: names that may come again, with the same contents.
+
+    Raises:
+        FormatError: another name comes again.
+    """
+    seen: set[str] = set()
+    for name, value in pairs:
+        if name not in seen:
+            seen.add(name)
+            yield name, value
+        elif name not in repeated:
+            raise FormatError(
+                f"{shown(name)}: the files of the checkpoint hold two tensors of that name, and whether they are equal "
+                "cannot be told here; one is expected. Convert the model to safetensors with one file or an index."
+            )
+
+
+def refuse_different(one: StoredTensor, other: StoredTensor) -> None:
+    """Refuse two tensors of one name that are not the same.
+
+    Raises:
+        FormatError: their dtypes, shapes or bytes differ.
+    """
+    if is_same(one, other):
+        return
+    raise FormatError(
+        f"{one.where}: {one.dtype} {list(one.shape)}, and {other.file.name} holds a tensor of that name with other "
+        f"contents, {other.dtype} {list(other.shape)}; one is expected, or two that are equal. The two files are of "
+        "different versions of the model: fetch both again."
+    )
 
 
 def is_same(one: StoredTensor, other: StoredTensor) -> bool:

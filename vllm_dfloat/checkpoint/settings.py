@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from vllm_dfloat.checkpoint.folder import CONFIG_FILE, CONFIG_KEY, is_unit_field, read_config
 from vllm_dfloat.checkpoint.listing import visible_files
+from vllm_dfloat.checkpoint.manifest import MANIFEST_FILE
 from vllm_dfloat.checkpoint.patterns import Patterns, compile_patterns
 from vllm_dfloat.checkpoint.safetensors_file import read_names
 from vllm_dfloat.errors import FormatError, UnsupportedError, shown
@@ -99,6 +100,11 @@ def _refuse_directory(path: Path, config: dict[str, Any] | None, files: Sequence
         )
     found = "no config.json" if config is None else f"a config.json without {CONFIG_KEY}"
     units = [name for file in files for name in read_names(file)[0] if is_unit_field(name)]
+    if units and (path / MANIFEST_FILE).exists():
+        raise FormatError(
+            f"{path}: found {found}; {MANIFEST_FILE} beside it was made with one that has {CONFIG_KEY}. Fetch "
+            "config.json again, or make the checkpoint again."
+        )
     if units:
         raise FormatError(
             f"{path}: found {found} and DFloat11 units, such as {shown(units[0].rpartition('.')[0])}, whose weights "

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vllm_dfloat.checkpoint.folder import CONFIG_FILE, is_dfloat11
+from vllm_dfloat.checkpoint.folder import is_dfloat11
 from vllm_dfloat.checkpoint.listing import weight_files
 from vllm_dfloat.checkpoint.locate import check_original
 from vllm_dfloat.checkpoint.manifest import read_manifest
+from vllm_dfloat.checkpoint.model_class import meta_model
 from vllm_dfloat.checkpoint.plain_model import bf16_tensors
-from vllm_dfloat.errors import FormatError, UnsupportedError
+from vllm_dfloat.errors import FormatError
 
 Shapes = Mapping[str, tuple[int, ...]]
-
-
-NO_SHAPES = "the format stores no shapes, so they come from the model's config"
 
 
 def module_shapes(model: str | Path | Any, advice: str = "") -> dict[str, tuple[int, ...]]:
@@ -36,59 +33,17 @@ def module_shapes(model: str | Path | Any, advice: str = "") -> dict[str, tuple[
         UnsupportedError: transformers does not know the model, or it is not installed.
         FormatError: the manifest is damaged.
     """
-    if not isinstance(model, str | Path):
-        return _built(model, "config", advice)
-    folder = Path(model) if Path(model).is_dir() else None
-    manifest = read_manifest(folder) if folder else None
+    is_folder = isinstance(model, str | Path) and Path(model).is_dir()
+    manifest = read_manifest(Path(model)) if is_folder else None
     if manifest is not None:
         return manifest.module_shapes
-    where = f"{model}: {CONFIG_FILE}" if folder else str(model)
-    with _transformers(where, advice) as transformers:
-        try:
-            config = transformers.AutoConfig.from_pretrained(str(model), trust_remote_code=False)
-        except Exception as error:  # transformers raises whatever the config's keys lead to
-            raise UnsupportedError(
-                f"{where}: transformers finds no model in it: {_brief(error)}; {NO_SHAPES}. {advice}".strip()
-            ) from error
-    return _built(config, where, advice)
-
-
-def _built(config: Any, where: str, advice: str) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the modules of the model that transformers builds from a config."""
-    reasons = []
-    with _transformers(where, advice) as transformers:
-        import torch  # here, as transformers: nothing else that reads a checkpoint needs them
-
-        for name in ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModel"):
-            try:
-                with torch.device("meta"):
-                    built = getattr(transformers, name).from_config(config, trust_remote_code=False)
-            except Exception as error:
-                reasons.append(f"{name}: {_brief(error)}")
-                continue
-            return {
-                name: (int(weight.shape[0]), int(weight.shape[1]))
-                for name, module in built.named_modules()
-                if isinstance(weight := getattr(module, "weight", None), torch.Tensor)
-                and weight.dim() == 2
-            }
-    raise UnsupportedError(
-        f"{where}: transformers cannot build this model; {NO_SHAPES}. {advice} {' '.join(reasons)}"
-    )
-
-
-@contextmanager
-def _transformers(where: str, advice: str) -> Iterator[Any]:
-    """Give the package transformers, or say what is missing: commands that convert are installed without it."""
-    try:
-        import transformers
-
-        yield transformers
-    except ImportError as error:
-        raise UnsupportedError(
-            f"{where}: {NO_SHAPES}, for which torch and transformers are needed: {_brief(error)}. Install them: "
-            f"pip install torch transformers. {advice}".strip()
-        ) from error
+    modules = meta_model(model, advice).named_modules()
+    weights = {name: getattr(module, "weight", None) for name, module in modules}
+    return {
+        name: (int(weight.shape[0]), int(weight.shape[1]))
+        for name, weight in weights.items()
+        if weight is not None and getattr(weight, "ndim", 0) == 2
+    }
 
 
 def original_shapes(original: Path) -> dict[str, tuple[int, ...]]:
@@ -109,11 +64,6 @@ def original_shapes(original: Path) -> dict[str, tuple[int, ...]]:
         for name, tensor in bf16_tensors(original).items()
         if len(tensor.shape) > 1
     }
-
-
-def _brief(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:200] if text else ''}"
 
 
 def resolve_shape(path: str, numel: int, shapes: Shapes, where: str) -> tuple[int, ...]:

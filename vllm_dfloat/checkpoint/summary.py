@@ -78,7 +78,7 @@ class Summary:
         units = self.total(COMPRESSED)
         if not units.weights:
             lines.append(
-                f"{self.path}: nothing is compressed on disk (config.json has no {CONFIG_KEY})"
+                f"{self.path}: nothing is compressed on disk (no {CONFIG_KEY} in config.json or a header)"
             )
         else:
             lines.append(

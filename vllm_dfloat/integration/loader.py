@@ -11,6 +11,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 
 from vllm_dfloat.checkpoint.folder import is_dfloat11
+from vllm_dfloat.checkpoint.plain_model import each_once, repeated
 from vllm_dfloat.checkpoint.read_ahead import read_ahead
 from vllm_dfloat.checkpoint.safetensors_file import StoredTensor, read_header
 from vllm_dfloat.errors import DFloatError
@@ -65,14 +66,19 @@ class DFloat11ModelLoader(_Reporting, DefaultModelLoader):  # type: ignore[misc]
     def get_all_weights(self, model_config: Any, model: torch.nn.Module) -> Weights:
         if model_config.quantization != METHOD:
             return super().get_all_weights(model_config, model)  # type: ignore[no-any-return]
-        # Asked of the files, not of model_config: vLLM reloads from other folders too.
-        folder, files = compat.checkpoint_files(self, model_config, model)
+        # Asked of the files, not of model_config: vLLM reloads from other folders too. vLLM's own choice of files is
+        # no guide to a DFloat11 folder, in which an index is that of the original.
+        folder = Path(model_config.model)
+        if not folder.is_dir():
+            folder, _ = compat.checkpoint_files(self, model_config, model)
         if is_dfloat11(folder):
             self.counter_before_loading_weights = time.perf_counter()  # for vLLM's log
             return official_weights(folder, model_config.hf_config, model)
-        pairs = super().get_all_weights(model_config, model)
+        stored = stored_in(compat.checkpoint_files(self, model_config, model)[1])
+        # A layer counts what arrives for it, so nothing may arrive twice.
+        pairs = each_once(super().get_all_weights(model_config, model), repeated(stored))
         if compat.reads_lazily(self.load_config):
-            pairs = read_ahead(pairs, wanted(stored_in(files), model))
+            pairs = read_ahead(pairs, wanted(stored, model))
         return biases_after_weights(pairs)
 
 

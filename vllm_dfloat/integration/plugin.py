@@ -30,11 +30,12 @@ def _register() -> None:
         register_quantization_config,
     )
 
-    from vllm_dfloat.integration import autodetect, compat
+    from vllm_dfloat.integration import autodetect, compat, unfinished
     from vllm_dfloat.integration.config import DFloat11Config
 
     if METHOD not in QUANTIZATION_METHODS:
         register_quantization_config(METHOD)(DFloat11Config)
         compat.warn_if_untested_version()
     autodetect.install()
+    unfinished.install()
     compat.let_numba_be_scanned()

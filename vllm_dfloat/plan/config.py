@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_dfloat.checkpoint.folder import CONFIG_FILE, MAX_CONFIG_BYTES, refuse_unfinished
+from vllm_dfloat.checkpoint.dfloat11 import open_checkpoint
+from vllm_dfloat.checkpoint.folder import CONFIG_FILE, MAX_CONFIG_BYTES, is_dfloat11
 from vllm_dfloat.checkpoint.json_file import read_object
 from vllm_dfloat.checkpoint.quantized import refuse_quantized_config
 from vllm_dfloat.errors import FormatError, UnsupportedError, shown
@@ -63,7 +64,8 @@ def config_file(model: str) -> Path:
         return path
     if path.is_dir() or model.count("/") != 1 or model.startswith((".", "~", "/")):
         if not (path / CONFIG_FILE).is_file():
-            refuse_unfinished(path)
+            if path.is_dir() and is_dfloat11(path):
+                open_checkpoint(path)  # which says what a half-made one needs
             what = f"no {CONFIG_FILE} in it" if path.is_dir() else "no such file or folder"
             raise FormatError(
                 f"{model}: {what}; expected a model's folder, its {CONFIG_FILE}, or a hub id."
