@@ -8,12 +8,11 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.utils import set_weight_attrs
 
-from vllm_dfloat.integration import compat
-from vllm_dfloat.integration.layouts import BY_NAME
+from vllm_dfloat.integration import compat, lookup
 from vllm_dfloat.integration.packed import PackedMethod
 
 # vLLM's cache of compiled models knows this file's text and not the ops': count up when they mean something else.
-OP_REVISION = 3
+OP_REVISION = 4
 
 
 class DFloat11EmbeddingMethod(PackedMethod, QuantizeMethodBase):  # type: ignore[misc]  # vLLM is untyped
@@ -41,10 +40,10 @@ class DFloat11EmbeddingMethod(PackedMethod, QuantizeMethodBase):  # type: ignore
     ) -> torch.Tensor:
         return self.multiply(layer, x, bias)
 
-    def embedding(self, layer: torch.nn.Module, input_: torch.Tensor) -> torch.Tensor:
+    def embedding(self, layer: Any, input_: torch.Tensor) -> torch.Tensor:
         self.check_in_place(layer)
         ids = input_.reshape(-1)
-        rows = BY_NAME[self.layout].lookup(layer.dfloat11_desc, ids, self.rows, self.cols)
+        rows = lookup.look_up(layer.dfloat11_desc, ids, self.rows, self.cols, self.layout)
         return rows.view(*input_.shape, self.cols)
 
     def tie_weights(self, layer: torch.nn.Module, embed_tokens: torch.nn.Module) -> torch.nn.Module:
