@@ -1,5 +1,7 @@
 """Several runs into one folder at once: at most one works in it, and what it calls finished is whole."""
 
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -218,3 +220,46 @@ def test_a_folder_with_two_beginnings_is_refused_without_force(tmp_path: Path) -
     compress(open_source(SHIPPED), target, force=True)
     assert compare(target, SHIPPED).is_equal
     assert not list(target.glob(".*"))
+
+
+def test_a_file_system_without_locks_is_refused_unless_only_its_files_have_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flock = fcntl.flock
+
+    def of_folders_only(descriptor: object, operation: int) -> None:
+        if not isinstance(descriptor, int):
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", of_folders_only)
+    compress(open_source(SHIPPED), tmp_path / "t")
+    assert compare(tmp_path / "t", SHIPPED).is_equal
+
+    def of_nothing(descriptor: object, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", of_nothing)
+    with pytest.raises(FormatError, match="cannot be locked: No locks available"):
+        compress(open_source(SHIPPED), tmp_path / "u")
+
+
+@pytest.mark.parametrize("line", [b"\xff\xfe\n", b"[1]\n", b"\0\0\n", b'{"file": "model'])
+def test_a_damaged_line_of_a_journal_and_what_follows_it_count_as_not_done(
+    line: bytes, tmp_path: Path
+) -> None:
+    # Bug caught: "internal error, UnicodeDecodeError".
+    target, whole = tmp_path / "t", tmp_path / "whole"
+
+    def stop(_: int) -> None:
+        if len(list(target.glob("model_layers_*.safetensors"))) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compress(open_source(SHIPPED), target, advance=stop)
+    journal = target / COMPRESSION.journal
+    head, first, *rest = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(head + first + line + b"".join(rest))
+    compress(open_source(SHIPPED), target)
+    compress(open_source(SHIPPED), whole)
+    assert contents(target) == contents(whole)

@@ -20,7 +20,8 @@ from vllm_dfloat.checkpoint.file_identity import unchanged
 from vllm_dfloat.checkpoint.pieces import StoredWeights
 from vllm_dfloat.checkpoint.plan_units import PlannedUnit, is_expert
 from vllm_dfloat.checkpoint.progress import COMPARE, COUNT, ENCODE, SIGNS, Advance, Progress, ignore
-from vllm_dfloat.checkpoint.safetensors_file import StoredTensor, files_of, read_header
+from vllm_dfloat.checkpoint.safetensors_file import read_header
+from vllm_dfloat.checkpoint.stored_tensor import StoredTensor, files_of
 from vllm_dfloat.checkpoint.unit import FIELDS, UnitEntry
 from vllm_dfloat.checkpoint.write_safetensors import (
     Item,

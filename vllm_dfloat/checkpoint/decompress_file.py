@@ -15,7 +15,7 @@ from vllm_dfloat.checkpoint.decode_unit import decode_range
 from vllm_dfloat.checkpoint.file_identity import unchanged
 from vllm_dfloat.checkpoint.pieces import piece_weights
 from vllm_dfloat.checkpoint.progress import Advance
-from vllm_dfloat.checkpoint.safetensors_file import StoredTensor, files_of
+from vllm_dfloat.checkpoint.stored_tensor import StoredTensor, files_of
 from vllm_dfloat.checkpoint.unit import Unit, UnitEntry
 from vllm_dfloat.checkpoint.weights import Member
 from vllm_dfloat.checkpoint.write_safetensors import Item, copy_item, replacing, write_safetensors

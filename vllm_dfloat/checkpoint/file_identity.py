@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO, cast
 
 from vllm_dfloat.errors import ChangedError
 
@@ -98,6 +99,26 @@ def unchanged(files: Mapping[Path, FileIdentity | None]) -> Iterator[None]:
         check()
         raise
     check()
+
+
+def open_same(file: Path, before: FileIdentity | None) -> BinaryIO:
+    """Return a file, open, unbuffered, that has not changed.
+
+    Raises:
+        ChangedError: it has.
+        OSError: it cannot be opened.
+    """
+    try:
+        stream = file.open("rb", buffering=0)
+    except FileNotFoundError:
+        require_same(file, before)
+        raise
+    try:
+        require_same(file, before, stream.fileno())
+    except BaseException:
+        stream.close()
+        raise
+    return cast(BinaryIO, stream)
 
 
 def changed(file: Path, what: str, advice: str = AGAIN) -> ChangedError:

@@ -69,16 +69,22 @@ def _lock(folder: Path) -> int:
     end = time.monotonic() + PATIENCE
     while True:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:
+            continue  # somebody removed it
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_same(folder, descriptor):  # else somebody removed it before it was locked
                 return descriptor
         except BlockingIOError:
             pass
-        except BaseException:
+        except OSError as error:
             os.close(descriptor)
-            raise
+            raise FormatError(
+                f"{folder}: cannot be locked: {error.strerror}; expected a file system with locks, which keep two runs "
+                "apart. Choose a folder on another one."
+            ) from error
         os.close(descriptor)
         if time.monotonic() > end:
             raise FormatError(

@@ -6,17 +6,19 @@ The journal lies in the folder that is being made, and is removed when everythin
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, TextIO
+from typing import IO, Any
 
 from vllm_dfloat.errors import FormatError
 
 _VERSION = 1
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 
 
 class Journal:
@@ -26,7 +28,7 @@ class Journal:
         done: what the lines said that were there when it was opened.
     """
 
-    def __init__(self, stream: TextIO, done: list[dict[str, Any]]) -> None:
+    def __init__(self, stream: IO[bytes], done: list[dict[str, Any]]) -> None:
         self._stream = stream
         self.done = done
 
@@ -37,7 +39,7 @@ class Journal:
             OSError: the disk is full, or the like; it names the journal.
         """
         try:
-            self._stream.write(json.dumps(entry) + "\n")
+            self._stream.write(json.dumps(entry).encode() + b"\n")
             self._stream.flush()
             os.fsync(self._stream.fileno())
         except OSError as error:
@@ -59,14 +61,14 @@ def open_journal(
     Raises:
         FormatError: the journal is that of another source, or another process has it open.
     """
-    with file.open("a+", encoding="utf-8") as stream:
+    with file.open("ab+") as stream:
         _lock(file, stream)
         lines, size = ([], 0) if anew else _read(stream)
         head = {"version": _VERSION, "source": identity}
         if lines and lines[0] != head:
             raise FormatError(
-                f"{file.parent}: holds the beginning of a {task} of other weights (or by another version); "
-                "give --force to start anew, or choose another folder."
+                f"{file.parent}: holds the beginning of a {task} of other weights, or of files that were written to or "
+                "touched since, or by another version; give --force to start anew, or choose another folder."
             )
         stream.truncate(size)  # a line that was cut short
         journal = Journal(stream, lines[1:])
@@ -90,29 +92,38 @@ def discard_journal(file: Path) -> None:
         return
 
 
-def _lock(file: Path, stream: IO[Any]) -> None:
+def _lock(file: Path, stream: IO[bytes]) -> None:
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        is_there = os.path.samestat(file.stat(), os.fstat(stream.fileno()))
-    except (BlockingIOError, FileNotFoundError):
-        is_there = False
+        is_there = True
+    except OSError as error:
+        # On a file system without locks of files that of the folder remains, which other machines do not see.
+        is_there = error.errno in _NO_LOCKS
+    is_there = is_there and _leads_to(file, stream)
     if not is_there:  # locked by a run, or removed by one that ended just now
         raise FormatError(
             f"{file.parent}: another process is at work in this folder; wait for it, or choose another."
         )
 
 
-def _read(stream: TextIO) -> tuple[list[dict[str, Any]], int]:
+def _leads_to(file: Path, stream: IO[bytes]) -> bool:
+    try:
+        return os.path.samestat(file.stat(), os.fstat(stream.fileno()))
+    except FileNotFoundError:
+        return False
+
+
+def _read(stream: IO[bytes]) -> tuple[list[dict[str, Any]], int]:
     """Return the whole lines and how many bytes they take."""
     stream.seek(0)
     lines, size = [], 0
     for line in stream:
         try:
-            lines.append(json.loads(line))
+            entry = json.loads(line)
         except ValueError:
             break
-        if not line.endswith("\n"):
-            lines.pop()
+        if not line.endswith(b"\n") or not isinstance(entry, dict):
             break
-        size += len(line.encode())
+        lines.append(entry)
+        size += len(line)
     return lines, size

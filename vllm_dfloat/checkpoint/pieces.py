@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_dfloat.checkpoint.file_identity import require_same
-from vllm_dfloat.checkpoint.safetensors_file import BITS_DTYPES, StoredTensor, fill
+from vllm_dfloat.checkpoint.stored_tensor import BITS_DTYPES, StoredTensor, fill
 from vllm_dfloat.codec.threads import num_threads
 from vllm_dfloat.errors import FormatError
 

@@ -15,9 +15,9 @@ from vllm_dfloat.checkpoint.folder import CONFIG_FILE, CONFIG_KEY, is_dfloat11, 
 from vllm_dfloat.checkpoint.listing import model_files
 from vllm_dfloat.checkpoint.plain_model import bf16_tensors
 from vllm_dfloat.checkpoint.quantized import refuse_quantized_config, refuse_quantized_files
-from vllm_dfloat.checkpoint.safetensors_file import StoredTensor, files_of
 from vllm_dfloat.checkpoint.side_files import leads_outside
 from vllm_dfloat.checkpoint.source_files import SourceFiles
+from vllm_dfloat.checkpoint.stored_tensor import StoredTensor, files_of
 from vllm_dfloat.errors import FormatError, UnsupportedError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
