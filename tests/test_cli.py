@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from vllm_dfloat.checkpoint.summary import Row, grouped
 from vllm_dfloat.cli import main
 
 VECTORS = Path(__file__).parent / "data/vectors"
@@ -177,6 +178,7 @@ def test_inspect_table_has_a_line_per_module_and_a_sentence(
     assert lines[0].split() == [
         "module",
         "kind",
+        "count",
         "members",
         "weights",
         "bytes",
@@ -186,6 +188,39 @@ def test_inspect_table_has_a_line_per_module_and_a_sentence(
     ]
     assert any(line.startswith("model.layers.1 ") for line in lines)
     assert "2 units compressed" in lines[-1]
+
+
+def test_inspect_shows_repeated_tensors_in_one_row_with_their_count(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    # Bug caught: a row for each of 65 norms, in which the units are not seen.
+    folder = VECTORS / "llama-tiny-df11"
+    assert main(["inspect", str(folder)]) == 0
+    rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
+    assert rows["model.layers.*.input_layernorm.weight"][:4] == ["plain", "2", "2", "512"]
+    assert rows["model.norm.weight"][:4] == ["plain", "1", "1", "256"]
+    assert not any("layers.0." in name for name in rows)
+    assert {"model.layers.0", "model.layers.1"} <= rows.keys()  # units differ, and have a row each
+
+
+def test_rows_are_grouped_by_kind_and_size_and_experts_by_layer() -> None:
+    def unit(name: str, num_bytes: int) -> Row:
+        return Row(name, "dfloat11", 3, 100, num_bytes, 200)
+
+    def plain(name: str, weights: int) -> Row:
+        return Row(name, "plain", 1, weights, 2 * weights, 2 * weights)
+
+    rows = [unit(f"h.{i}", 130 + i) for i in range(2)]
+    rows += [unit(f"h.{i}.experts.{k}", 130 + k) for i in range(2) for k in range(3)]
+    rows += [plain("h.0.norm.weight", 8), plain("h.1.norm.weight", 8), plain("h.2.norm.weight", 9)]
+    assert grouped(rows) == [
+        (rows[0], 1),
+        (rows[1], 1),
+        (Row("h.0.experts.*", "dfloat11", 9, 300, 393, 600), 3),
+        (Row("h.1.experts.*", "dfloat11", 9, 300, 393, 600), 3),
+        (Row("h.*.norm.weight", "plain", 2, 16, 32, 32), 2),
+        (rows[-1], 1),
+    ]
 
 
 def test_inspect_of_a_plain_folder_says_that_nothing_is_compressed(

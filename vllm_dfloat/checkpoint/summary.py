@@ -1,6 +1,7 @@
 """What a checkpoint on disk holds: which modules are compressed, and how many bits each weight takes."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -46,9 +47,8 @@ class Summary:
 
     def total(self, kind: str | None = None) -> Row:
         """Return the sum over the rows of one kind, or over all."""
-        rows = [row for row in self.rows if kind in (None, row.kind)]
-        sums = [sum(getattr(row, field) for row in rows) for field in _SUMMED]
-        return Row("total", kind or "all", *sums)
+        rows = (row for row in self.rows if kind in (None, row.kind))
+        return _sum("total", kind or "all", rows)
 
     def as_json(self) -> dict[str, Any]:
         rows = [{**asdict(row), "bits_per_weight": row.bits_per_weight} for row in self.rows]
@@ -62,19 +62,20 @@ class Summary:
         return {"path": self.path, "modules": rows, "totals": totals}
 
     def as_table(self) -> str:
-        """Return a table for people; the last line is the whole in one sentence."""
-        heads = ["module", "kind", "members", "weights", "bytes", "bits/weight", "of BF16"]
-        body = [
-            _cells(row)
-            for row in [*self.rows, self.total(COMPRESSED), self.total(PLAIN), self.total()]
-        ]
+        """Return a table for people, repeated tensors in one row; the last line is the whole in one sentence."""
+        heads = ["module", "kind", "count", "members", "weights", "bytes", "bits/weight", "of BF16"]
+        groups = grouped(self.rows)
+        body = [_cells(row, count) for row, count in groups]
+        for kind in (COMPRESSED, PLAIN, None):
+            count = sum(kind in (None, row.kind) for row in self.rows)
+            body.append(_cells(self.total(kind), count))
         widths = [max(len(line[i]) for line in [heads, *body]) for i in range(len(heads))]
         lines = []
         for line in [heads, *body]:
             left = [cell.ljust(width) for cell, width in zip(line[:2], widths[:2], strict=True)]
             right = [cell.rjust(width) for cell, width in zip(line[2:], widths[2:], strict=True)]
             lines.append("  ".join(left + right))
-        lines.insert(len(self.rows) + 1, "-" * len(lines[0]))
+        lines.insert(len(groups) + 1, "-" * len(lines[0]))
         units = self.total(COMPRESSED)
         if not units.weights:
             lines.append(
@@ -92,13 +93,46 @@ class Summary:
 _SUMMED = ("members", "weights", "num_bytes", "bf16_bytes")
 
 
-def _cells(row: Row) -> list[str]:
+def grouped(rows: Iterable[Row]) -> list[tuple[Row, int]]:
+    """Return the sum of rows that a model repeats, and how many they are; any other row by itself, in their order.
+
+    Plain tensors are repeated if they have one size and names that differ in numbers alone, as the norms of all layers;
+    units are if their names differ in the last of several numbers, as the experts of a layer.
+    """
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(_group(row), []).append(row)
+    return [
+        (same[0] if len(same) == 1 else _sum(key[0], same[0].kind, same), len(same))
+        for key, same in groups.items()
+    ]
+
+
+def _group(row: Row) -> tuple[Any, ...]:
+    """Return the name of the group that a row is in, with * in place of numbers, and what its rows have in common."""
+    parts = row.name.split(".")
+    numbers = [i for i, part in enumerate(parts) if part.isdecimal()]
+    if row.kind == COMPRESSED:
+        numbers = numbers[1:][-1:]
+    for i in numbers:
+        parts[i] = "*"
+    sizes = () if row.kind == COMPRESSED else (row.weights, row.num_bytes)
+    return ".".join(parts), row.kind, *sizes
+
+
+def _sum(name: str, kind: str, rows: Iterable[Row]) -> Row:
+    rows = list(rows)
+    return Row(name, kind, *(sum(getattr(row, field) for row in rows) for field in _SUMMED))
+
+
+def _cells(row: Row, count: int) -> list[str]:
     ratio = f"{100 * row.num_bytes / row.bf16_bytes:.1f} %" if row.bf16_bytes else "-"
     bits = f"{row.bits_per_weight:.3f}" if row.weights else "-"
     return [
         row.name,
         row.kind,
-        str(row.members),
+        f"{count:,}",
+        f"{row.members:,}",
         f"{row.weights:,}",
         f"{row.num_bytes:,}",
         bits,
