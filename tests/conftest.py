@@ -14,6 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from vllm_dfloat import cli_progress
+
+cli_progress.tells_compiling = False  # what stderr holds is not to depend on numba's cache
+
 Checkpoint = Callable[[str], Path]
 
 

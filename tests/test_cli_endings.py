@@ -18,8 +18,10 @@ import json, os, resource, signal, sys
 from pathlib import Path
 import vllm_dfloat.checkpoint.compare, vllm_dfloat.checkpoint.compress, vllm_dfloat.checkpoint.decompress
 import vllm_dfloat.checkpoint.summary, vllm_dfloat.plan.plan, vllm_dfloat.plan.report
+from vllm_dfloat import cli_progress
 from vllm_dfloat.cli import main
 
+cli_progress.tells_compiling = False
 kinds, folder = json.loads(sys.argv[1]), Path(sys.argv[2])
 
 def interrupt(event, args):

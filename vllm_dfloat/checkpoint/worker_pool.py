@@ -16,10 +16,11 @@ from concurrent.futures import (
     wait,
 )
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
+from vllm_dfloat.codec.compiling import telling, told
 from vllm_dfloat.errors import DFloatError
 
 Result = TypeVar("Result")
@@ -60,14 +61,21 @@ def run_jobs(
         return
     context = multiprocessing.get_context("spawn")  # a fork would copy locks held by other threads
     done, stop = context.Value("q", 0), context.Value("b", 0, lock=False)
-    arguments = (os.getpid(), threads, done, stop, held)
+    compiles = context.Value("b", 0, lock=False)
+
+    def look() -> int:
+        if compiles.value:
+            told()
+        return int(done.value)
+
+    arguments = (os.getpid(), threads, done, stop, compiles, held)
     pool = ProcessPoolExecutor(workers, context, _begin, arguments)
     processes: list[BaseProcess] = []
     try:
         with _uninterrupted():
             futures = [pool.submit(_call, call, job) for job in jobs]
             processes += multiprocessing.active_children()
-        yield from _results(futures, lambda: done.value, advance)
+        yield from _results(futures, look, advance)
     except BrokenProcessPool as error:
         pool.shutdown(wait=True, cancel_futures=True)  # which settles how its processes ended
         raise DFloatError(_killed(processes)) from error
@@ -143,12 +151,14 @@ def _uninterrupted() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+_telling = ExitStack()  # closed with the worker
 _shared: tuple[Any, ...] | None = None  # in a worker: what was done, whether to stop, what it holds
 
 
-def _begin(parent: int, threads: int, done: Any, stop: Any, held: object) -> None:
+def _begin(parent: int, threads: int, done: Any, stop: Any, compiles: Any, held: object) -> None:
     global _shared
     _shared = done, stop, held
+    _telling.enter_context(telling(lambda: setattr(compiles, "value", 1)))
     os.environ["VLLM_DFLOAT_THREADS"] = str(threads)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 

@@ -1,0 +1,62 @@
+"""The first run on a machine says that it compiles."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from dfloat11_helpers import stored_unit, write_checkpoint
+from numba.core import event
+
+from vllm_dfloat import cli_progress
+from vllm_dfloat.checkpoint.worker_pool import run_jobs
+from vllm_dfloat.cli_progress import COMPILING, Bar
+
+
+def compile_twice(_: Callable[[int], None] | None = None) -> None:
+    """Say what numba says when it compiles two functions."""
+    for _ in range(2):
+        with event.trigger_event("numba:compile"):
+            pass
+
+
+@pytest.fixture(autouse=True)
+def _tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli_progress, "tells_compiling", True)
+
+
+def test_a_cold_cache_is_one_line_on_stderr_and_a_warm_one_none(tmp_path: Path) -> None:
+    model = write_checkpoint(tmp_path / "model", {"odd77": stored_unit("edge-good", "odd77")})
+    for expected in (COMPILING + "\n", ""):
+        done = subprocess.run(
+            [sys.executable, "-m", "vllm_dfloat.cli", "verify", str(model)],
+            env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "cache")},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0
+        assert done.stderr == expected
+        assert len(done.stdout.splitlines()) == 1
+
+
+@pytest.mark.parametrize("start", [True, False])
+def test_compiling_is_told_once_and_not_with_quiet_or_after_the_command(
+    start: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for quiet in (False, True):
+        with Bar(quiet) as bar:
+            if start:
+                bar.start(10)
+            compile_twice()
+        compile_twice()
+        assert capsys.readouterr().err == ("" if quiet else COMPILING + "\n")
+
+
+def test_a_process_of_a_pool_that_compiles_is_told_of_once(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    with Bar(quiet=False):
+        assert list(run_jobs(compile_twice, [(), ()], 2, 1, lambda _: None)) == [None, None]
+    assert capfd.readouterr().err == COMPILING + "\n"
