@@ -67,7 +67,7 @@ def test_decompress_says_what_it_wrote_and_gives_the_model_back(
     [
         (["compress", "{nowhere}", "{out}"], "nowhere: no such folder"),
         (["compress", "{df11}", "{out}"], "is a DFloat11 checkpoint already"),
-        (["compress", str(SHIPPED), "{df11}"], "give --force"),
+        (["compress", str(SHIPPED), "{full}"], "not the beginning of a compression; give --force"),
         (["compress", str(SHIPPED), "{out}", "--device", "cuda:9"], "cuda:9: torch "),
         (
             ["compress", str(SHIPPED), "{out}", "--device", "cuda", "--workers", "2"],

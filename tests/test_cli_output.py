@@ -82,9 +82,9 @@ def test_verify_reports_the_bytes_of_both_phases_one_by_one(compressed: Path) ->
 
 KEYS = {
     "compress": {
-        "source", "target", "units", "num_bytes", "bf16_bytes", "left", "left_out", "seconds",
+        "source", "target", "units", "num_bytes", "bf16_bytes", "left", "left_out", "seconds", "was_finished",
     },
-    "decompress": {"path", "out", "tensors", "num_bytes", "left_out", "seconds"},
+    "decompress": {"path", "out", "tensors", "num_bytes", "left_out", "seconds", "was_finished"},
     "verify": {"path", "against", "equal", "tensors", "num_bytes", "files", "differences"},
     "inspect": {"path", "modules", "totals"},
 }  # fmt: skip

@@ -22,6 +22,7 @@ from vllm_dfloat.checkpoint.compare import compare
 from vllm_dfloat.checkpoint.compress import Report, compress
 from vllm_dfloat.checkpoint.decompress import decompress
 from vllm_dfloat.checkpoint.dfloat11 import open_checkpoint
+from vllm_dfloat.checkpoint.folder import FINISHED_FILE
 from vllm_dfloat.checkpoint.manifest import MANIFEST_FILE, file_entry, read_manifest
 from vllm_dfloat.checkpoint.resume import COMPRESSION
 from vllm_dfloat.checkpoint.source import open_source
@@ -69,7 +70,7 @@ def test_shipped_model_comes_back_with_every_file_byte_for_byte(tmp_path: Path) 
     assert index["weight_map"].keys() == load_file(SHIPPED / "model.safetensors").keys()
     manifest = read_manifest(compressed)
     assert manifest is not None
-    files = {path.name for path in compressed.iterdir()} - {MANIFEST_FILE}
+    files = {path.name for path in compressed.iterdir()} - {MANIFEST_FILE, FINISHED_FILE}
     assert files == set(manifest.files)
     for name, entry in manifest.files.items():
         assert entry == file_entry(compressed / name)
@@ -96,6 +97,8 @@ def test_a_sharded_source_is_read_by_its_index_and_its_copy_left_out(tmp_path: P
     (source / "pytorch_model.bin").write_bytes(b"pickle")
     compress(open_source(source), tmp_path / "again")
     left, right = tmp_path / "df11", tmp_path / "again"
+    (left / FINISHED_FILE).unlink()  # says which source it was
+    (right / FINISHED_FILE).unlink()
     assert {p.name: p.read_bytes() for p in left.iterdir()} == {
         p.name: p.read_bytes() for p in right.iterdir()
     }

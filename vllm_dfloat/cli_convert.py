@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 # Files that are made at once where a GPU encodes: it waits for hashing, which takes a core about 1.2 ns per weight.
 _GPU_THREADS = 4
+_WAS_FINISHED = "was finished before, and neither it nor its source has changed since"
 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -142,15 +143,18 @@ def _as_json(args: argparse.Namespace, report: Report) -> dict[str, Any]:
         "left": dict(report.left),
         "left_out": dict(report.left_out),
         "seconds": report.seconds,
+        "was_finished": report.was_finished,
     }
 
 
 def _last_line(target: Path, report: Report) -> str:
     ratio = 100 * report.num_bytes / report.bf16_bytes
-    return (
-        f"{target}: {ratio:.1f} % ({report.bf16_bytes:,} => {report.num_bytes:,} bytes), {report.units} units, "
-        f"all decoded and compared, {report.seconds:.1f} s"
+    what = (
+        f"{ratio:.1f} % ({report.bf16_bytes:,} => {report.num_bytes:,} bytes), {report.units} units"
     )
+    if report.was_finished:
+        return f"{target}: {_WAS_FINISHED}: {what}"
+    return f"{target}: {what}, all decoded and compared, {report.seconds:.1f} s"
 
 
 def _decompress(args: argparse.Namespace) -> int:
@@ -180,12 +184,15 @@ def _decompress(args: argparse.Namespace) -> int:
                 "num_bytes": restored.num_bytes,
                 "left_out": dict(restored.left_out),
                 "seconds": seconds,
+                "was_finished": restored.was_finished,
             }
         )
     elif not args.quiet:
         for line in left_out_lines(restored.left_out):
             say(line)
-        say(
-            f"{args.out}: {restored.tensors} tensors, {restored.num_bytes:,} bytes, {seconds:.1f} s"
-        )
+        what = f"{restored.tensors} tensors, {restored.num_bytes:,} bytes"
+        if restored.was_finished:
+            say(f"{args.out}: {_WAS_FINISHED}: {what}")
+        else:
+            say(f"{args.out}: {what}, {seconds:.1f} s")
     return 0

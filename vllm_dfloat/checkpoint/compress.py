@@ -7,9 +7,11 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vllm_dfloat.checkpoint.compress_file import FileJob, FileResult, compress_file
 from vllm_dfloat.checkpoint.encode_pieces import Coder
+from vllm_dfloat.checkpoint.finished import find_finished, write_finished
 from vllm_dfloat.checkpoint.folder import CONFIG_FILE
 from vllm_dfloat.checkpoint.folder_lock import FolderLock
 from vllm_dfloat.checkpoint.manifest import MANIFEST_FILE, Manifest
@@ -50,6 +52,7 @@ class Report:
         left: tensor name -> why it was not compressed.
         left_out: file beside the weights -> why it was not copied.
         seconds: how long it took.
+        was_finished: an earlier run had done everything.
     """
 
     bf16_bytes: int
@@ -58,6 +61,7 @@ class Report:
     left: Mapping[str, str]
     left_out: Mapping[str, str]
     seconds: float
+    was_finished: bool = False
 
 
 def compress(
@@ -73,7 +77,7 @@ def compress(
 
     Args:
         source: an open BF16 model, which is only read.
-        target: a new or empty folder, or one in which the same compression was begun.
+        target: a new or empty folder, or one in which the same compression was begun or finished.
         force: take another folder too, and replace the checkpoint in it.
         workers: processes; by default as many as cores and memory allow. With a coder, threads; by default one.
         start: called with the bytes to be read in all, and with those that an earlier run has read.
@@ -94,7 +98,10 @@ def compress(
             f"{source.path}: holds no BF16 weight of a linear or embedding layer (its dtypes: {', '.join(found)}); "
             "there is nothing to compress."
         )
-    begun = resumable(source.path, target, COMPRESSION, source.identity(), force)
+    identity = source.identity()
+    if not force and (known := find_finished(target, COMPRESSION, identity, source.files)):
+        return Report(**known, seconds=time.monotonic() - began, was_finished=True)
+    begun = resumable(source.path, target, COMPRESSION, identity, force)
     with begun as work, source.files.unchanged():
         jobs = plan_files(plan, source)
         sizes = {job.file: _num_bytes(source, job) for job in jobs}
@@ -106,7 +113,8 @@ def compress(
             work.append(result.as_json())
             results[result.file] = result
         report = _finish(source, work, plan, [results[job.file] for job in jobs])
-    return Report(*report, time.monotonic() - began)
+        write_finished(work, COMPRESSION, identity, source.files, report)
+    return Report(**report, seconds=time.monotonic() - began)
 
 
 def _num_bytes(source: Source, job: FileJob) -> int:
@@ -187,7 +195,7 @@ def _run(
 
 def _finish(
     source: Source, work: Work, plan: UnitPlan, results: Sequence[FileResult]
-) -> tuple[int, int, int, Mapping[str, str], Mapping[str, str]]:
+) -> dict[str, Any]:
     """Write everything beside the weights; return the fields of a Report without the time."""
     units = [unit for result in results for unit in result.units]
     for name in source.files.side.names:
@@ -200,6 +208,10 @@ def _finish(
     left = dict(plan.left)
     for result in results:
         left.update(result.left)
-    before = sum(tensor.num_bytes for tensor in source.tensors.values())
-    after = sum(result.num_bytes for result in results)
-    return before, after, len(units), left, source.files.side.left_out
+    return {
+        "bf16_bytes": sum(tensor.num_bytes for tensor in source.tensors.values()),
+        "num_bytes": sum(result.num_bytes for result in results),
+        "units": len(units),
+        "left": left,
+        "left_out": dict(source.files.side.left_out),
+    }

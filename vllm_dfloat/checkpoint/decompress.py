@@ -11,6 +11,7 @@ from typing import Any
 
 from vllm_dfloat.checkpoint.decompress_file import Shard, decompress_file, num_bytes
 from vllm_dfloat.checkpoint.dfloat11 import Dfloat11Checkpoint, open_checkpoint
+from vllm_dfloat.checkpoint.finished import find_finished, write_finished
 from vllm_dfloat.checkpoint.folder import CONFIG_FILE
 from vllm_dfloat.checkpoint.folder_lock import FolderLock
 from vllm_dfloat.checkpoint.listing import INDEX_FILE, weight_files
@@ -36,11 +37,18 @@ SHARD_BYTES = 5_000_000_000
 
 @dataclass(frozen=True)
 class Restored:
-    """How many tensors were written, how many bytes they take, and which files beside them were not copied, and why."""
+    """What a decompression did.
+
+    Attributes:
+        tensors, num_bytes: how many tensors were written, and how many bytes they take.
+        left_out: file beside the weights -> why it was not copied.
+        was_finished: an earlier run had done everything.
+    """
 
     tensors: int
     num_bytes: int
     left_out: Mapping[str, str]
+    was_finished: bool = False
 
 
 def decompress(
@@ -60,7 +68,7 @@ def decompress(
 
     Args:
         path: a DFloat11 checkpoint, ours or an official one.
-        out: a new or empty folder, or one in which the same was begun.
+        out: a new or empty folder, or one in which the same was begun or finished.
         force: take another folder too, and replace the checkpoint in it.
         workers: processes; by default as many as cores and memory allow.
         start: called with the bytes to be written in all, and with those that an earlier run has written.
@@ -84,6 +92,8 @@ def decompress(
     shards = _shards(items, shard_bytes)
     sizes = {shard.file: shard.num_bytes for shard in shards}
     identity = _identity(checkpoint, items, shard_bytes)
+    if not force and (known := find_finished(out, DECOMPRESSION, identity, files)):
+        return Restored(**known, was_finished=True)
     begun = resumable(path, out, DECOMPRESSION, identity, force)
     with begun as work, files.unchanged():
         done = work.resume(set(sizes))
@@ -92,7 +102,13 @@ def decompress(
         for result in _run(work.lock, todo, workers, advance):
             work.append(result)
         _write_rest(checkpoint, files, work, shards)
-    return Restored(len(items), sum(sizes.values()), files.side.left_out)
+        report: dict[str, Any] = {
+            "tensors": len(items),
+            "num_bytes": sum(sizes.values()),
+            "left_out": dict(files.side.left_out),
+        }
+        write_finished(work, DECOMPRESSION, identity, files, report)
+    return Restored(**report)
 
 
 def _shapes(path: Path, original: Path | None) -> Shapes:

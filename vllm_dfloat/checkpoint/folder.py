@@ -19,6 +19,9 @@ COMPRESS_JOURNAL, DECOMPRESS_JOURNAL = (
     ".vllm-dfloat-compress.jsonl",
     ".vllm-dfloat-decompress.jsonl",
 )
+FINISHED_FILE = (
+    ".vllm-dfloat-finished.json"  # what the same command again compares; no part of a model
+)
 CONFIG_FILE = "config.json"
 CONFIG_KEY = "dfloat11_config"
 _UNIT_FIELDS = frozenset(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from vllm_dfloat.checkpoint.folder import COMPRESS_JOURNAL, DECOMPRESS_JOURNAL
+from vllm_dfloat.checkpoint.folder import COMPRESS_JOURNAL, DECOMPRESS_JOURNAL, FINISHED_FILE
 from vllm_dfloat.checkpoint.folder_lock import locked
 from vllm_dfloat.checkpoint.journal import discard_journal, open_journal
 from vllm_dfloat.checkpoint.manifest import MANIFEST_FILE
@@ -17,7 +17,7 @@ from vllm_dfloat.checkpoint.work import Work
 from vllm_dfloat.checkpoint.write_safetensors import TEMPORARY
 from vllm_dfloat.errors import DFloatError, FormatError
 
-_CHECKPOINT_FILES = ("*.safetensors", "*.safetensors.index.json", MANIFEST_FILE)
+_CHECKPOINT_FILES = ("*.safetensors", "*.safetensors.index.json", MANIFEST_FILE, FINISHED_FILE)
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Task:
 
 COMPRESSION = Task("compression", COMPRESS_JOURNAL)
 DECOMPRESSION = Task("decompression", DECOMPRESS_JOURNAL)
+TASKS = (COMPRESSION, DECOMPRESSION)
 
 
 @contextmanager
@@ -95,7 +96,7 @@ def _check_place(source: Path, target: Path, task: Task) -> None:
 
 
 def _check_content(target: Path, task: Task) -> None:
-    begun = [(target / other.journal).exists() for other in (COMPRESSION, DECOMPRESSION)]
+    begun = [(target / other.journal).exists() for other in TASKS]
     if all(begun):  # a forced run was killed before it had removed the other's journal
         raise FormatError(
             f"{target}: holds the beginnings of a compression and of a decompression; give --force to start anew, or "
@@ -110,7 +111,7 @@ def _check_content(target: Path, task: Task) -> None:
 
 def _clear(target: Path, task: Task) -> None:
     """Remove the checkpoint in the folder, and the beginning of another task."""
-    for other in (COMPRESSION, DECOMPRESSION):
+    for other in TASKS:
         if other != task:
             discard_journal(target / other.journal)
     for pattern in _CHECKPOINT_FILES:

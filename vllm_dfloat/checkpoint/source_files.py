@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import astuple
 from pathlib import Path
 
 from vllm_dfloat.checkpoint.file_identity import FileIdentity, Snapshot, changed
@@ -54,6 +55,15 @@ class SourceFiles:
     def identity(self, name: str) -> FileIdentity | None:
         """Return what a file was when this was made."""
         return self._snapshot.files.get(name)
+
+    def record(self) -> dict[str, list[int]]:
+        """Return what every file was when this was made, for JSON."""
+        return {name: list(astuple(file)) for name, file in sorted(self._snapshot.files.items())}
+
+    def changed_since(self, record: Mapping[str, Sequence[int]]) -> tuple[str, str] | None:
+        """Return the first file that is not what it was for `record`, and how it differs in words, or None."""
+        before = {name: FileIdentity(*values) for name, values in record.items()}
+        return Snapshot(self.folder, before).difference(self._snapshot.files)
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:
