@@ -106,6 +106,49 @@ def unquantized_gemm(backend: str) -> Callable[..., torch.Tensor]:
     return dispatch_unquantized_gemm()  # type: ignore[no-any-return]
 
 
+def is_compiled_for_gpu(config: Any) -> bool:
+    """Return whether Inductor will compile the model of this VllmConfig for a GPU."""
+    from vllm.platforms import current_platform
+
+    compilation = config.compilation_config
+    is_eager = int(compilation.mode or 0) == 0 or compilation.backend not in ("", "inductor")
+    return bool(current_platform.is_cuda_alike()) and not is_eager
+
+
+def inductor_times_kernels(options: Mapping[str, Any]) -> bool:
+    """Return whether Inductor with these options lets its stopwatch choose between kernels of other bits."""
+    from torch._inductor import config
+
+    if not options.get("deterministic", getattr(config, "deterministic", False)):
+        return True
+    return bool(options.get("combo_kernels") and options.get("benchmark_combo_kernel"))
+
+
+def inductor_keeps_biases(options: Mapping[str, Any]) -> bool:
+    """Return whether Inductor with these options leaves a bias in the GEMM that eager mode puts it in."""
+    from torch._inductor import config
+
+    name = "keep_addmm_fused_for_half_dtypes"
+    return bool(options.get(name, getattr(config, name, False)))
+
+
+def tunes_single_sizes() -> bool:
+    """Return whether vLLM lets Inductor tune what it compiles for one batch size."""
+    from vllm import envs
+
+    return bool(
+        envs.VLLM_ENABLE_INDUCTOR_MAX_AUTOTUNE
+        or envs.VLLM_ENABLE_INDUCTOR_COORDINATE_DESCENT_TUNING
+    )
+
+
+def is_plain_gemm(gemm: Callable[..., torch.Tensor]) -> bool:
+    """Return whether this GEMM of vLLM's for BF16 weights is F.linear, which torch.compile sees through."""
+    from vllm.model_executor.layers.utils import default_unquantized_gemm
+
+    return gemm is default_unquantized_gemm
+
+
 def batch_invariant_gemm() -> Callable[..., torch.Tensor]:
     """Return vLLM's GEMM (x, weight, bias) under VLLM_BATCH_INVARIANT."""
     try:

@@ -115,6 +115,8 @@ class DFloat11Config(QuantizationConfig):  # type: ignore[misc]  # vLLM is untyp
 
     def _start(self) -> None:
         """Once a VllmConfig can be seen: read the command line's options, refuse what cannot work."""
+        from vllm_dfloat.integration import compiled
+
         config = compat.current_config()
         if self._started or config is None:
             return
@@ -133,6 +135,7 @@ class DFloat11Config(QuantizationConfig):  # type: ignore[misc]  # vLLM is untyp
         if reason := compat.refusal(config):
             raise UnsupportedError(f"dfloat11 does not work with {reason}")
         self._check_official(str(config.load_config.load_format))
+        compiled.prepare(config)
         self._started = True
 
     def _check_official(self, load_format: str) -> None:

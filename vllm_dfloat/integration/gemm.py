@@ -40,6 +40,13 @@ def find_gemm(name: str) -> Gemm:
     return lambda x, weight, bias: gemm(None, x, weight, bias)
 
 
+def is_traced_as_matmul(name: str) -> bool:
+    """Return whether torch.compile sees BF16 vLLM's GEMM of this name as a matmul, and may rewrite it."""
+    if name == BATCH_INVARIANT:
+        return False
+    return name == PLAIN or compat.is_plain_gemm(compat.unquantized_gemm(name))
+
+
 def _cpu_gemm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Do what BF16 vLLM does on a CPU: pack the weight for oneDNN or sgl, then multiply; other kernels, other bits."""
     # A bias of its own for the packing: 0.28 takes it from the layer, later versions change the layer's.

@@ -14,7 +14,7 @@ from vllm_dfloat.integration import compat
 from vllm_dfloat.integration.packed import PackedMethod
 
 # vLLM's cache of compiled models knows this file's text and not the op's: count up when `linear` means something else.
-OP_REVISION = 3
+OP_REVISION = 4
 
 
 @register_weight_loader_v2_supported_method
