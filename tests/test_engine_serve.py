@@ -1,5 +1,6 @@
 """The promise over HTTP: `vllm serve` and the OpenAI client."""
 
+import json
 import os
 import re
 import socket
@@ -36,6 +37,7 @@ def server(model: Path, log: Path, *options: str) -> Iterator[str]:
     environment = {
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+        "VLLM_SERVER_DEV_MODE": "1",  # for /collective_rpc
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
     }
     with start(command, log, environment) as process:
@@ -75,6 +77,18 @@ def complete(url: str) -> dict[str, Any]:
     return completion.choices[0].model_dump()
 
 
+def check_weights(url: str) -> dict[str, Any]:
+    """Return what the check of a live server reports, as docs/checks.md asks for it."""
+    request = urllib.request.Request(
+        f"{url}/collective_rpc",
+        data=json.dumps({"method": "check_dfloat11_weights"}).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=60) as response:
+        (report,) = json.load(response)["results"]
+    return dict(report)
+
+
 def test_server_answers_as_a_bf16_server(tmp_path: Path) -> None:
     logs = tmp_path / "bf16.log", tmp_path / "dfloat11.log"
     options = ["--quantization", "dfloat11"]
@@ -87,6 +101,8 @@ def test_server_answers_as_a_bf16_server(tmp_path: Path) -> None:
         for url, log in zip(urls, logs, strict=True):
             wait_until_ready(url, log)
         plain, compressed = (complete(url) for url in urls)
+        report = check_weights(urls[1])
+    assert report["damaged"] == []
     assert len(plain["token_ids"]) == 12
     assert len(plain["logprobs"]["top_logprobs"][0]) >= 20
     assert compressed == plain
@@ -95,4 +111,5 @@ def test_server_answers_as_a_bf16_server(tmp_path: Path) -> None:
     num_compressed, num_layers = map(
         int, re.findall(r"compressed (\d+) of (\d+) layers", lines[0])[0]
     )
+    assert report["tensors"] == num_compressed
     assert num_layers - num_compressed == 4  # qkv, o, gate_up and down of the ignored layer

@@ -267,3 +267,21 @@ def is_elsewhere(name: str, model: torch.nn.Module) -> bool:
 def is_gate(layer: torch.nn.Module) -> bool:
     """Return whether the layer is a router with GEMMs of its own, which it keeps only if unquantized."""
     return any(cls.__name__ == "GateLinear" for cls in type(layer).__mro__)
+
+
+def worker_class() -> Any:
+    """Return the class of vLLM's workers, whose methods `collective_rpc` calls by name."""
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    return WorkerBase
+
+
+def models_of(worker: Any) -> list[torch.nn.Module]:
+    """Return the model of a worker, and that of its drafter, if it has one of its own."""
+    runner = worker.model_runner
+    drafter = getattr(runner, "drafter", None) or getattr(runner, "speculator", None)
+    draft = getattr(drafter, "model", None)
+    models = (
+        [worker.get_model(), draft] if isinstance(draft, torch.nn.Module) else [worker.get_model()]
+    )
+    return models

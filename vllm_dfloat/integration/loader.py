@@ -48,9 +48,11 @@ class _Reporting:
         if model_config.quantization == METHOD:
             from vllm_dfloat.integration import (  # the ops, which other runs do not need
                 grouping,
+                live_check,
                 report,
             )
 
+            live_check.install()
             grouping.group_blocks(model)
             report.log_summary(model)
         return model
