@@ -11,7 +11,7 @@ import torch
 from torch.nn import Parameter
 
 from vllm_dfloat.errors import UnsupportedError
-from vllm_dfloat.integration.placeholder import WeightPlaceholder
+from vllm_dfloat.integration.placeholder import WeightPlaceholder, decoded_by_detach
 
 NAME = "model.layers.3.mlp.down_proj"
 SENTENCE = (
@@ -24,7 +24,11 @@ Operation = Callable[[Any], Any]
 
 @pytest.fixture
 def weight() -> WeightPlaceholder:
-    return WeightPlaceholder(NAME, 4, 6, torch.device("cpu"))
+    return placeholder()
+
+
+def placeholder(name: str = NAME) -> WeightPlaceholder:
+    return WeightPlaceholder(name, 4, 6, torch.device("cpu"), OTHER.clone)
 
 
 class Layer(torch.nn.Module):
@@ -69,7 +73,7 @@ WRITES: dict[str, Operation] = {
     "set_": lambda w: w.set_(OTHER),
     "init": torch.nn.init.normal_,
     "grad =": lambda w: setattr(w, "grad", OTHER),
-    "of another layer": lambda w: w.data.copy_(WeightPlaceholder(NAME, 4, 6, w.device)),
+    "of another layer": lambda w: w.data.copy_(placeholder()),
     "weight_loader": lambda w: w.weight_loader(w, OTHER, "q"),
     "load_qkv_weight": lambda w: w.load_qkv_weight(loaded_weight=OTHER, shard_id="q"),
     "load_row_parallel_weight": lambda w: w.load_row_parallel_weight(OTHER),
@@ -141,10 +145,16 @@ def test_module_calls_that_change_nothing_work(weight: WeightPlaceholder) -> Non
 
 def test_equals_nothing_but_itself(weight: WeightPlaceholder) -> None:
     # Bug caught: two empty tensors are equal, so a draft model was given the target's embeddings.
-    other = WeightPlaceholder("another", 4, 6, torch.device("cpu"))
+    other = placeholder("another")
     assert torch.equal(weight, weight)
     assert not torch.equal(weight.cpu(), other.cpu())
     assert not torch.equal(OTHER, weight)
+
+
+def test_checksums_of_vllm_are_those_of_the_bf16_weight(weight: WeightPlaceholder) -> None:
+    with decoded_by_detach():
+        assert torch.equal(weight.detach(), OTHER)
+    assert weight.detach() is weight
 
 
 def test_compiled_code_may_look_at_it(weight: WeightPlaceholder) -> None:

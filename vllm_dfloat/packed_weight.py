@@ -5,7 +5,7 @@ contradicts nothing, so a checksum of the payload is kept, and beside the descri
 compared where a caller waits for a result anyway (`unpack` and the like), never in a forward pass.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -58,6 +58,11 @@ class PackedWeight:
         kind, num_words, code_bits = self.fields
         words = 0 if kind == KIND_RAW else num_words
         return PackedLayout(self.rows, self.cols, words, code_bits).num_bytes
+
+    def to(self, device: torch.device | str) -> "PackedWeight":
+        """Return it on another device, with a descriptor of its own; the payload is not copied if it is there."""
+        payload = self.payload.to(device)
+        return replace(self, payload=payload, desc=descriptor(payload, self.fields))
 
     def check_descriptor(self) -> None:
         """Check what must hold before any kernel may follow the descriptor; waits for the device.

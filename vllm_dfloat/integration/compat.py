@@ -4,6 +4,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Hashable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,13 @@ def current_config() -> Any | None:
     from vllm.config import get_current_vllm_config_or_none
 
     return get_current_vllm_config_or_none()
+
+
+def as_current(config: Any) -> AbstractContextManager[Any]:
+    """Return a context in which vLLM's layers find this VllmConfig."""
+    from vllm.config import set_current_vllm_config
+
+    return set_current_vllm_config(config)  # type: ignore[no-any-return]
 
 
 def is_ignored(name: str, ignore: Iterable[str], fused: Mapping[str, list[str]]) -> bool:

@@ -60,5 +60,6 @@ def _group(layers: list[Any]) -> None:
     for layer, start in zip(layers, starts, strict=False):
         layer.__dict__[packed.BLOCK] = table  # no buffer, which strangers could write
         layer.quant_method.place_in_block = start, starts[-1]
+        layer.quant_method.block_table = table.cpu()
     scratch.require(device, starts[-1] * TILE_WEIGHTS)
     layers[0].quant_method.reserve_scratch(device)

@@ -50,11 +50,15 @@ class _Reporting:
                 grouping,
                 live_check,
                 report,
+                updates,
+                worker,
             )
 
             live_check.install()
             grouping.group_blocks(model)
             report.log_summary(model)
+            updates.keep(model, vllm_config, model_config)
+            worker.install()
         return model
 
 

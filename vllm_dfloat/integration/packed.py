@@ -1,12 +1,13 @@
 """What linear layers and embeddings have in common: a weight that vLLM loads as BF16 and we hold compressed."""
 
 import dataclasses
+import functools
 
 import torch
 
 from vllm_dfloat import fused, ops
 from vllm_dfloat.errors import UnsupportedError
-from vllm_dfloat.integration import compat, gemm
+from vllm_dfloat.integration import compat, gemm, layerwise
 from vllm_dfloat.integration.layouts import BY_NAME
 from vllm_dfloat.integration.options import Options
 from vllm_dfloat.integration.placeholder import HOW, WeightPlaceholder
@@ -56,6 +57,7 @@ class PackedMethod:
         self.fused_rows = 0
         self.placeholder: WeightPlaceholder | None = None
         self.place_in_block = 0, 0  # first tile, tiles of the whole block
+        self.block_table: torch.Tensor | None = None  # of the block, on the host
         self.gemm = gemm.BATCH_INVARIANT if compat.is_batch_invariant() else self._backend(config)
         self.lanes = compat.lanes(config)
         load_config = getattr(config, "load_config", None)
@@ -69,7 +71,8 @@ class PackedMethod:
             self._finish(layer)
             return
         weight = layer.get_parameter("weight").data
-        if not self.makes_up_weights:
+        is_update = self.placeholder is not None
+        if (is_update or not self.makes_up_weights) and not layerwise.keeps_rest(layer):
             self._check_arrived(layer, weight)
         if getattr(layer, "_cpu_skip_gemm_dispatch", False):  # vLLM's wish for MLA's kv_b_proj
             self.gemm = gemm.PLAIN
@@ -96,8 +99,11 @@ class PackedMethod:
         del layer.weight
         hold(layer, packed)
         if self.placeholder is None:
-            self.placeholder = WeightPlaceholder(self.name, self.rows, self.cols, device)
+            decode = functools.partial(self.dequantize_weight, layer)
+            self.placeholder = WeightPlaceholder(self.name, self.rows, self.cols, device, decode)
         layer.register_parameter("weight", self.placeholder)
+        if self.block_table is not None:  # sleep level 2 takes what lies on a GPU
+            layer.__dict__[BLOCK].copy_(self.block_table)
         layer.__dict__[PROCESSED] = True
         scratch.require(device, ops.padded_numel(self.rows, self.cols))
 

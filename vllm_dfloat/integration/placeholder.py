@@ -6,7 +6,9 @@ would be lost in silence, and the engine would go on answering from the old weig
 """
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NoReturn
 
 import torch
@@ -35,6 +37,21 @@ _ITSELF = frozenset(
 )
 
 
+Decode = Callable[[], torch.Tensor]
+
+_detach_decodes = ContextVar("detach_decodes", default=False)
+
+
+@contextmanager
+def decoded_by_detach() -> Iterator[None]:
+    """Let detach() return the BF16 weight, in memory of its own, to code that only reads what it returns."""
+    token = _detach_decodes.set(True)
+    try:
+        yield
+    finally:
+        _detach_decodes.reset(token)
+
+
 class WeightPlaceholder(Parameter):
     """A parameter without values.
 
@@ -43,14 +60,15 @@ class WeightPlaceholder(Parameter):
     """
 
     layer_name: str
+    decode: Decode
 
     def __new__(
-        cls, layer_name: str, rows: int, cols: int, device: torch.device
+        cls, layer_name: str, rows: int, cols: int, device: torch.device, decode: Decode
     ) -> "WeightPlaceholder":
-        """Return a placeholder for the BF16 weight [rows, cols] of a layer."""
+        """Return a placeholder for the BF16 weight [rows, cols] of a layer, which `decode` returns."""
         nan = torch.full((1, 1), torch.nan, dtype=torch.bfloat16, device=device)
         self: WeightPlaceholder = _T._make_subclass(cls, nan.expand(rows, cols), False)
-        self.layer_name = layer_name
+        self.layer_name, self.decode = layer_name, decode
         return self
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -70,8 +88,11 @@ class WeightPlaceholder(Parameter):
     ) -> Any:
         kwargs = kwargs or {}
         first = args[0] if args else None
-        if isinstance(first, WeightPlaceholder) and _gives_itself(func, args, kwargs):
-            return first
+        if isinstance(first, WeightPlaceholder):
+            if func is _T.detach and _detach_decodes.get():
+                return first.decode()
+            if _gives_itself(func, args, kwargs):
+                return first
         if func is torch.equal or func is _T.equal:
             return args[0] is args[1]
         is_getter = getattr(func, "__name__", "") == "__get__" and func not in _VIEWS

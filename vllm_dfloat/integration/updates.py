@@ -1,0 +1,222 @@
+"""Changes of a loaded model's weights: each takes effect as a whole, or not at all.
+
+BF16 vLLM that fails in the middle of a reload is left with layers without memory. Here the engine goes on with the
+weights that it had, and the caller gets a sentence.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from vllm_dfloat.errors import DFloatError, FormatError, UnsupportedError
+from vllm_dfloat.integration import compat, guards, layerwise, packed
+from vllm_dfloat.integration.plugin import logger
+from vllm_dfloat.integration.saved import SavedWeights
+
+Pairs = Iterable[tuple[str, torch.Tensor]]
+LoadWeights = Callable[..., Any]
+
+_COPY = torch.Tensor.copy_  # vLLM's sparse patches put another one in its place
+
+
+class Updates:
+    """All changes of one model's weights, one after the other.
+
+    Attributes:
+        model: a loaded model with compressed layers.
+        counts: a checkpoint is being compared with the model, and nothing is loaded.
+        fills_in: the current update was given parts of layers; the rest of these layers keeps its values.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, load_weights: LoadWeights, vllm_config: Any, model_config: Any
+    ) -> None:
+        self.model = model
+        self.counts = False
+        self.fills_in = False
+        self._load_weights = load_weights
+        self._vllm_config, self._model_config = vllm_config, model_config
+        self._saved: SavedWeights | None = None
+        self._names: set[str] = set()
+        self._depth = 0
+
+    # What vLLM's layerwise reload tells us.
+
+    def begins(self) -> None:
+        self._saved = SavedWeights(self.model)
+        self._names = set()
+        self.counts = self.fills_in = False
+
+    def changes(self, layer: torch.nn.Module) -> None:
+        if self._saved is not None:
+            self._saved.save_layer(layer)
+
+    def materialized(self, layer: torch.nn.Module) -> None:
+        if self.fills_in:
+            _fill_in(layer)
+
+    @contextmanager
+    def finishing(self) -> Iterator[None]:
+        with self.undone_on_error():
+            yield
+
+    # What callers do.
+
+    @contextmanager
+    def undone_on_error(self) -> Iterator[None]:
+        """Undo the current update if what is enclosed fails. Of nested ones the outermost makes an update final."""
+        self._depth += 1
+        try:
+            yield
+        except BaseException:
+            self.undo()
+            raise
+        finally:
+            self._depth -= 1
+        if not self._depth and not layerwise.is_open(self.model):
+            self._saved = None
+
+    def undo(self) -> None:
+        """Put back whatever the current update has changed."""
+        saved, self._saved = self._saved, None
+        if saved is not None:
+            layerwise.abandon(self.model)
+            saved.put_back(self.model, self._model_config)
+            logger.warning("dfloat11: an update of the weights failed; all weights are as before")
+
+    def save_tensor(self, tensor: torch.Tensor) -> None:
+        """Keep a tensor's values, which something outside a reload is about to write."""
+        if self._saved is None:
+            self._saved = SavedWeights(self.model)
+        self._saved.save_tensor(tensor)
+
+    def load_weights(self, weights: Pairs, *args: Any, **kwargs: Any) -> Any:
+        """Do what the model's load_weights does, in a reload or by itself.
+
+        By itself it has vLLM reload the layers that are named. A layer of which only a part is given (q_proj of
+        qkv_proj) keeps the rest, as if it were written in place.
+
+        Raises:
+            UnsupportedError: a tensor does not fit the model.
+        """
+        if torch.Tensor.copy_ is not _COPY:
+            raise UnsupportedError(_NO_PATCHES)
+        if layerwise.is_open(self.model):
+            with self.undone_on_error():
+                return self._receive(weights, *args, **kwargs)
+        with (
+            self.undone_on_error(),
+            layerwise.without_warnings(),
+            compat.as_current(self._vllm_config),
+        ):
+            layerwise.begin(self.model)
+            self.fills_in = True
+            loaded = self._receive(weights, *args, **kwargs)
+            layerwise.finish(self.model, self._model_config)
+            return loaded
+
+    def _receive(self, weights: Pairs, *args: Any, **kwargs: Any) -> Any:
+        current = _Current(weights, self._names)
+        try:
+            return self._load_weights(current, *args, **kwargs)
+        except DFloatError:
+            raise
+        except Exception as error:
+            if error is current.error:
+                raise  # the caller's own
+            raise UnsupportedError(
+                f"{current}: could not be loaded into this model ({type(error).__name__}: {error}); expected names and "
+                f"shapes of the checkpoint that it was started from. {_AS_BEFORE} Give such tensors."
+            ) from error
+
+
+_AS_BEFORE = "All weights are as before."
+_NO_PATCHES = (
+    "sparse weight patches: they change single values in place, which compressed layers do not have; expected whole "
+    "tensors. Nothing was changed. Use another backend of vLLM's weight transfer, reload_weights or load_weights."
+)
+
+
+class _Current(Iterator[tuple[str, torch.Tensor]]):
+    """Passes (name, tensor) pairs on, and knows which came last and whether their source failed."""
+
+    def __init__(self, pairs: Pairs, seen: set[str]) -> None:
+        self._pairs = iter(pairs)
+        self._seen = seen
+        self._name, self._shape = "the first tensor", ""
+        self.error: BaseException | None = None
+
+    def __next__(self) -> tuple[str, torch.Tensor]:
+        try:
+            name, tensor = next(self._pairs)
+        except StopIteration:
+            raise
+        except BaseException as error:
+            self.error = error
+            raise
+        self._name, self._shape = name, f" {list(tensor.shape)}"
+        if name in self._seen:
+            raise UnsupportedError(
+                f"{name}: given twice in one update, of which vLLM would drop one; expected once. {_AS_BEFORE} "
+                "Give it once."
+            )
+        self._seen.add(name)
+        return name, tensor
+
+    def __str__(self) -> str:
+        return f"{self._name}{self._shape}"
+
+
+def _fill_in(layer: torch.nn.Module) -> None:
+    """Fill a layer that is about to be loaded with the values it had, if it was given only in part.
+
+    Raises:
+        UnsupportedError: they are gone, or in another form than a checkpoint's.
+    """
+    if layerwise.is_complete(layer):
+        return
+    before, stays = layerwise.set_aside(layer), layerwise.written_in_place(layer)
+    for name, tensor in [*layer._parameters.items(), *layer._buffers.items()]:
+        if tensor is None or name in stays:
+            continue
+        if name == "weight" and packed.packed_of(layer) is not None:
+            tensor.data.copy_(_values(layer))
+        elif name in before and before[name].shape == tensor.shape:
+            tensor.data.copy_(before[name])
+        else:
+            raise UnsupportedError(
+                f"{type(layer).__name__}.{name}: only a part of it was given, and what the layer has is in the form of "
+                f"a kernel; expected the whole layer. {_AS_BEFORE} Give all tensors of the layer in one call."
+            )
+
+
+def _values(layer: Any) -> torch.Tensor:
+    try:
+        return layer.quant_method.dequantize_weight(layer)  # type: ignore[no-any-return]
+    except FormatError as error:
+        raise UnsupportedError(
+            f"only a part of this layer was given, and the rest is gone, as after sleep level 2 ({error}); expected "
+            "the whole layer. Give all its tensors in one call, or all weights to reload_weights."
+        ) from error
+
+
+def keep(model: torch.nn.Module, vllm_config: Any, model_config: Any) -> None:
+    """Let the weights of a loaded model change as a whole or not at all, by whatever way."""
+    load_weights: LoadWeights | None = getattr(model, "load_weights", None)
+    if load_weights is None or not any(map(packed.packed_of, model.modules())):
+        return
+    updates = Updates(model, load_weights, vllm_config, model_config)
+    model.__dict__["load_weights"] = functools.wraps(load_weights)(
+        lambda *args, **kwargs: updates.load_weights(*args, **kwargs)
+    )
+    layerwise.watch(model, updates)
+    guards.guard(model)
+
+
+def updates_of(model: torch.nn.Module) -> Updates | None:
+    """Return what keeps a model's weights whole, if it has compressed layers."""
+    watcher = layerwise.watcher_of(model)
+    return watcher if isinstance(watcher, Updates) else None
