@@ -14,7 +14,7 @@ import torch
 from vllm_dfloat.errors import FormatError
 from vllm_dfloat.integration import compat
 from vllm_dfloat.integration.packed import packed_of
-from vllm_dfloat.packed_weight import PackedWeight
+from vllm_dfloat.ops import PackedWeight
 
 METHOD_NAME = "check_dfloat11_weights"
 
