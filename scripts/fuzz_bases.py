@@ -12,6 +12,7 @@ from fuzz_folder import Folder, Stored, pack, read_folder, unpack
 
 from vllm_dfloat.checkpoint.compress import compress
 from vllm_dfloat.checkpoint.decompress import decompress
+from vllm_dfloat.checkpoint.manifest import MANIFEST_FILE
 from vllm_dfloat.checkpoint.source import open_source
 
 VECTORS = Path(__file__).parents[1] / "tests" / "data" / "vectors"
@@ -57,9 +58,14 @@ def make_bases(root: Path) -> list[Base]:
         _official("official in files", root, ("odd77", "block"), one_file=False),
         _official("official blocks", root, ("tail_straddle_block_eof",), share=1),
         Base("compressed here", read_folder(root / "made"), made, 3),
+        Base("compressed here, no manifest", without_manifest(root / "made"), made),
         Base("experts in one tensor", read_folder(root / "fused"), experts),
         Base("plain with an index", read_folder(root / "plain"), root / "plain"),
     ]
+
+
+def without_manifest(path: Path) -> Folder:
+    return {k: v for k, v in read_folder(path).items() if k != MANIFEST_FILE}
 
 
 def _official(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 from random import Random
 
-from fuzz_folder import Folder, Special, pack
+from fuzz_folder import Folder, Special, pack, unpack, weight_files
 from fuzz_mutations import mutation
 
 
@@ -36,7 +37,8 @@ FILE_NAMES = (
     "a" * 250 + ".safetensors", "\udcff\udcfe.safetensors", "a\nb.safetensors", ".safetensors", "..safetensors",
     "-rf.safetensors", "$(id).safetensors", "\x1b[2J.safetensors", "é\u202e.safetensors", "model.safetensors.tmp",
     "MODEL.SAFETENSORS", "model-00001-of-99999.safetensors", "layer_0.pkl", "pytorch_model.bin",
-    "x.safetensors.index.json",
+    "x.safetensors.index.json", "._model.safetensors", "consolidated.safetensors", "model.safetensors.index.json",
+    "consolidated.safetensors.index.json", ".vllm-dfloat-compress.jsonl", "._config.json",
 )  # fmt: skip
 
 
@@ -64,3 +66,25 @@ def remove_a_file(folder: Folder, rng: Random) -> bool:
         del folder[rng.choice(sorted(folder))]
         return True
     return False
+
+
+@mutation
+def move_the_settings_into_a_header(folder: Folder, rng: Random) -> bool:
+    """Do as files for ComfyUI may: no config.json, or one without dfloat11_config."""
+    config = json.loads(folder["config.json"])
+    settings = config.pop("dfloat11_config", None)
+    names = weight_files(folder)
+    if not settings or not names:
+        return False
+    texts = [json.dumps(settings), json.dumps(settings)[:-1], "[" * 1000, "{}"]
+    for name in rng.sample(names, rng.randint(1, len(names))):
+        text = texts[0] if rng.random() < 0.7 else rng.choice([*texts[1:], 5, None])
+        metadata = {"dfloat11_config": text, "format": "pt"}
+        folder[name] = pack(
+            unpack(folder[name]), lambda header, found=metadata: header.update(__metadata__=found)
+        )
+    if rng.random() < 0.5:
+        del folder["config.json"]
+    else:
+        folder["config.json"] = json.dumps(config).encode()
+    return True

@@ -42,13 +42,15 @@ def expected_tensors(folder: Path, modules: Collection[str] = ()) -> Tensors:
         modules: those of the original. A unit that is one of them and holds one weight is that weight, whatever its
             pattern lists.
     """
-    config = _json(folder / "config.json")
-    if "dfloat11_config" not in config:
+    settings = _json(folder / "config.json").get("dfloat11_config")
+    for file in _plain_files(folder) if settings is None else ():
+        settings = settings or _settings_in_header(file)
+    if settings is None:
         return {name: (dtype, data) for name, (dtype, _, data) in _plain_model(folder).items()}
     stored = {}
     for file in _visible(folder, "*.safetensors"):
         stored.update(_read(file))
-    patterns = config["dfloat11_config"]["pattern_dict"]
+    patterns = settings["pattern_dict"]
     shapes = _json(folder / "dfloat11_manifest.json").get("tensors", {})
     units = {name.rpartition(".")[0] for name in stored if name.rpartition(".")[2] in FIELDS} - {""}
     found: Tensors = {}
@@ -97,16 +99,30 @@ def _json(file: Path) -> dict[str, Any]:
     return content
 
 
+def _settings_in_header(file: Path) -> Any:
+    content = file.read_bytes()
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    text = (header.get("__metadata__") or {}).get("dfloat11_config")
+    return json.loads(text) if isinstance(text, str) else None
+
+
 def _plain_model(folder: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
-    indices = {file.name: file for file in _visible(folder, "*.safetensors.index.json")}
-    files = _visible(folder, "*.safetensors")
-    index = indices.get("model.safetensors.index.json", next(iter(indices.values()), None))
-    if index and (names := set(_json(index)["weight_map"].values())):
-        files = [folder / name for name in names]
     found = {}
-    for file in files:
+    for file in _plain_files(folder):
         found.update(_read(file))
     return found
+
+
+def _plain_files(folder: Path) -> list[Path]:
+    indices = {file.name: file for file in _visible(folder, "*.safetensors.index.json")}
+    files = _visible(folder, "*.safetensors")
+    usual = [file for file in files if not file.name.startswith("consolidated")]
+    left = [name for name in indices if not (usual and name.startswith("consolidated"))]
+    standard = "model.safetensors.index.json"
+    chosen = standard if standard in indices else next(iter(left), "")
+    if not chosen:
+        return usual or files
+    return [folder / name for name in set(_json(indices[chosen])["weight_map"].values())]
 
 
 def _read(file: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:

@@ -45,16 +45,17 @@ def refuse_gaps(path: Path, config: Mapping[str, Any], patterns: Patterns, names
         FormatError: something is missing; the message names it.
     """
     may_have_gaps = bool(config.get("block_configs"))  # pruned block by block; some have no tensor
+    modules = _modules(names)
     for key, _ in patterns.entries:
-        _check_key(path, key.pattern.replace(r"\.", "."), may_have_gaps, names)
+        _check_key(path, key.pattern.replace(r"\.", "."), may_have_gaps, modules)
     text = config.get("text_config")
     text = text if isinstance(text, Mapping) else config
     count = next((text[key] for key in _LAYER_COUNTS if type(text.get(key)) is int), None)
-    stack = _text_blocks(names)
+    stack = _text_blocks(modules)
     if stack is None or count is None:
         return
     if not may_have_gaps:
-        _refuse_gap(path, stack, _numbers(stack, names), count)
+        _refuse_gap(path, stack, modules[stack], count)
     architectures = config.get("architectures")
     if isinstance(architectures, list) and any(
         isinstance(name, str) and _LANGUAGE_MODEL.search(name) for name in architectures
@@ -62,30 +63,33 @@ def refuse_gaps(path: Path, config: Mapping[str, Any], patterns: Patterns, names
         _check_ends(path, config, text, stack, names)
 
 
-def _check_key(path: Path, key: str, may_have_gaps: bool, names: Names) -> None:
+def _modules(names: Names) -> dict[str, set[int]]:
+    """Return the path of every module -> the numbers of those directly below it that have one."""
+    found: dict[str, set[int]] = {}
+    for name in names:
+        parts = name.split(".")
+        for i in range(1, len(parts)):
+            numbers = found.setdefault(".".join(parts[:i]), set())
+            if parts[i].isdecimal():
+                numbers.add(int(parts[i]))
+    return found
+
+
+def _check_key(path: Path, key: str, may_have_gaps: bool, modules: Mapping[str, set[int]]) -> None:
     """Refuse a pattern that names one module, or all blocks of a list, of which something is not there.
 
     Args:
         key: the pattern, dots not escaped.
     """
-    if _ONE_MODULE.fullmatch(key) and not any(name.startswith(f"{key}.") for name in names):
+    if _ONE_MODULE.fullmatch(key) and key not in modules:
         _refuse(path, f"no tensor of {key}, which is a key of pattern_dict")
     found = _ALL_BLOCKS.fullmatch(key)
     if found and _BLOCK_LIST.fullmatch(found.group(1).rpartition(".")[2]):
-        numbers = _numbers(found.group(1), names)
+        numbers = modules.get(found.group(1))
         if not numbers:
             _refuse(path, f"no tensor of {found.group(1)}.0, which a key of pattern_dict matches")
         if not may_have_gaps:
             _refuse_gap(path, found.group(1), numbers, max(numbers) + 1)
-
-
-def _numbers(block_list: str, names: Names) -> set[int]:
-    """Return the numbers of the blocks of a list."""
-    prefix = f"{block_list}."
-    tails = (
-        name.removeprefix(prefix).partition(".")[0] for name in names if name.startswith(prefix)
-    )
-    return {int(number) for number in tails if number.isdecimal()}
 
 
 def _refuse_gap(path: Path, block_list: str, numbers: set[int], count: int) -> None:
@@ -96,17 +100,17 @@ def _refuse_gap(path: Path, block_list: str, numbers: set[int], count: int) -> N
         _refuse(path, f"no tensor of {block_list}.{missing}, one of {shown(count)} such blocks")
 
 
-def _text_blocks(names: Names) -> str | None:
+def _text_blocks(modules: Mapping[str, set[int]]) -> str | None:
     """Return the list of blocks that config.json counts, None where that is not certain."""
-    found = set()
-    for name in names:
-        parts = name.split(".")
-        at = next((i for i, part in enumerate(parts) if part.isdecimal()), 0)
-        if at and _BLOCK_LIST.fullmatch(parts[at - 1]):
-            found.add(".".join(parts[:at]))
-    usual = [block_list for block_list in _TEXT_BLOCKS if block_list in found]
-    others = [block_list for block_list in found if not _TOWERS.search(block_list)]
-    likely = usual or others
+    found = [
+        path
+        for path, numbers in modules.items()
+        if numbers
+        and _BLOCK_LIST.fullmatch(path.rpartition(".")[2])
+        and not any(part.isdecimal() for part in path.split("."))  # within a block
+    ]
+    usual = [path for path in _TEXT_BLOCKS if path in found]
+    likely = usual or [path for path in found if not _TOWERS.search(path)]
     return likely[0] if len(likely) == 1 else None
 
 

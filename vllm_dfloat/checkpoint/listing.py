@@ -90,6 +90,8 @@ def _weight_map(index: Path, files: list[Path]) -> dict[str, str]:
     weight_map = (read_object(index, MAX_INDEX_BYTES) or {}).get("weight_map")
     if not isinstance(weight_map, dict):
         raise FormatError(f"{index.name}: has no object `weight_map`; it is no index of weights.")
+    if not weight_map:
+        raise FormatError(f"{index.name}: names no tensor; an index names all. Fetch it again.")
     here = {file.name for file in files}
     for name, file in weight_map.items():
         if not isinstance(file, str) or file not in here:

@@ -12,6 +12,7 @@ from pathlib import Path
 from vllm_dfloat.checkpoint.folder import COMPRESS_JOURNAL, DECOMPRESS_JOURNAL, FINISHED_FILE
 from vllm_dfloat.checkpoint.folder_lock import locked
 from vllm_dfloat.checkpoint.journal import discard_journal, open_journal
+from vllm_dfloat.checkpoint.listing import visible_files
 from vllm_dfloat.checkpoint.manifest import MANIFEST_FILE
 from vllm_dfloat.checkpoint.work import Work
 from vllm_dfloat.checkpoint.write_safetensors import TEMPORARY
@@ -115,5 +116,5 @@ def _clear(target: Path, task: Task) -> None:
         if other != task:
             discard_journal(target / other.journal)
     for pattern in _CHECKPOINT_FILES:
-        for file in target.glob(pattern):
+        for file in visible_files(target, pattern):
             file.unlink()
