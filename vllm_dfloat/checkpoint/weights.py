@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from vllm_dfloat.checkpoint.decode_unit import decode_unit
+from vllm_dfloat.checkpoint.decode_unit import decode_range, decode_unit
 from vllm_dfloat.checkpoint.dfloat11 import Dfloat11Checkpoint
+from vllm_dfloat.checkpoint.pieces import piece_weights
 from vllm_dfloat.checkpoint.safetensors_file import StoredTensor
 from vllm_dfloat.checkpoint.shapes import Shapes, module_shapes, resolve_shape
 from vllm_dfloat.checkpoint.unit import Unit, UnitEntry
@@ -182,18 +183,29 @@ def typed_weights(
 ) -> Iterator[tuple[str, str, Bits]]:
     """Yield (name, safetensors dtype, bits) in the order of `weights`, each decoded into memory of its own.
 
-    Needs no model: without `shapes` every decoded weight is [1, n]. Holds one unit open at a time.
+    Needs no model: without `shapes` every decoded weight is [1, n]. Files are read, not mapped: one that is cut
+    meanwhile would end the process.
     """
     items = plan(checkpoint, shapes, skip, keep_tied)
     checkpoint.validate()
     unit: Unit | None = None
     for item in items:
         if isinstance(item, StoredTensor):
-            yield item.name, item.dtype, item.bits()
+            yield item.name, item.dtype, item.read()
             continue
         if unit is None or unit.name != item.entry.name:
-            unit = item.entry.load()
-        yield item.name, "BF16", decode_unit(unit, item.start, item.stop).reshape(item.shape)
+            unit = item.entry.open()
+        yield item.name, "BF16", _decoded(unit, item)
+
+
+def _decoded(unit: Unit, member: Member) -> Bits:
+    """Return a weight of a unit that stays in its file, of which bounded pieces are read."""
+    out = np.empty(member.stop - member.start, np.uint16)
+    step = piece_weights()
+    for first in range(member.start, member.stop, step):
+        stop = min(first + step, member.stop)
+        out[first - member.start : stop - member.start] = decode_range(unit, first, stop)
+    return out.reshape(member.shape)
 
 
 def plan(
