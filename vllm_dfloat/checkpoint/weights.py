@@ -85,8 +85,8 @@ def iter_weights(
 ) -> Iterator[tuple[str, Bits]]:
     """Yield (name, bits) of every tensor; BF16 as uint16, other dtypes as NumPy has them.
 
-    Weights of units are decoded one at a time, each into memory of its own. `lm_head` is left out
-    where the config ties it to the embeddings. See `weights` for the order and the arguments.
+    Weights of units are decoded one at a time, each into memory of its own. See `weights` for the order and the
+    arguments.
     """
     shapes = module_shapes(checkpoint.path) if shapes is None else shapes
     for name, _, bits in typed_weights(checkpoint, shapes, skip):
@@ -179,7 +179,7 @@ def typed_weights(
     checkpoint: Dfloat11Checkpoint,
     shapes: Shapes | None = None,
     skip: Callable[[str], bool] | None = None,
-    keep_tied: bool = False,
+    keep_tied: bool = True,
 ) -> Iterator[tuple[str, str, Bits]]:
     """Yield (name, safetensors dtype, bits) in the order of `weights`, each decoded into memory of its own.
 
@@ -212,9 +212,12 @@ def plan(
     checkpoint: Dfloat11Checkpoint,
     shapes: Shapes | None,
     skip: Callable[[str], bool] | None = None,
-    keep_tied: bool = False,
+    keep_tied: bool = True,
 ) -> list[Member | StoredTensor]:
-    """Return what `weights` yields, in its order, without decoding; with `keep_tied` an unused `lm_head` as well.
+    """Return what `weights` yields, in its order, without decoding.
+
+    Args:
+        keep_tied: also a stored `lm_head` that config.json ties to the embedding.
 
     Raises:
         FormatError: sizes do not fit `shapes`, or two things have one name.
