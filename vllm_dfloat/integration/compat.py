@@ -76,6 +76,14 @@ def is_ignored(name: str, ignore: Iterable[str], fused: Mapping[str, list[str]])
     return bool(should_ignore_layer(name, ignore=tuple(ignore), fused_mapping=fused, **globs))
 
 
+def touches(name: str, entry: str, fused: Mapping[str, list[str]]) -> bool:
+    """Return whether an entry of `ignore` covers the layer or, if it is a fused one, a part of it."""
+    try:
+        return is_ignored(name, [entry], fused)
+    except ValueError:  # some parts, and not the others
+        return True
+
+
 def refusal(config: Any) -> str | None:
     """Return why a run with this VllmConfig cannot work with weights compressed while loading, or None."""
     load_format = str(config.load_config.load_format)
@@ -173,13 +181,6 @@ def is_batch_invariant() -> bool:
 
     on_gpu = current_platform.is_cuda_alike() or current_platform.is_xpu()
     return bool(on_gpu and envs.VLLM_BATCH_INVARIANT)
-
-
-def num_loaded(layer: torch.nn.Module) -> int:
-    """Return how many elements vLLM's loaders have given to a layer that is about to be processed."""
-    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
-
-    return int(get_layerwise_info(layer).load_numel)
 
 
 def process_when_complete(layer: torch.nn.Module) -> None:

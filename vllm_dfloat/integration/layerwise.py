@@ -97,6 +97,27 @@ def is_complete(layer: torch.nn.Module) -> bool:
     return bool(info.load_numel >= (info.load_numel_total or 0))
 
 
+def has_nothing(layer: torch.nn.Module) -> bool:
+    """Return whether vLLM's loaders were never called for a layer that is being processed."""
+    return not vllm.get_layerwise_info(layer).loaded_weights
+
+
+def on_meta(parameter: torch.Tensor) -> torch.Tensor:
+    """Return a parameter without memory, with the class and the attributes that vLLM's weight loaders look at."""
+    return meta.to_meta_tensor(parameter)  # type: ignore[no-any-return]
+
+
+def repeat_loading(layer: torch.nn.Module, name: str, parameter: torch.Tensor) -> None:
+    """Repeat, into `parameter`, the calls that have loaded the parameter `name` of a layer that is being processed."""
+    loader = getattr(layer, name).weight_loader
+    for loaded, call in vllm.get_layerwise_info(layer).loaded_weights:
+        if loaded == name:
+            before = call.arguments["param"]
+            call.arguments["param"] = parameter
+            loader(*call.args, **call.kwargs)
+            call.arguments["param"] = before
+
+
 def keeps_rest(layer: torch.nn.Module) -> bool:
     """Return whether what has not arrived of a layer in an update is there already, from before."""
     watcher = watcher_of(layer)
