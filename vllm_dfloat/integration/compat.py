@@ -266,6 +266,16 @@ def reads_lazily(load_config: Any) -> bool:
     return getattr(load_config, "safetensors_load_strategy", None) in (None, "lazy")
 
 
+def reads_all_files(loader: Any, model: torch.nn.Module) -> bool:
+    """Return whether vLLM reads every tensor of the files of `checkpoint_files`, and of no others."""
+    filters = (
+        getattr(loader, "_encoder_only_lm_prefixes", None),
+        getattr(model, "is_unused_checkpoint_weight", None),
+        getattr(model, "secondary_weights", None),
+    )
+    return not any(filters)
+
+
 def is_elsewhere(name: str, model: torch.nn.Module) -> bool:
     """Return whether a tensor of the checkpoint belongs to a layer of another pipeline stage."""
     from vllm.model_executor.models.utils import is_pp_missing_parameter
@@ -294,3 +304,25 @@ def models_of(worker: Any) -> list[torch.nn.Module]:
         [worker.get_model(), draft] if isinstance(draft, torch.nn.Module) else [worker.get_model()]
     )
     return models
+
+
+def holds_a_matrix(layer: torch.nn.Module) -> bool:
+    """Return whether the layer is one of vLLM's linear layers, vocabulary embeddings or LM heads."""
+    from vllm.model_executor.layers.linear import LinearBase
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    return isinstance(layer, LinearBase | VocabParallelEmbedding)
+
+
+def num_padding(layer: torch.nn.Module, weight: torch.Tensor) -> int:
+    """Return how many elements of a layer's weight no checkpoint has: the rows that pad a vocabulary."""
+    shard: Any = getattr(layer, "shard_indices", None)
+    return 0 if shard is None else (weight.shape[0] - shard.num_org_elements) * weight.shape[1]
+
+
+def check_loaded(model: torch.nn.Module, loaded: set[str] | None, config: Any) -> None:
+    """Raise ValueError if parameters have not been loaded that vLLM misses in an unquantized model."""
+    from vllm.model_executor.model_loader import get_model_loader
+
+    if loaded is not None:
+        get_model_loader(config.load_config).track_weights_loading(model, loaded)

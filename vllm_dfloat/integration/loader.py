@@ -18,6 +18,7 @@ from vllm_dfloat.errors import DFloatError, UnsupportedError
 from vllm_dfloat.integration import compat, layer_kinds
 from vllm_dfloat.integration.arrivals import EXPECTED, Arrivals
 from vllm_dfloat.integration.plugin import METHOD
+from vllm_dfloat.integration.rehearsal import StoredWeights
 
 Weights = Iterator[tuple[str, torch.Tensor]]
 
@@ -130,11 +131,13 @@ class DFloat11ModelLoader(_Reporting, DefaultModelLoader):  # type: ignore[misc]
             self.counter_before_loading_weights = time.perf_counter()  # for vLLM's log
             return official_weights(folder, model_config.hf_config, model)
         stored = stored_in(compat.checkpoint_files(self, model_config, model)[1])
+        is_all_read = compat.reads_all_files(self, model)
         # A layer counts what arrives for it, so nothing may arrive twice.
         pairs = each_once(super().get_all_weights(model_config, model), repeated(stored))
         if compat.reads_lazily(self.load_config):
             pairs = read_ahead(pairs, wanted(stored, model))
-        return biases_after_weights(pairs)
+        shapes = list({tensor.name: tensor.shape for tensor in stored if is_all_read}.items())
+        return StoredWeights(biases_after_weights(pairs), str(model_config.model), shapes)
 
 
 def official_weights(folder: Path, hf_config: Any, model: torch.nn.Module) -> Weights:
@@ -154,7 +157,12 @@ def official_weights(folder: Path, hf_config: Any, model: torch.nn.Module) -> We
     on_device = lambda unit, *weights: decode_unit(unit, device, *weights)  # noqa: E731
     decode = on_device if uses_triton(device) else None
     pairs = lazy_weights(checkpoint, shapes, decode=decode)
-    return read_ahead(pairs, wanted(spans(plan(checkpoint, shapes)), model))
+    items = plan(checkpoint, shapes)
+    return StoredWeights(
+        read_ahead(pairs, wanted(spans(items), model)),
+        str(folder),
+        [(item.name, item.shape) for item in items],
+    )
 
 
 def wanted(tensors: Iterable[StoredTensor], model: torch.nn.Module) -> list[StoredTensor]:
