@@ -5,6 +5,7 @@ from pathlib import Path
 
 from vllm_dfloat.checkpoint.dfloat11 import open_checkpoint
 from vllm_dfloat.checkpoint.folder import CONFIG_FILE, is_dfloat11
+from vllm_dfloat.checkpoint.locate import check_config
 from vllm_dfloat.errors import FormatError, UnsupportedError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -22,6 +23,8 @@ def config_file(model: str) -> Path:
         UnsupportedError: a hub id, and huggingface_hub is not installed.
     """
     path = Path(model)
+    if path.exists():
+        check_config(path)
     if path.is_file():
         return path
     if path.is_dir():
