@@ -28,12 +28,14 @@ _PIECE_BYTES = 4 << 20
 class Comparison:
     """The outcome: how many tensors, bytes and files were compared, and one sentence per difference.
 
-    `files` is None where no manifest says what they should be.
+    `files` is None where no manifest says what they should be. `not_sought` says why nobody could tell whether tensors
+    are missing, nothing if that was looked for.
     """
 
     tensors: int = 0
     num_bytes: int = 0
     files: int | None = None
+    not_sought: str = ""
     differences: list[str] = field(default_factory=list)
 
     @property
@@ -105,6 +107,8 @@ def check(path: Path, start: Start = no_start, advance: Advance = ignore) -> Com
     result = Comparison()
     manifest = read_manifest(path)
     num_bytes, tensors = _open(path, None, keep_tied=True, must_be_whole=True)
+    if manifest is None and is_dfloat11(path):
+        result.not_sought = refuse_missing_parameters(path, open_checkpoint(path).names, path)
     if manifest is not None:
         num_bytes += sum(entry["bytes"] for entry in manifest.files.values())
     progress = Bytes(num_bytes, advance)
@@ -139,8 +143,6 @@ def _open(
         tensors = ((name, tensor.dtype, load(tensor)) for name, tensor in stored.items())
         return sum(tensor.num_bytes for tensor in stored.values()), tensors
     checkpoint = open_checkpoint(path)
-    if must_be_whole and not checkpoint.has_manifest:
-        refuse_missing_parameters(path, checkpoint.names, path)
     num_bytes = sum(2 * unit.num_weights for unit in checkpoint.units.values())
     num_bytes += sum(tensor.num_bytes for tensor in checkpoint.plain.values())
     return num_bytes, typed_weights(checkpoint, shapes, keep_tied=keep_tied)
