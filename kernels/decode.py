@@ -8,40 +8,41 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_dfloat import descriptor
 from vllm_dfloat.codec import layout
 from vllm_dfloat.kernels.compile_spec import CompileSpec
 from vllm_dfloat.kernels.configs import DEFAULT, config_of
 from vllm_dfloat.kernels.tiles import (
     LANES,
+    NAN_PAIR,
+    STATUS_DESCRIPTOR,
     STEPS,
     TILE_WEIGHTS,
     _exponents_of_eight,
     _four_words,
     _interleave,
-    _is_raw,
     _merge,
     _open,
-    _raw,
+    _read,
+    _section,
     _tile_status,
     num_warps,
 )
 
 
 @triton.jit
-def _decode_tiles(desc_ptr, tile, num_tiles, out_ptr, status_ptr, TILES: tl.constexpr):
+def _decode_tiles(
+    desc_ptr, salt, tile, num_tiles, out_ptr, status_ptr, TILES: tl.constexpr, is_known=None
+):  # fmt: skip
     """Decode tiles int64 [TILES, 1] of one matrix; the pointers are those of `_decode_kernel`."""
+    is_sound, payload, kind, sizes = _read(desc_ptr, salt, is_known)
     lane = tl.arange(0, LANES)[None, :]
     quad = tl.arange(0, 4)[None, None, :]
     out_base = out_ptr + (tile * (TILE_WEIGHTS // 2))[:, :, None]
-    if _is_raw(desc_ptr):
-        raw = _raw(desc_ptr, tl.uint32) + (tile * (TILE_WEIGHTS // 2))[:, :, None]
-        for half in range(STEPS // 2):
-            for k in tl.static_range(2):
-                offset = ((lane + (half * 2 + k) * LANES) * 4)[:, :, None] + quad
-                tl.store(out_base + offset, tl.load(raw + offset))
-        tl.store(status_ptr + tile, tl.zeros_like(tile).to(tl.int32))
-    else:
-        lut, shift, plane, words, is_full, end, bit, word0, word1 = _open(desc_ptr, tile, num_tiles)
+    if is_sound & (kind == 0):
+        lut, shift, plane, words, is_full, end, bit, word0, word1 = _open(
+            payload, sizes, tile, num_tiles
+        )
         for half in range(STEPS // 2):
             signs = plane[:, :, None] + ((lane + half * LANES) * 4)[:, :, None]
             sm0, sm1, sm2, sm3 = _four_words(signs, TILES)
@@ -54,15 +55,28 @@ def _decode_tiles(desc_ptr, tile, num_tiles, out_ptr, status_ptr, TILES: tl.cons
                 offset = ((lane + (half * 2 + k) * LANES) * 4)[:, :, None] + quad
                 tl.store(out_base + offset, _interleave(a, b, c, d))
         tl.store(status_ptr + tile, _tile_status(bit, end, is_full))
+    elif is_sound:
+        raw = _section(payload, 0, tl.uint32) + (tile * (TILE_WEIGHTS // 2))[:, :, None]
+        for half in range(STEPS // 2):
+            for k in tl.static_range(2):
+                offset = ((lane + (half * 2 + k) * LANES) * 4)[:, :, None] + quad
+                tl.store(out_base + offset, tl.load(raw + offset))
+        tl.store(status_ptr + tile, tl.zeros_like(tile).to(tl.int32))
+    else:
+        nan = tl.full([TILES, LANES, 4], NAN_PAIR, tl.uint32)
+        for step in range(STEPS):
+            tl.store(out_base + ((lane + step * LANES) * 4)[:, :, None] + quad, nan)
+        tl.store(status_ptr + tile, tl.full([TILES, 1], STATUS_DESCRIPTOR, tl.int32))
 
 
 # Sizes are not specialized: a layer of another size must not compile another kernel while requests wait.
-@triton.jit(do_not_specialize=["num_tiles"])
+@triton.jit(do_not_specialize=["num_tiles", "salt"])
 def _decode_kernel(
     desc_ptr,  # int64[4]                        see kernels/tiles.py
     out_ptr,  # uint32[num_tiles * 1024]        pairs of BF16, whole tiles
     status_ptr,  # int32[num_tiles]                0, or a sum of STATUS_* bits
     num_tiles,  # int32
+    salt,  # int64                           of the seal, see vllm_dfloat/descriptor.py
     TILES: tl.constexpr,
 ):
     """Decode TILES tiles per program to BF16.
@@ -71,10 +85,10 @@ def _decode_kernel(
     Reads about 10.8 bits and writes 16 per weight. A program past the end repeats the last tile: the same bits
     written twice cost less than a mask on every store.
     """
-    num_tiles = num_tiles.to(tl.int64)  # times 2048 it passes 2**31
-    tile = (tl.program_id(0).to(tl.int64) * TILES + tl.arange(0, TILES))[:, None]
-    tile = tl.minimum(tile, num_tiles - 1)
-    _decode_tiles(desc_ptr, tile, num_tiles, out_ptr, status_ptr, TILES)
+    tile = (tl.program_id(0) * TILES + tl.arange(0, TILES))[:, None]
+    tile = tl.minimum(tile, num_tiles - 1).to(tl.int64)  # times 2048 it passes 2**31
+    num_tiles = num_tiles.to(tl.int64)
+    _decode_tiles(desc_ptr, salt, tile, num_tiles, out_ptr, status_ptr, TILES)
 
 
 def decode(
@@ -95,8 +109,9 @@ def decode(
     """
     if num_tiles:
         tiles = tiles_per_program or config_of(out.device).decode_tiles_per_program
+        salt = descriptor.salt(desc.data_ptr(), num_tiles)
         _decode_kernel[(triton.cdiv(num_tiles, tiles),)](
-            desc, out.view(torch.uint32), status, num_tiles, tiles, num_warps=num_warps(tiles)
+            desc, out.view(torch.uint32), status, num_tiles, salt, tiles, num_warps=num_warps(tiles)
         )
 
 
@@ -109,6 +124,7 @@ COMPILE_SPECS = [
             "out_ptr": "*u32",
             "status_ptr": "*i32",
             "num_tiles": "i32",
+            "salt": "i64",
             "TILES": "constexpr",
         },
         constexprs={"TILES": DEFAULT.decode_tiles_per_program},

@@ -4,7 +4,7 @@ Three kernels share that body: one decodes a unit from its tensors, as it comes 
 held so while a model is served, the whole of it or chosen rows. These take a descriptor, for the reasons given in
 decode.py, and one run of bytes, each section starting on a multiple of 16:
 
-    desc  int64[4]  address of the payload, kind (0 coded, 1 raw BF16), bytes of the stream, number of tables
+    desc  int64[4]  address of the payload, kind (0 coded, 1 raw BF16), bytes of the stream and number of tables, seal
 
     tables         int32[num_tables, 256]
     positions      int64[num_blocks + 1]
@@ -15,6 +15,8 @@ decode.py, and one run of bytes, each section starting on a multiple of 16:
 or the BF16 bits themselves. How many blocks there are depends on the weights, and a launch must not: a matrix is coded
 only if its stream takes at most one byte per weight, so one program per 4096 weights is always enough, and most of them
 find nothing to do.
+
+Nothing is read where a descriptor leads unless its seal is right; every weight is NaN then (kernels/tiles.py).
 """
 
 from __future__ import annotations
@@ -23,10 +25,12 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_dfloat import descriptor
 from vllm_dfloat.codec import layout
 from vllm_dfloat.kernels.compile_spec import CompileSpec
 from vllm_dfloat.kernels.configs import DEFAULT, config_of
 from vllm_dfloat.kernels.dfloat11_block import BLOCK_BYTES, MIN_BLOCK_WEIGHTS, decode_block
+from vllm_dfloat.kernels.tiles import STATUS_DESCRIPTOR, _everywhere, _read, _section
 
 PROGRAM_WEIGHTS = (
     BLOCK_BYTES  # weights for which one program is launched, and which it copies if raw
@@ -36,6 +40,7 @@ _BLOCK_GAP_BYTES = tl.constexpr(320)
 _PROGRAM_WEIGHTS = tl.constexpr(PROGRAM_WEIGHTS)
 _TILE_WEIGHTS = tl.constexpr(layout.TILE_WEIGHTS)
 _ROW_PART = tl.constexpr(1024)  # weights of a raw row that one program copies; >= MIN_BLOCK_WEIGHTS
+_NAN = tl.constexpr(0x7FC0)
 _SEARCH_STEPS = tl.constexpr(19)  # a stream of less than 2**31 bytes has at most 2**19 blocks
 _FIRST_STEP = tl.constexpr(1 << 18)
 
@@ -127,13 +132,6 @@ def _decode_dfloat11_kernel(
 
 
 @triton.jit
-def _section(payload, offset, dtype: tl.constexpr):
-    """Return a pointer to a section of the payload; payload and sections start on multiples of 16 bytes."""
-    base = tl.multiple_of(payload.to(tl.pointer_type(tl.uint8)), 16)
-    return (base + offset).to(tl.pointer_type(dtype))
-
-
-@triton.jit
 def _sections(payload, num_weights, num_bytes, num_tables):
     """Return pointers to stream, sign_mantissa, tables, positions and gaps, and the number of blocks."""
     num_blocks = (num_bytes + _BLOCK_BYTES - 1) // _BLOCK_BYTES
@@ -151,32 +149,34 @@ def _sections(payload, num_weights, num_bytes, num_tables):
     )
 
 
-@triton.jit(do_not_specialize=["num_weights"])
+@triton.jit(do_not_specialize=["num_weights", "salt"])
 def _decode_resident_kernel(
     desc_ptr,  # int64[4]                       see above
     out_ptr,  # int16[num_weights]              BF16 bits
-    status_ptr,  # int32[num_tiles]             block b's status in word b, and 0 in all others
+    status_ptr,  # int32[num_tiles]             block b's status in word b, and what all share in others
     num_weights,
+    salt,  # int64                              of the seal, see vllm_dfloat/descriptor.py
 ):
     """Decode one block of a resident matrix per program, or copy 4096 weights of one held as BF16.
 
     Grid (ceil(num_weights / 4096),), which is at least the number of blocks and half the number of tiles.
     """
-    payload = tl.load(desc_ptr)
+    is_sound, payload, kind, sizes = _read(desc_ptr, salt)
     program = tl.program_id(0).to(tl.int64)
     num_weights = num_weights.to(tl.int64)
     spare = tl.num_programs(0) + program
     num_tiles = (num_weights + _TILE_WEIGHTS - 1) // _TILE_WEIGHTS
-    tl.store(status_ptr + spare, 0, mask=spare < num_tiles)
-    if tl.load(desc_ptr + 1) != 0:
+    status = tl.where(is_sound, 0, STATUS_DESCRIPTOR)
+    tl.store(status_ptr + spare, status, mask=spare < num_tiles)
+    if (kind != 0) | ~is_sound:
         at = program * _PROGRAM_WEIGHTS + tl.arange(0, _PROGRAM_WEIGHTS)
         inside = at < num_weights
-        bits = tl.load(_section(payload, 0, tl.int16) + at, mask=inside, other=0)
-        tl.store(out_ptr + at, bits, mask=inside)
-        tl.store(status_ptr + program, 0)
+        raw, is_there = _section(payload, 0, tl.int16), inside & _everywhere(at, is_sound)
+        tl.store(out_ptr + at, tl.load(raw + at, mask=is_there, other=_NAN), mask=inside)
+        tl.store(status_ptr + program, status)
     else:
-        num_bytes = tl.load(desc_ptr + 2)
-        num_tables = tl.load(desc_ptr + 3).to(tl.int32)
+        num_bytes = sizes & 0xFFFFFFFF
+        num_tables = (sizes >> 32).to(tl.int32)
         stream, sign_mantissa, tables, positions, gaps, num_blocks = _sections(
             payload, num_weights, num_bytes, num_tables
         )
@@ -189,33 +189,35 @@ def _decode_resident_kernel(
             tl.store(status_ptr + program, 0)
 
 
-@triton.jit(do_not_specialize=["rows", "cols"])
+@triton.jit(do_not_specialize=["rows", "cols", "salt"])
 def _decode_resident_rows_kernel(
     desc_ptr,  # int64[4]                       see above
     ids_ptr,  # int32 or int64[num_ids]         rows asked for
     out_ptr,  # int16[num_ids, cols]            BF16 bits
     rows,
     cols,
+    salt,  # int64                              of the seal, see vllm_dfloat/descriptor.py
 ):
     """Decode one block that one chosen row touches, and store the part of it that is the row's.
 
     Grid (num_ids, blocks a row can touch). An id outside the matrix reads the nearest row: vLLM masks such ids out
     afterwards.
     """
-    payload = tl.load(desc_ptr)
+    is_sound, payload, kind, sizes = _read(desc_ptr, salt)
     row = tl.minimum(tl.maximum(tl.load(ids_ptr + tl.program_id(0)).to(tl.int64), 0), rows - 1)
     first = row * cols
     end = first + cols
     # Where weight 0 of the matrix would lie in the output.
     out_ptr += tl.program_id(0).to(tl.int64) * cols - first
-    if tl.load(desc_ptr + 1) != 0:
+    if (kind != 0) | ~is_sound:
         at = first + tl.program_id(1) * _ROW_PART + tl.arange(0, _ROW_PART)
-        bits = tl.load(_section(payload, 0, tl.int16) + at, mask=at < end, other=0)
-        tl.store(out_ptr + at, bits, mask=at < end)
+        inside = at < end
+        raw, is_there = _section(payload, 0, tl.int16), inside & _everywhere(at, is_sound)
+        tl.store(out_ptr + at, tl.load(raw + at, mask=is_there, other=_NAN), mask=inside)
     else:
         num_weights = rows.to(tl.int64) * cols
-        num_bytes = tl.load(desc_ptr + 2)
-        num_tables = tl.load(desc_ptr + 3).to(tl.int32)
+        num_bytes = sizes & 0xFFFFFFFF
+        num_tables = (sizes >> 32).to(tl.int32)
         stream, sign_mantissa, tables, positions, gaps, num_blocks = _sections(
             payload, num_weights, num_bytes, num_tables
         )
@@ -247,8 +249,9 @@ def decode_resident(
     """
     if num_weights:
         warps = config_of(out.device).dfloat11_num_warps
+        salt = descriptor.salt(desc.data_ptr(), -num_weights)
         _decode_resident_kernel[(triton.cdiv(num_weights, PROGRAM_WEIGHTS),)](
-            desc, out.view(torch.int16), status, num_weights, num_warps=warps
+            desc, out.view(torch.int16), status, num_weights, salt, num_warps=warps
         )
 
 
@@ -260,8 +263,9 @@ def decode_resident_rows(
         # A row may begin with the last weight of a block and end with the first of another.
         blocks_per_row = cols // MIN_BLOCK_WEIGHTS + 2
         warps = config_of(out.device).dfloat11_num_warps
+        salt = descriptor.salt(desc.data_ptr(), -rows * cols)
         _decode_resident_rows_kernel[(ids.numel(), blocks_per_row)](
-            desc, ids, out.view(torch.int16), rows, cols, num_warps=warps
+            desc, ids, out.view(torch.int16), rows, cols, salt, num_warps=warps
         )
 
 
@@ -294,6 +298,7 @@ COMPILE_SPECS = [
             "out_ptr": "*i16",
             "status_ptr": "*i32",
             "num_weights": "i32",
+            "salt": "i64",
         },
         aligned_args=("desc_ptr", "out_ptr", "status_ptr"),
         num_warps=DEFAULT.dfloat11_num_warps,
@@ -308,6 +313,7 @@ COMPILE_SPECS = [
             "out_ptr": "*i16",
             "rows": "i32",
             "cols": "i32",
+            "salt": "i64",
         },
         aligned_args=("desc_ptr", "ids_ptr", "out_ptr"),
         num_warps=DEFAULT.dfloat11_num_warps,

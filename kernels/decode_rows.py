@@ -4,18 +4,22 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_dfloat import descriptor
 from vllm_dfloat.codec import layout
 from vllm_dfloat.kernels.compile_spec import CompileSpec
 from vllm_dfloat.kernels.tiles import (
     LANES,
+    NAN_PAIR,
+    STATUS_DESCRIPTOR,
     STEPS,
     TILE_WEIGHTS,
+    _everywhere,
     _exponents_of_eight,
     _interleave,
-    _is_raw,
     _merge,
     _open,
-    _raw,
+    _read,
+    _section,
     _tile_status,
     num_warps,
 )
@@ -33,7 +37,7 @@ def _store_part(out_ptr, tile, lane, step, pairs, first, cols, shift):
     tl.store(out_ptr + shift + weight, values, mask=(weight >= first) & (weight < first + cols))
 
 
-@triton.jit(do_not_specialize=["rows", "cols"])
+@triton.jit(do_not_specialize=["rows", "cols", "salt"])
 def _decode_rows_kernel(
     desc_ptr,  # int64[4]                        see kernels/tiles.py
     ids_ptr,  # int64[num_ids]                  rows asked for
@@ -41,6 +45,7 @@ def _decode_rows_kernel(
     status_ptr,  # int32[num_ids, statuses_per_row]    0, or a sum of STATUS_* bits; or None
     rows,  # int32
     cols,  # int32
+    salt,  # int64                           of the seal, see vllm_dfloat/descriptor.py
     TILES: tl.constexpr,
 ):
     """Decode TILES of the tiles that one chosen row touches, and store the part of them that is the row's.
@@ -61,15 +66,10 @@ def _decode_rows_kernel(
         lane = tl.arange(0, LANES)[None, :]
         # Where weight 0 of the matrix would lie in the output.
         shift = tl.program_id(0).to(tl.int64) * cols - first
-        if _is_raw(desc_ptr):
-            quad = tl.arange(0, 4)[None, None, :]
-            raw = _raw(desc_ptr, tl.uint32) + (tile * (TILE_WEIGHTS // 2))[:, :, None]
-            for step in range(STEPS):
-                pairs = tl.load(raw + ((lane + step * LANES) * 4)[:, :, None] + quad)
-                _store_part(out_ptr, tile, lane, step, pairs, first, cols, shift)
-        else:
+        is_sound, payload, kind, sizes = _read(desc_ptr, salt)
+        if is_sound & (kind == 0):
             lut, turn, plane, words, is_full, end, bit, word0, word1 = _open(
-                desc_ptr, tile, num_tiles
+                payload, sizes, tile, num_tiles
             )
             for step in range(STEPS):
                 offset = (lane + (step // 2) * LANES) * 4 + (step % 2) * 2
@@ -81,6 +81,15 @@ def _decode_rows_kernel(
                 pairs = _interleave(a, b, c, d)
                 _store_part(out_ptr, tile, lane, step, pairs, first, cols, shift)
             status = tl.where(is_touched, _tile_status(bit, end, is_full), 0)
+        else:
+            quad = tl.arange(0, 4)[None, None, :]
+            raw = _section(payload, 0, tl.uint32) + (tile * (TILE_WEIGHTS // 2))[:, :, None]
+            is_there = _everywhere(tile, is_sound)[:, :, None]
+            for step in range(STEPS):
+                pairs = raw + ((lane + step * LANES) * 4)[:, :, None] + quad
+                pairs = tl.load(pairs, mask=is_there, other=NAN_PAIR)
+                _store_part(out_ptr, tile, lane, step, pairs, first, cols, shift)
+            status = tl.where(is_touched & ~is_sound, STATUS_DESCRIPTOR, 0)
     if status_ptr is not None:
         per_row = tl.num_programs(1) * TILES
         tl.store(status_ptr + tl.program_id(0).to(tl.int64) * per_row + place, status)
@@ -113,8 +122,17 @@ def decode_rows(
         status: int32 [n, statuses_per_row(cols)], contiguous; 0 or a sum of STATUS_* bits. None: not wanted.
     """
     if out.numel():
+        salt = descriptor.salt(desc.data_ptr(), triton.cdiv(rows * cols, layout.TILE_WEIGHTS))
         _decode_rows_kernel[(ids.numel(), statuses_per_row(cols) // TILES)](
-            desc, ids, out.view(torch.uint16), status, rows, cols, TILES, num_warps=num_warps(TILES)
+            desc,
+            ids,
+            out.view(torch.uint16),
+            status,
+            rows,
+            cols,
+            salt,
+            TILES,
+            num_warps=num_warps(TILES),
         )
 
 
@@ -129,6 +147,7 @@ COMPILE_SPECS = [
             "status_ptr": status_type,
             "rows": "i32",
             "cols": "i32",
+            "salt": "i64",
             "TILES": "constexpr",
         },
         constexprs={"TILES": TILES, **absent},

@@ -22,6 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_dfloat import descriptor
 from vllm_dfloat.codec import layout
 from vllm_dfloat.kernels.compile_spec import CompileSpec
 from vllm_dfloat.kernels.configs import config_of
@@ -115,17 +116,18 @@ def matmul(
     num_tiles = -(-rows * cols // layout.TILE_WEIGHTS)
     compiled, segments = compiled_rows(num_x), num_segments(cols)
     config = config_of(x.device)
+    salt = descriptor.salt(desc.data_ptr(), num_tiles)
     if num_x <= MAX_GEMV_ROWS:
         tiles = config.fused_gemv_tiles_per_program
         _gemv_kernel[(triton.cdiv(num_tiles, tiles),)](
-            desc, x.view(torch.uint32), partials, status, num_tiles, cols, num_x,
+            desc, x.view(torch.uint32), partials, status, num_tiles, cols, num_x, salt,
             tiles, compiled, segments, num_warps=num_warps(tiles),
         )  # fmt: skip
     else:
         tiles = config.fused_dot_rows
         period = cols // math.gcd(cols, layout.TILE_WEIGHTS)
         _dot_kernel[(period, triton.cdiv(triton.cdiv(num_tiles, period), tiles))](
-            desc, x, partials, status, num_tiles, cols, num_x, period,
+            desc, x, partials, status, num_tiles, cols, num_x, period, salt,
             tiles, compiled, segments, tl.bfloat16 if x.is_cuda else tl.float32,
             num_warps=config.fused_dot_num_warps,
         )  # fmt: skip

@@ -12,15 +12,16 @@ from vllm_dfloat.kernels.compile_spec import CompileSpec
 from vllm_dfloat.kernels.matmul_parts import _store_sums, _wrap
 from vllm_dfloat.kernels.tiles import (
     LANES,
+    STATUS_DESCRIPTOR,
     STEPS,
     TILE_WEIGHTS,
     _exponents_of_eight,
     _four_words,
     _interleave,
-    _is_raw,
     _merge,
     _open,
-    _raw,
+    _read,
+    _section,
     _tile_status,
 )
 
@@ -75,7 +76,7 @@ def _add_step(
 
 
 # Sizes are not specialized: a layer of another size must not compile another kernel while requests wait.
-@triton.jit(do_not_specialize=["num_tiles", "cols", "num_x", "period"])
+@triton.jit(do_not_specialize=["num_tiles", "cols", "num_x", "period", "salt"])
 def _dot_kernel(
     desc_ptr,  # int64[4]                              see kernels/tiles.py
     x_ptr,  # bfloat16[num_x, cols]                 activations
@@ -85,6 +86,7 @@ def _dot_kernel(
     cols,  # int32                                  a multiple of 8
     num_x,  # int32                                  rows of x, 1 to ROWS
     period,  # int32                                  tiles from one to the next that starts at the same column
+    salt,  # int64                                  of the seal, see vllm_dfloat/descriptor.py
     TILES: tl.constexpr,
     ROWS: tl.constexpr,
     SEGMENTS: tl.constexpr,
@@ -109,19 +111,11 @@ def _dot_kernel(
     acc1 = acc0
     acc2 = acc0
     acc3 = acc0
-    if _is_raw(desc_ptr):
-        raw = _raw(desc_ptr, tl.uint32) + (tile * (TILE_WEIGHTS // 2))[:, :, None]
-        for half in range(STEPS // 2):
-            for k in tl.static_range(2):
-                step = half * 2 + k
-                four = tl.load(raw + ((lane + step * LANES) * 4)[:, :, None] + quad)
-                acc0, acc1, acc2, acc3 = _add_step(
-                    acc0, acc1, acc2, acc3, _matrix(four, TILES, OPERAND), x_ptr, columns + step * LANES,
-                    cols, num_x, ROWS, SEGMENTS,
-                )  # fmt: skip
-        tl.store(status_ptr + tile, tl.zeros_like(tile).to(tl.int32))
-    else:
-        lut, shift, plane, words, is_full, end, bit, word0, word1 = _open(desc_ptr, tile, num_tiles)
+    is_sound, payload, kind, sizes = _read(desc_ptr, salt)
+    if is_sound & (kind == 0):
+        lut, shift, plane, words, is_full, end, bit, word0, word1 = _open(
+            payload, sizes, tile, num_tiles
+        )
         for half in range(STEPS // 2):
             signs = plane[:, :, None] + ((lane + half * LANES) * 4)[:, :, None]
             sm0, sm1, sm2, sm3 = _four_words(signs, TILES)
@@ -137,6 +131,23 @@ def _dot_kernel(
                     columns + (half * 2 + k) * LANES, cols, num_x, ROWS, SEGMENTS,
                 )  # fmt: skip
         tl.store(status_ptr + tile, _tile_status(bit, end, is_full))
+    elif is_sound:
+        raw = _section(payload, 0, tl.uint32) + (tile * (TILE_WEIGHTS // 2))[:, :, None]
+        for half in range(STEPS // 2):
+            for k in tl.static_range(2):
+                step = half * 2 + k
+                four = tl.load(raw + ((lane + step * LANES) * 4)[:, :, None] + quad)
+                acc0, acc1, acc2, acc3 = _add_step(
+                    acc0, acc1, acc2, acc3, _matrix(four, TILES, OPERAND), x_ptr, columns + step * LANES,
+                    cols, num_x, ROWS, SEGMENTS,
+                )  # fmt: skip
+        tl.store(status_ptr + tile, tl.zeros_like(tile).to(tl.int32))
+    else:
+        acc0 += float("nan")  # in every row that any of the tiles touches
+        acc1 = acc0
+        acc2 = acc0
+        acc3 = acc0
+        tl.store(status_ptr + tile, tl.zeros_like(tile).to(tl.int32) + STATUS_DESCRIPTOR)
     exists = wanted < num_tiles
     _store_sums(part_ptr, tile, exists, acc0, 0, ROWS, SEGMENTS)
     if SEGMENTS > 1:
@@ -160,6 +171,7 @@ def _spec(rows: int, segments: int) -> CompileSpec:
             "cols": "i32",
             "num_x": "i32",
             "period": "i32",
+            "salt": "i64",
             "TILES": "constexpr",
             "ROWS": "constexpr",
             "SEGMENTS": "constexpr",

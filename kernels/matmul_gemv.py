@@ -13,15 +13,16 @@ from vllm_dfloat.kernels.configs import DEFAULT
 from vllm_dfloat.kernels.matmul_parts import _store_sums, _wrap
 from vllm_dfloat.kernels.tiles import (
     LANES,
+    STATUS_DESCRIPTOR,
     STEPS,
     TILE_WEIGHTS,
     _exponents_of_eight,
     _four_words,
     _interleave,
-    _is_raw,
     _merge,
     _open,
-    _raw,
+    _read,
+    _section,
     _tile_status,
     num_warps,
 )
@@ -99,7 +100,7 @@ def _add(acc0, acc1, acc2, acc3, dots, segment, SEGMENTS: tl.constexpr):
 
 
 # Sizes are not specialized: a layer of another size must not compile another kernel while requests wait.
-@triton.jit(do_not_specialize=["num_tiles", "cols", "num_x"])
+@triton.jit(do_not_specialize=["num_tiles", "cols", "num_x", "salt"])
 def _gemv_kernel(
     desc_ptr,  # int64[4]                              see kernels/tiles.py
     x_ptr,  # uint32[num_x, cols / 2]               pairs of BF16 activations
@@ -108,6 +109,7 @@ def _gemv_kernel(
     num_tiles,  # int32
     cols,  # int32                                  a multiple of 8
     num_x,  # int32                                  rows of x, 1 to ROWS
+    salt,  # int64                                  of the seal, see vllm_dfloat/descriptor.py
     TILES: tl.constexpr,
     ROWS: tl.constexpr,
     SEGMENTS: tl.constexpr,
@@ -125,18 +127,11 @@ def _gemv_kernel(
     acc1 = acc0
     acc2 = acc0
     acc3 = acc0
-    if _is_raw(desc_ptr):
-        raw = _raw(desc_ptr, tl.uint32) + (tile * (TILE_WEIGHTS // 2))[:, :, None]
-        for half in range(STEPS // 2):
-            for k in tl.static_range(2):
-                group = lane + (half * 2 + k) * LANES
-                a, b, c, d = _four_words(raw + (group * 4)[:, :, None], TILES)
-                column, segment = _wrap(start + group, cols, SEGMENTS)
-                dots = _dots_of_eight(a, b, c, d, x_ptr, column, cols, num_x, TILES, ROWS)
-                acc0, acc1, acc2, acc3 = _add(acc0, acc1, acc2, acc3, dots, segment, SEGMENTS)
-        tl.store(status_ptr + tile, tl.zeros_like(tile).to(tl.int32))
-    else:
-        lut, shift, plane, words, is_full, end, bit, word0, word1 = _open(desc_ptr, tile, num_tiles)
+    is_sound, payload, kind, sizes = _read(desc_ptr, salt)
+    if is_sound & (kind == 0):
+        lut, shift, plane, words, is_full, end, bit, word0, word1 = _open(
+            payload, sizes, tile, num_tiles
+        )
         for half in range(STEPS // 2):
             signs = plane[:, :, None] + ((lane + half * LANES) * 4)[:, :, None]
             sm0, sm1, sm2, sm3 = _four_words(signs, TILES)
@@ -151,6 +146,22 @@ def _gemv_kernel(
                 dots = _dots_of_eight(a, b, c, d, x_ptr, column, cols, num_x, TILES, ROWS)
                 acc0, acc1, acc2, acc3 = _add(acc0, acc1, acc2, acc3, dots, segment, SEGMENTS)
         tl.store(status_ptr + tile, _tile_status(bit, end, is_full))
+    elif is_sound:
+        raw = _section(payload, 0, tl.uint32) + (tile * (TILE_WEIGHTS // 2))[:, :, None]
+        for half in range(STEPS // 2):
+            for k in tl.static_range(2):
+                group = lane + (half * 2 + k) * LANES
+                a, b, c, d = _four_words(raw + (group * 4)[:, :, None], TILES)
+                column, segment = _wrap(start + group, cols, SEGMENTS)
+                dots = _dots_of_eight(a, b, c, d, x_ptr, column, cols, num_x, TILES, ROWS)
+                acc0, acc1, acc2, acc3 = _add(acc0, acc1, acc2, acc3, dots, segment, SEGMENTS)
+        tl.store(status_ptr + tile, tl.zeros_like(tile).to(tl.int32))
+    else:
+        acc0 += float("nan")  # in every row that any of the tiles touches
+        acc1 = acc0
+        acc2 = acc0
+        acc3 = acc0
+        tl.store(status_ptr + tile, tl.zeros_like(tile).to(tl.int32) + STATUS_DESCRIPTOR)
     everywhere = tile >= 0
     _store_sums(part_ptr, tile, everywhere, tl.sum(acc0, axis=1), 0, ROWS, SEGMENTS)
     if SEGMENTS > 1:
@@ -173,6 +184,7 @@ def _spec(rows: int, segments: int) -> CompileSpec:
             "num_tiles": "i32",
             "cols": "i32",
             "num_x": "i32",
+            "salt": "i64",
             "TILES": "constexpr",
             "ROWS": "constexpr",
             "SEGMENTS": "constexpr",

@@ -7,19 +7,20 @@ codes, three in a window of 32 bits, and merges exponents with signs and mantiss
 The kernels take a descriptor instead of the payload itself, so that nothing whose size depends on the weights reaches a
 traced graph, and a captured CUDA graph sees new weights after a reload:
 
-    desc  int64[4]  address of the payload, kind (0 packed, 1 raw), number of words, code_bits
+    desc  int64[4]  address of the payload, kind (0 packed, 1 raw), number of words and code_bits, seal
 
-Whatever the bytes say, every loop has a constant bound and no read leaves the payload: a lane starts at or before the
-last word that is not padding, and reads at most `PAD_WORDS` from there.
+Whatever the bytes of a payload say, every loop has a constant bound and no read leaves it: a lane starts at or before
+the last word that is not padding, and reads at most `PAD_WORDS` from there. Whatever the words of a descriptor say,
+nothing is read where they lead unless their seal is right (vllm_dfloat/descriptor.py). If it is not, every weight is
+NaN and every tile has a status: the output still held another layer's weights, and those must not pass for an answer.
 """
 
 import triton
 import triton.language as tl
 
+from vllm_dfloat import descriptor
 from vllm_dfloat.codec import layout
 
-MIN_CODE_BITS = tl.constexpr(layout.MIN_CODE_BITS)
-MAX_CODE_BITS = tl.constexpr(layout.MAX_CODE_BITS)
 LANES = tl.constexpr(layout.LANES)
 STEPS = tl.constexpr(layout.STEPS)
 TILE_WEIGHTS = tl.constexpr(layout.TILE_WEIGHTS)
@@ -32,6 +33,15 @@ MAX_TILE_WORDS = tl.constexpr(layout.LANES * 255 * layout.LANE_LENGTH_UNIT // 32
 
 STATUS_LANE_END = tl.constexpr(1)
 STATUS_TILE_END = tl.constexpr(2)
+STATUS_DESCRIPTOR = tl.constexpr(
+    4
+)  # the seal of the descriptor, or of the table it stands in, is wrong
+
+ADDRESS_FACTOR = tl.constexpr(descriptor.ADDRESS_FACTOR)
+KIND_FACTOR = tl.constexpr(descriptor.KIND_FACTOR)
+SIZES_FACTOR = tl.constexpr(descriptor.SIZES_FACTOR)
+ROW_FACTOR = tl.constexpr(descriptor.ROW_FACTOR)
+NAN_PAIR = tl.constexpr(0x7FC07FC0)  # two weights that are no numbers
 
 
 def num_warps(tiles: int) -> int:
@@ -47,15 +57,29 @@ def _section(payload, offset, dtype: tl.constexpr):
 
 
 @triton.jit
-def _is_raw(desc_ptr):
-    """Return whether the matrix is held as BF16."""
-    return tl.load(desc_ptr + 1) != 0
+def _read(desc_ptr, salt, is_known=None):
+    """Read a descriptor once; return whether it is sound, address of the payload, kind and sizes.
+
+    Nothing else that it says may be used unless it is. is_known: false where it is not sound whatever it says.
+    """
+    address = tl.load(desc_ptr)
+    kind = tl.load(desc_ptr + 1)
+    sizes = tl.load(desc_ptr + 2)
+    seal = tl.load(desc_ptr + 3)
+    found = address * ADDRESS_FACTOR + kind * KIND_FACTOR + sizes * SIZES_FACTOR + salt
+    is_sound = found == seal
+    if is_known is not None:
+        is_sound = is_sound & is_known
+    return is_sound, address, kind, sizes
 
 
 @triton.jit
-def _raw(desc_ptr, dtype: tl.constexpr):
-    """Return a pointer to the BF16 of a matrix that is held as BF16."""
-    return _section(tl.load(desc_ptr), 0, dtype)
+def _everywhere(like, condition):
+    """Return a mask of the shape of an integer block that holds everywhere or, if `condition` does not, nowhere.
+
+    Triton's interpreter takes no single condition for a mask.
+    """
+    return (tl.zeros_like(like) + condition.to(like.dtype)) != 0
 
 
 @triton.jit
@@ -78,29 +102,29 @@ def _lane_starts(payload, tile, num_tiles, num_words, code_bits):
     length = tl.load(lengths + (tile * LANES + lane)).to(tl.int32) * LANE_LENGTH_UNIT
     end = tl.cumsum(length, axis=1)
     starts = _section(payload, starts_offset, tl.uint32)
-    limit = num_words - PAD_WORDS
-    begin_word = tl.minimum(tl.load(starts + tile).to(tl.int64), limit)
-    end_word = tl.minimum(tl.load(starts + tile + 1).to(tl.int64), limit)
+    limit = num_words - PAD_WORDS  # below 2**31, as all that is clamped to it
+    begin_word = tl.minimum(tl.load(starts + tile), limit)
+    end_word = tl.minimum(tl.load(starts + tile + 1), limit)
     room = tl.minimum(limit - begin_word, MAX_TILE_WORDS).to(tl.int32)
     start = tl.minimum(end - length, room * 32)
     tile_bits = tl.sum(length, axis=1, keep_dims=True)
-    is_full = (tile_bits + 31) // 32 == (end_word - begin_word)
+    is_full = (tile_bits + 31) // 32 == (end_word - begin_word).to(tl.int32)
     words = _section(payload, words_offset, tl.uint32) + begin_word
     return words, is_full, start, end
 
 
 @triton.jit
-def _open(desc_ptr, tile, num_tiles):
+def _open(payload, sizes, tile, num_tiles):
     """Return what is needed to decode tiles: what does not change, and the state of their lanes.
 
-    tile: int64 [TILES, 1], tiles of the matrix that `desc_ptr` describes, which has num_tiles, an int64.
+    payload, sizes: from a descriptor whose seal is right.
+    tile: int64 [TILES, 1], tiles of the matrix that it describes, which has num_tiles, an int64.
 
     Returns the LUT and the shift that leaves an index into it; per tile its signs and mantissas, its words and whether
     its lanes fill them; per lane its last bit, and then its state: the bit it is at and the two words there.
     """
-    payload = tl.load(desc_ptr)
-    num_words = tl.load(desc_ptr + 2)
-    code_bits = tl.minimum(tl.maximum(tl.load(desc_ptr + 3), MIN_CODE_BITS), MAX_CODE_BITS)
+    num_words = sizes.to(tl.uint32)  # its lower half
+    code_bits = sizes >> 32
     words, is_full, bit, end = _lane_starts(payload, tile, num_tiles, num_words, code_bits)
     plane = _section(payload, _lut_bytes(code_bits), tl.uint32) + tile * (TILE_WEIGHTS // 4)
     word = words + (bit >> 5)

@@ -9,7 +9,7 @@ from bench_setup import copy_of, nan_memory, normal, poisoned
 from bench_timing import FLOOR, Bench, Call, expect_no_status, expect_same_bits
 
 from vllm_dfloat import device_encode, ops
-from vllm_dfloat.packed_weight import checksum, descriptor
+from vllm_dfloat.packed_weight import checksum, make_descriptor
 
 TABLE = (128_256, 4096)  # embeddings and LM head of Llama 3.1 8B
 # What is wanted most comes first: time may run out.
@@ -123,7 +123,8 @@ def device_encoded(weight: torch.Tensor) -> ops.PackedWeight:
     """Return what the GPU encoder makes of a matrix; on a CPU it is interpreted, where ops.pack takes another."""
     lay, payload = device_encode.encode(weight, "w")
     fields = (ops.KIND_RAW if lay.is_raw else ops.KIND_PACKED, lay.num_words, lay.code_bits)
-    desc, rest = descriptor(payload, fields), (fields, checksum(payload))
+    desc = make_descriptor(payload, fields, lay.num_tiles)
+    rest = fields, checksum(payload)
     return ops.PackedWeight(payload, desc, *weight.shape, "w", *rest)
 
 

@@ -124,10 +124,11 @@ def copy_of(packed: Any) -> Any:
     """Return a packed weight with a payload of its own, at another address."""
     from dataclasses import replace
 
-    from vllm_dfloat.packed_weight import descriptor
+    from vllm_dfloat.packed_weight import make_descriptor
 
     payload = packed.payload.clone()
-    return replace(packed, payload=payload, desc=descriptor(payload, packed.fields))
+    desc = make_descriptor(payload, packed.fields, packed.size)
+    return replace(packed, payload=payload, desc=desc)
 
 
 def poisoned(numel: int, device: torch.device) -> torch.Tensor:

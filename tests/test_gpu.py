@@ -23,7 +23,7 @@ from helpers import Bits, hard_matrices, same_bits, to_torch, unlike
 from vllm_dfloat import ops, resident_units, unit_ops
 from vllm_dfloat.checkpoint.decode_unit import decode_unit
 from vllm_dfloat.checkpoint.dfloat11 import open_checkpoint
-from vllm_dfloat.packed_weight import descriptor
+from vllm_dfloat.packed_weight import make_descriptor
 
 pytestmark = NEEDS_GPU
 MATRICES = hard_matrices()
@@ -78,7 +78,7 @@ def test_gpu_decodes_into_a_captured_graph_and_sees_new_weights_after_a_reload(
     out, status = buffers(ops.num_tiles(512, 640), ops.padded_numel(512, 640), 0x7FC1)
     graph = captured(lambda: op(a.desc, 512, 640, out, status))
     for source, weight in ((a, first), (b, second)):
-        a.desc.copy_(source.desc)
+        source.described_in(a.desc)
         out.fill_(1.0)
         graph.replay()
         assert same_bits(out[: 512 * 640].view(512, 640), weight)
@@ -87,7 +87,8 @@ def test_gpu_decodes_into_a_captured_graph_and_sees_new_weights_after_a_reload(
 def on_gpu(held: ops.PackedWeight) -> ops.PackedWeight:
     """Return a weight that was packed on the CPU, on the GPU."""
     payload = held.payload.cuda()
-    return replace(held, payload=payload, desc=descriptor(payload, held.fields))
+    desc = make_descriptor(payload, held.fields, held.size)
+    return replace(held, payload=payload, desc=desc)
 
 
 @no_rehearsal

@@ -79,7 +79,7 @@ def test_gpu_block_in_a_captured_graph_sees_new_weights_after_a_reload() -> None
     graph = captured(lambda: blocks.decode_block(table, starts[-1], out, status))
     for generation, seed in ((old, 1), (new, 2)):
         for held, source in zip(old, generation, strict=True):
-            held.desc.copy_(source.desc)
+            source.described_in(held.desc)
         out.fill_(1.0)
         graph.replay()
         for start, (rows, cols) in zip(starts, shapes, strict=False):

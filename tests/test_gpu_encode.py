@@ -18,8 +18,9 @@ def assert_same_bytes(weight: torch.Tensor) -> None:
     expected = encode(weight.cpu().contiguous().view(torch.uint16).numpy(), "w")
     packed = ops.pack(weight, "w")
     assert packed.payload.device == packed.desc.device == weight.device
-    fields = [packed.payload.data_ptr(), int(expected.is_raw), expected.layout.num_words]
-    assert packed.desc.tolist() == [*fields, expected.layout.code_bits]
+    fields = int(expected.is_raw), expected.layout.num_words, expected.layout.code_bits
+    assert packed.fields == fields
+    assert packed.desc.tolist() == packed.words
     assert np.array_equal(packed.payload.cpu().numpy(), expected.payload)
     assert same_bits(ops.unpack(packed), weight.contiguous())
 

@@ -124,7 +124,7 @@ def test_gpu_multiplies_in_a_captured_graph_and_sees_new_weights_after_a_reload(
     )
     graph = captured(lambda: results.append(fused.matmul(x, first.desc, 512, cols, None, scratch)))
     for source, wanted in zip((first, second), expected, strict=True):
-        first.desc.copy_(source.desc)
+        source.described_in(first.desc)
         results[-1].fill_(float("nan"))
         graph.replay()
         assert same_bits(results[-1], wanted)

@@ -44,13 +44,16 @@ tiles = lay.num_tiles
 
 def run(kernel, payload, at_end):
     memory = guarded(payload, at_end)
-    desc = guarded(np.array([memory.data_ptr(), 0, lay.num_words, lay.code_bits]))
+    desc = guarded(np.zeros(4, np.int64))
+    held = ops.PackedWeight(memory, desc, ROWS, COLS, "w", (0, lay.num_words, lay.code_bits), 0)
+    desc.copy_(torch.tensor(held.words))
     out = guarded(np.full(lay.padded_numel, 0x7FC1, np.uint16), at_end).view(torch.bfloat16)
     status = guarded(np.full(tiles, -1, np.int32), at_end)
     if kernel == "decode":
         decode.decode(desc, tiles, out, status)
     elif kernel == "decode_block":
-        table = guarded(np.array([[desc.data_ptr(), 0], [0, tiles]]))
+        table = guarded(np.zeros((2, blocks.ROW_WORDS), np.int64))
+        table.copy_(torch.tensor(blocks.table_rows(table, [desc], [(ROWS, COLS)])))
         decode_block.decode_block(table, tiles, out, status)
     elif kernel == "decode_rows":
         ids = guarded(np.array([2, ROWS - 1, -1, 1 << 62]))  # vLLM masks ids outside afterwards

@@ -51,7 +51,7 @@ def test_an_unknown_backend_is_refused() -> None:
 
 
 @pytest.mark.parametrize("raw", [False, True])
-def test_ops_pass_opcheck(raw: bool) -> None:
+def test_ops_pass_opcheck(raw: bool, followed_anywhere: None) -> None:
     bits = gaussian(64, 3) if raw else gaussian(80, 102)  # no NaN: opcheck compares values
     packed = ops.pack(to_torch(bits), "w")
     assert packed.is_raw == raw

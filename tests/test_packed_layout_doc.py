@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from vllm_dfloat import descriptor
 from vllm_dfloat.codec import decode, reference
 from vllm_dfloat.codec.encode import encode
 from vllm_dfloat.codec.huffman import build_lut
@@ -68,3 +69,11 @@ def test_the_encoder_makes_the_bytes_of_the_worked_example() -> None:
 
 def test_the_document_states_the_version_of_the_code() -> None:
     assert f"Layout version {LAYOUT_VERSION}," in DOC
+
+
+def test_the_seal_of_a_descriptor_is_the_sum_that_the_document_gives() -> None:
+    factors = [int(f, 16) for f in re.findall(r"word\d \* (0x[0-9A-F]{8})", DOC)]
+    words = descriptor.words(0x7F00_1234_5670, (0, 510, 8), salt=-5)
+    assert words[:3] == [0x7F00_1234_5670, 0, 510 | 8 << 32]
+    expected = sum(f * word for f, word in zip(factors, words[:3], strict=True)) - 5
+    assert (words[3] - expected) % (1 << 64) == 0

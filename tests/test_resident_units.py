@@ -94,7 +94,7 @@ def test_a_row_outside_the_matrix_is_refused_on_a_cpu_and_read_as_the_nearest_by
 
 
 @pytest.mark.parametrize("raw", [False, True])
-def test_ops_pass_opcheck(raw: bool) -> None:
+def test_ops_pass_opcheck(raw: bool, followed_anywhere: None) -> None:
     bits = gaussian(64, 3) if raw else gaussian(80, 102)  # no NaN: opcheck compares values
     held = units.pack(to_torch(bits), "w")
     assert held.is_raw == raw
@@ -182,7 +182,7 @@ def test_random_bytes_in_any_section_end_without_leaving_payload_or_output(
     rng = np.random.default_rng(2)
     for _ in range(2):
         held = units.pack(to_torch(bits), "w")
-        lay = units.UnitLayout(bits.size, *held.desc.tolist()[2:])
+        lay = units.UnitLayout(bits.size, *held.fields[1:])
         part = getattr(units._sections(held.payload.numpy(), lay), section).reshape(-1)
         part.view(np.uint8)[:] = rng.integers(0, 256, part.nbytes)
         margin = 4096
@@ -215,7 +215,7 @@ def test_the_kernel_reports_damage_of_the_stream_as_the_cpu_decoder_does() -> No
 
 
 _GUARDED = """
-import itertools, os
+import dataclasses, itertools, os
 import numpy as np, torch
 from guard_pages import guarded
 from helpers import gaussian, to_torch
@@ -226,7 +226,7 @@ seeds = (gaussian(rows, cols, seed) for seed in itertools.count())
 held, bits = next((h, b) for b in seeds if not (h := units.pack(to_torch(b))).payload.numel() % 16)
 assert not held.is_raw
 payload, desc = guarded(held.payload.numpy()), guarded(held.desc.numpy())
-desc[0] = payload.data_ptr()
+held = dataclasses.replace(held, payload=payload).described_in(desc)
 out = guarded(np.zeros(rows * cols, np.uint16)).view(torch.bfloat16)
 status = guarded(np.full(ops.num_tiles(rows, cols), 9, np.int32))
 ids = guarded(np.array([0, rows - 1], np.int64))

@@ -7,13 +7,17 @@ import pytest
 import torch
 
 from vllm_dfloat import ops, resident_units
+from vllm_dfloat.packed_weight import make_descriptor
 
 ROWS, COLS = 2**21 + 2, 1024
 
 
-@pytest.mark.parametrize("decode_rows", [ops.decode_rows, resident_units.decode_rows])
+@pytest.mark.parametrize(
+    ("decode_rows", "size"),
+    [(ops.decode_rows, ops.num_tiles(ROWS, COLS)), (resident_units.decode_rows, -ROWS * COLS)],
+)
 def test_row_behind_the_first_2_to_the_31_weights_is_found(
-    decode_rows: Callable[..., torch.Tensor], monkeypatch: pytest.MonkeyPatch
+    decode_rows: Callable[..., torch.Tensor], size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Bug caught: row * cols in 32 bits. It then reads 4 GiB before the payload, where there are zeros here.
     monkeypatch.setenv("VLLM_DFLOAT_BACKEND", "triton")
@@ -21,7 +25,7 @@ def test_row_behind_the_first_2_to_the_31_weights_is_found(
     with mmap.mmap(-1, 4 * ROWS * COLS) as memory:  # only pages that are touched take memory
         weights = torch.frombuffer(memory, dtype=torch.int16)[ROWS * COLS :]
         weights[(ROWS - 1) * COLS :] = row
-        desc = torch.tensor([weights.data_ptr(), ops.KIND_RAW, 0, 0])
+        desc = make_descriptor(weights, (ops.KIND_RAW, 0, 0), size)
         found = decode_rows(desc, torch.tensor([ROWS - 1], dtype=torch.int32), ROWS, COLS)
         del weights  # or the memory could not be unmapped
     assert torch.equal(found[0].view(torch.int16), row)

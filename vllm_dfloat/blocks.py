@@ -7,13 +7,15 @@ from typing import Any
 
 import torch
 
-from vllm_dfloat import ops
+from vllm_dfloat import descriptor, ops
 from vllm_dfloat.checks import check_tensor
 from vllm_dfloat.codec import layout
 from vllm_dfloat.codec.decode import check_status
-from vllm_dfloat.errors import UnsupportedError
+from vllm_dfloat.errors import FormatError, UnsupportedError
+from vllm_dfloat.packed_weight import name_at
 
 MAX_MEMBERS = 16
+ROW_WORDS = 4
 
 
 def first_tiles(shapes: Sequence[tuple[int, int]]) -> list[int]:
@@ -22,10 +24,10 @@ def first_tiles(shapes: Sequence[tuple[int, int]]) -> list[int]:
 
 
 def block_table(descs: Sequence[torch.Tensor], shapes: Sequence[tuple[int, int]]) -> torch.Tensor:
-    """Return the table that `decode_block` reads: int64 [members + 1, 2] on the device of the descriptors.
+    """Return the table that `decode_block` reads: int64 [members + 1, ROW_WORDS] on the device of the descriptors.
 
     It holds the addresses of the descriptors, which must stay where they are as long as the table is used; what they
-    say may change.
+    say may change. Each row has a seal as a descriptor has.
 
     Raises:
         UnsupportedError: no members, too many, or an empty one.
@@ -35,9 +37,28 @@ def block_table(descs: Sequence[torch.Tensor], shapes: Sequence[tuple[int, int]]
             f"block of {len(descs)} matrices {list(shapes)[:20]}; expected 1 to {MAX_MEMBERS}, none of them empty. "
             "Decode them one by one."
         )
-    addresses = [desc.data_ptr() for desc in descs] + [0]
-    rows = list(zip(addresses, first_tiles(shapes), strict=True))
-    return torch.tensor(rows, dtype=torch.int64, device="cpu").to(descs[0].device)
+    shape = len(descs) + 1, ROW_WORDS
+    table = torch.empty(shape, dtype=torch.int64, device=descs[0].device)
+    rows = table_rows(table, descs, shapes)
+    return table.copy_(torch.tensor(rows, dtype=torch.int64, device="cpu"))
+
+
+def table_rows(
+    table: torch.Tensor, descs: Sequence[torch.Tensor], shapes: Sequence[tuple[int, int]]
+) -> list[list[int]]:
+    """Return what a table of these members holds as long as nothing has changed it (kernels/decode_block.py)."""
+    starts = first_tiles(shapes)
+    salts = [
+        descriptor.salt(desc.data_ptr(), ops.num_tiles(*shape))
+        for desc, shape in zip(descs, shapes, strict=True)
+    ]
+    addresses = [desc.data_ptr() for desc in descs]
+    rows = zip([*addresses, 0], starts, [*salts, 0], strict=True)
+    salt = descriptor.salt(table.data_ptr(), starts[-1])
+    return [
+        [address, first, of_desc, _seal(number, address, first, of_desc, salt)]
+        for number, (address, first, of_desc) in enumerate(rows)
+    ]
 
 
 def max_numel(device: torch.device) -> int:
@@ -65,10 +86,11 @@ def decode_block(
 
     Raises:
         UnsupportedError: a tensor of another dtype, size, device or alignment.
+        FormatError: on a CPU, the table or a descriptor was changed.
     """
-    if table.dtype != torch.int64 or table.dim() != 2 or table.shape[1] != 2:
+    if table.dtype != torch.int64 or table.dim() != 2 or table.shape[1] != ROW_WORDS:
         raise UnsupportedError(
-            f"decode_block: table {table.dtype} {list(table.shape)}; expected torch.int64 [members + 1, 2]. "
+            f"decode_block: table {table.dtype} {list(table.shape)}; expected torch.int64 [members + 1, {ROW_WORDS}]. "
             "Make it with block_table."
         )
     numel = num_tiles * layout.TILE_WEIGHTS
@@ -86,12 +108,33 @@ def launch_decode_block(
 
         decode_block_triton(table, num_tiles, out, status)
         return
-    starts = table.tolist()
-    for (address, first), (_, after) in pairwise(starts):
-        desc = torch.tensor((ctypes.c_int64 * ops.DESC_LENGTH).from_address(address))
+    for (address, first, *_), (_, after, *_) in pairwise(_sound_rows(table, num_tiles)):
+        words = (ctypes.c_int64 * ops.DESC_LENGTH).from_address(address)
+        desc = torch.frombuffer(words, dtype=torch.int64)  # at its own place, as its seal demands
         # A matrix of as many whole tiles lies in memory as the member does.
         shape = after - first, layout.TILE_WEIGHTS
         ops.launch_decode(desc, *shape, out[first * layout.TILE_WEIGHTS :], status[first:])
+
+
+def _seal(number: int, address: int, first: int, of_desc: int, salt: int) -> int:
+    return descriptor.seal(address, first, of_desc, salt + number * descriptor.ROW_FACTOR)
+
+
+def _sound_rows(table: torch.Tensor, num_tiles: int) -> list[list[int]]:
+    """Return the rows of a table in CPU memory.
+
+    Raises:
+        FormatError: one of them is not what was made for this table.
+    """
+    rows, salt = table.tolist(), descriptor.salt(table.data_ptr(), num_tiles)
+    for number, (address, first, of_desc, seal) in enumerate(rows):
+        if _seal(number, address, first, of_desc, salt) != seal:
+            names = [name for name in map(name_at, (row[0] for row in rows)) if name]
+            raise FormatError(
+                f"block of {', '.join(names) or 'matrices'}: row {number} of its table is {rows[number]}; expected one "
+                "with the right seal. It was changed after loading; load the model again."
+            )
+    return rows
 
 
 def unpack(members: Sequence[ops.PackedWeight]) -> list[torch.Tensor]:

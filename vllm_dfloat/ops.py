@@ -6,7 +6,9 @@ Ops (namespace `vllm_dfloat`), each with a CPU implementation (numba), a CUDA on
     decode_rows(desc, ids, rows, cols) -> rows  chosen rows only, for embedding look-ups
 
 They take a descriptor, int64[4] with the payload's address, and never the payload: its size depends on the weights, and
-nothing that does may reach a traced graph. The owner of a `PackedWeight` keeps the payload alive.
+nothing that does may reach a traced graph. The owner of a `PackedWeight` keeps the payload alive. A descriptor that was
+changed is not followed (descriptor.py): on a CPU that is a FormatError with the tensor's name; a GPU, for which nothing
+waits, writes NaN for every weight, and a status.
 """
 
 import ctypes
@@ -28,7 +30,7 @@ from vllm_dfloat.packed_weight import DESC_LENGTH as DESC_LENGTH
 from vllm_dfloat.packed_weight import KIND_PACKED as KIND_PACKED
 from vllm_dfloat.packed_weight import KIND_RAW as KIND_RAW
 from vllm_dfloat.packed_weight import PackedWeight as PackedWeight
-from vllm_dfloat.packed_weight import checksum, descriptor
+from vllm_dfloat.packed_weight import checksum, follow, make_descriptor
 
 
 def padded_numel(rows: int, cols: int) -> int:
@@ -65,13 +67,13 @@ def pack(weight: torch.Tensor, name: str = "") -> PackedWeight:
         lay, payload = packed.layout, torch.from_numpy(packed.payload)
     rows, cols = weight.shape
     fields = (KIND_RAW if lay.is_raw else KIND_PACKED, lay.num_words, lay.code_bits)
-    desc = descriptor(payload, fields)
+    desc = make_descriptor(payload, fields, lay.num_tiles)
     return PackedWeight(payload, desc, rows, cols, name, fields, checksum(payload))
 
 
 def _packed_at(desc: torch.Tensor, rows: int, cols: int, name: str = "") -> PackedTensor:
     """Return the packed matrix that a descriptor in CPU memory points to, without a copy."""
-    address, kind, num_words, code_bits = desc.tolist()
+    address, (kind, num_words, code_bits) = follow(desc, num_tiles(rows, cols))
     lay = PackedLayout(rows, cols, 0 if kind == KIND_RAW else num_words, code_bits)
     if not lay.num_bytes:
         return PackedTensor(lay, np.empty(0, np.uint8), name)
@@ -92,6 +94,7 @@ def decode(
 
     Raises:
         UnsupportedError: a tensor of another dtype, size, device or alignment.
+        FormatError: on a CPU, the descriptor was changed.
     """
     check_desc("decode", desc)
     check_tensor("decode: out", out, torch.bfloat16, padded_numel(rows, cols), desc.device, 16)
@@ -119,6 +122,7 @@ def decode_rows(desc: torch.Tensor, ids: torch.Tensor, rows: int, cols: int) -> 
 
     Raises:
         UnsupportedError: ids of another dtype, shape or device.
+        FormatError: on a CPU, the descriptor was changed.
     """
     check_desc("decode_rows", desc)
     check_ids("decode_rows", ids, desc.device)

@@ -2,19 +2,24 @@
 
 A kernel's status word reports codes that contradict their lengths. A bit that flips in a sign, a mantissa or a symbol
 contradicts nothing, so a checksum of the payload is kept, and beside the descriptor a copy of it on the host. They are
-compared where a caller waits for a result anyway (`unpack` and the like), never in a forward pass.
+compared where a caller waits for a result anyway (`unpack` and the like), never in a forward pass. There every reader
+compares the seal of the descriptor (descriptor.py), which leads to everything else.
 """
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Self
+from weakref import WeakValueDictionary
 
 import torch
 
+from vllm_dfloat import descriptor
 from vllm_dfloat.codec.layout import PackedLayout
+from vllm_dfloat.descriptor import DESC_LENGTH as DESC_LENGTH
+from vllm_dfloat.descriptor import KIND_PACKED as KIND_PACKED
+from vllm_dfloat.descriptor import KIND_RAW as KIND_RAW
+from vllm_dfloat.descriptor import Fields
 from vllm_dfloat.errors import FormatError
-
-DESC_LENGTH = 4
-KIND_PACKED, KIND_RAW = 0, 1
 
 CHUNK_WORDS = 1 << 15  # fits a CPU's cache as int64: larger ones took ten times as long
 GPU_CHUNKS = 32  # chunks that a GPU sums at once: 8 MiB beside the payload, whatever its size
@@ -27,19 +32,22 @@ class PackedWeight:
 
     Attributes:
         payload: uint8, all bytes of the matrix (docs/packed-layout.md).
-        desc: int64 [4]: address of the payload, then `fields`.
+        desc: int64 [4], see descriptor.py.
         rows, cols: shape of the BF16 matrix.
         name: the tensor's name, for messages.
         fields: kind (0 packed, 1 raw BF16), number of words, longest code; on the host.
         checksum: of the payload, as it was made.
     """
 
+    def __post_init__(self) -> None:
+        _weights.setdefault(self.desc.data_ptr(), self)
+
     payload: torch.Tensor
     desc: torch.Tensor
     rows: int
     cols: int
     name: str
-    fields: tuple[int, int, int]
+    fields: Fields
     checksum: int
 
     @property
@@ -52,6 +60,27 @@ class PackedWeight:
         """Resident bytes, all metadata included."""
         return self.payload.numel() + self.desc.numel() * self.desc.element_size()
 
+    @property
+    def size(self) -> int:
+        """What the seal of the descriptor covers of the shape."""
+        return PackedLayout(self.rows, self.cols, 0).num_tiles
+
+    @property
+    def words(self) -> list[int]:
+        """What the descriptor holds as long as nothing has changed it."""
+        salt = descriptor.salt(self.desc.data_ptr(), self.size)
+        return descriptor.words(self.payload.data_ptr(), self.fields, salt)
+
+    def described_in(self, desc: torch.Tensor) -> Self:
+        """Write the descriptor to `desc` too, another weight's, and return this weight with it.
+
+        So whoever follows `desc`, as a captured CUDA graph does, sees this weight from now on.
+        """
+        moved = replace(self, desc=desc)
+        desc.copy_(torch.tensor(moved.words, dtype=torch.int64, device="cpu"))
+        _weights[desc.data_ptr()] = moved
+        return moved
+
     @cached_property
     def expected_bytes(self) -> int:
         """Bytes of a payload with this shape and these fields."""
@@ -59,10 +88,10 @@ class PackedWeight:
         words = 0 if kind == KIND_RAW else num_words
         return PackedLayout(self.rows, self.cols, words, code_bits).num_bytes
 
-    def to(self, device: torch.device | str) -> "PackedWeight":
+    def to(self, device: torch.device | str) -> Self:
         """Return it on another device, with a descriptor of its own; the payload is not copied if it is there."""
         payload = self.payload.to(device)
-        return replace(self, payload=payload, desc=descriptor(payload, self.fields))
+        return replace(self, payload=payload, desc=make_descriptor(payload, self.fields, self.size))
 
     def check_descriptor(self) -> None:
         """Check what must hold before any kernel may follow the descriptor; waits for the device.
@@ -76,7 +105,7 @@ class PackedWeight:
                 f"{where}: payload {payload.dtype} {list(payload.shape)}; a matrix [{self.rows}, {self.cols}] "
                 f"expects torch.uint8 [{self.expected_bytes}]. {_DAMAGED}"
             )
-        found, expected = desc.tolist(), [payload.data_ptr(), *self.fields]
+        found, expected = desc.tolist(), self.words
         if found != expected or desc.dtype != torch.int64 or desc.device != payload.device:
             raise FormatError(
                 f"{where}: descriptor {desc.dtype} {found} on {desc.device}; expected torch.int64 {expected} "
@@ -97,10 +126,54 @@ class PackedWeight:
             )
 
 
-def descriptor(payload: torch.Tensor, fields: tuple[int, int, int]) -> torch.Tensor:
-    """Return int64 [DESC_LENGTH] on the payload's device."""
-    values = [payload.data_ptr(), *fields]
-    return torch.tensor(values, dtype=torch.int64, device="cpu").to(payload.device)
+# The weights of this process by the address of their descriptor.
+_weights: WeakValueDictionary[int, PackedWeight] = WeakValueDictionary()
+
+
+def make_descriptor(payload: torch.Tensor, fields: Fields, size: int) -> torch.Tensor:
+    """Return the descriptor, int64 [DESC_LENGTH], of a payload, on its device; `size` as for `descriptor.salt`."""
+    desc = torch.empty(DESC_LENGTH, dtype=torch.int64, device=payload.device)
+    words = descriptor.words(payload.data_ptr(), fields, descriptor.salt(desc.data_ptr(), size))
+    desc.copy_(torch.tensor(words, dtype=torch.int64, device="cpu"))
+    return desc
+
+
+def follow(desc: torch.Tensor, size: int) -> tuple[int, Fields]:
+    """Return the address of the payload and the fields that a descriptor in CPU memory holds.
+
+    Every reader on a CPU calls it before it follows a descriptor; the kernels do the same with `_read` of tiles.py.
+
+    Args:
+        size: as for `descriptor.salt`.
+
+    Raises:
+        FormatError: it does not hold what was made for its place and for this size, or its weight is gone.
+    """
+    found, place = desc.tolist(), desc.data_ptr()
+    owner = _weights.get(place)
+    if descriptor.is_sound(found, descriptor.salt(place, size)) and (
+        owner is None or owner.words == found
+    ):
+        return found[0], descriptor.fields_of(found)
+    owner = owner or _owner(found)
+    name = (owner and owner.name) or "packed tensor"
+    expected = owner.words if owner else "one made in this process, for this place and shape"
+    raise FormatError(f"{name}: descriptor {found}; expected {expected}. {_DAMAGED}")
+
+
+def name_at(place: int) -> str:
+    """Return the name of the weight whose descriptor lies at this address; empty if there is none."""
+    owner = _weights.get(place)
+    return owner.name if owner else ""
+
+
+def _owner(found: list[int]) -> PackedWeight | None:
+    """Return the weight that a descriptor at an unknown place was made for, going by its address or its seal."""
+    for weight in _weights.values():
+        address, *_, seal = weight.words
+        if found[0] == address or found[-1] == seal:
+            return weight
+    return None
 
 
 def checksum(payload: torch.Tensor) -> int:

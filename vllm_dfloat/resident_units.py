@@ -26,7 +26,7 @@ from vllm_dfloat.checks import check_desc, check_ids, check_tensor
 from vllm_dfloat.codec.layout import ALIGNMENT
 from vllm_dfloat.codec.threads import over_tiles
 from vllm_dfloat.errors import FormatError, UnsupportedError
-from vllm_dfloat.packed_weight import checksum, descriptor
+from vllm_dfloat.packed_weight import checksum, follow, make_descriptor
 
 KIND_CODED = ops.KIND_PACKED
 
@@ -41,6 +41,11 @@ class UnitWeight(ops.PackedWeight):
         fields: kind (0 coded, 1 raw BF16), bytes of the stream, number of tables.
         desc, rows, cols, name, checksum: as in PackedWeight.
     """
+
+    @property
+    def size(self) -> int:
+        """What the seal of the descriptor covers of the shape; below 0, unlike a number of tiles."""
+        return -self.rows * self.cols
 
     @cached_property
     def expected_bytes(self) -> int:
@@ -131,7 +136,7 @@ def pack(weight: torch.Tensor, name: str = "") -> UnitWeight:
     rows, cols = weight.shape
     payload, fields = _encode(bits, ops.padded_numel(rows, cols), name)
     held = torch.from_numpy(payload).to(weight.device)
-    desc = descriptor(held, fields)
+    desc = make_descriptor(held, fields, -rows * cols)
     return UnitWeight(held, desc, rows, cols, name, fields, checksum(held))
 
 
@@ -213,7 +218,7 @@ def _check_status(status: npt.NDArray[Any], name: str) -> None:
 
 def _open(desc: torch.Tensor, rows: int, cols: int) -> _Sections | U8Array:
     """Return the sections that a descriptor in CPU memory points to, or the bytes of a raw payload."""
-    address, kind, stream_bytes, num_tables = desc.tolist()
+    address, (kind, stream_bytes, num_tables) = follow(desc, -rows * cols)
     if kind == ops.KIND_RAW:
         return _payload_at(address, 2 * ops.padded_numel(rows, cols))
     lay = UnitLayout(rows * cols, stream_bytes, num_tables)
@@ -234,6 +239,7 @@ def decode(
 
     Raises:
         UnsupportedError: a tensor of another dtype, size, device or alignment.
+        FormatError: on a CPU, the descriptor was changed.
     """
     check_desc("decode_unit", desc)
     check_tensor("decode_unit: out", out, torch.bfloat16, rows * cols, desc.device, ALIGNMENT)
@@ -268,6 +274,7 @@ def decode_rows(desc: torch.Tensor, ids: torch.Tensor, rows: int, cols: int) -> 
 
     Raises:
         UnsupportedError: ids of another dtype, shape or device.
+        FormatError: on a CPU, the descriptor was changed, or the codes contradict what is stored beside them.
     """
     check_desc("decode_unit_rows", desc)
     check_ids("decode_unit_rows", ids, desc.device)
