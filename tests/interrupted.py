@@ -16,6 +16,7 @@ from pathlib import Path
 
 from vllm_dfloat.checkpoint.compress import compress
 from vllm_dfloat.checkpoint.decompress import decompress
+from vllm_dfloat.checkpoint.folder import FINISHED_FILE
 from vllm_dfloat.checkpoint.manifest import file_entry
 from vllm_dfloat.checkpoint.source import open_source
 
@@ -23,10 +24,11 @@ EVENTS = ("open", "os.rename", "os.remove")
 
 
 def contents(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of every file but the note of what it was made from, which differs from source to source."""
     return {
         path.relative_to(folder).as_posix(): file_entry(path)["sha256"]
         for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        if path.is_file() and path.name != FINISHED_FILE
     }
 
 

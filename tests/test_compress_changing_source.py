@@ -369,3 +369,20 @@ def test_official_checkpoints_are_watched_while_they_are_decompressed(tmp_path: 
     file = path / "model_layers_1.safetensors"
     with pytest.raises(ChangedError, match=r"model_layers_1.safetensors: .*touched"):
         decompress(path, tmp_path / "t", advance=once(file.touch, 2))
+
+
+@pytest.mark.parametrize("kind", ["replaced", "rewritten", "truncated"])
+@pytest.mark.parametrize("changed", ["df11", "bf16", "plain"])
+def test_a_file_changed_while_verify_reads_it_is_named(
+    changed: str, kind: str, pristine: dict[str, Path], tmp_path: Path
+) -> None:
+    # Bug caught: SIGBUS where a mapped file was cut.
+    folders = {"df11": "one-df11", "bf16": "one", "plain": "one"}
+    for name, origin in folders.items():
+        shutil.copytree(pristine[origin], tmp_path / name)
+    file = "model_layers_2.safetensors" if changed == "df11" else WEIGHTS
+    other = pristine["two-df11" if changed == "df11" else "two"] / file
+    change = lambda: CHANGES[kind](tmp_path / changed / file, other)  # noqa: E731
+    path = tmp_path / ("plain" if changed == "plain" else "df11")
+    with pytest.raises(ChangedError, match=f"{changed}/{file}: was changed after it was opened"):
+        compare(path, tmp_path / "bf16", advance=once(change, 2))

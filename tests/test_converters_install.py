@@ -73,6 +73,19 @@ def test_every_command_works_without_what_only_vllm_needs(tmp_path: Path) -> Non
     assert {"numpy", "numba"} <= loaded
 
 
+def test_what_is_not_checked_without_transformers_is_said(tmp_path: Path) -> None:
+    # Bug caught: the same words as where the model's class was asked for its parameters.
+    official, original = VECTORS / "llama-tiny-df11", VECTORS / "llama-tiny-single-bf16"
+    commands: list[list[object]] = [
+        ["verify", official, "--json"],
+        ["decompress", official, tmp_path / "out", "--original", original, "--json"],
+    ]
+    ended, _ = run_without(ONLY_WITH_VLLM, commands, tmp_path)
+    for status, out, err in ended:
+        assert (status, err) == (0, "")
+        assert json.loads(out)["not_sought"] == "torch and transformers are not installed"
+
+
 def test_an_official_checkpoint_without_shapes_names_what_to_install_or_to_give(
     tmp_path: Path,
 ) -> None:

@@ -1,6 +1,7 @@
 """Weights that are written into a running engine: each way takes effect exactly, or raises and changes nothing."""
 
 import hashlib
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -19,15 +20,19 @@ from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import WeightTransferEngine
 from vllm.model_executor.model_loader import reload
 
-from vllm_dfloat.errors import UnsupportedError
-from vllm_dfloat.integration.packed import DESC
+from vllm_dfloat.checkpoint.compress import compress
+from vllm_dfloat.checkpoint.dfloat11 import open_checkpoint
+from vllm_dfloat.checkpoint.source import open_source
+from vllm_dfloat.errors import FormatError, UnsupportedError
+from vllm_dfloat.integration.packed import DESC, PackedMethod
 from vllm_dfloat.integration.placeholder import WeightPlaceholder
 
 pytestmark = pytest.mark.engine
 
 ATTENTION = "model.layers.0.self_attn"
-QKV, O_PROJ, DOWN = f"{ATTENTION}.qkv_proj", f"{ATTENTION}.o_proj", "model.layers.1.mlp.down_proj"
+QKV, O_PROJ, DOWN = f"{ATTENTION}.qkv_proj", f"{ATTENTION}.o_proj", "model.layers.0.mlp.down_proj"
 NORM, EMBEDDING = "model.norm.weight", "model.embed_tokens"
+MLP = "model.layers.1.mlp"
 AS_BEFORE = "All weights are as before"
 HOW = "held compressed; nothing was read or changed. To change it, .*reload_weights"
 
@@ -133,9 +138,9 @@ def expected(both: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture(scope="module")
 def running(both: tuple[Path, Path], expected: dict[str, Any]) -> Iterator[Served]:
-    # A model with biases; one of its linear layers stays BF16.
+    # A model with biases; one of its fused layers stays BF16.
     settings = dict(
-        additional_config={"dfloat11": {"ignore": [DOWN]}},
+        additional_config={"dfloat11": {"ignore": [f"{MLP}.gate_proj", f"{MLP}.up_proj"]}},
         weight_transfer_config=WeightTransferConfig(backend="in_process"),
     )
     WeightTransferEngineFactory.register_engine("in_process", InProcessTransfer)
@@ -196,6 +201,16 @@ REFUSED: dict[str, Refused] = {
         lambda s: s.iterate(s.some("layers.0.self_attn.q_proj")),
         UnsupportedError,
         rf"{QKV}: .* weights arrived",
+    ),
+    "reload of a part of a layer that is BF16": (
+        lambda s: s.iterate(s.some("layers.0.") + s.some(f"{MLP}.gate_proj")),
+        UnsupportedError,
+        rf"{MLP}\.gate_up_proj: [0-9]+ of [0-9]+ weights arrived; .* {AS_BEFORE}",
+    ),
+    "load_weights of a part of a layer that is BF16, which a CPU packs": (
+        lambda s: s.model.load_weights(s.some(f"{MLP}.gate_proj")),
+        UnsupportedError,
+        f"only a part of it was given, .* {AS_BEFORE}",
     ),
     "reload, the source raises": (
         lambda s: s.iterate(fails_after(s.some("layers.0."))),
@@ -287,9 +302,9 @@ REFUSED: dict[str, Refused] = {
         f"model.embed_tokens: .* on its weight, which is {HOW}",
     ),
     "named_parameters, mul_": (
-        lambda s: s.parameter(f"{DOWN.replace('1', '0')}.weight").data.mul_(2),
+        lambda s: s.parameter(f"{DOWN}.weight").data.mul_(2),
         UnsupportedError,
-        f"model.layers.0.mlp.down_proj: mul_ on its weight, which is {HOW}",
+        f"{DOWN}: mul_ on its weight, which is {HOW}",
     ),
     "state_dict, copy_": (
         lambda s: s.model.state_dict()[f"{O_PROJ}.weight"].copy_(s.new[f"{O_PROJ}.weight"]),
@@ -407,3 +422,100 @@ def test_what_takes_effect_answers_as_bf16_vllm_with_these_weights(
     after = changing.ask()
     assert after != changing.answers
     assert after == expected[name]
+
+
+# How a copy of the checkpoint is spoilt, and what is said of it. True: found before anything is changed.
+SPOILT: dict[str, tuple[Callable[[Path], Any], str, bool]] = {
+    "without a norm": (
+        lambda path: tiny_models.edit(path, lambda tensors: tensors.pop(NORM)),
+        f"{NORM}.* {AS_BEFORE}",
+        True,
+    ),
+    "without k_proj": (
+        lambda path: tiny_models.edit(path, lambda t: t.pop(f"{ATTENTION}.k_proj.weight")),
+        f"{QKV}: [0-9]+ of [0-9]+ weights.* {AS_BEFORE}",
+        True,
+    ),
+    "with another shape": (
+        lambda path: tiny_models.edit(path, lambda t: t.update(shape(f"{O_PROJ}.weight", 3, 3))),
+        rf"{O_PROJ}\.weight \[3, 3\]: could not be loaded .*{AS_BEFORE}",
+        True,
+    ),
+    "with one block too many": (
+        lambda path: tiny_models.edit(path, lambda t: t.update(shape("model.layers.2.mlp.up_proj.weight", 8, 8))),
+        rf"layers\.2\.mlp\.up_proj.*{AS_BEFORE}",
+        True,
+    ),
+    "truncated": (
+        lambda path: os.truncate(path / "model.safetensors", 100_000),
+        "",  # safetensors' words, or ours
+        True,
+    ),
+    "no folder": (lambda path: path.rename(path.with_name("away")), "", True),
+}  # fmt: skip
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a list that grows with the name of each layer that is encoded from here on."""
+    names: list[str] = []
+    replace_weight = PackedMethod._replace_weight
+
+    def watched(method: PackedMethod, *args: Any) -> None:
+        names.append(method.name)
+        replace_weight(method, *args)
+
+    monkeypatch.setattr(PackedMethod, "_replace_weight", watched)
+    return names
+
+
+def as_dfloat11(source: Path, path: Path, spoil: bool = False) -> Path:
+    """Write a checkpoint in the official format; on request with damage in the codes of its last block."""
+    compress(open_source(source), path, workers=1)
+    if spoil:
+        stored = open_checkpoint(path).units["model.layers.1"].fields["encoded_exponent"]
+        with stored.file.open("r+b") as file:
+            file.seek(stored.begin + stored.num_bytes // 3)
+            file.write(b"\xff" * (stored.num_bytes // 3))
+    return path
+
+
+def assert_refused(running: Served, path: Path, words: str, error: Any = Exception) -> None:
+    before, source = running.bits(), running.worker.vllm_config.model_config.model
+    with pytest.raises(error, match=words):
+        running.reload(weights_path=str(path))
+    after = running.bits()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert running.ask() == running.answers
+    assert running.worker.vllm_config.model_config.model == source
+
+
+@pytest.mark.parametrize(("spoil", "words", "is_seen_before"), SPOILT.values(), ids=SPOILT)
+def test_spoilt_checkpoint_is_refused_and_the_engine_goes_on(
+    spoil: Callable[[Path], Any],
+    words: str,
+    is_seen_before: bool,
+    running: Served,
+    encoded: list[str],
+    tmp_path: Path,
+) -> None:
+    # Bug caught: half a checkpoint was loaded before its other half was found missing.
+    path = shutil.copytree(running.second, tmp_path / "model")
+    spoil(path)
+    assert_refused(running, path, words)
+    assert bool(encoded) != is_seen_before
+
+
+def test_damaged_unit_is_found_on_the_way_and_undone(
+    running: Served, encoded: list[str], tmp_path: Path
+) -> None:
+    path = as_dfloat11(running.second, tmp_path / "model", spoil=True)
+    assert_refused(running, path, "", FormatError)
+    assert encoded
+
+
+def test_whole_dfloat11_checkpoint_takes_effect(
+    changing: Served, expected: dict[str, Any], tmp_path: Path
+) -> None:
+    changing.reload(weights_path=str(as_dfloat11(changing.second, tmp_path / "model")))
+    assert changing.ask() == expected["reload of a path"]

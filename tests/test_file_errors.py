@@ -50,6 +50,22 @@ def test_an_index_that_is_a_git_lfs_pointer_is_called_one(tmp_path: Path) -> Non
         bf16_tensors(tmp_path)
 
 
+def test_a_tokenizer_that_is_a_git_lfs_pointer_is_not_passed_on(
+    places: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Bug caught: a checkpoint that cannot be served, made without a word after only the weights were pulled.
+    for command, kind in (("compress", "bf16"), ("decompress", "df11")):
+        source = Path(shutil.copytree(places[kind], tmp_path / kind))
+        (source / "figure.png").write_text(POINTER)
+        assert main([command, str(source), str(tmp_path / f"{kind}-out")]) == 0
+        assert "figure.png: is not copied: it is a Git LFS pointer" in capsys.readouterr().out
+        (source / "tokenizer.json").write_text(POINTER)
+        assert main([command, str(source), str(tmp_path / f"{kind}-new")]) == 2
+        line = only_line(capsys.readouterr().err)
+        assert line.startswith(f"vllm-dfloat: {source / 'tokenizer.json'}: is a Git LFS pointer")
+        assert not (tmp_path / f"{kind}-new").exists()
+
+
 def _too_large(file: Path) -> None:
     item = Item("a", "U8", (1 << 20,), lambda: [np.zeros(1 << 20, np.uint8)])
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ from vllm.model_executor.layers import vocab_parallel_embedding as vllm_embeddin
 
 from vllm_dfloat import resident_units
 from vllm_dfloat.checkpoint import lazy_weight
-from vllm_dfloat.integration import gemm, layouts
+from vllm_dfloat.errors import UnsupportedError
+from vllm_dfloat.integration import gemm, layouts, tying
 from vllm_dfloat.integration.config import DFloat11Config
 from vllm_dfloat.integration.loader import biases_after_weights
 from vllm_dfloat.integration.options import LAYOUTS, Options
@@ -165,6 +167,54 @@ def test_of_a_weight_that_is_decoded_where_it_is_copied_a_rank_decodes_its_slice
     # The columns of a row-parallel slice lie between others, which are decoded along.
     everything = sum(rows * cols for _, rows, cols in parts)
     assert sum(ranges) <= (everything if kind is row else plain.weight.numel())
+
+
+def test_projection_that_arrives_twice_does_not_stand_in_for_another() -> None:
+    # Bug caught: as many elements as the layer has, and v_proj from memory that nobody has written.
+    layer, (q, k, _) = qkv(quant_config=config("packed"), prefix="layer")
+    with pytest.raises(UnsupportedError, match=r"layer.weight: 163840 of 196608 .*part 3 of 3"):
+        load(layer, [q, k, k])
+
+
+@pytest.mark.parametrize("method", ["eagle", "draft_model"])
+def test_lm_head_that_only_the_target_of_a_draft_has_is_left_to_it(method: str) -> None:
+    layer, _ = lm_head(quant_config=config("packed"), prefix="head")
+    parallel = SimpleNamespace(pipeline_parallel_size=1)
+    drafting = SimpleNamespace(
+        speculative_config=SimpleNamespace(method=method), parallel_config=parallel
+    )
+    tying.prepare(torch.nn.ModuleList([layer]), drafting, SimpleNamespace(runner_type="draft"))
+    if method == "draft_model":  # a whole model, which keeps its own
+        with pytest.raises(UnsupportedError, match=r"head\.weight: 0 of 128000 weights arrived"):
+            finish(layer)
+        return
+    finish(layer)
+    assert packed_of(layer) is None
+    layer.quant_method.process_weights_after_loading(layer)  # vLLM calls once more at the end
+    assert layer.weight.shape == (512, COLS)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_rank_compares_its_own_slice_of_an_lm_head_with_that_of_the_embedding(
+    layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    last_row_differs = random_weight(500, COLS).clone()
+    last_row_differs[-1] += 1
+    found = []
+    for rank in range(2):
+        pretend(monkeypatch, rank, 2)
+        model = torch.nn.ModuleList()
+        for kind in (embedding, lm_head):
+            model.append(kind(quant_config=config(layout), prefix="layer")[0])
+        tying.prepare(model, None, SimpleNamespace(word_embeddings_untied_by_checkpoint=True))
+        load(model[0], [(None, 500, COLS)])
+        load(model[1], [(None, 500, COLS)], lambda *shape: last_row_differs)
+        for layer in model:
+            finish(layer)
+        payloads = [packed_of(layer).payload for layer in model]
+        found.append(payloads[0] is payloads[1])
+        assert packed_of(model[0]).desc.data_ptr() != packed_of(model[1]).desc.data_ptr()
+    assert found == [True, False]
 
 
 @pytest.mark.parametrize("rows", [256, 3072])  # on CPUs with AMX, vLLM has a GEMM for each of these

@@ -183,3 +183,25 @@ def test_of_many_folders_some_are_named(
         in line
     )
     assert line.endswith(f"all/model-3 or another in {tmp_path / 'all'}.")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("flux", "flux/text_encoder or {root}/flux/transformer."),
+        ("flux/model_index.json", "flux/text_encoder or {root}/flux/transformer."),
+        (
+            "flux/transformer/diffusion_pytorch_model.safetensors",
+            "Give its folder, {root}/flux/transformer.",
+        ),
+        ("models--org--name", "models--org--name/snapshots/f00."),
+    ],
+)
+def test_plan_names_the_folders_with_a_config(
+    given: str, expected: str, places: dict[str, Path], tmp_path: Path, capsys: Capture
+) -> None:
+    # Bug caught: "is not valid JSON" of a weights file, "no config.json in it" of a cache.
+    pipeline(tmp_path / "flux", places["bf16"])
+    hub_cache(tmp_path / "models--org--name", places["bf16"], {"f00": True})
+    line = refused(capsys, "plan", tmp_path / given, "--gpu-memory", "24GiB")
+    assert line.endswith(expected.format(root=tmp_path)), line

@@ -41,13 +41,20 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "mistral": ("Mistral", dict(tie_word_embeddings=False, head_dim=64, sliding_window=None)),
 }
+# Those that are loaded, and not run.
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "phi": (
+        "Phi",
+        dict(tie_word_embeddings=False),
+    ),  # biases everywhere, of its LayerNorms and LM head too
+}
 
 
 def save(
     name: str, path: Path, dtype: torch.dtype = torch.bfloat16, seed: int = SEED, **changes: Any
 ) -> Path:
     """Write a random checkpoint of architecture `name` into the folder `path`, and return it."""
-    prefix, differences = ARCHITECTURES[name]
+    prefix, differences = {**ARCHITECTURES, **OTHERS}[name]
     config_class = getattr(transformers, f"{prefix}{'Text' * (name == 'gemma3')}Config")
     torch.manual_seed(seed)
     model = getattr(transformers, f"{prefix}ForCausalLM")(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_dfloat.cli_progress import Bar
-from vllm_dfloat.output import say, say_json
+from vllm_dfloat.output import not_sought_clause, say, say_json
 
 if TYPE_CHECKING:
     from vllm_dfloat.checkpoint.compare import Comparison
@@ -92,6 +92,7 @@ def _as_json(args: argparse.Namespace, result: Comparison) -> dict[str, Any]:
         "tensors": result.tensors,
         "num_bytes": result.num_bytes,
         "files": result.files,
+        "not_sought": result.not_sought or None,
         "differences": result.differences,
     }
 
@@ -106,6 +107,7 @@ def _say_differences(differences: list[str]) -> None:
 
 def _last_line(args: argparse.Namespace, result: Comparison) -> str:
     what = f"{result.tensors} tensors, {result.num_bytes:,} bytes"
+    missing = not_sought_clause(result.not_sought)
     differences = len(result.differences)
     if args.against and result.is_equal:
         return f"{args.path}: equal to {args.against}, bit for bit ({what})"
@@ -116,7 +118,5 @@ def _last_line(args: argparse.Namespace, result: Comparison) -> str:
     if differences:
         return f"{args.path}: {what} decode, but {differences} files are not as the manifest says"
     if result.files is None:
-        return (
-            f"{args.path}: {what} decode without an error (no manifest; give --against to compare)"
-        )
+        return f"{args.path}: {what} decode without an error (no manifest; give --against to compare){missing}"
     return f"{args.path}: {what} decode without an error, and {result.files} files are as the manifest says"

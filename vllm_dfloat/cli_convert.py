@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_dfloat.cli_progress import Bar
 from vllm_dfloat.errors import UnsupportedError
-from vllm_dfloat.output import say, say_json
+from vllm_dfloat.output import not_sought_clause, say, say_json
 
 if TYPE_CHECKING:
     from vllm_dfloat.checkpoint.compress import Report
@@ -183,6 +183,7 @@ def _decompress(args: argparse.Namespace) -> int:
                 "tensors": restored.tensors,
                 "num_bytes": restored.num_bytes,
                 "left_out": dict(restored.left_out),
+                "not_sought": restored.not_sought or None,
                 "seconds": seconds,
                 "was_finished": restored.was_finished,
             }
@@ -191,8 +192,9 @@ def _decompress(args: argparse.Namespace) -> int:
         for line in left_out_lines(restored.left_out):
             say(line)
         what = f"{restored.tensors} tensors, {restored.num_bytes:,} bytes"
+        end = not_sought_clause(restored.not_sought)
         if restored.was_finished:
-            say(f"{args.out}: {_WAS_FINISHED}: {what}")
+            say(f"{args.out}: {_WAS_FINISHED}: {what}{end}")
         else:
-            say(f"{args.out}: {what}, {seconds:.1f} s")
+            say(f"{args.out}: {what}, {seconds:.1f} s{end}")
     return 0

@@ -24,6 +24,11 @@ def say_json(content: dict[str, Any]) -> None:
     say(json.dumps(content, indent=1))
 
 
+def not_sought_clause(reason: str) -> str:
+    """Return the end of a line about a model of which nobody could tell whether tensors are missing, and why."""
+    return f"; whether tensors are missing was not checked: {reason}" if reason else ""
+
+
 def flush() -> None:
     """Let standard output take all that was printed; raises as `say` does."""
     with _named():

@@ -12,24 +12,30 @@ from vllm_dfloat.checkpoint.dfloat11 import open_checkpoint
 from vllm_dfloat.checkpoint.folder import is_dfloat11, read_config
 from vllm_dfloat.checkpoint.manifest import file_differences, read_manifest
 from vllm_dfloat.checkpoint.model_class import refuse_missing_parameters
+from vllm_dfloat.checkpoint.pieces import read_pieces
 from vllm_dfloat.checkpoint.plain_model import bf16_tensors
 from vllm_dfloat.checkpoint.progress import Advance, Bytes, Start, ignore, no_start
+from vllm_dfloat.checkpoint.safetensors_file import StoredTensor
 from vllm_dfloat.checkpoint.weights import typed_weights
 from vllm_dfloat.errors import FormatError
 
 Bits = npt.NDArray[Any]
+
+_PIECE_BYTES = 4 << 20
 
 
 @dataclass
 class Comparison:
     """The outcome: how many tensors, bytes and files were compared, and one sentence per difference.
 
-    `files` is None where no manifest says what they should be.
+    `files` is None where no manifest says what they should be. `not_sought` says why nobody could tell whether tensors
+    are missing, nothing if that was looked for.
     """
 
     tensors: int = 0
     num_bytes: int = 0
     files: int | None = None
+    not_sought: str = ""
     differences: list[str] = field(default_factory=list)
 
     @property
@@ -76,7 +82,7 @@ def compare(
         original = originals[name]
         result.tensors += 1
         result.num_bytes += bits.nbytes
-        difference = _difference(dtype, bits, original.dtype, original.bits())
+        difference = _difference(dtype, bits, original)
         if difference:
             result.differences.append(f"{name}: {difference}")
     progress.finish()
@@ -101,6 +107,8 @@ def check(path: Path, start: Start = no_start, advance: Advance = ignore) -> Com
     result = Comparison()
     manifest = read_manifest(path)
     num_bytes, tensors = _open(path, None, keep_tied=True, must_be_whole=True)
+    if manifest is None and is_dfloat11(path):
+        result.not_sought = refuse_missing_parameters(path, open_checkpoint(path).names, path)
     if manifest is not None:
         num_bytes += sum(entry["bytes"] for entry in manifest.files.values())
     progress = Bytes(num_bytes, advance)
@@ -130,31 +138,30 @@ def _open(
                 f"{path}: has no config.json, so nothing says whether all of a model is here; expected one. Fetch it, "
                 "run the command again that was writing this folder, or compare with the original: --against."
             )
-        tensors = ((name, tensor.dtype, tensor.bits()) for name, tensor in stored.items())
+        # Mapped where nobody looks at them, read where they are compared.
+        load = StoredTensor.bits if must_be_whole else StoredTensor.read
+        tensors = ((name, tensor.dtype, load(tensor)) for name, tensor in stored.items())
         return sum(tensor.num_bytes for tensor in stored.values()), tensors
     checkpoint = open_checkpoint(path)
-    if must_be_whole and not checkpoint.has_manifest:
-        refuse_missing_parameters(path, checkpoint.names, path)
     num_bytes = sum(2 * unit.num_weights for unit in checkpoint.units.values())
     num_bytes += sum(tensor.num_bytes for tensor in checkpoint.plain.values())
     return num_bytes, typed_weights(checkpoint, shapes, keep_tied=keep_tied)
 
 
-def _difference(dtype: str, bits: Bits, original_dtype: str, original: Bits) -> str:
-    """Return what differs, or nothing."""
-    if dtype != original_dtype or bits.shape != original.shape:
-        return f"{dtype}{list(bits.shape)} against {original_dtype}{list(original.shape)}"
-    left = np.ascontiguousarray(bits).reshape(-1).view(np.uint8)
-    right = np.ascontiguousarray(original).reshape(-1).view(np.uint8)
-    if np.array_equal(left, right):
-        return ""
-    size = bits.dtype.itemsize
-    wrong = np.flatnonzero((left != right).reshape(-1, size).any(axis=1))
-    first = int(wrong[0])
-    words = [
-        part[first * size : (first + 1) * size][::-1].tobytes().hex() for part in (left, right)
-    ]
-    return (
-        f"{wrong.size} of {bits.size} elements differ, the first at {first}: "
-        f"{words[0]} against {words[1]}"
-    )
+def _difference(dtype: str, bits: Bits, original: StoredTensor) -> str:
+    """Return what differs, or nothing; reads the original in pieces."""
+    if dtype != original.dtype or bits.shape != original.shape:
+        return f"{dtype}{list(bits.shape)} against {original.dtype}{list(original.shape)}"
+    size, at, wrong, first = bits.dtype.itemsize, 0, 0, ""
+    flat = np.ascontiguousarray(bits).reshape(-1).view(np.uint8)
+    for piece in read_pieces(original, _PIECE_BYTES):
+        right = piece.view(np.uint8)
+        left = flat[at : at + right.size]
+        if not np.array_equal(left, right):
+            found = np.flatnonzero((left != right).reshape(-1, size).any(axis=1))
+            wrong += found.size
+            begin = int(found[0]) * size
+            words = [part[begin : begin + size][::-1].tobytes().hex() for part in (left, right)]
+            first = first or f"{at // size + found[0]}: {words[0]} against {words[1]}"
+        at += right.size
+    return f"{wrong} of {bits.size} elements differ, the first at {first}" if wrong else ""

@@ -42,12 +42,14 @@ class Restored:
     Attributes:
         tensors, num_bytes: how many tensors were written, and how many bytes they take.
         left_out: file beside the weights -> why it was not copied.
+        not_sought: why nobody could tell whether tensors are missing, nothing if that was looked for.
         was_finished: an earlier run had done everything.
     """
 
     tensors: int
     num_bytes: int
     left_out: Mapping[str, str]
+    not_sought: str
     was_finished: bool = False
 
 
@@ -85,8 +87,11 @@ def decompress(
     files = SourceFiles(path, weight_files)
     checkpoint = open_checkpoint(path)
     items = plan(checkpoint, _shapes(path, original), keep_tied=True)
-    if not checkpoint.has_manifest:
-        refuse_missing_parameters(path, checkpoint.names, original or path)
+    not_sought = ""
+    for described_by in () if checkpoint.has_manifest else filter(None, (original, path)):
+        not_sought = refuse_missing_parameters(path, checkpoint.names, described_by)
+        if not not_sought:
+            break
     checkpoint.validate()
     files.check()
     shards = _shards(items, shard_bytes)
@@ -106,6 +111,7 @@ def decompress(
             "tensors": len(items),
             "num_bytes": sum(sizes.values()),
             "left_out": dict(files.side.left_out),
+            "not_sought": not_sought,
         }
         write_finished(work, DECOMPRESSION, identity, files, report)
     return Restored(**report)

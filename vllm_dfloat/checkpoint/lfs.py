@@ -1,5 +1,6 @@
 """Git LFS pointers: what a clone without Git LFS holds in place of its large files."""
 
+import stat
 from pathlib import Path
 
 from vllm_dfloat.errors import FormatError
@@ -9,9 +10,10 @@ _MAX_BYTES = 1024  # Git LFS takes no larger file for a pointer
 
 
 def is_pointer(file: Path) -> bool:
-    """Return whether a regular file is a Git LFS pointer; False if it cannot be read, which others say better."""
+    """Return whether a file is a Git LFS pointer; False if it cannot be read, which others say better."""
     try:
-        if file.stat().st_size > _MAX_BYTES:
+        status = file.stat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_BYTES:
             return False
         with file.open("rb") as stream:
             return stream.read(len(_BEGINNING)) == _BEGINNING

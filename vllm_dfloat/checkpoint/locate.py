@@ -48,14 +48,27 @@ def check_bf16(given: Path) -> None:
 
 def check_original(given: Path) -> None:
     """Refuse what is neither a folder with the weights or the config.json of a model, nor such a file."""
-    if not (
-        given.name.endswith(".json") and not given.name.endswith(".index.json") and given.is_file()
-    ):
+    if not _is_config_file(given):
         _check(
             given,
-            lambda path: _has_weights(path) or (path / CONFIG_FILE).is_file(),
+            lambda path: _has_weights(path) or _has_config(path),
             "the folder of the BF16 original, or the config.json of it",
         )
+
+
+def check_config(given: Path) -> None:
+    """Refuse what is neither a folder with the config.json of a model, nor such a file, as `check_checkpoint` does."""
+    if not _is_config_file(given):
+        _check(given, _has_config, "the folder of a model, or the config.json of it")
+
+
+def _is_config_file(given: Path) -> bool:
+    is_other = given.name == PIPELINE_FILE or given.name.endswith(".index.json")
+    return given.suffix == ".json" and not is_other and given.is_file()
+
+
+def _has_config(path: Path) -> bool:
+    return (path / CONFIG_FILE).is_file()
 
 
 def _has_weights(path: Path) -> bool:
@@ -63,7 +76,7 @@ def _has_weights(path: Path) -> bool:
 
 
 def _is_bf16_model(path: Path) -> bool:
-    if not _has_weights(path) or not (path / CONFIG_FILE).is_file() or is_dfloat11(path):
+    if not _has_weights(path) or not _has_config(path) or is_dfloat11(path):
         return False
     return any(t.dtype == "BF16" and len(t.shape) > 1 for t in bf16_tensors(path).values())
 
@@ -78,7 +91,7 @@ def _check(given: Path, fits: Fits, what: str) -> None:
     with os.scandir(given):  # raises where it may not be read
         pass
     around = given
-    is_pipeline = (given / PIPELINE_FILE).is_file() and not (given / CONFIG_FILE).is_file()
+    is_pipeline = (given / PIPELINE_FILE).is_file() and not _has_config(given)
     if _safely(fits, given) or (weight_files(given) and not is_pipeline):
         return  # whatever else is wrong, its reader says better
     if is_pipeline:

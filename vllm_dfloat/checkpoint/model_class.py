@@ -82,8 +82,11 @@ def _brief(error: Exception) -> str:
     return f"{type(error).__name__}: {text[0][:200] if text else ''}"
 
 
-def refuse_missing_parameters(path: Path, names: Collection[str], described_by: Path) -> None:
+def refuse_missing_parameters(path: Path, names: Collection[str], described_by: Path) -> str:
     """Refuse a checkpoint without a tensor that its model has, where the model's class can be asked.
+
+    Returns:
+        Why it could not be asked, nothing if it was.
 
     Args:
         path: its folder.
@@ -95,16 +98,19 @@ def refuse_missing_parameters(path: Path, names: Collection[str], described_by: 
     """
     file = described_by / CONFIG_FILE if described_by.is_dir() else described_by
     if "model_type" not in (read_object(file, MAX_CONFIG_BYTES) or {}):
-        return
+        return f"{CONFIG_FILE} names no model"
     try:
         missing = missing_parameters(meta_model(described_by), names)
-    except UnsupportedError:
-        return
+    except UnsupportedError as error:
+        if isinstance(error.__cause__, ImportError):
+            return "torch and transformers are not installed"
+        return "transformers does not know the model"
     if missing:
         raise FormatError(
             f"{path}: {len(missing)} tensors of the model that {file.name} describes are missing, such as "
             f"{missing[0]}; expected all. A weight file is missing, or is of another model: fetch the checkpoint again."
         )
+    return ""
 
 
 def missing_parameters(model: torch.nn.Module, names: Collection[str]) -> list[str]:

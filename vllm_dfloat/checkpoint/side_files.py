@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_dfloat.checkpoint.folder import CONFIG_FILE
+from vllm_dfloat.checkpoint.lfs import is_pointer, refuse_pointer
 from vllm_dfloat.checkpoint.manifest import MANIFEST_FILE
 
 # Weights in other forms, and what belongs to a download rather than to the model.
@@ -16,6 +17,15 @@ _NOT_COPIED = (
     ".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt", ".h5", ".msgpack",
     ".gguf", ".onnx", ".onnx_data", ".pkl", ".lock", ".incomplete", ".tmp",
 )  # fmt: skip
+
+_NEEDED = (
+    ".json",
+    ".model",
+    ".txt",
+    ".tiktoken",
+    ".jinja",
+    ".py",
+)  # to serve: tokenizers, templates, code
 
 
 @dataclass(frozen=True)
@@ -36,10 +46,15 @@ def side_files(folder: Path) -> SideFiles:
 
     Hidden files are not. Links are followed within the folder, and from a snapshot of a Hugging Face cache to the blobs
     of the same model; what any other link leads to is left out: it was never meant to be passed on.
+
+    Raises:
+        FormatError: a file that serving needs is a Git LFS pointer; another one is left out.
     """
     roots = _roots(folder)
     names, left_out = [], {}
     for name, is_folder in _walk(folder):
+        if not is_folder and name.endswith(_NEEDED):
+            refuse_pointer(folder / name)
         reason = "is a link to a folder" if is_folder else _reason_to_leave(folder / name, roots)
         if reason:
             left_out[name] = reason
@@ -89,7 +104,9 @@ def _reason_to_leave(file: Path, roots: list[str]) -> str:
         return f"is a link that leads nowhere ({error.strerror})"
     if not _is_below(target, roots):
         return f"is a link to {target}, outside of the model's folder"
-    return "" if stat.S_ISREG(mode) else "is no regular file"
+    if not stat.S_ISREG(mode):
+        return "is no regular file"
+    return "is a Git LFS pointer, not the file itself" if is_pointer(file) else ""
 
 
 def _is_below(path: str, roots: list[str]) -> bool:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from vllm_dfloat.checkpoint.decode_unit import decode_unit
+from vllm_dfloat.checkpoint.decode_unit import decode_range, decode_unit
 from vllm_dfloat.checkpoint.dfloat11 import Dfloat11Checkpoint
+from vllm_dfloat.checkpoint.pieces import piece_weights
 from vllm_dfloat.checkpoint.safetensors_file import StoredTensor
 from vllm_dfloat.checkpoint.shapes import Shapes, module_shapes, resolve_shape
 from vllm_dfloat.checkpoint.unit import Unit, UnitEntry
@@ -84,8 +85,8 @@ def iter_weights(
 ) -> Iterator[tuple[str, Bits]]:
     """Yield (name, bits) of every tensor; BF16 as uint16, other dtypes as NumPy has them.
 
-    Weights of units are decoded one at a time, each into memory of its own. `lm_head` is left out
-    where the config ties it to the embeddings. See `weights` for the order and the arguments.
+    Weights of units are decoded one at a time, each into memory of its own. See `weights` for the order and the
+    arguments.
     """
     shapes = module_shapes(checkpoint.path) if shapes is None else shapes
     for name, _, bits in typed_weights(checkpoint, shapes, skip):
@@ -178,31 +179,45 @@ def typed_weights(
     checkpoint: Dfloat11Checkpoint,
     shapes: Shapes | None = None,
     skip: Callable[[str], bool] | None = None,
-    keep_tied: bool = False,
+    keep_tied: bool = True,
 ) -> Iterator[tuple[str, str, Bits]]:
     """Yield (name, safetensors dtype, bits) in the order of `weights`, each decoded into memory of its own.
 
-    Needs no model: without `shapes` every decoded weight is [1, n]. Holds one unit open at a time.
+    Needs no model: without `shapes` every decoded weight is [1, n]. Files are read, not mapped: one that is cut
+    meanwhile would end the process.
     """
     items = plan(checkpoint, shapes, skip, keep_tied)
     checkpoint.validate()
     unit: Unit | None = None
     for item in items:
         if isinstance(item, StoredTensor):
-            yield item.name, item.dtype, item.bits()
+            yield item.name, item.dtype, item.read()
             continue
         if unit is None or unit.name != item.entry.name:
-            unit = item.entry.load()
-        yield item.name, "BF16", decode_unit(unit, item.start, item.stop).reshape(item.shape)
+            unit = item.entry.open()
+        yield item.name, "BF16", _decoded(unit, item)
+
+
+def _decoded(unit: Unit, member: Member) -> Bits:
+    """Return a weight of a unit that stays in its file, of which bounded pieces are read."""
+    out = np.empty(member.stop - member.start, np.uint16)
+    step = piece_weights()
+    for first in range(member.start, member.stop, step):
+        stop = min(first + step, member.stop)
+        out[first - member.start : stop - member.start] = decode_range(unit, first, stop)
+    return out.reshape(member.shape)
 
 
 def plan(
     checkpoint: Dfloat11Checkpoint,
     shapes: Shapes | None,
     skip: Callable[[str], bool] | None = None,
-    keep_tied: bool = False,
+    keep_tied: bool = True,
 ) -> list[Member | StoredTensor]:
-    """Return what `weights` yields, in its order, without decoding; with `keep_tied` an unused `lm_head` as well.
+    """Return what `weights` yields, in its order, without decoding.
+
+    Args:
+        keep_tied: also a stored `lm_head` that config.json ties to the embedding.
 
     Raises:
         FormatError: sizes do not fit `shapes`, or two things have one name.

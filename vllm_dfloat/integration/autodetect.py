@@ -1,5 +1,6 @@
 """Recognition of official DFloat11 checkpoints, which vLLM would take for unquantized ones."""
 
+from functools import cache
 from typing import Any
 
 from vllm_dfloat.checkpoint.folder import CONFIG_KEY
@@ -15,6 +16,26 @@ def install() -> None:
     parser = parsers["hf"]
     if not getattr(parser, "knows_dfloat11", False):
         parsers["hf"] = _knowing_dfloat11(parser)
+    _let_compressed_lm_heads_be_seen()
+
+
+def _let_compressed_lm_heads_be_seen() -> None:
+    """Let vLLM, from 0.30 on, find an LM head in checkpoints whose config ties it, also where it is a DFloat11 unit."""
+    from vllm.config import model
+
+    if hasattr(model, "checkpoint_has_lm_head"):
+        model.checkpoint_has_lm_head = checkpoint_has_lm_head
+
+
+@cache
+def checkpoint_has_lm_head(model: str, *, revision: str | None = None) -> bool | None:
+    """Return what vLLM's function of that name does: whether there is an LM head, None if that cannot be told."""
+    from vllm.transformers_utils.config import get_safetensors_params_metadata
+
+    names = get_safetensors_params_metadata(model, revision=revision)
+    if not names:
+        return None
+    return any(name.endswith(("lm_head.weight", "lm_head.encoded_exponent")) for name in names)
 
 
 def _knowing_dfloat11(parser: Any) -> Any:

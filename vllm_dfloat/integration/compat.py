@@ -76,6 +76,14 @@ def is_ignored(name: str, ignore: Iterable[str], fused: Mapping[str, list[str]])
     return bool(should_ignore_layer(name, ignore=tuple(ignore), fused_mapping=fused, **globs))
 
 
+def touches(name: str, entry: str, fused: Mapping[str, list[str]]) -> bool:
+    """Return whether an entry of `ignore` covers the layer or, if it is a fused one, a part of it."""
+    try:
+        return is_ignored(name, [entry], fused)
+    except ValueError:  # some parts, and not the others
+        return True
+
+
 def refusal(config: Any) -> str | None:
     """Return why a run with this VllmConfig cannot work with weights compressed while loading, or None."""
     load_format = str(config.load_config.load_format)
@@ -175,13 +183,6 @@ def is_batch_invariant() -> bool:
     return bool(on_gpu and envs.VLLM_BATCH_INVARIANT)
 
 
-def num_loaded(layer: torch.nn.Module) -> int:
-    """Return how many elements vLLM's loaders have given to a layer that is about to be processed."""
-    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
-
-    return int(get_layerwise_info(layer).load_numel)
-
-
 def process_when_complete(layer: torch.nn.Module) -> None:
     """Ask vLLM to hand the layer to process_weights_after_loading as soon as its last weight has arrived."""
     from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
@@ -265,6 +266,16 @@ def reads_lazily(load_config: Any) -> bool:
     return getattr(load_config, "safetensors_load_strategy", None) in (None, "lazy")
 
 
+def reads_all_files(loader: Any, model: torch.nn.Module) -> bool:
+    """Return whether vLLM reads every tensor of the files of `checkpoint_files`, and of no others."""
+    filters = (
+        getattr(loader, "_encoder_only_lm_prefixes", None),
+        getattr(model, "is_unused_checkpoint_weight", None),
+        getattr(model, "secondary_weights", None),
+    )
+    return not any(filters)
+
+
 def is_elsewhere(name: str, model: torch.nn.Module) -> bool:
     """Return whether a tensor of the checkpoint belongs to a layer of another pipeline stage."""
     from vllm.model_executor.models.utils import is_pp_missing_parameter
@@ -293,3 +304,25 @@ def models_of(worker: Any) -> list[torch.nn.Module]:
         [worker.get_model(), draft] if isinstance(draft, torch.nn.Module) else [worker.get_model()]
     )
     return models
+
+
+def holds_a_matrix(layer: torch.nn.Module) -> bool:
+    """Return whether the layer is one of vLLM's linear layers, vocabulary embeddings or LM heads."""
+    from vllm.model_executor.layers.linear import LinearBase
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    return isinstance(layer, LinearBase | VocabParallelEmbedding)
+
+
+def num_padding(layer: torch.nn.Module, weight: torch.Tensor) -> int:
+    """Return how many elements of a layer's weight no checkpoint has: the rows that pad a vocabulary."""
+    shard: Any = getattr(layer, "shard_indices", None)
+    return 0 if shard is None else (weight.shape[0] - shard.num_org_elements) * weight.shape[1]
+
+
+def check_loaded(model: torch.nn.Module, loaded: set[str] | None, config: Any) -> None:
+    """Raise ValueError if parameters have not been loaded that vLLM misses in an unquantized model."""
+    from vllm.model_executor.model_loader import get_model_loader
+
+    if loaded is not None:
+        get_model_loader(config.load_config).track_weights_loading(model, loaded)

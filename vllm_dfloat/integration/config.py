@@ -30,6 +30,7 @@ class DFloat11Config(QuantizationConfig):  # type: ignore[misc]  # vLLM is untyp
         self.is_official = is_official
         self._started = False
         self._left_alone: set[str] = set()
+        self._unused_ignore = set(self.options.ignore)
         _install_loaders()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -97,6 +98,11 @@ class DFloat11Config(QuantizationConfig):  # type: ignore[misc]  # vLLM is untyp
         return DFloat11EmbeddingMethod(name, self.options)
 
     def _is_left_alone(self, layer: torch.nn.Module, name: str) -> bool:
+        self._unused_ignore = {
+            entry
+            for entry in self._unused_ignore
+            if not compat.touches(name, entry, self.packed_modules_mapping)
+        }
         if compat.is_ignored(name, self.options.ignore, self.packed_modules_mapping):
             return True
         if compat.is_gate(layer):
@@ -107,6 +113,17 @@ class DFloat11Config(QuantizationConfig):  # type: ignore[misc]  # vLLM is untyp
             self._log_left_alone(f"{type(layer).__name__} with {dtype} weights")
             return True
         return False
+
+    def log_unused_ignore(self, num_stages: int) -> None:
+        """Once a model is built: say which entries of `ignore` match none of its layers, or of this stage's."""
+        unused = [entry for entry in self.options.ignore if entry in self._unused_ignore]
+        if unused:
+            logger.warning(
+                "dfloat11: ignore: %s matches no layer%s that would be compressed; names are those of vLLM's model, "
+                "such as model.layers.0.mlp.down_proj",
+                ", ".join(map(repr, unused)),
+                " of this pipeline stage" if num_stages > 1 else "",
+            )
 
     def _log_left_alone(self, kind: str) -> None:
         if kind not in self._left_alone:
@@ -127,6 +144,7 @@ class DFloat11Config(QuantizationConfig):  # type: ignore[misc]  # vLLM is untyp
                 f"--additional-config: {METHOD} is {given!r}; expected an object."
             )
         self.options = self.options.updated(given, f"--additional-config: {METHOD}")
+        self._unused_ignore = set(self.options.ignore)
         if self.options.mode == "fused" and compat.is_batch_invariant():
             raise UnsupportedError(
                 "mode 'fused' with VLLM_BATCH_INVARIANT: it gives small batches other bits than large ones; expected "

@@ -15,6 +15,8 @@ import torch
 from vllm.model_executor.model_loader.reload import layerwise as vllm
 from vllm.model_executor.model_loader.reload import meta
 
+from vllm_dfloat.integration import compat
+
 WATCHER = "dfloat11_watcher"  # the attribute of every module of a watched model
 
 
@@ -36,6 +38,9 @@ class Watcher(Protocol):
 
     def changes(self, layer: torch.nn.Module) -> None:
         """What the layer holds is about to be changed; said at least once."""
+
+    def is_about_to_load(self, layer: torch.nn.Module) -> None:
+        """The layer still waits on the meta device, and gets no more than what has arrived."""
 
     def materialized(self, layer: torch.nn.Module) -> None:
         """The layer has got memory, not filled yet."""
@@ -91,10 +96,37 @@ def forget_arrivals(model: torch.nn.Module) -> None:
         info.loaded_weights.clear()
 
 
-def is_complete(layer: torch.nn.Module) -> bool:
-    """Return whether all elements that vLLM counts have arrived."""
+def arrived(layer: torch.nn.Module) -> tuple[int, int]:
+    """Return how many elements have arrived in an update, and how many must, so that none is left without a value."""
     info = vllm.get_layerwise_info(layer)
-    return bool(info.load_numel >= (info.load_numel_total or 0))
+    begun = {name for name, _ in info.loaded_weights}
+    tensors = {**dict(layer._parameters), **dict(layer._buffers)}
+    # What is written in place keeps its value if nothing arrives for it.
+    counted = [t for name, t in tensors.items() if t is not None and (t.is_meta or name in begun)]
+    weight = layer._parameters.get("weight")
+    padding = 0 if weight is None else compat.num_padding(layer, weight)
+    return int(info.load_numel), sum(tensor.numel() for tensor in counted) - padding
+
+
+def has_nothing(layer: torch.nn.Module) -> bool:
+    """Return whether vLLM's loaders were never called for a layer that is being processed."""
+    return not vllm.get_layerwise_info(layer).loaded_weights
+
+
+def on_meta(parameter: torch.Tensor) -> torch.Tensor:
+    """Return a parameter without memory, with the class and the attributes that vLLM's weight loaders look at."""
+    return meta.to_meta_tensor(parameter)  # type: ignore[no-any-return]
+
+
+def repeat_loading(layer: torch.nn.Module, name: str, parameter: torch.Tensor) -> None:
+    """Repeat, into `parameter`, the calls that have loaded the parameter `name` of a layer that is being processed."""
+    loader = getattr(layer, name).weight_loader
+    for loaded, call in vllm.get_layerwise_info(layer).loaded_weights:
+        if loaded == name:
+            before = call.arguments["param"]
+            call.arguments["param"] = parameter
+            loader(*call.args, **call.kwargs)
+            call.arguments["param"] = before
 
 
 def keeps_rest(layer: torch.nn.Module) -> bool:
@@ -183,6 +215,7 @@ def _materialize(watcher: Watcher, layer: torch.nn.Module, call: Callable[[], No
 
 def _process(watcher: Watcher, layer: torch.nn.Module, call: Callable[[], None]) -> None:
     if not watcher.counts:
+        watcher.is_about_to_load(layer)
         watcher.changes(layer)
         call()
 

@@ -14,9 +14,11 @@ from vllm_dfloat.checkpoint.folder import is_dfloat11
 from vllm_dfloat.checkpoint.plain_model import each_once, repeated
 from vllm_dfloat.checkpoint.read_ahead import read_ahead
 from vllm_dfloat.checkpoint.safetensors_file import StoredTensor, read_header
-from vllm_dfloat.errors import DFloatError
-from vllm_dfloat.integration import compat
+from vllm_dfloat.errors import DFloatError, UnsupportedError
+from vllm_dfloat.integration import compat, layer_kinds
+from vllm_dfloat.integration.arrivals import EXPECTED, Arrivals
 from vllm_dfloat.integration.plugin import METHOD
+from vllm_dfloat.integration.rehearsal import StoredWeights
 
 Weights = Iterator[tuple[str, torch.Tensor]]
 
@@ -41,7 +43,10 @@ def reads_official(load_format: str) -> bool:
 class _Reporting:
     """A mixin for vLLM's loaders: after loading, say what was compressed."""
 
+    _vllm_config: Any = None
+
     def load_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> torch.nn.Module:
+        self._vllm_config = vllm_config
         model: torch.nn.Module = super().load_model(  # type: ignore[misc]  # the loader beside this mixin
             vllm_config=vllm_config, model_config=model_config, prefix=prefix
         )
@@ -50,15 +55,22 @@ class _Reporting:
                 grouping,
                 live_check,
                 report,
+                tying,
                 updates,
                 worker,
             )
 
             live_check.install()
             grouping.group_blocks(model)
+            tying.warn_if_different(model, model_config)
             report.log_summary(model)
             updates.keep(model, vllm_config, model_config)
             worker.install()
+            if not layer_kinds.is_draft(
+                model_config
+            ):  # whose layers the same options need not mean
+                num_stages = vllm_config.parallel_config.pipeline_parallel_size
+                vllm_config.quant_config.log_unused_ignore(num_stages)
         return model
 
 
@@ -67,7 +79,45 @@ class DFloat11DummyLoader(_Reporting, DummyModelLoader):  # type: ignore[misc]  
 
 
 class DFloat11ModelLoader(_Reporting, DefaultModelLoader):  # type: ignore[misc]  # vLLM is untyped
-    """Hands (name, BF16 tensor) pairs to vLLM's weight loaders, whatever the checkpoint holds."""
+    """Hands (name, BF16 tensor) pairs to vLLM's weight loaders, whatever the checkpoint holds, and misses none."""
+
+    enable_weights_track: bool | None
+    _arrivals: Arrivals | None = None
+
+    def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
+        if model_config.quantization != METHOD:
+            return super().load_weights(model, model_config)  # type: ignore[no-any-return]
+        if self.enable_weights_track is None:  # by the user
+            self.enable_weights_track = True  # vLLM does so for unquantized models only
+        from vllm_dfloat.integration import tying
+
+        tying.prepare(model, self._vllm_config, model_config)
+        self._arrivals, self._model_config = Arrivals(model), model_config
+        try:
+            with self._arrivals:
+                super().load_weights(model, model_config)
+        finally:
+            self._arrivals = None
+
+    def track_weights_loading(
+        self, model: torch.nn.Module, loaded_weights: set[str] | None, **version: Any
+    ) -> None:
+        """Refuse what BF16 vLLM refuses, and whatever else never arrived.
+
+        Raises:
+            UnsupportedError: names of the missing weights.
+        """
+        if self._arrivals is None:
+            return super().track_weights_loading(model, loaded_weights, **version)  # type: ignore[no-any-return]
+        where = str(self._model_config.model)
+        try:
+            super().track_weights_loading(model, loaded_weights)  # as for an unquantized model
+        except ValueError as error:
+            raise UnsupportedError(f"{where}: {error}. {EXPECTED}") from error
+        configs = self._vllm_config, self._model_config
+        self._arrivals.check(
+            model, where, lambda layer: layer_kinds.may_be_the_targets(layer, *configs)
+        )
 
     def get_all_weights(self, model_config: Any, model: torch.nn.Module) -> Weights:
         if model_config.quantization != METHOD:
@@ -81,11 +131,13 @@ class DFloat11ModelLoader(_Reporting, DefaultModelLoader):  # type: ignore[misc]
             self.counter_before_loading_weights = time.perf_counter()  # for vLLM's log
             return official_weights(folder, model_config.hf_config, model)
         stored = stored_in(compat.checkpoint_files(self, model_config, model)[1])
+        is_all_read = compat.reads_all_files(self, model)
         # A layer counts what arrives for it, so nothing may arrive twice.
         pairs = each_once(super().get_all_weights(model_config, model), repeated(stored))
         if compat.reads_lazily(self.load_config):
             pairs = read_ahead(pairs, wanted(stored, model))
-        return biases_after_weights(pairs)
+        shapes = list({tensor.name: tensor.shape for tensor in stored if is_all_read}.items())
+        return StoredWeights(biases_after_weights(pairs), str(model_config.model), shapes)
 
 
 def official_weights(folder: Path, hf_config: Any, model: torch.nn.Module) -> Weights:
@@ -105,7 +157,12 @@ def official_weights(folder: Path, hf_config: Any, model: torch.nn.Module) -> We
     on_device = lambda unit, *weights: decode_unit(unit, device, *weights)  # noqa: E731
     decode = on_device if uses_triton(device) else None
     pairs = lazy_weights(checkpoint, shapes, decode=decode)
-    return read_ahead(pairs, wanted(spans(plan(checkpoint, shapes)), model))
+    items = plan(checkpoint, shapes)
+    return StoredWeights(
+        read_ahead(pairs, wanted(spans(items), model)),
+        str(folder),
+        [(item.name, item.shape) for item in items],
+    )
 
 
 def wanted(tensors: Iterable[StoredTensor], model: torch.nn.Module) -> list[StoredTensor]:

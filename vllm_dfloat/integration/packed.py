@@ -6,7 +6,7 @@ import torch
 
 from vllm_dfloat import fused, ops
 from vllm_dfloat.errors import UnsupportedError
-from vllm_dfloat.integration import compat, gemm, layerwise
+from vllm_dfloat.integration import arrivals, compat, gemm, layerwise
 from vllm_dfloat.integration.layouts import BY_NAME
 from vllm_dfloat.integration.options import Options
 from vllm_dfloat.integration.placeholder import HOW, WeightPlaceholder
@@ -71,7 +71,7 @@ class PackedMethod:
         weight = layer.get_parameter("weight").data
         is_update = self.placeholder is not None
         if (is_update or not self.makes_up_weights) and not layerwise.keeps_rest(layer):
-            self._check_arrived(layer, weight)
+            arrivals.check_weight(layer, self.name)
         if getattr(layer, "_cpu_skip_gemm_dispatch", False):  # vLLM's wish for MLA's kv_b_proj
             self.gemm = gemm.PLAIN
         else:
@@ -80,22 +80,14 @@ class PackedMethod:
         del weight
         self._replace_weight(layer, packed)
 
-    def _check_arrived(self, layer: torch.nn.Module, weight: torch.Tensor) -> None:
-        found, expected = compat.num_loaded(layer), self._expected_numel(layer, weight)
-        if found < expected:
-            raise UnsupportedError(
-                f"{self.name}: {found} of {expected} weights arrived from the checkpoint; expected all. "
-                "The checkpoint is incomplete, or names this layer otherwise; a layer that is to stay "
-                "partly empty belongs into `ignore`."
-            )
-
-    def _expected_numel(self, layer: torch.nn.Module, weight: torch.Tensor) -> int:
-        return weight.numel()
-
     def _replace_weight(self, layer: torch.nn.Module, packed: ops.PackedWeight) -> None:
         device = layer.get_parameter("weight").device
         del layer.weight
         hold(layer, packed)
+        self._put_placeholder(layer, device)
+        scratch.require(device, ops.padded_numel(self.rows, self.cols))
+
+    def _put_placeholder(self, layer: torch.nn.Module, device: torch.device) -> None:
         if self.placeholder is None:
             decode = functools.partial(self.dequantize_weight, layer)
             self.placeholder = WeightPlaceholder(self.name, self.rows, self.cols, device, decode)
@@ -103,7 +95,6 @@ class PackedMethod:
         if self.block_table is not None:  # sleep level 2 takes what lies on a GPU
             layer.__dict__[BLOCK].copy_(self.block_table)
         layer.__dict__[PROCESSED] = True
-        scratch.require(device, ops.padded_numel(self.rows, self.cols))
 
     def _finish(self, layer: torch.nn.Module) -> None:
         # Now all layers are known; later vLLM measures what is left for the KV cache.

@@ -61,9 +61,10 @@ class Summary:
 
 
 def summarize(model: torch.nn.Module) -> Summary:
-    """Return what a loaded model holds. Tied layers count once."""
+    """Return what a loaded model holds. Tied layers count once, and so does the matrix of two equal ones."""
     layers: list[Any] = [module for module in model.modules() if is_weight_layer(module)]
-    held = [w for layer in layers if (w := packed_of(layer)) is not None]
+    of_layers = [w for layer in layers if (w := packed_of(layer)) is not None]
+    held = list({id(weight.payload): weight for weight in of_layers}.values())
     methods = [layer.quant_method for layer in layers if packed_of(layer) is not None]
     layouts = {method.layout for method in methods}
     packed = [weight for weight in held if not weight.is_raw]
@@ -75,15 +76,17 @@ def summarize(model: torch.nn.Module) -> Summary:
     devices = {weight.payload.device for weight in held}
     return Summary(
         num_layers=len(layers),
-        num_compressed=len(packed),
+        num_compressed=sum(not weight.is_raw for weight in of_layers),
         layout=layouts.pop() if layouts else DEFAULT_LAYOUT,
         is_fused=any(method.mode == "fused" for method in methods),
         fused_rows=tuple(method.fused_rows for method in methods if method.fused_rows),
-        raw_names=tuple(weight.name for weight in held if weight.is_raw),
+        raw_names=tuple(weight.name for weight in of_layers if weight.is_raw),
         weights=sum(weight.rows * weight.cols for weight in packed),
         packed_bytes=sum(weight.num_bytes for weight in packed),
         bf16_bytes=plain_bytes + sum(2 * w.rows * w.cols for w in held),
-        held_bytes=plain_bytes + sum(weight.num_bytes for weight in held),
+        held_bytes=plain_bytes
+        + sum(weight.payload.nbytes for weight in held)
+        + sum(weight.desc.nbytes for weight in of_layers),
         scratch_bytes=sum(scratch.num_bytes(device) for device in devices),
     )
 

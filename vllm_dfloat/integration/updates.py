@@ -14,6 +14,7 @@ import torch
 from vllm_dfloat.errors import DFloatError, FormatError, UnsupportedError
 from vllm_dfloat.integration import compat, guards, layerwise, packed
 from vllm_dfloat.integration.plugin import logger
+from vllm_dfloat.integration.rehearsal import StoredWeights, needs_data, rehearse
 from vllm_dfloat.integration.saved import SavedWeights
 
 Pairs = Iterable[tuple[str, torch.Tensor]]
@@ -41,6 +42,7 @@ class Updates:
         self._vllm_config, self._model_config = vllm_config, model_config
         self._saved: SavedWeights | None = None
         self._names: set[str] = set()
+        self._is_partial = False
         self._depth = 0
 
     # What vLLM's layerwise reload tells us.
@@ -54,9 +56,22 @@ class Updates:
         if self._saved is not None:
             self._saved.save_layer(layer)
 
+    def is_about_to_load(self, layer: torch.nn.Module) -> None:
+        found, expected = layerwise.arrived(layer)
+        self._is_partial = found < expected
+        if self._is_partial and not self.fills_in and compat.holds_a_matrix(layer):
+            raise UnsupportedError(
+                f"{self._name_of(layer)}: {found} of {expected} weights arrived; expected all, or none. {_AS_BEFORE} "
+                "Give all tensors of the layer to the same update, or to load_weights, which may be given parts."
+            )
+
     def materialized(self, layer: torch.nn.Module) -> None:
-        if self.fills_in:
+        if self.fills_in and self._is_partial:
             _fill_in(layer)
+
+    def _name_of(self, layer: torch.nn.Module) -> str:
+        names = [name for name, module in self.model.named_modules() if module is layer]
+        return names[0] if names else type(layer).__name__
 
     @contextmanager
     def finishing(self) -> Iterator[None]:
@@ -106,6 +121,8 @@ class Updates:
             raise UnsupportedError(_NO_PATCHES)
         if layerwise.is_open(self.model):
             with self.undone_on_error():
+                if isinstance(weights, StoredWeights):
+                    self._rehearse(weights)
                 return self._receive(weights, *args, **kwargs)
         with (
             self.undone_on_error(),
@@ -118,6 +135,14 @@ class Updates:
             layerwise.finish(self.model, self._model_config)
             return loaded
 
+    def _rehearse(self, stored: StoredWeights) -> None:
+        self.counts = True
+        try:
+            rehearse(self.model, self._receive, stored, self._vllm_config)
+        finally:
+            self.counts = False
+            self._names.clear()
+
     def _receive(self, weights: Pairs, *args: Any, **kwargs: Any) -> Any:
         current = _Current(weights, self._names)
         try:
@@ -127,6 +152,8 @@ class Updates:
         except Exception as error:
             if error is current.error:
                 raise  # the caller's own
+            if self.counts and needs_data(error):
+                raise NotImplementedError(str(error)) from error
             raise UnsupportedError(
                 f"{current}: could not be loaded into this model ({type(error).__name__}: {error}); expected names and "
                 f"shapes of the checkpoint that it was started from. {_AS_BEFORE} Give such tensors."
@@ -171,13 +198,11 @@ class _Current(Iterator[tuple[str, torch.Tensor]]):
 
 
 def _fill_in(layer: torch.nn.Module) -> None:
-    """Fill a layer that is about to be loaded with the values it had, if it was given only in part.
+    """Fill a layer that is about to be loaded, with a part of its weights, with the values it had.
 
     Raises:
         UnsupportedError: they are gone, or in another form than a checkpoint's.
     """
-    if layerwise.is_complete(layer):
-        return
     before, stays = layerwise.set_aside(layer), layerwise.written_in_place(layer)
     for name, tensor in [*layer._parameters.items(), *layer._buffers.items()]:
         if tensor is None or name in stays:

@@ -42,7 +42,7 @@ def add_plan(commands: Any) -> argparse.ArgumentParser:
         "--gpu-memory-utilization", type=float, default=0.92, help="default: 0.92, as vLLM's"
     )
     parser.add_argument(
-        "--block-size", type=int, default=16, help="tokens per KV block (default: 16)"
+        "--block-size", type=int, help="tokens per KV block (default: vLLM's for such a model)"
     )
     parser.add_argument("--max-num-batched-tokens", type=int, help="default: vLLM's for such a GPU")
     parser.add_argument("--max-num-seqs", type=int, help="default: vLLM's for such a GPU")

@@ -1,86 +1,66 @@
 """What config.json says about a model, as far as memory depends on it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vllm_dfloat.checkpoint.dfloat11 import open_checkpoint
-from vllm_dfloat.checkpoint.folder import CONFIG_FILE, MAX_CONFIG_BYTES, is_dfloat11
+from vllm_dfloat.checkpoint.folder import MAX_CONFIG_BYTES
 from vllm_dfloat.checkpoint.json_file import read_object
 from vllm_dfloat.checkpoint.quantized import refuse_quantized_config
 from vllm_dfloat.errors import FormatError, UnsupportedError, shown
+from vllm_dfloat.plan.defaults import with_defaults
+from vllm_dfloat.plan.kv_cache import EVERYTHING, Reach
+from vllm_dfloat.plan.reaches import layer_reaches
+from vllm_dfloat.plan.sizes import Sizes
 
-MAX_SIZE = (
-    1 << 32
-)  # no size in a config is as large; a larger one is a mistake, and would take forever
 MAX_LAYERS = 1 << 12
-GEMMA3_PATTERN = 6  # every sixth layer of Gemma 3 sees everything, unless its config says otherwise
+DTYPES = ("bfloat16", "float16", "float32")
+LATENT_MODELS = ("deepseek_v2", "deepseek_v3", "kimi_k2")  # whose latent attention the plan knows
+OTHER_STATES = (  # how entries begin that models with other kinds of layers have
+    "mamba", "ssm_", "linear_num_", "linear_attn", "attn_layer_", "hybrid_", "attn_type_list", "full_attention_interval"
+)  # fmt: skip
+_SCALED_ALREADY = ("su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling")
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """The sizes of a decoder.
+class ModelConfig(Sizes):
+    """The sizes of a decoder, and of what sees or hears beside it.
 
     Attributes:
         where: the file they come from, for messages.
+        entries: the config of the language model, for what only some architectures have.
         architecture: the class that Transformers and vLLM load, such as "LlamaForCausalLM".
+        whole: all of the config, of which `entries` are a part in multimodal models.
+        dtype: of the weights, one of DTYPES; "" if the config does not say.
         hidden, vocab, heads, kv_heads, head_dim: as usual.
+        latent: numbers per token and layer in the cache of multi-head latent attention; 0 for keys and values.
         context: longest sequence that the model was made for, in tokens.
         tied: whether the LM head is the embedding.
-        windows: per layer how far attention looks back, in tokens; None for everything.
-        entries: the config of the language model, for what only some architectures have.
+        reaches: per layer how far attention looks back.
     """
 
-    where: str
     architecture: str
+    whole: Sizes
+    dtype: str
     hidden: int
     vocab: int
     heads: int
     kv_heads: int
     head_dim: int
+    latent: int
     context: int
     tied: bool
-    windows: tuple[int | None, ...]
-    entries: Mapping[str, Any]
+    reaches: tuple[Reach, ...] = field(default=())
 
     @property
     def num_layers(self) -> int:
-        return len(self.windows)
+        return len(self.reaches)
 
-    def size(self, name: str, default: int | None = None) -> int:
-        """Return a size from the config; see `_size` for what is refused."""
-        return _size(self.entries, name, self.where, default)
-
-
-def config_file(model: str) -> Path:
-    """Return the config.json of a folder, of a file given itself, or of a hub id (from its cache or the hub).
-
-    Raises:
-        FormatError: there is none.
-    """
-    path = Path(model)
-    if path.is_file():
-        return path
-    if path.is_dir() or model.count("/") != 1 or model.startswith((".", "~", "/")):
-        if not (path / CONFIG_FILE).is_file():
-            if path.is_dir() and is_dfloat11(path):
-                open_checkpoint(path)  # which says what a half-made one needs
-            what = f"no {CONFIG_FILE} in it" if path.is_dir() else "no such file or folder"
-            raise FormatError(
-                f"{model}: {what}; expected a model's folder, its {CONFIG_FILE}, or a hub id."
-            )
-        return path / CONFIG_FILE
-    from huggingface_hub import hf_hub_download  # comes with transformers
-
-    try:
-        return Path(hf_hub_download(model, CONFIG_FILE))
-    except Exception as error:  # network, rights, cache: a dozen kinds
-        reason = (str(error).strip().splitlines() or [""])[0][:200]
-        raise FormatError(
-            f"{model}: no such folder, and its {CONFIG_FILE} cannot be fetched from the hub "
-            f"({type(error).__name__}: {reason}). Give a folder or a {CONFIG_FILE}."
-        ) from error
+    @property
+    def has_reaches(self) -> bool:
+        """Whether some layers forget what is too far back."""
+        return any(reach != EVERYTHING for reach in self.reaches)
 
 
 def read_model_config(file: Path) -> ModelConfig:
@@ -88,79 +68,92 @@ def read_model_config(file: Path) -> ModelConfig:
 
     Raises:
         FormatError: not JSON, or a size is missing or impossible.
-        UnsupportedError: quantized weights, or an attention whose cache is not made of keys and values per head.
+        UnsupportedError: quantized weights, or a cache that is not known.
     """
     where = str(file)
-    whole = read_object(file, MAX_CONFIG_BYTES)
-    if not whole:
+    found = read_object(file, MAX_CONFIG_BYTES)
+    if not found:
         raise FormatError(f"{where}: is empty; expected a model's config.")
-    architectures = whole.get("architectures")
+    architecture = _architecture(found, where)
+    refuse_quantized_config(found, where)
+    whole = Sizes(where, found)
+    own = whole.part("text_config").entries or found
+    model_type = str(own.get("model_type", found.get("model_type", "")))
+    text = Sizes(where, with_defaults(own, model_type, is_part=own is not found))
+    _refuse_other_states(text.entries, where)
+    num_layers = text.size("num_hidden_layers")
+    if num_layers > MAX_LAYERS:
+        raise FormatError(f"{where}: num_hidden_layers is {num_layers}; at most {MAX_LAYERS}.")
+    heads, hidden = text.size("num_attention_heads"), text.size("hidden_size")
+    return ModelConfig(
+        where=where,
+        entries=text.entries,
+        architecture=architecture,
+        whole=whole,
+        dtype=_dtype(found, own, where),
+        hidden=hidden,
+        vocab=text.size("vocab_size"),
+        heads=heads,
+        kv_heads=text.size("num_key_value_heads", heads),
+        head_dim=text.size("head_dim", max(1, hidden // heads)),
+        latent=_latent(text, model_type),
+        context=_context(text, model_type),
+        tied=bool(found.get("tie_word_embeddings", text.entries.get("tie_word_embeddings", False))),
+        reaches=layer_reaches(text, model_type, num_layers),
+    )
+
+
+def _architecture(found: Mapping[str, Any], where: str) -> str:
+    architectures = found.get("architectures")
     if not isinstance(architectures, list) or not architectures:
         raise FormatError(
             f"{where}: `architectures` is {shown(architectures)}; expected a list of one."
         )
-    refuse_quantized_config(whole, where)
-    text = whole.get("text_config")
-    entries = text if isinstance(text, Mapping) else whole
-    if entries.get("kv_lora_rank"):
-        raise UnsupportedError(
-            f"{where}: kv_lora_rank, multi-head latent attention; plan knows caches of keys and values "
-            "per head. Start vLLM to see what fits."
-        )
-    heads = _size(entries, "num_attention_heads", where)
-    hidden = _size(entries, "hidden_size", where)
-    num_layers = _size(entries, "num_hidden_layers", where)
-    if num_layers > MAX_LAYERS:
-        raise FormatError(f"{where}: num_hidden_layers is {num_layers}; at most {MAX_LAYERS}.")
-    return ModelConfig(
-        where=where,
-        architecture=str(architectures[0]),
-        hidden=hidden,
-        vocab=_size(entries, "vocab_size", where),
-        heads=heads,
-        kv_heads=_size(entries, "num_key_value_heads", where, heads),
-        head_dim=_size(entries, "head_dim", where, max(1, hidden // heads)),
-        context=_size(entries, "max_position_embeddings", where),
-        tied=bool(
-            whole.get("tie_word_embeddings", entries.get("tie_word_embeddings", _tied(whole)))
-        ),
-        windows=_windows(entries, num_layers, where),
-        entries=entries,
+    return str(architectures[0])
+
+
+def _refuse_other_states(entries: Mapping[str, Any], where: str) -> None:
+    """Refuse models that remember in other ways than a cache of attention in every layer."""
+    found = next(
+        (name for name in entries if name.startswith(OTHER_STATES) and entries[name]), None
     )
+    if entries.get("is_encoder_decoder"):
+        found = "is_encoder_decoder"
+    if found:
+        raise UnsupportedError(
+            f"{where}: {found} says that not every layer has a cache of keys and values, and plan knows no other. "
+            "Start vLLM to see what fits."
+        )  # fmt: skip
 
 
-def _tied(whole: Mapping[str, Any]) -> bool:
-    """Gemma's configs leave out that the LM head is the embedding."""
-    return str(whole.get("model_type", "")).startswith("gemma")
-
-
-def _size(entries: Mapping[str, Any], name: str, where: str, default: int | None = None) -> int:
-    """Return entry `name`, a positive integer.
-
-    Raises:
-        FormatError: it is missing without a default, or anything but an integer from 1 to MAX_SIZE.
-    """
-    value = entries.get(name)
-    if value is None and default is not None:
-        return default
-    if type(value) is not int or not 0 < value <= MAX_SIZE:
-        raise FormatError(f"{where}: {name} is {shown(value)}; expected a positive integer.")
-    return value
-
-
-def _windows(entries: Mapping[str, Any], num_layers: int, where: str) -> tuple[int | None, ...]:
-    """Return per layer how many tokens attention looks back, as vLLM reads it; None for all."""
-    if not entries.get("sliding_window") or entries.get("use_sliding_window") is False:
-        return (None,) * num_layers
-    window = _size(entries, "sliding_window", where)
-    types = entries.get("layer_types")
-    if types is None and str(entries.get("model_type", "")).startswith("gemma3"):
-        every = _size(entries, "sliding_window_pattern", where, GEMMA3_PATTERN)
-        types = ["sliding_attention" if (i + 1) % every else "full" for i in range(num_layers)]
-    if types is None:
-        return (window,) * num_layers
-    if not isinstance(types, list) or len(types) < num_layers:
-        raise FormatError(
-            f"{where}: layer_types is no list of {num_layers} entries, one per layer."
+def _dtype(found: Mapping[str, Any], own: Mapping[str, Any], where: str) -> str:
+    names = [entries.get(name) for entries in (found, own) for name in ("dtype", "torch_dtype")]
+    dtype = next((name for name in names if name is not None), "")
+    text = dtype.removeprefix("torch.") if isinstance(dtype, str) else None
+    if text is None or (text and text not in DTYPES):
+        raise UnsupportedError(
+            f"{where}: dtype is {shown(dtype)}; plan knows {', '.join(DTYPES)}. Plan with the BF16 original."
         )
-    return tuple(window if kind == "sliding_attention" else None for kind in types[:num_layers])
+    return text
+
+
+def _latent(text: Sizes, model_type: str) -> int:
+    if not text.entries.get("kv_lora_rank"):
+        return 0
+    if model_type not in LATENT_MODELS or text.entries.get("index_topk"):
+        raise UnsupportedError(
+            f"{text.where}: kv_lora_rank, multi-head latent attention, of model_type {shown(model_type)}; plan knows "
+            f"that of {', '.join(LATENT_MODELS)}. Start vLLM to see what fits."
+        )
+    return text.size("kv_lora_rank") + text.size("qk_rope_head_dim")
+
+
+def _context(text: Sizes, model_type: str) -> int:
+    """Return what vLLM makes of the config: positions of training, stretched where they are not already."""
+    length = text.size("max_position_embeddings")
+    if model_type.startswith("gemma3"):  # stretched already
+        return length
+    rope = next((p for n in ("rope_parameters", "rope_scaling") if (p := text.part(n)).entries), None)  # fmt: skip
+    if rope is None or rope.entries.get("rope_type", rope.entries.get("type")) in _SCALED_ALREADY:
+        return length
+    return int(length * rope.ratio("factor", 1.0))

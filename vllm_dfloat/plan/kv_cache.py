@@ -1,4 +1,4 @@
-"""How much KV cache a number of bytes makes: vLLM's groups, blocks and capacity, for keys and values per head.
+"""How much KV cache a number of bytes makes: vLLM's groups, blocks and capacity.
 
 Blocks belong to groups of layers; every group takes blocks of its own from one pool. Layers that see everything and
 layers with a window are in different groups of about the same number of layers, so that their blocks have one size.
@@ -19,24 +19,38 @@ def cdiv(a: int, b: int) -> int:
 
 
 @dataclass(frozen=True)
+class Reach:
+    """How far attention looks back: over the last `tokens`, or over the chunk of as many that a token is in.
+
+    `tokens` is None where it looks at everything.
+    """
+
+    tokens: int | None = None
+    is_chunk: bool = False
+
+
+EVERYTHING = Reach()
+
+
+@dataclass(frozen=True)
 class Group:
-    """Layers that share a block table; `window` is None where they see everything."""
+    """Layers that share a block table."""
 
     layers: tuple[int, ...]
-    window: int | None
+    reach: Reach
 
 
-def group_layers(windows: Sequence[int | None]) -> list[Group]:
-    """Return vLLM's groups of a model whose layers have these windows, in the order of the layers."""
-    kinds: dict[int | None, list[int]] = {}
-    for layer, window in enumerate(windows):
-        kinds.setdefault(window, []).append(layer)
+def group_layers(reaches: Sequence[Reach]) -> list[Group]:
+    """Return vLLM's groups of a model whose layers look back so far, in the order of the layers."""
+    kinds: dict[Reach, list[int]] = {}
+    for layer, reach in enumerate(reaches):
+        kinds.setdefault(reach, []).append(layer)
     counts = [len(layers) for layers in kinds.values()]
     size = max(counts) if max(counts) < 1.5 * min(counts) else min(counts)
     groups = []
-    for window, layers in kinds.items():
+    for reach, layers in kinds.items():
         step = cdiv(len(layers), size)
-        groups += [Group(tuple(layers[i::step]), window) for i in range(step)]
+        groups += [Group(tuple(layers[i::step]), reach) for i in range(step)]
     return groups
 
 
@@ -46,7 +60,7 @@ class KVCache:
 
     Attributes:
         groups: of the whole model.
-        page_bytes: one block of one layer: keys and values of this rank's heads.
+        page_bytes: one block of one layer: keys and values of this rank's heads, or latent vectors.
         block_size: tokens per block.
         in_flight: tokens that may be scheduled before others are freed: batches at once times tokens per batch.
     """
@@ -63,13 +77,15 @@ class KVCache:
 
     def blocks_per_request(self, length: int) -> int:
         """Return how many blocks a request of `length` tokens holds at most."""
-        return sum(self._blocks(group.window, length) for group in self.groups)
+        return sum(self._blocks(group.reach, length) for group in self.groups)
 
-    def _blocks(self, window: int | None, length: int) -> int:
-        if window is None:
+    def _blocks(self, reach: Reach, length: int) -> int:
+        if reach.tokens is None:
             return cdiv(length, self.block_size)
+        if reach.is_chunk:
+            return cdiv(min(reach.tokens + self.in_flight, length), self.block_size)
         # A window may begin in the middle of a block.
-        return cdiv(min(window - 1 + self.in_flight, length), self.block_size) + 1
+        return cdiv(min(reach.tokens - 1 + self.in_flight, length), self.block_size) + 1
 
     def capacity(self, num_blocks: int, length: int) -> int:
         """Return the tokens that vLLM says fit into the cache, in requests of `length` tokens."""
@@ -89,18 +105,31 @@ def _largest(limit: int, fits: Callable[[int], bool]) -> int:
 
 
 def page_bytes(kv_heads: int, head_dim: int, tp: int, block_size: int, dtype: str) -> int:
-    """Return the bytes of one block of one layer on one rank.
+    """Return the bytes of one block of one layer on one rank, with keys and values per head.
 
     Raises:
         UnsupportedError: a dtype that is not one number per element, or heads that the ranks cannot share.
     """
-    if dtype not in DTYPE_BYTES:
-        raise UnsupportedError(
-            f"--kv-cache-dtype {dtype}: plan knows {', '.join(DTYPE_BYTES)}. Give one of them."
-        )
     heads = kv_heads // tp if kv_heads >= tp else 1
     if max(kv_heads, tp) % min(kv_heads, tp):
         raise UnsupportedError(
             f"--tp {tp}: {kv_heads} KV heads, which that many ranks cannot share evenly. Give another --tp."
         )
-    return block_size * heads * 2 * head_dim * DTYPE_BYTES[dtype]
+    return block_size * heads * 2 * head_dim * _itemsize(dtype)
+
+
+def latent_page_bytes(width: int, block_size: int, dtype: str) -> int:
+    """Return the bytes of one block of one layer with a latent vector [width] per token, which every rank holds whole.
+
+    Raises:
+        UnsupportedError: a dtype that is not one number per element.
+    """
+    return block_size * width * _itemsize(dtype)
+
+
+def _itemsize(dtype: str) -> int:
+    if dtype not in DTYPE_BYTES:
+        raise UnsupportedError(
+            f"--kv-cache-dtype {dtype}: plan knows {', '.join(DTYPE_BYTES)}. Give one of them."
+        )
+    return DTYPE_BYTES[dtype]

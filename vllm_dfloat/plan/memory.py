@@ -1,19 +1,22 @@
 """What each rank holds: weights in BF16 and compressed, scratch, and what is left for the KV cache."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from vllm_dfloat.errors import UnsupportedError
 from vllm_dfloat.plan.config import ModelConfig
-from vllm_dfloat.plan.kv_cache import KVCache, group_layers, page_bytes
+from vllm_dfloat.plan.kv_cache import KVCache, group_layers, latent_page_bytes, page_bytes
 from vllm_dfloat.plan.packed_size import packed_size
+from vllm_dfloat.plan.rotary import rotary_bytes
+from vllm_dfloat.plan.units import GIB
 from vllm_dfloat.plan.weights import Weight
 
-MIB = 1 << 20
-GIB = 1 << 30
 LARGE_GPU = 70 * GIB  # from here on vLLM takes larger batches by default
 RESERVE = GIB  # assumed: CUDA context, libraries, NCCL, CUDA graphs
 BLOCK_MEMBERS = range(2, 17)  # layers of a block that is decoded in one launch
+BLOCK_NAME = re.compile(r"(.*\.|)\d+(?=\.)")  # "model.layers.3" of "model.layers.3.mlp.down_proj"
+BLOCK_SIZE, LATENT_BLOCK_SIZE = 16, 64  # tokens per block of KV cache, by default on a GPU
 LOGITS_COPIES = 3  # assumed: FP32 copies of the logits that sampling holds at once
 
 CodeBits = Callable[[Weight], float]
@@ -26,6 +29,7 @@ class Settings:
     Attributes:
         gpu_memory: bytes of each GPU.
         max_model_len: tokens; None for the model's context.
+        block_size: tokens per block; None for what vLLM takes on a GPU.
         overhead: bytes beside weights, scratch and KV cache; None to estimate them.
         kv_cache_memory: bytes of KV cache per rank; None for what is left.
         in_flight_batches: batches that are scheduled at once; None for vLLM's choice on a GPU.
@@ -39,7 +43,7 @@ class Settings:
     gpu_memory_utilization: float = 0.92
     max_model_len: int | None = None
     kv_cache_dtype: str = "auto"
-    block_size: int = 16
+    block_size: int | None = None
     max_num_batched_tokens: int | None = None
     max_num_seqs: int | None = None
     in_flight_batches: int | None = None
@@ -73,6 +77,7 @@ class Rank:
 
     Attributes:
         bf16_weights, dfloat11_weights: the parameters as vLLM holds them.
+        bf16_towers, dfloat11_towers: those of them that are not the language model's.
         compressed_numel, compressed_bytes: of the weights that are compressed.
         scratch: the buffers that layers are decoded into.
         largest: the largest compressed weight, as BF16.
@@ -83,6 +88,8 @@ class Rank:
     layers: range
     bf16_weights: int
     dfloat11_weights: int
+    bf16_towers: int
+    dfloat11_towers: int
     compressed_numel: int
     compressed_bytes: int
     scratch: int
@@ -148,34 +155,37 @@ def _rank(
     layers: range,
     lanes: int,
 ) -> Rank:
-    bf16 = dfloat11 = numel = coded = largest = scratch = 0
-    blocks: dict[int, list[int]] = {}
+    bf16 = dfloat11 = bf16_towers = dfloat11_towers = numel = coded = largest = scratch = 0
+    blocks: dict[str, list[int]] = {}
     for weight in held:
         rows, cols = weight.shape_of_rank(settings.tp)
-        bf16 += 2 * rows * cols
-        if not weight.is_compressed:
-            dfloat11 += 2 * rows * cols
-            continue
-        packed = packed_size(rows, cols, code_bits(weight))
-        dfloat11 += packed.num_bytes
-        scratch = max(scratch, packed.scratch_bytes)
-        largest = max(largest, 2 * rows * cols)
-        if weight.layer >= 0:
-            blocks.setdefault(weight.layer, []).append(packed.scratch_bytes)
-        if not packed.is_raw:
-            numel, coded = numel + rows * cols, coded + packed.num_bytes
+        plain = kept = weight.itemsize * rows * cols
+        if weight.is_compressed:
+            packed = packed_size(rows, cols, code_bits(weight))
+            kept = packed.num_bytes + plain * weight.has_plain_copy
+            scratch = max(scratch, packed.scratch_bytes)
+            largest = max(largest, plain)
+            if block := BLOCK_NAME.match(weight.name):
+                blocks.setdefault(block.group(), []).append(packed.scratch_bytes)
+            if not packed.is_raw:
+                numel, coded = numel + rows * cols, coded + packed.num_bytes
+        bf16, dfloat11 = bf16 + plain, dfloat11 + kept
+        if weight.is_of_tower:
+            bf16_towers, dfloat11_towers = bf16_towers + plain, dfloat11_towers + kept
     if settings.granularity == "block":
         whole = [sum(sizes) for sizes in blocks.values() if len(sizes) in BLOCK_MEMBERS]
         scratch = max([scratch, *whole])
     overhead = settings.overhead
     if overhead is None:
-        overhead = RESERVE + activation_bytes(config, settings)
-    return Rank(stage, layers, bf16, dfloat11, numel, coded, lanes * scratch, largest, overhead)
+        overhead = RESERVE + rotary_bytes(config, layers) + activation_bytes(config, settings)
+    return Rank(
+        stage, layers, bf16, dfloat11, bf16_towers, dfloat11_towers, numel, coded, lanes * scratch, largest, overhead
+    )  # fmt: skip
 
 
 def activation_bytes(config: ModelConfig, settings: Settings) -> int:
     """Return an estimate of the largest activations at once: an MLP's over a whole batch, or the logits of sampling."""
-    width = int(config.entries.get("intermediate_size") or 4 * config.hidden)
+    width = config.size("intermediate_size", 4 * config.hidden)
     mlp = settings.batched_tokens * 2 * (2 * config.hidden + 3 * width // settings.tp)
     logits = settings.num_seqs * config.vocab * (2 + 4 * LOGITS_COPIES)
     return max(mlp, logits)
@@ -183,8 +193,11 @@ def activation_bytes(config: ModelConfig, settings: Settings) -> int:
 
 def kv_cache_of(config: ModelConfig, settings: Settings) -> KVCache:
     """Return the shape of the KV cache on each rank."""
-    page = page_bytes(
-        config.kv_heads, config.head_dim, settings.tp, settings.block_size, settings.kv_cache_dtype
-    )
+    size = settings.block_size or (LATENT_BLOCK_SIZE if config.latent else BLOCK_SIZE)
+    dtype = settings.kv_cache_dtype
+    if config.latent:
+        page = latent_page_bytes(config.latent, size, dtype)
+    else:
+        page = page_bytes(config.kv_heads, config.head_dim, settings.tp, size, dtype)
     in_flight = settings.batches * settings.batched_tokens
-    return KVCache(tuple(group_layers(config.windows)), page, settings.block_size, in_flight)
+    return KVCache(tuple(group_layers(config.reaches)), page, size, in_flight)

@@ -1,16 +1,41 @@
-"""A plan as a PNG: what fills each GPU, in BF16 and in DFloat11."""
+"""A plan as a PNG: what fills each GPU, in BF16 and in DFloat11, in numbers too."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_dfloat.errors import UnsupportedError
-from vllm_dfloat.plan.memory import GIB
+from vllm_dfloat.errors import UnsupportedError, one_line
 from vllm_dfloat.plan.plan import Plan
-from vllm_dfloat.plan.report import summary
+from vllm_dfloat.plan.report import verdict
+from vllm_dfloat.plan.units import GIB, MIB, show_size
 
-COLOURS = {"weights": "#4477aa", "scratch": "#ccbb44", "other": "#bbbbbb", "KV cache": "#228833"}
+COLOURS = {
+    "weights": "#4477aa", "scratch": "#ccbb44", "other": "#bbbbbb", "KV cache": "#228833", "free": "#f4f4f4",
+}  # fmt: skip
+MISSING = "#ee6677"
+DARK = ("weights", "KV cache")  # which take white numbers
+LETTER, MARGIN = (
+    0.0085,
+    0.012,
+)  # of a number, as shares of the axis: a part that is narrower has its number below
+HEIGHT, GAP = 0.5, 0.04  # of a bar, and between it and what is written above or below
+NAME_LENGTH = 60
+SIZE = 8  # of all letters but the title's
 
-ROOM_FOR_LABELS = 1.25
+
+@dataclass(frozen=True)
+class Bar:
+    """One bar.
+
+    Attributes:
+        name: what stands before it.
+        parts: their bytes, from the left.
+        missing: how many bytes of it are beyond what there is; 0 if it fits.
+    """
+
+    name: str
+    parts: dict[str, int]
+    missing: int
 
 
 def draw(plan: Plan, file: Path) -> None:
@@ -21,33 +46,71 @@ def draw(plan: Plan, file: Path) -> None:
     """
     figure_class, canvas_class = _matplotlib()
     bars = _bars(plan)
-    figure = figure_class(figsize=(9, 1.6 + 0.5 * len(bars)), dpi=120, layout="constrained")
+    figure = figure_class(figsize=(9, 1.9 + 0.65 * len(bars)), dpi=120, layout="constrained")
     canvas_class(figure)
     axes = figure.add_subplot()
-    right = 0.0
-    for at, (label, parts) in enumerate(bars):
-        left = 0.0
-        for name, num_bytes in parts.items():
-            width = max(0, num_bytes) / GIB
-            axes.barh(at, width, left=left, color=COLOURS[name], label=name if at == 0 else None)
-            left += width
-        beside = max(left, plan.settings.gpu_memory / GIB)
-        axes.text(beside, at, f" {label}", va="center", fontsize=8)
-        right = max(right, beside)
-    for memory, style in ((plan.settings.gpu_memory, "-"), (plan.settings.requested, "--")):
-        axes.axvline(memory / GIB, color="#ee6677", linestyle=style)
-    axes.set_yticks(range(len(bars)), [_row_name(plan, i) for i in range(len(bars))])
-    axes.invert_yaxis()
-    axes.set_xlim(0, ROOM_FOR_LABELS * right)
-    axes.set_xlabel("GiB per GPU; line: its memory, dashed: what vLLM may use")
-    axes.set_title(summary(plan), fontsize=9, wrap=True)
-    figure.legend(
-        *axes.get_legend_handles_labels(),
-        loc="outside lower center",
-        ncols=len(COLOURS),
-        fontsize=8,
-    )
+    longest = max([plan.settings.gpu_memory, *(sum(bar.parts.values()) for bar in bars)])
+    unit, name = (GIB, "GiB") if longest >= GIB else (MIB, "MiB")
+    axes.set_xlim(0, 1.01 * longest / unit)
+    for at, bar in enumerate(bars):
+        _draw_bar(axes, at, bar, unit, longest)
+    lines = ((plan.settings.gpu_memory, "-", "GPU"), (plan.settings.requested, "--", "vLLM may use"))  # fmt: skip
+    for memory, style, what in lines:
+        label = f"{what}: {show_size(memory)}"
+        axes.axvline(memory / unit, color="#222222", linestyle=style, linewidth=1.2, label=label)
+    axes.set_yticks(range(len(bars)), [bar.name for bar in bars], fontsize=SIZE)
+    axes.set_ylim(len(bars) - 0.4, -0.6)
+    axes.tick_params(axis="x", labelsize=SIZE)
+    axes.set_xlabel(f"{name} per GPU", fontsize=SIZE)
+    axes.set_title(_title(plan), fontsize=9)
+    handles = dict(
+        zip(*reversed(axes.get_legend_handles_labels()), strict=True)
+    )  # one of each name
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=SIZE)  # fmt: skip
     figure.savefig(file, format="png")
+
+
+def _draw_bar(axes: Any, at: int, bar: Bar, unit: int, longest: int) -> None:
+    left, narrow = 0, []
+    for part, num_bytes in bar.parts.items():
+        if num_bytes <= 0:
+            continue
+        style = dict(height=HEIGHT, edgecolor="white", linewidth=0.5)
+        axes.barh(at, num_bytes / unit, left=left / unit, color=COLOURS[part], label=part, **style)
+        text = f"free {_number(num_bytes, unit)}" if part == "free" else _number(num_bytes, unit)
+        if num_bytes >= (LETTER * len(text) + MARGIN) * longest:
+            box = dict(facecolor=COLOURS[part], edgecolor="none", pad=1)  # over the lines
+            style = dict(bbox=box, color="white" if part in DARK else "black", fontsize=SIZE)
+            axes.text((left + num_bytes / 2) / unit, at, text, ha="center", va="center", **style)
+        else:
+            narrow.append((left, f"{part} {text}" if part != "free" else text))
+        left += num_bytes
+    if narrow:
+        _write_below(axes, at, narrow, unit, longest)
+    if bar.missing:
+        style = dict(height=HEIGHT, color="none", edgecolor=MISSING, hatch="///", linewidth=1)
+        axes.barh(
+            at, bar.missing / unit, left=(left - bar.missing) / unit, label="missing", **style
+        )
+        text = f"{_number(bar.missing, unit)} missing"
+        style = dict(color="#bb3344", ha="right", va="bottom", fontsize=SIZE)
+        axes.text(left / unit, at - HEIGHT / 2 - GAP, text, **style)
+
+
+def _write_below(
+    axes: Any, at: int, narrow: list[tuple[int, str]], unit: int, longest: int
+) -> None:
+    """Write the numbers of narrow parts in one line, which begins below the first and ends within the picture."""
+    caption = ", ".join(text for _, text in narrow)
+    start = max(0.0, min(narrow[0][0], longest * (1 - LETTER * len(caption))))
+    box = dict(facecolor="white", edgecolor="none", pad=0.5)
+    style = dict(va="top", fontsize=SIZE - 1, bbox=box)
+    axes.text(start / unit, at + HEIGHT / 2 + GAP, caption, **style)
+
+
+def _number(num_bytes: int, unit: int) -> str:
+    """Return a size, without its unit where that is the axis's."""
+    return show_size(num_bytes).removesuffix(" GiB" if unit == GIB else " MiB")
 
 
 def _matplotlib() -> tuple[Any, Any]:
@@ -62,24 +125,33 @@ def _matplotlib() -> tuple[Any, Any]:
     return Figure, FigureCanvasAgg
 
 
-def _bars(plan: Plan) -> list[tuple[str, dict[str, int]]]:
-    """Return what to write behind each bar, and its parts in bytes."""
-    bars = []
+def _bars(plan: Plan) -> list[Bar]:
+    settings, bars = plan.settings, []
+    limit = settings.gpu_memory if settings.kv_cache_memory else settings.requested
     for index, rank in enumerate(plan.ranks):
-        for outcome, weights, scratch in (
-            (plan.bf16, rank.bf16_weights, 0),
-            (plan.dfloat11, rank.dfloat11_weights, rank.scratch),
+        for kind, outcome, weights, scratch in (
+            ("BF16", plan.bf16, rank.bf16_weights, 0),
+            ("DFloat11", plan.dfloat11, rank.dfloat11_weights, rank.scratch),
         ):
-            parts = dict(
-                zip(
-                    COLOURS, (weights, scratch, rank.overhead, outcome.kv_bytes[index]), strict=True
-                )
-            )
-            label = f"{outcome.tokens:,} KV tokens" if outcome.fits else "does not fit"
-            bars.append((label, parts))
+            parts = {"weights": weights, "scratch": scratch, "other": rank.overhead}
+            parts["KV cache"] = max(0, outcome.kv_bytes[index])
+            missing = sum(parts.values()) - limit
+            parts["free"] = max(0, -missing)
+            lines = [kind, f"{outcome.tokens:,} KV tokens" if outcome.fits else "does not fit"]
+            if not outcome.fits and outcome.longest:
+                lines[1] = f"context over {outcome.longest:,} tokens"
+            if settings.pp > 1:
+                lines[0] = f"stage {rank.stage}, {kind}"
+            bars.append(Bar("\n".join(lines), parts, max(0, missing)))
     return bars
 
 
-def _row_name(plan: Plan, index: int) -> str:
-    kind = "DFloat11" if index % 2 else "BF16"
-    return f"stage {index // 2}, {kind}" if plan.settings.pp > 1 else kind
+def _title(plan: Plan) -> str:
+    settings = plan.settings
+    name = one_line(plan.model.rstrip("/"), NAME_LENGTH).replace(
+        "$", r"\$"
+    )  # or it would be mathematics
+    gpus = settings.tp * settings.pp
+    memory = show_size(settings.gpu_memory)
+    what = f"{gpus} GPUs of {memory} each" if gpus > 1 else f"a GPU of {memory}"
+    return f"{name}\nTP {settings.tp} x PP {settings.pp}, {what}: {verdict(plan)}"

@@ -1,22 +1,24 @@
 """The plan: what one way of serving a model needs, in BF16 and compressed, and whether it fits."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vllm_dfloat.checkpoint.folder import CONFIG_FILE, is_dfloat11
-from vllm_dfloat.checkpoint.quantized import refuse_quantized_files
-from vllm_dfloat.errors import UnsupportedError
-from vllm_dfloat.plan.config import ModelConfig, config_file, read_model_config
+from vllm_dfloat.checkpoint.folder import CONFIG_FILE
+from vllm_dfloat.errors import FormatError, UnsupportedError
+from vllm_dfloat.plan.config import ModelConfig, read_model_config
+from vllm_dfloat.plan.hub import config_file, is_of_hub
 from vllm_dfloat.plan.kv_cache import KVCache
+from vllm_dfloat.plan.measured import MeasuredBits
 from vllm_dfloat.plan.memory import Rank, Settings, kv_cache_of, ranks_of
+from vllm_dfloat.plan.notes import notes_on
 from vllm_dfloat.plan.packed_size import ASSUMED_CODE_BITS
-from vllm_dfloat.plan.shapes import RULES, known_weights
+from vllm_dfloat.plan.shapes import is_known, known_weights
 from vllm_dfloat.plan.stored import (
-    MeasuredBits,
-    Tensors,
-    check_shapes,
-    read_tensors,
+    Files,
+    check_weights,
+    read_files,
+    stores_another_head,
     weights_of_files,
 )
 from vllm_dfloat.plan.weights import Weight
@@ -50,6 +52,7 @@ class Plan:
     Attributes:
         model: as the user named it.
         parameters: of the whole model.
+        compressed: how many of them are in weights that are compressed.
         ranks: per pipeline stage.
         kv_cache: its shape on a rank.
         code_bits: what is known of the codes, in words.
@@ -60,6 +63,7 @@ class Plan:
     config: ModelConfig
     settings: Settings
     parameters: int
+    compressed: int
     ranks: list[Rank]
     kv_cache: KVCache
     bf16: Outcome
@@ -89,11 +93,15 @@ def make_plan(model: str, settings: Settings, code_bits: float | None = None) ->
     """
     file = config_file(model)
     config = read_model_config(file)
-    # Files beside a config of another name belong to another model.
-    tensors = read_tensors(file.parent) if file.name == CONFIG_FILE else None
-    refuse_quantized_files(file.parent, tensors or {})
-    weights, notes = _weights(config, tensors, file.parent)
-    bits, told = _code_bits(file.parent, tensors, code_bits)
+    files, notes = _files(model, file, config)
+    if stores_another_head(files, config):
+        config = replace(config, tied=False)
+        notes.append(
+            "an LM head of its own is stored although config.json ties it: vLLM holds both"
+        )
+    weights, told = _weights(config, files)
+    notes += told
+    bits, code_bits_told = _code_bits(files, code_bits)
     ranks = ranks_of(config, weights, settings, bits)
     cache = kv_cache_of(config, settings)
     if (settings.max_model_len or 0) > config.context:
@@ -101,59 +109,59 @@ def make_plan(model: str, settings: Settings, code_bits: float | None = None) ->
             f"--max-model-len {settings.max_model_len}: the model was made for {config.context} tokens. "
             "Give at most as many."
         )
-    if any("experts" in weight.name for weight in weights):
-        notes.append("experts and their routers stay BF16")
-    if any(config.windows):
-        notes.append(
-            "layers with a window keep only its tokens: KV tokens are counted as vLLM does"
-        )
     bf16, dfloat11 = (
         _outcome(ranks, cache, settings, config.context, compressed=c) for c in (False, True)
     )
-    parameters = sum(weight.numel for weight in weights)
+    notes += notes_on(config, weights, files)
     return Plan(
-        model, config, settings, parameters, ranks, cache, bf16, dfloat11, told, tuple(notes)
-    )
+        model, config, settings, sum(weight.numel for weight in weights),
+        sum(weight.numel for weight in weights if weight.is_compressed),
+        ranks, cache, bf16, dfloat11, code_bits_told, tuple(notes),
+    )  # fmt: skip
 
 
-def _weights(
-    config: ModelConfig, tensors: Tensors | None, folder: Path
-) -> tuple[list[Weight], list[str]]:
+def _files(model: str, file: Path, config: ModelConfig) -> tuple[Files | None, list[str]]:
+    """Return what the weight files beside config.json hold, if any, and a remark if they do not count."""
+    if file.name != CONFIG_FILE:  # files beside a config of another name belong to another model
+        return None, []
+    try:
+        return read_files(file.parent, config), []
+    except FormatError:
+        if not is_of_hub(model):
+            raise
+        return None, ["the hub's cache holds a part of the weights only, so config.json alone counts"]  # fmt: skip
+
+
+def _weights(config: ModelConfig, files: Files | None) -> tuple[list[Weight], list[str]]:
     """Return all weights, and remarks on where their shapes come from."""
-    if tensors is None:
+    if files is None:
         return known_weights(config), ["shapes from config.json alone"]
-    if config.architecture not in RULES:
-        if is_dfloat11(folder):
+    if not is_known(config.architecture):
+        if files.is_dfloat11:
             raise UnsupportedError(
-                f"{folder}: architecture {config.architecture} in the DFloat11 format, which stores no shapes. "
+                f"{files.folder}: architecture {config.architecture} in the DFloat11 format, which stores no shapes. "
                 "Plan with the folder of the BF16 original."
             )
         note = f"{config.architecture} is not known: every matrix of the files is split evenly, an estimate"
-        return weights_of_files(tensors, config), [note]
+        return weights_of_files(files, config), [note]
     weights = known_weights(config)
-    if is_dfloat11(folder):
-        return weights, ["shapes from config.json; the DFloat11 format stores none"]
-    left_out = check_shapes(weights, tensors, folder)
+    left_out = check_weights(weights, files)
     notes = ["shapes checked against the files' headers"]
+    if files.is_dfloat11:
+        notes = ["shapes from config.json, names checked against the files"]
     if left_out:
         named = ", ".join(left_out[:MAX_NAMED]) + (", ..." if len(left_out) > MAX_NAMED else "")
         notes.append(f"{len(left_out)} tensors of the files are not counted: {named}")
-    if config.tied and "lm_head.weight" in tensors:
-        notes.append(
-            "an LM head is stored although config.json ties it: not counted, vLLM may hold it"
-        )
     return weights, notes
 
 
-def _code_bits(
-    folder: Path, tensors: Tensors | None, given: float | None
-) -> tuple[Callable[[Weight], float], str]:
+def _code_bits(files: Files | None, given: float | None) -> tuple[Callable[[Weight], float], str]:
     if given is not None:
         return (lambda weight: given), f"{given:g} bits per exponent, given"
-    if tensors is None:
+    if files is None:
         told = f"{ASSUMED_CODE_BITS:g} bits per exponent, assumed (typical of trained weights)"
         return (lambda weight: ASSUMED_CODE_BITS), told
-    return MeasuredBits(folder, tensors), "bits per exponent measured on a sample of every matrix"
+    return MeasuredBits(files), "bits per exponent measured on a sample of every matrix"
 
 
 def _outcome(

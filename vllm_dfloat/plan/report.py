@@ -14,7 +14,8 @@ def as_table(plan: Plan) -> str:
     """Return the plan for people: a table per pipeline stage, then what fits, then one sentence."""
     settings, config = plan.settings, plan.config
     lines = [
-        f"{plan.model}: {config.architecture}, {show_count(plan.parameters)} parameters",
+        f"{plan.model}: {config.architecture}, {show_count(plan.parameters)} parameters "
+        f"in bfloat16",
         f"TP {settings.tp} x PP {settings.pp}, each GPU {show_size(settings.gpu_memory)}, vLLM may use "
         f"{settings.gpu_memory_utilization:g} of it: {show_size(settings.requested)}",
     ]
@@ -28,14 +29,19 @@ def as_table(plan: Plan) -> str:
 
 def summary(plan: Plan) -> str:
     """Return the last line: what fits."""
+    return f"{plan.model}: {verdict(plan)}."
+
+
+def verdict(plan: Plan) -> str:
+    """Return what fits, in a few words."""
     asked = plan.settings.max_model_len
     what = f"a context of {asked:,} tokens" if asked else "the model"
     if not (plan.bf16.fits or plan.dfloat11.fits):
-        return f"{plan.model}: {what} fits neither in BF16 nor in DFloat11."
+        return f"{what} fits neither in BF16 nor in DFloat11"
     if plan.bf16.fits and plan.dfloat11.fits and plan.bf16.tokens:
         more = plan.dfloat11.tokens / plan.bf16.tokens
-        return f"{plan.model}: {what} fits in both; DFloat11 has room for {more:.2f} times the KV tokens."
-    return f"{plan.model}: {what} fits in {'DFloat11' if plan.dfloat11.fits else 'BF16'} only."
+        return f"{what} fits in both; DFloat11 has room for {more:.2f} times the KV tokens"
+    return f"{what} fits in {'DFloat11' if plan.dfloat11.fits else 'BF16'} only"
 
 
 def _row(name: str, bf16: str, dfloat11: str, remark: str = "") -> str:
@@ -49,12 +55,17 @@ def _stage(plan: Plan, index: int, rank: Rank) -> list[str]:
     layers = f"layers {rank.layers.start}-{rank.layers.stop - 1}"
     per_token = f"{plan.kv_bytes_per_token(rank):,.0f}"
     largest = "largest block" if plan.settings.granularity == "block" else "largest layer"
+    towers = []
+    if rank.bf16_towers:
+        sizes = show_size(rank.bf16_towers), show_size(rank.dfloat11_towers)
+        towers = [_row("  of which the tower", *sizes, "and what leads from it to the text")]
     return [
         _row(who, "BF16", "DFloat11", layers),
         _row(
             "weights", show_size(rank.bf16_weights), show_size(rank.dfloat11_weights),
             f"{rank.bits_per_weight:.2f} bits per compressed weight",
         ),
+        *towers,
         _row("scratch", DASH, show_size(rank.scratch), largest),
         _row("other", show_size(rank.overhead), show_size(rank.overhead)),
         _row(
@@ -88,7 +99,7 @@ def _other(plan: Plan) -> str:
     if plan.settings.overhead is not None:
         return "CUDA context, NCCL, CUDA graphs and activations, as given"
     return (
-        "CUDA context, NCCL and CUDA graphs 1 GiB, activations of "
+        "CUDA context, NCCL and CUDA graphs 1 GiB, rotary tables, activations of "
         f"{plan.settings.batched_tokens:,} tokens or logits of {plan.settings.num_seqs:,} requests; "
         "assumed, not measured (--overhead)"
     )
@@ -100,7 +111,10 @@ def as_json(plan: Plan) -> dict[str, Any]:
     return {
         "model": plan.model,
         "architecture": plan.config.architecture,
+        "dtype": "bfloat16",
+        "config_dtype": plan.config.dtype,
         "parameters": plan.parameters,
+        "compressed_parameters": plan.compressed,
         "tp": settings.tp,
         "pp": settings.pp,
         "gpu_memory": settings.gpu_memory,
@@ -123,6 +137,8 @@ def _stage_json(plan: Plan, index: int, rank: Rank) -> dict[str, Any]:
         "layers": [rank.layers.start, rank.layers.stop],
         "bf16_weights": rank.bf16_weights,
         "dfloat11_weights": rank.dfloat11_weights,
+        "bf16_towers": rank.bf16_towers,
+        "dfloat11_towers": rank.dfloat11_towers,
         "bits_per_weight": rank.bits_per_weight,
         "scratch": rank.scratch,
         "overhead": rank.overhead,

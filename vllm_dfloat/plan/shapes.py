@@ -1,67 +1,48 @@
 """The weights of a model from its config alone, for the architectures whose rules are known here."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 from vllm_dfloat.errors import UnsupportedError
 from vllm_dfloat.plan.config import ModelConfig
-from vllm_dfloat.plan.weights import Part, Place, Split, Weight
+from vllm_dfloat.plan.decoder import Rules, decoder_weights
+from vllm_dfloat.plan.experts import Experts
+from vllm_dfloat.plan.image_towers import gemma3_tower, llava_tower, mistral3_tower
+from vllm_dfloat.plan.llama4_tower import llama4_tower
+from vllm_dfloat.plan.qwen_towers import qwen2_5_vl_tower, qwen2_vl_tower, qwen3_vl_tower
+from vllm_dfloat.plan.weights import Weight
 
-
-@dataclass(frozen=True)
-class Rules:
-    """What tells an architecture from Llama.
-
-    Attributes:
-        qkv_bias: True, False, or the config's entry that says so.
-        o_bias, mlp_bias: the config's entries that say so; "" for never.
-        has_qk_norm: whether queries and keys are normed per head.
-        norms: the norms of a block.
-        is_fused: whether qkv_proj and gate_up_proj are one tensor each in the checkpoint.
-        has_all_ends: whether every pipeline stage holds embedding, last norm and LM head.
-        is_embedding_compressed: False where vLLM gives the embedding no quantization method.
-        experts: of a mixture of experts.
-    """
-
-    qkv_bias: bool | str = "attention_bias"
-    o_bias: str = "attention_bias"
-    mlp_bias: str = ""
-    has_qk_norm: bool = False
-    norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
-    is_fused: bool = False
-    has_all_ends: bool = False
-    is_embedding_compressed: bool = True
-    experts: "Experts | None" = None
-
-
-@dataclass(frozen=True)
-class Experts:
-    """How an architecture lays out its mixture of experts.
-
-    Attributes:
-        width: how the config calls the width of an expert.
-        block: the module that holds them, and the names of its tensors.
-        has_shared: whether there is an expert for every token beside them.
-    """
-
-    width: str
-    block: str
-    tensors: tuple[str, str, str]
-    has_shared: bool = False
-
-
-QWEN_EXPERTS = (
-    "moe_intermediate_size",
-    "mlp",
-    ("gate_proj", "up_proj", "down_proj"),
-)
 GEMMA3_NORMS = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
+QWEN3 = Rules(o_bias="", has_qk_norm=True)
+QWEN3_MOE = replace(QWEN3, has_all_ends=True, experts=Experts("moe_intermediate_size"))
+DEEPSEEK = Rules(
+    is_latent=True,
+    experts=Experts(
+        "moe_intermediate_size",
+        shared="shared_experts",
+        shared_width=("moe_intermediate_size", "n_shared_experts"),
+    ),
+)
+LLAMA4 = Rules(
+    qkv_bias=False,
+    o_bias="",
+    mlp=("feed_forward", "intermediate_size_mlp"),
+    experts=Experts(
+        "intermediate_size",
+        "feed_forward",
+        is_stacked=True,
+        router="router",
+        shared="shared_expert",
+        shared_width=("intermediate_size",),
+    ),
+)
 
 RULES = {
     "LlamaForCausalLM": Rules(mlp_bias="mlp_bias"),
     "MistralForCausalLM": Rules(),
     "Qwen2ForCausalLM": Rules(qkv_bias=True, o_bias=""),
-    "Qwen3ForCausalLM": Rules(o_bias="", has_qk_norm=True),
+    "Qwen3ForCausalLM": QWEN3,
     "Phi3ForCausalLM": Rules(is_fused=True),
     "Gemma3ForCausalLM": Rules(
         has_qk_norm=True, norms=Rules.norms + GEMMA3_NORMS, has_all_ends=True
@@ -74,12 +55,74 @@ RULES = {
         experts=Experts("intermediate_size", "block_sparse_moe", ("w1", "w3", "w2")),
     ),
     "Qwen2MoeForCausalLM": Rules(
-        qkv_bias=True, o_bias="", has_all_ends=True, experts=Experts(*QWEN_EXPERTS, True)
+        qkv_bias=True,
+        o_bias="",
+        has_all_ends=True,
+        experts=Experts(
+            "moe_intermediate_size",
+            shared="shared_expert",
+            shared_width=("shared_expert_intermediate_size",),
+            has_shared_gate=True,
+        ),
     ),
-    "Qwen3MoeForCausalLM": Rules(
-        o_bias="", has_qk_norm=True, has_all_ends=True, experts=Experts(*QWEN_EXPERTS)
-    ),
+    "Qwen3MoeForCausalLM": QWEN3_MOE,
+    "DeepseekV2ForCausalLM": DEEPSEEK,
+    "DeepseekV3ForCausalLM": DEEPSEEK,
+    "Llama4ForCausalLM": LLAMA4,
 }
+
+
+@dataclass(frozen=True)
+class Multimodal:
+    """A language model with a tower beside it.
+
+    Attributes:
+        tower: makes its weights, and those of what leads from it to the language model.
+        text: the language model's architecture; "" where its config says it.
+        is_stacked: whether the experts of this one are stacked in the checkpoint.
+    """
+
+    tower: Callable[[ModelConfig], Iterator[Weight]]
+    text: str = ""
+    is_stacked: bool = False
+
+
+MULTIMODAL = {
+    "Gemma3ForConditionalGeneration": Multimodal(gemma3_tower, "Gemma3ForCausalLM"),
+    "Qwen2VLForConditionalGeneration": Multimodal(qwen2_vl_tower, "Qwen2ForCausalLM"),
+    "Qwen2_5_VLForConditionalGeneration": Multimodal(qwen2_5_vl_tower, "Qwen2ForCausalLM"),
+    "Qwen3VLForConditionalGeneration": Multimodal(qwen3_vl_tower, "Qwen3ForCausalLM"),
+    "Qwen3VLMoeForConditionalGeneration": Multimodal(qwen3_vl_tower, "Qwen3MoeForCausalLM", True),
+    "Llama4ForConditionalGeneration": Multimodal(llama4_tower, "Llama4ForCausalLM"),
+    "LlavaForConditionalGeneration": Multimodal(llava_tower),
+    "Mistral3ForConditionalGeneration": Multimodal(mistral3_tower),
+}
+TEXT_OF_TYPE = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+}
+LANGUAGE_MODEL = "language_model."  # where vLLM puts it
+
+# Names in checkpoints -> vLLM's, as its own mappers of multimodal models have them; the first that fits counts.
+_PREFIXES = (
+    ("model.language_model.", "language_model.model."),
+    ("model.vision_tower.", "vision_tower."),
+    ("model.multi_modal_projector.", "multi_modal_projector."),
+    ("model.vision_model.", "vision_model."),
+    ("model.visual.", "visual."),
+    ("lm_head.", "language_model.lm_head."),
+    ("model.", "language_model.model."),
+)
+# Transformers 5 writes SigLIP and CLIP without the module around them.
+_INNER_TOWER = re.compile(r"^vision_tower\.(embeddings|encoder|head|pre_layrnorm|post_layernorm)\b")
+
+
+def is_known(architecture: str) -> bool:
+    """Return whether the weights of an architecture follow from its config."""
+    return architecture in RULES or architecture in MULTIMODAL
 
 
 def known_weights(config: ModelConfig) -> list[Weight]:
@@ -89,141 +132,40 @@ def known_weights(config: ModelConfig) -> list[Weight]:
         UnsupportedError: another architecture.
         FormatError: the config lacks a size.
     """
-    rules = RULES.get(config.architecture)
-    if rules is None:
+    name = config.architecture
+    if name in RULES:
+        return decoder_weights(config, RULES[name])
+    if name not in MULTIMODAL:
         raise UnsupportedError(
-            f"{config.where}: architecture {config.architecture}; from a config alone plan knows "
-            f"{', '.join(sorted(RULES))}. Put the safetensors files beside the config."
+            f"{config.where}: architecture {name}; from a config alone plan knows "
+            f"{', '.join(sorted(RULES | MULTIMODAL))}. Put the safetensors files beside the config."
         )
-    weights = list(_ends(config, rules))
-    for layer in range(config.num_layers):
-        weights += _block(config, rules, layer)
-    return weights
+    kind = MULTIMODAL[name]
+    rules = RULES[kind.text or _text_architecture(config)]
+    if kind.is_stacked and rules.experts:
+        rules = replace(rules, experts=replace(rules.experts, is_stacked=True))
+    text = (_in_language_model(weight) for weight in decoder_weights(config, rules))
+    return [*kind.tower(config), *text]
 
 
-def _ends(config: ModelConfig, rules: Rules) -> Iterator[Weight]:
-    """Yield embedding, last norm and LM head."""
-    first: Place = "all" if rules.has_all_ends else "tied" if config.tied else "first"
-    last: Place = "all" if rules.has_all_ends else "last"
-    shape = config.vocab, config.hidden
-    yield Weight(
-        "model.embed_tokens", (Part(config.vocab),), config.hidden, "vocab", first,
-        is_compressed=rules.is_embedding_compressed, stored={"model.embed_tokens.weight": shape},
-    )  # fmt: skip
-    stored = {"model.norm.weight": (config.hidden,)}
-    yield Weight("model.norm", (Part(config.hidden),), place=last, stored=stored)
-    if not config.tied:
-        yield Weight(
-            "lm_head", (Part(config.vocab),), config.hidden, "vocab", last,
-            is_compressed=True, stored={"lm_head.weight": shape},
-        )  # fmt: skip
+def _text_architecture(config: ModelConfig) -> str:
+    model_type = config.entries.get("model_type")
+    if model_type not in TEXT_OF_TYPE:
+        raise UnsupportedError(
+            f"{config.where}: text_config has model_type {str(model_type)[:60]!r}; with {config.architecture} plan "
+            f"knows {', '.join(TEXT_OF_TYPE)}. Start vLLM to see what fits."
+        )
+    return TEXT_OF_TYPE[str(model_type)]
 
 
-def _block(config: ModelConfig, rules: Rules, layer: int) -> Iterator[Weight]:
-    prefix = f"model.layers.{layer}"
-    yield from _attention(config, rules, f"{prefix}.self_attn", layer)
-    if rules.experts and _is_sparse(config, layer):
-        yield from _experts(config, rules.experts, prefix, layer)
-    else:
-        bias = bool(config.entries.get(rules.mlp_bias))
-        width = config.size("intermediate_size")
-        yield from _mlp(config, f"{prefix}.mlp", layer, width, rules.is_fused, bias)
-    for norm in rules.norms:
-        yield _vector(f"{prefix}.{norm}", config.hidden, layer)
+def _in_language_model(weight: Weight) -> Weight:
+    stored = {LANGUAGE_MODEL + name: shape for name, shape in weight.stored.items()}
+    return replace(weight, name=LANGUAGE_MODEL + weight.name, stored=stored)
 
 
-def _is_sparse(config: ModelConfig, layer: int) -> bool:
-    step = config.size("decoder_sparse_step", 1)
-    return layer not in (config.entries.get("mlp_only_layers") or ()) and (layer + 1) % step == 0
-
-
-def _attention(config: ModelConfig, rules: Rules, prefix: str, layer: int) -> Iterator[Weight]:
-    q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
-    parts = Part(q, config.heads), Part(kv, config.kv_heads), Part(kv, config.kv_heads)
-    names = {"q_proj": q, "k_proj": kv, "v_proj": kv}
-    if rules.is_fused:
-        names = {"qkv_proj": q + 2 * kv}
-    has_bias = rules.qkv_bias
-    if isinstance(has_bias, str):
-        has_bias = bool(config.entries.get(has_bias))
-    has_o_bias = bool(config.entries.get(rules.o_bias))
-    yield from _linear(f"{prefix}.qkv_proj", parts, config.hidden, "rows", layer, names, has_bias)
-    yield from _linear(
-        f"{prefix}.o_proj", (Part(config.hidden),), q, "cols", layer, bias=has_o_bias
-    )
-    if rules.has_qk_norm:
-        yield _vector(f"{prefix}.q_norm", config.head_dim, layer)
-        yield _vector(f"{prefix}.k_norm", config.head_dim, layer)
-
-
-def _mlp(
-    config: ModelConfig,
-    prefix: str,
-    layer: int,
-    width: int,
-    fused: bool = False,
-    bias: bool = False,
-) -> Iterator[Weight]:
-    names = {"gate_up_proj": 2 * width} if fused else {"gate_proj": width, "up_proj": width}
-    parts = Part(width), Part(width)
-    yield from _linear(f"{prefix}.gate_up_proj", parts, config.hidden, "rows", layer, names, bias)
-    yield from _linear(
-        f"{prefix}.down_proj", (Part(config.hidden),), width, "cols", layer, bias=bias
-    )
-
-
-def _experts(config: ModelConfig, kind: Experts, prefix: str, layer: int) -> Iterator[Weight]:
-    """Yield a mixture of experts: the experts themselves and what routes to them stay BF16."""
-    # Transformers writes either name, whatever the architecture.
-    named = "num_experts" if config.entries.get("num_experts") else "num_local_experts"
-    count, width, hidden = config.size(named), config.size(kind.width), config.hidden
-    block = f"{prefix}.{kind.block}"
-    gate, up, down = kind.tensors
-    stored = {
-        f"{block}.experts.{i}.{n}.weight": (width, hidden) for i in range(count) for n in (gate, up)
-    }
-    yield Weight(
-        f"{block}.experts.w13_weight", (Part(width), Part(width)), count * hidden, "rows",
-        layer=layer, stored=stored,
-    )  # fmt: skip
-    stored = {f"{block}.experts.{i}.{down}.weight": (hidden, width) for i in range(count)}
-    yield Weight(
-        f"{block}.experts.w2_weight",
-        (Part(width),),
-        count * hidden,
-        "rows",
-        layer=layer,
-        stored=stored,
-    )
-    routers = {"gate": count, **({"shared_expert_gate": 1} if kind.has_shared else {})}
-    for name, rows in routers.items():
-        stored = {f"{block}.{name}.weight": (rows, hidden)}
-        yield Weight(f"{block}.{name}", (Part(rows),), hidden, layer=layer, stored=stored)
-    if kind.has_shared:
-        shared = config.size("shared_expert_intermediate_size")
-        yield from _mlp(config, f"{block}.shared_expert", layer, shared)
-
-
-def _linear(
-    name: str,
-    parts: tuple[Part, ...],
-    cols: int,
-    split: Split,
-    layer: int,
-    names: dict[str, int] | None = None,
-    bias: bool = False,
-) -> Iterator[Weight]:
-    """Yield a linear layer and its bias; `names` are its tensors in the checkpoint and their rows."""
-    block, _, own = name.rpartition(".")
-    stored: dict[str, tuple[int, ...]]
-    rows = names or {own: sum(part.rows for part in parts)}
-    stored = {f"{block}.{n}.weight": (count, cols) for n, count in rows.items()}
-    yield Weight(name, parts, cols, split, layer=layer, is_compressed=True, stored=stored)
-    if bias:  # each rank holds the biases of its rows
-        stored = {f"{block}.{n}.bias": (count,) for n, count in rows.items()}
-        cut: Split = "rows" if split == "rows" else "none"
-        yield Weight(f"{name}.bias", parts, 1, cut, layer=layer, stored=stored)
-
-
-def _vector(name: str, length: int, layer: int) -> Weight:
-    return Weight(name, (Part(length),), layer=layer, stored={f"{name}.weight": (length,)})
+def name_in_vllm(name: str, config: ModelConfig) -> str:
+    """Return what vLLM calls a tensor or module of a checkpoint, before it fuses any."""
+    if config.architecture not in MULTIMODAL:
+        return name
+    old, new = next((pair for pair in _PREFIXES if name.startswith(pair[0])), ("", ""))
+    return _INNER_TOWER.sub(r"vision_tower.vision_model.\1", new + name.removeprefix(old))

@@ -8,6 +8,8 @@ from vllm_dfloat.errors import UnsupportedError
 
 VOCAB_PADDING = 64  # vLLM fills vocabularies up to a multiple of this
 
+TOWERS = ("vision_tower.", "vision_model.", "visual.", "multi_modal_projector.")
+
 Split = Literal["rows", "cols", "none", "vocab"]
 Place = Literal["layer", "first", "last", "tied", "all"]
 
@@ -18,11 +20,13 @@ class Part:
 
     Attributes:
         rows: of all ranks together.
-        pieces: into how many at most they can be cut; more ranks than that hold copies. 0: as many as there are rows.
+        pieces: into how many at most they can be cut: heads. 0: as many as there are rows.
+        is_repeated: whether more ranks than pieces hold copies, as with heads of keys and values; else they cannot be.
     """
 
     rows: int
     pieces: int = 0
+    is_repeated: bool = True
 
     def rows_of_rank(self, tp: int) -> int:
         return self.rows // (min(tp, self.pieces) if self.pieces else tp)
@@ -41,6 +45,9 @@ class Weight:
         layer: its transformer block, -1 outside of them.
         is_compressed: whether the plugin compresses it: linear layers and embeddings, but neither norms nor experts.
         stored: the tensors of the checkpoint that it is made of, with their shapes.
+        itemsize: bytes per parameter; 4 for the few that vLLM holds in float32 whatever the model's dtype.
+        has_plain_copy: vLLM keeps what it reads from it after loading: of a compressed weight that is a copy in BF16,
+            of another one the weight itself.
     """
 
     name: str
@@ -51,6 +58,13 @@ class Weight:
     layer: int = -1
     is_compressed: bool = False
     stored: Mapping[str, tuple[int, ...]] = field(default_factory=dict, hash=False)
+    itemsize: int = 2
+    has_plain_copy: bool = False
+
+    @property
+    def is_of_tower(self) -> bool:
+        """Whether it sees or hears, or leads from what does to the language model."""
+        return self.name.startswith(TOWERS)
 
     @property
     def rows(self) -> int:
@@ -82,7 +96,7 @@ class Weight:
             self._check(padded, tp, "rows")
             return padded // tp, self.cols
         for part in self.parts:
-            pieces = min(tp, part.pieces) if part.pieces else tp
+            pieces = min(tp, part.pieces) if part.pieces and part.is_repeated else tp
             self._check(part.pieces or part.rows, pieces, "heads" if part.pieces else "rows")
             self._check(tp, pieces, "heads")
         return sum(part.rows_of_rank(tp) for part in self.parts), self.cols

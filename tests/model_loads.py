@@ -1,0 +1,41 @@
+"""Load models with vLLM's own loaders, without an engine: no KV cache, no sampling, a fraction of the time."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from engines import SETTINGS, _inspect_in_this_process
+
+
+@contextmanager
+def loaded(model: Path, is_draft: bool = False, **settings: Any) -> Iterator[torch.nn.Module]:
+    """Give the model that an engine with these settings would serve, on one rank, or the one that drafts for it."""
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import (
+        destroy_distributed_environment,
+        destroy_model_parallel,
+        init_distributed_environment,
+        initialize_model_parallel,
+    )
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.model_loader import get_model
+
+    _inspect_in_this_process(model)
+    given = {**SETTINGS, "enforce_eager": True, **settings}
+    config = EngineArgs(model=str(model), **given).create_engine_config()
+    empty_cache, torch.accelerator.empty_cache = torch.accelerator.empty_cache, lambda: None
+    try:
+        with set_current_vllm_config(config), TemporaryDirectory() as folder:
+            init_distributed_environment(1, 0, f"file://{folder}/store", 0, backend="gloo")
+            initialize_model_parallel(1, 1)
+            drafter = config.speculative_config.draft_model_config if is_draft else None
+            yield get_model(vllm_config=config, model_config=drafter)
+    finally:
+        torch.accelerator.empty_cache = (
+            empty_cache  # as vLLM's CPU worker does, where there is no accelerator
+        )
+        destroy_model_parallel()
+        destroy_distributed_environment()

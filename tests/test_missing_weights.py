@@ -1,0 +1,238 @@
+"""A checkpoint that lacks anything is refused in a sentence that names it, whatever vLLM's own check passes over.
+
+Models are loaded by vLLM's loaders into real layers; no engine is needed to refuse.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+from model_loads import loaded
+from safetensors.torch import load_file, save_file
+
+from vllm_dfloat.checkpoint.compress import compress
+from vllm_dfloat.checkpoint.source import open_source
+from vllm_dfloat.errors import UnsupportedError
+
+pytestmark = pytest.mark.engine
+
+SMALL = dict(
+    vocab_size=64, hidden_size=64, intermediate_size=64, num_attention_heads=2, head_dim=32
+)
+DFLOAT11 = dict(quantization="dfloat11")
+Models = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    """Return a function: name of an architecture -> a folder with a small checkpoint of it."""
+    root = tmp_path_factory.mktemp("small")
+
+    def make(name: str) -> Path:
+        experts = dict(moe_intermediate_size=64) if name == "qwen3_moe" else {}
+        heads = dict(num_key_value_heads=1)
+        return (
+            root / name
+            if (root / name).exists()
+            else tiny_models.save(name, root / name, **{**SMALL, **heads, **experts})
+        )
+
+    return make
+
+
+def without(source: Path, path: Path, *names: str) -> Path:
+    def drop(tensors: dict[str, torch.Tensor]) -> None:
+        for name in names:
+            del tensors[name]
+
+    return tiny_models.edit(shutil.copytree(source, path), drop)
+
+
+ATTENTION, MLP = "model.layers.1.self_attn", "model.layers.1.mlp"
+BY_BF16_VLLM = [  # what it refuses itself: architecture, tensor
+    ("llama", "model.layers.1.input_layernorm.weight"),
+    ("llama", "model.norm.weight"),
+    ("qwen3", f"{ATTENTION}.q_norm.weight"),
+    ("qwen3", "model.norm.weight"),  # tied
+    ("phi", "model.final_layernorm.bias"),
+]
+BY_US = [  # and what it would serve: architecture, tensor, what the sentence says
+    ("llama", f"{ATTENTION}.k_proj.weight", "qkv_proj.weight: 6144 of 8192 weights arrived (missing: k_proj)"),
+    ("llama", f"{MLP}.up_proj.weight", "gate_up_proj.weight: 4096 of 8192 weights arrived (missing: up_proj)"),
+    ("llama", f"{ATTENTION}.o_proj.weight", "o_proj.weight: 0 of 4096 weights arrived"),
+    ("llama", "model.embed_tokens.weight", "model.embed_tokens.weight: 0 of 4096 weights arrived"),
+    ("llama", "lm_head.weight", "lm_head.weight: 0 of 4096 weights arrived"),
+    ("qwen3", "model.embed_tokens.weight", "model.embed_tokens.weight: 0 of 4096 weights arrived"),  # tied
+    ("qwen2", f"{ATTENTION}.v_proj.bias", "qkv_proj.bias: 96 of 128 weights arrived (missing: v_proj)"),
+    ("phi", f"{MLP}.fc2.bias", "mlp.fc2.bias: 0 of 64 weights arrived"),
+    ("qwen3_moe", f"{MLP}.experts.0.gate_proj.weight", "(missing: expert 0 gate_proj)"),
+    ("qwen3_moe", f"{MLP}.experts.2.up_proj.weight", "(missing: expert 2 up_proj)"),
+    ("qwen3_moe", f"{MLP}.experts.3.down_proj.weight", "(missing: expert 3 down_proj)"),
+    ("qwen3_moe", f"{MLP}.gate.weight", "mlp.gate.weight: 0 of 256 weights arrived"),
+]  # fmt: skip
+MISSING = [
+    *((*case, f"not initialized from checkpoint: {{'{case[1]}'}}") for case in BY_BF16_VLLM),
+    *BY_US,
+]
+OFFICIAL = [
+    MISSING[0],
+    *(
+        case
+        for case in BY_US
+        if re.search(r"k_proj|v_proj\.bias|experts\.2|gate\.w|lm_head", case[1])
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "name", "message", "is_official"),
+    [*((*case, False) for case in MISSING), *((*case, True) for case in OFFICIAL)],
+)
+def test_checkpoint_that_lacks_a_tensor_is_refused_in_a_sentence_that_names_it(
+    architecture: str, name: str, message: str, is_official: bool, small: Models, tmp_path: Path
+) -> None:
+    # Bug caught: other tokens, in silence, with whatever lay in memory as the weight.
+    model = without(small(architecture), tmp_path / "model", name)
+    if is_official:
+        compress(open_source(model), tmp_path / "official", workers=1)
+        model = tmp_path / "official"
+    with pytest.raises(UnsupportedError) as raised, loaded(model, **DFLOAT11):
+        pass
+    said = str(raised.value)
+    assert said.startswith(f"{model}: ")
+    assert message in said
+    assert said.endswith("the checkpoint is incomplete or belongs to another model. Get it whole.")
+
+
+@pytest.mark.parametrize(("architecture", "name"), BY_BF16_VLLM)
+def test_bf16_vllm_refuses_the_same(
+    architecture: str, name: str, small: Models, tmp_path: Path
+) -> None:
+    model = without(small(architecture), tmp_path / "model", name)
+    with pytest.raises(ValueError, match=f"not initialized .*{name}"), loaded(model):
+        pass
+
+
+def test_no_tensor_of_a_checkpoint_can_be_missing(small: Models, tmp_path: Path) -> None:
+    model = small("qwen3_moe")
+    for i, name in enumerate(load_file(model / "model.safetensors")):
+        lacking = without(model, tmp_path / str(i), name)
+        with (
+            pytest.raises(UnsupportedError, match="the checkpoint is incomplete"),
+            loaded(lacking, **DFLOAT11),
+        ):
+            pytest.fail(f"served without {name}")
+
+
+@pytest.mark.parametrize("name", ["o_proj", "gate_up_proj", "lm_head", "embed_tokens"])
+def test_layer_that_is_left_in_bf16_must_be_there_too(
+    name: str, small: Models, tmp_path: Path
+) -> None:
+    # Bug caught: NaN for every token.
+    stored = name.replace("gate_up", "gate")
+    whole = small("llama")
+    names = [key for key in load_file(whole / "model.safetensors") if f"{stored}.weight" in key]
+    model = without(whole, tmp_path / "model", names[-1])
+    ignore = dict(additional_config={"dfloat11": {"ignore": [f"re:.*{name}"]}})
+    with (
+        pytest.raises(UnsupportedError, match=f"{name}.weight: .* weights arrived"),
+        loaded(model, **DFLOAT11, **ignore),
+    ):
+        pass
+
+
+def test_tensor_stored_twice_does_not_stand_in_for_a_missing_one(
+    small: Models, tmp_path: Path
+) -> None:
+    # Bug caught: as many elements as were expected, and one projection from memory that nobody has written.
+    model = without(small("llama"), tmp_path / "model", f"{ATTENTION}.v_proj.weight")
+    key = f"{ATTENTION}.k_proj.weight"
+    again = {key: load_file(model / "model.safetensors")[key]}
+    save_file(again, model / "model-2.safetensors", {"format": "pt"})
+    with (
+        pytest.raises(UnsupportedError, match=r"6144 of 8192 weights arrived \(missing: v_proj\)"),
+        loaded(model, **DFLOAT11),
+    ):
+        pass
+
+
+def test_load_format_makes_no_difference(small: Models, tmp_path: Path) -> None:
+    model = without(small("llama"), tmp_path / "model", "model.norm.weight")
+    with (
+        pytest.raises(UnsupportedError, match="not initialized from checkpoint"),
+        loaded(model, **DFLOAT11, load_format="safetensors"),
+    ):
+        pass
+
+
+def test_check_can_be_turned_off_as_in_vllm(small: Models, tmp_path: Path) -> None:
+    model = without(small("llama"), tmp_path / "model", "model.norm.weight")
+    off = dict(model_loader_extra_config={"enable_weights_track": False})
+    with loaded(model, **DFLOAT11, **off):
+        pass
+
+
+@pytest.mark.parametrize("architecture", [*tiny_models.ARCHITECTURES, "phi"])
+def test_whole_checkpoint_is_not_refused(architecture: str, small: Models) -> None:
+    with loaded(small(architecture), **DFLOAT11):
+        pass
+
+
+def test_rows_that_only_fill_up_the_vocabulary_are_not_missed(tmp_path: Path) -> None:
+    model = tiny_models.save("llama", tmp_path, **{**SMALL, "vocab_size": 70})
+    for ignore in ([], ["lm_head"]):
+        with loaded(model, **DFLOAT11, additional_config={"dfloat11": {"ignore": ignore}}):
+            pass
+
+
+def drafting(target: Path, method: str, model: Path) -> dict[str, Any]:
+    drafter = dict(method=method, model=str(model), num_speculative_tokens=1, **DFLOAT11)
+    return dict(model=target, is_draft=True, speculative_config=drafter, **DFLOAT11)
+
+
+def eagle(target: Path, path: Path) -> Path:
+    """Write a draft model for `target` that has neither embedding nor LM head: vLLM puts the target's there."""
+    shutil.copytree(target, path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            weight = tensors.pop(name)
+            if ".layers.0." in name and "input_layernorm" not in name:
+                tensors[name.removeprefix("model.")] = weight
+        tensors["fc.weight"] = torch.full((64, 128), 0.02, dtype=torch.bfloat16)
+
+    return tiny_models.edit(path, change)
+
+
+def test_draft_whose_embedding_is_the_targets_is_not_refused(small: Models, tmp_path: Path) -> None:
+    target = small("llama")
+    with loaded(**drafting(target, "eagle", eagle(target, tmp_path / "draft"))) as model:
+        assert not model.has_own_embed_tokens
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "message"),
+    [
+        ("draft_model", "model.norm.weight", "not initialized from checkpoint: {'model.norm.weight'}"),
+        ("draft_model", "lm_head.weight", "lm_head.weight: 0 of 4096 weights arrived"),
+        ("eagle", "fc.weight", "fc.weight: 0 of 8192 weights arrived"),
+    ],
+)  # fmt: skip
+def test_draft_that_lacks_a_tensor_is_refused(
+    method: str, name: str, message: str, small: Models, tmp_path: Path
+) -> None:
+    target = small("llama")
+    whole = eagle(target, tmp_path / "whole") if method == "eagle" else target
+    draft = without(whole, tmp_path / "draft", name)
+    with pytest.raises(UnsupportedError) as raised, loaded(**drafting(target, method, draft)):
+        pass
+    assert str(raised.value).startswith(f"{draft}: ")
+    assert message in str(raised.value)

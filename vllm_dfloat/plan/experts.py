@@ -1,0 +1,92 @@
+"""A mixture of experts: how many, where, and what stands beside them. The experts themselves stay BF16."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from vllm_dfloat.plan.build import Spot, mlp, plain
+from vllm_dfloat.plan.config import ModelConfig
+from vllm_dfloat.plan.weights import Part, Weight
+
+COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # as the families call it
+STEPS = ("decoder_sparse_step", "interleave_moe_layer_step")
+
+
+@dataclass(frozen=True)
+class Experts:
+    """How an architecture lays out its mixture of experts.
+
+    Attributes:
+        width: the entry with the width of an expert.
+        block: the module that holds them, and `tensors` the names of an expert's gate, up and down in the checkpoint.
+        is_stacked: all experts are one tensor gate_up_proj [E, hidden, 2 * width] and one down_proj [E, width, hidden].
+        router: the module that chooses experts.
+        shared: the module that every token passes; its width is the product of the entries `shared_width`.
+        has_shared_gate: whether a linear layer of one row weighs the shared expert.
+    """
+
+    width: str
+    block: str = "mlp"
+    tensors: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    is_stacked: bool = False
+    router: str = "gate"
+    shared: str = ""
+    shared_width: tuple[str, ...] = ()
+    has_shared_gate: bool = False
+
+
+def is_sparse(config: ModelConfig, layer: int) -> bool:
+    """Return whether a block has experts: not every one need."""
+    if layer in (config.entries.get("mlp_only_layers") or ()):
+        return False
+    if layer < config.count("first_k_dense_replace"):
+        return False
+    steps = [config.size(name) for name in STEPS if config.entries.get(name)]
+    if any((layer + 1) % step for step in steps):
+        return False
+    return layer % config.size("moe_layer_freq", 1) == 0
+
+
+def experts(config: ModelConfig, kind: Experts, at: Spot, prefix: str) -> Iterator[Weight]:
+    """Yield the experts of a block, what routes to them, and what every token passes besides."""
+    # Transformers writes any of the names, whatever the architecture.
+    named = next((name for name in COUNTS if config.entries.get(name)), COUNTS[0])
+    count, width, hidden = config.size(named), config.size(kind.width), config.hidden
+    block = f"{prefix}.{kind.block}"
+    first, second = _stored(kind, block, count, width, hidden)
+    yield Weight(
+        f"{block}.experts.w13_weight", (Part(width), Part(width)), count * hidden, "rows",
+        layer=at.layer, stored=first,
+    )  # fmt: skip
+    yield Weight(
+        f"{block}.experts.w2_weight", (Part(width),), count * hidden, "rows",
+        layer=at.layer, stored=second,
+    )  # fmt: skip
+    yield plain(at, f"{block}.{kind.router}.weight", count, hidden)
+    if config.entries.get("topk_method") == "noaux_tc":
+        yield plain(at, f"{block}.{kind.router}.e_score_correction_bias", count, itemsize=4)
+    if kind.has_shared_gate:
+        yield plain(at, f"{block}.shared_expert_gate.weight", 1, hidden)
+    if kind.shared and all(config.entries.get(name) for name in kind.shared_width):
+        shared = 1
+        for name in kind.shared_width:
+            shared *= config.size(name)
+        yield from mlp(at, f"{block}.{kind.shared}", hidden, shared)
+
+
+def _stored(
+    kind: Experts, block: str, count: int, width: int, hidden: int
+) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+    """Return the tensors of the checkpoint that w13 and w2 are made of, with their shapes."""
+    if kind.is_stacked:
+        return (
+            {f"{block}.experts.gate_up_proj": (count, hidden, 2 * width)},
+            {f"{block}.experts.down_proj": (count, width, hidden)},
+        )
+    gate, up, down = kind.tensors
+    first: dict[str, tuple[int, ...]] = {}
+    second: dict[str, tuple[int, ...]] = {}
+    for i in range(count):
+        for name in (gate, up):
+            first[f"{block}.experts.{i}.{name}.weight"] = width, hidden
+        second[f"{block}.experts.{i}.{down}.weight"] = hidden, width
+    return first, second

@@ -1,0 +1,63 @@
+"""What the reader of a plan must know besides its numbers."""
+
+from vllm_dfloat.plan.config import ModelConfig
+from vllm_dfloat.plan.stored import DTYPES, Files
+from vllm_dfloat.plan.weights import Weight
+
+
+def notes_on(config: ModelConfig, weights: list[Weight], files: Files | None) -> list[str]:
+    """Return remarks: on dtypes, on what stays BF16, and on what a plan leaves out."""
+    notes = _of_dtype(config, files)
+    whole, compressed = (
+        sum(weight.numel for weight in weights if weight.is_compressed >= wanted) for wanted in (False, True)
+    )  # fmt: skip
+    kept = _kept(weights)
+    if kept:
+        share = 100 * compressed / max(1, whole)
+        notes.append(f"{share:.1f} % of the parameters are compressed: {kept} stay BF16")
+    if any(weight.is_of_tower for weight in weights):
+        notes.append("activations and cache of the tower are not counted: give --overhead for those")  # fmt: skip
+    if any(weight.has_plain_copy for weight in weights):
+        notes.append("kv_b_proj is held twice in DFloat11: vLLM keeps what it decodes of it, in BF16")  # fmt: skip
+    if config.has_reaches:
+        notes.append(
+            "layers with a window keep only its tokens: KV tokens are counted as vLLM does"
+        )
+    return notes
+
+
+def _kept(weights: list[Weight]) -> str:
+    """Return what else than norms and biases is not compressed, in words."""
+    kept = [weight for weight in weights if not weight.is_compressed]
+    kinds = {
+        "experts and their routers": any("experts" in weight.name for weight in kept),
+        "convolutions and embeddings of positions": any(
+            "patch" in weight.name or "pos" in weight.name for weight in kept if weight.is_of_tower
+        ),
+        "linear layers that vLLM gives no quantization method": any(
+            weight.split in ("rows", "cols") and weight.cols > 1 and "experts" not in weight.name for weight in kept
+        ),
+    }  # fmt: skip
+    return ", ".join(kind for kind, is_there in kinds.items() if is_there)
+
+
+def _of_dtype(config: ModelConfig, files: Files | None) -> list[str]:
+    """Return what is said of the dtype: which one is assumed, and what is converted."""
+    found = files.dtypes if files else {}
+    stored = {DTYPES[name]: count for name, count in found.items() if name in DTYPES}
+    dtype = config.dtype or max(stored, key=lambda name: stored[name], default="")
+    who = "config.json says" if config.dtype else "the files hold"
+    if not dtype:
+        return ["config.json names no dtype: bfloat16 is assumed"]
+    if dtype == "float16":
+        return [
+            f"{who} float16: both columns are those of --dtype bfloat16, which DFloat11 needs and which rounds the "
+            "weights; without it vLLM serves float16, in as many bytes as BF16"
+        ]
+    if dtype == "float32":
+        return [
+            f"{who} float32: both columns are those of bfloat16, to which vLLM rounds the weights by default; with "
+            "--dtype float32 they would take twice the bytes of BF16, and DFloat11 would not work"
+        ]
+    others = {name: count for name, count in stored.items() if name != "bfloat16"}
+    return [f"{count} tensors are stored in {name}; vLLM converts them" for name, count in others.items()]  # fmt: skip

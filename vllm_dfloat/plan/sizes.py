@@ -1,0 +1,69 @@
+"""Numbers in a config: positive integers of a sane size, or a sentence."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_dfloat.errors import FormatError, shown
+
+MAX_SIZE = (
+    1 << 32
+)  # no size in a config is as large; a larger one is a mistake, and would take forever
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A part of a config, such as its vision_config, and where it is."""
+
+    where: str
+    entries: Mapping[str, Any]
+
+    def size(self, name: str, default: int | None = None) -> int:
+        """Return entry `name`.
+
+        Raises:
+            FormatError: it is missing without a default, or anything but an integer from 1 to MAX_SIZE.
+        """
+        value = self.entries.get(name)
+        if value is None and default is not None:
+            return default
+        if type(value) is not int or not 0 < value <= MAX_SIZE:
+            raise FormatError(
+                f"{self.where}: {name} is {shown(value)}; expected a positive integer."
+            )
+        return value
+
+    def count(self, name: str, default: int = 0) -> int:
+        """Return entry `name`, which may be 0; `default` if it is missing.
+
+        Raises:
+            FormatError: anything but an integer from 0 to MAX_SIZE.
+        """
+        value = self.entries.get(name)
+        return 0 if type(value) is int and value == 0 else self.size(name, default)
+
+    def ratio(self, name: str, default: float) -> float:
+        """Return entry `name`, a positive number.
+
+        Raises:
+            FormatError: anything else.
+        """
+        value = self.entries.get(name)
+        if value is None:
+            return default
+        if type(value) not in (int, float) or not 0 < value <= MAX_SIZE:
+            raise FormatError(
+                f"{self.where}: {name} is {shown(value)}; expected a positive number."
+            )
+        return float(value)
+
+    def part(self, name: str) -> "Sizes":
+        """Return entry `name`, an object; an empty one if it is missing.
+
+        Raises:
+            FormatError: it is something else.
+        """
+        value = self.entries.get(name)
+        if value is not None and not isinstance(value, Mapping):
+            raise FormatError(f"{self.where}: {name} is {shown(value)}; expected an object.")
+        return Sizes(f"{self.where}: {name}", value or {})
