@@ -262,3 +262,50 @@ def test_a_small_model_is_planned_in_mib(capsys: pytest.CaptureFixture[str]) -> 
     assert "3.287 million parameters" in table
     assert "each GPU 64.00 MiB" in table
     assert "0.00 GiB" not in table
+
+
+@pytest.fixture
+def drawn(tmp_path: Path):
+    """Return a function that draws a plan, and returns all that is written in the picture, and its colours."""
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+    from matplotlib.text import Text
+
+    def draw(*arguments: str) -> tuple[list[str], set[str]]:
+        texts: list[str] = []
+        plain = Figure.savefig
+
+        def save(figure: Figure, *args: Any, **options: Any) -> None:
+            plain(figure, *args, **options)
+            texts.extend(text.get_text() for text in figure.findobj(Text))
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Figure, "savefig", save)
+            main(["plan", *arguments, "--quiet", "--png", str(tmp_path / "plan.png")])
+        return texts, colours(tmp_path / "plan.png")
+
+    return draw
+
+
+def test_the_picture_says_in_numbers_what_is_held_and_what_is_missing(drawn) -> None:
+    model = config_of("Llama-3.1-405B")
+    texts, _ = drawn(model, "--gpus", "8", "--gpu-memory", "80GiB")
+    title = next(text for text in texts if "TP 8 x PP 1" in text)
+    assert "8 GPUs of 80.00 GiB each: the model fits in DFloat11 only" in title
+    assert {"94.50", "63.86", "6.51", "23.65 missing", "scratch 0.49, other 2.74"} <= set(texts)
+    assert "BF16\ndoes not fit" in texts
+
+
+def test_the_picture_of_two_stages_names_them(drawn) -> None:
+    texts, _ = drawn(config_of("Llama-3.1-405B"), "--tp", "8", "--pp", "2", "--gpu-memory", "80GiB")
+    assert any("TP 8 x PP 2, 16 GPUs of 80.00 GiB each" in text for text in texts)
+    assert [text for text in texts if text.startswith("stage 1, DFloat11\n")]
+    assert not any("missing" in text for text in texts)
+
+
+def test_the_picture_of_a_small_model_is_in_mib(drawn) -> None:
+    texts, _ = drawn(str(SHIPPED), "--gpu-memory", "64MiB", "--overhead", "0")
+    assert {"MiB per GPU", "6.32", "4.30"} <= set(texts)
+    texts, _ = drawn(str(SHIPPED), "--gpu-memory", "80GiB", "--kv-cache-memory", "3MiB")
+    assert any("weights 4.30 MiB, scratch 0.75 MiB" in text for text in texts)
+    assert any(text.startswith("free ") for text in texts)

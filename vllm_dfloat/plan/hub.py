@@ -63,7 +63,7 @@ def _of_hub(model: str) -> Path:
         return Path(cached)
     where = f"{model}: no such folder, and no {CONFIG_FILE} of it in {constants.HF_HUB_CACHE}"
     if constants.HF_HUB_OFFLINE:
-        raise FormatError(f"{where}; HF_HUB_OFFLINE forbids to fetch it. Unset that, or: {ADVICE}")
+        raise FormatError(f"{where}; HF_HUB_OFFLINE forbids fetching it. Unset that. Or: {ADVICE}")
     try:
         # Asked once and briefly: hf_hub_download alone tries six times, with a warning each.
         url = huggingface_hub.hf_hub_url(model, CONFIG_FILE, endpoint=constants.ENDPOINT)
@@ -84,11 +84,11 @@ def _reason(error: Exception, model: str, endpoint: str) -> str:
     if isinstance(error, errors.RepositoryNotFoundError):
         return (
             f"{endpoint} knows no such model, or keeps it private (then log in with hf auth login). "
-            f"Check the name, or: {ADVICE}"
+            f"Check the name. Or: {ADVICE}"
         )
     if isinstance(error, errors.EntryNotFoundError):
         return f"the model has no {CONFIG_FILE} on {endpoint} either. {ADVICE}"
     said = (str(error).strip().splitlines() or [""])[0][:200]
     return (
-        f"{endpoint} gives none ({type(error).__name__}: {said}). Check the network, or: {ADVICE}"
+        f"{endpoint} gives none ({type(error).__name__}: {said}). Check the network. Or: {ADVICE}"
     )

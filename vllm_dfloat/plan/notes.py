@@ -34,7 +34,7 @@ def _kept(weights: list[Weight]) -> str:
         "convolutions and embeddings of positions": any(
             "patch" in weight.name or "pos" in weight.name for weight in kept if weight.is_of_tower
         ),
-        "linear layers that vLLM gives no quantization method": any(
+        "linear layers without a quantization method in vLLM": any(
             weight.split in ("rows", "cols") and weight.cols > 1 and "experts" not in weight.name for weight in kept
         ),
     }  # fmt: skip

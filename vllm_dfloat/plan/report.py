@@ -58,7 +58,7 @@ def _stage(plan: Plan, index: int, rank: Rank) -> list[str]:
     towers = []
     if rank.bf16_towers:
         sizes = show_size(rank.bf16_towers), show_size(rank.dfloat11_towers)
-        towers = [_row("  of which the tower", *sizes, "and what leads from it to the text")]
+        towers = [_row("  of which the tower", *sizes, "with its projector")]
     return [
         _row(who, "BF16", "DFloat11", layers),
         _row(
