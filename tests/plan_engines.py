@@ -18,8 +18,27 @@ def of_rank(model: Any) -> dict[str, int]:
     """Return what a rank's model holds; runs in the rank's process."""
     from vllm_dfloat.integration.report import summarize
 
-    summary = summarize(model)
-    return {name: getattr(summary, name) for name in REPORTED}
+    summary, unseen = summarize(model), unseen_bytes(model)
+    found = {name: getattr(summary, name) for name in REPORTED}
+    return found | {name: found[name] + unseen for name in ("bf16_bytes", "held_bytes")}
+
+
+def unseen_bytes(model: Any) -> int:
+    """Return what vLLM's CPU build hides of BF16 layers: on some CPUs (AMX) it keeps what it packed for a GEMM of its
+    own in place of a weight, whose parameter is empty then, and makes the bias float32."""
+    from vllm.model_executor.layers.linear import LinearBase
+
+    from vllm_dfloat.integration.packed import packed_of
+
+    unseen = 0
+    for layer in model.modules():
+        if isinstance(layer, LinearBase) and not layer.weight.numel() and packed_of(layer) is None:
+            rows = getattr(layer, "output_size_per_partition", layer.output_size)
+            cols = getattr(layer, "input_size_per_partition", layer.input_size)
+            unseen += 2 * rows * cols
+            if layer.bias is not None:
+                unseen -= layer.bias.nbytes - 2 * layer.bias.numel()
+    return unseen
 
 
 def reported(model: Path, room: int, **settings: Any) -> dict[str, Any]:
