@@ -338,7 +338,7 @@ REFUSED: dict[str, Refused] = {
     "reset_weights": (
         lambda s: s.llm.collective_rpc("reset_weights"),
         UnsupportedError,
-        f"model.embed_tokens: reset_weights on its weight, which is {HOW}",
+        f"{EMBEDDING}: reset_weights on its weight, which is {HOW}",
     ),
 }  # fmt: skip
 
@@ -348,6 +348,10 @@ def test_what_is_refused_says_why_and_changes_nothing(
     write: Callable[[Served], Any], error: type[BaseException], words: str, running: Served
 ) -> None:
     # Bug caught: weights lost in silence; an engine that is dead after an update that failed.
+    if words.startswith(f"{EMBEDDING}: reset_weights") and not hasattr(
+        running.worker, "reset_weights"
+    ):
+        pytest.skip("this vLLM has none")
     before = running.bits()
     with pytest.raises(error, match=words):
         write(running)
