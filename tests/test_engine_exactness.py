@@ -134,10 +134,11 @@ def test_engine_compiled_by_inductor_runs_the_kernels_of_bf16_vllm_and_answers_t
     # Bug caught: Inductor fused an opaque look-up otherwise than BF16 vLLM's, and summed up norms in another order.
     model = tiny_models.save("qwen2", tmp_path, num_hidden_layers=3)
     compiled = dict(enforce_eager=False)
+    torch._dynamo.reset()  # or vLLM's own small functions, compiled for an earlier engine, would stay so
     expected = answers(model, **compiled)
     of_bf16 = kernels(generated)
     generated.clear()
-    torch._dynamo.reset()  # or vLLM's own small functions would stay compiled
+    torch._dynamo.reset()
     assert answers(model, quantization="dfloat11", **compiled) == expected
     assert len(of_bf16) > 5
     assert not of_bf16 - kernels(generated)

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+if __name__ == "__main__":  # not for the tests that import a constant from here
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 BATCHED_TOKENS = 2048
 DTYPES = {torch.bfloat16: 2, torch.float32: 4}
 

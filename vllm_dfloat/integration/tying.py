@@ -38,7 +38,7 @@ def shared(packed: ops.PackedWeight, twin: torch.nn.Module | None) -> ops.Packed
     other = packed_of(twin) if twin is not None else None
     if other is None or not _is_same(packed, other):
         return packed
-    return dataclasses.replace(other, name=packed.name, desc=other.desc.clone())
+    return dataclasses.replace(other, name=packed.name).described_in(packed.desc)
 
 
 def _is_same(left: ops.PackedWeight, right: ops.PackedWeight) -> bool:
