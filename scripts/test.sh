@@ -13,5 +13,5 @@ mypy
 if [ $# -gt 0 ]; then
   exec pytest "$@"
 fi
-pytest --numprocesses auto --dist loadfile -m "not alone"
+pytest --numprocesses auto --dist loadfile --no-loadscope-reorder -m "not alone"
 exec pytest -m alone      # engines of two ranks need every core, and wait for each other

@@ -35,6 +35,7 @@ def engine(model: Path, **settings: Any) -> Iterator[Any]:
     """Give an LLM on the folder `model` (eager unless settings say otherwise), and shut it down."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
 
     _inspect_in_this_process(model)
     gc.freeze()  # vLLM collects garbage eight times per engine; over all modules, that is most of its time
@@ -42,6 +43,7 @@ def engine(model: Path, **settings: Any) -> Iterator[Any]:
         llm = LLM(str(model), **{"enforce_eager": True, **SETTINGS, **settings})
     except BaseException:
         cleanup_dist_env_and_memory()  # or the next engine would find this one's process group
+        _ROPE_DICT.clear()  # and its rotary tables, made for its mode; vLLM forgets them at shutdown only
         raise
     try:
         _make_buffers_between_stages(llm)

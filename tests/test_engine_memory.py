@@ -15,6 +15,7 @@ from conftest import Checkpoint
 from engines import answers, engine
 from safetensors.torch import load_file
 from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from vllm_dfloat import ops
 from vllm_dfloat.integration import compat, loader, report
@@ -24,6 +25,7 @@ from vllm_dfloat.scratch import scratch
 pytestmark = pytest.mark.engine
 
 DESC_BYTES = 32
+WITHOUT_MEMORY = (FakeTensor, FunctionalTensor)  # left behind by tracing in earlier tests
 MIB = 1 << 20
 
 
@@ -72,8 +74,8 @@ def bf16_copies(prints: dict[str, bytes]) -> list[str]:
     gc.unfreeze()  # vLLM hides the objects of a started engine from the collector, and so from this scan
     storages = {}
     for thing in gc.get_objects():
-        if not issubclass(type(thing), torch.Tensor) or issubclass(type(thing), FakeTensor):
-            continue  # fake tensors, left behind by tracing, have no memory
+        if not issubclass(type(thing), torch.Tensor) or issubclass(type(thing), WITHOUT_MEMORY):
+            continue
         with torch._C.DisableTorchFunctionSubclass():  # placeholders tell nobody of their storage
             if thing.dtype == torch.bfloat16 and thing.device.type == "cpu" and thing.numel():
                 storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage()
