@@ -3,23 +3,15 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from dfloat11_helpers import stored_unit, write_checkpoint
-from numba.core import event
+from pool_jobs import compile_twice
 
 from vllm_dfloat import cli_progress
 from vllm_dfloat.checkpoint.worker_pool import run_jobs
 from vllm_dfloat.cli_progress import COMPILING, Bar
-
-
-def compile_twice(_: Callable[[int], None] | None = None) -> None:
-    """Say what numba says when it compiles two functions."""
-    for _ in range(2):
-        with event.trigger_event("numba:compile"):
-            pass
 
 
 @pytest.fixture(autouse=True)
