@@ -1,53 +1,75 @@
-"""A script: update the weights of an engine of two ranks in processes of their own, twice in vain.
+"""A script: update the weights of an engine whose ranks are processes of their own, in vain and for good.
 
-python update_ranks.py FIRST SECOND DAMAGED RESULT.json: three checkpoints, and where to write what happened.
+python update_ranks.py FIRST SECOND DAMAGED NUM_RANKS RESULT.json: three checkpoints, and where to write what happened.
 """
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from engines import answers, ask, engine
+import update_trainer
+from engines import PROMPTS, ask, engine
+from vllm.config import WeightTransferConfig
 
-RANKS = dict(tensor_parallel_size=2)
-
-
-def reload_with_a_fault(worker: Any, path: str, failing_rank: int) -> None:
-    """Reload a checkpoint; on one rank its source raises half-way."""
-    from safetensors.torch import load_file
-
-    def pairs() -> Iterator[tuple[str, Any]]:
-        for i, pair in enumerate(load_file(f"{path}/model.safetensors").items()):
-            if worker.rank == failing_rank and i == 12:
-                raise OSError(f"rank {failing_rank} lost the trainer")
-            yield pair
-
-    worker.reload_weights(weights_iterator=pairs())
+O_PROJ = "model.layers.1.self_attn.o_proj.weight"
 
 
-def what_fails(llm: Any, *args: Any, **kwargs: Any) -> str:
-    try:
-        llm.collective_rpc(*args, **kwargs)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
+def ask_each(llm: Any) -> Any:
+    """Ask one prompt after the other: a process of its own batches what has come so far, and batches change bits."""
+    return [ask(llm, [prompt], num_tokens=4) for prompt in PROMPTS]
 
 
-def main(first: str, second: str, damaged: str, result: str) -> None:
-    found: dict[str, Any] = {}
-    with engine(Path(first), quantization="dfloat11", **RANKS) as llm:
-        found["before"] = ask(llm)
-        found["damaged"] = what_fails(llm, "reload_weights", kwargs={"weights_path": damaged})
-        found["after damaged"] = ask(llm)
-        found["one rank"] = what_fails(llm, reload_with_a_fault, args=(second, 1))
-        found["after one rank"] = ask(llm)
-        llm.collective_rpc("reload_weights", kwargs={"weights_path": second})
-        found["after reload"] = ask(llm)
-    found["bf16"] = answers(Path(second), **RANKS)
+def transfer(llm: Any, **info: Any) -> None:
+    llm.collective_rpc("start_weight_update")
+    llm.collective_rpc("update_weights", kwargs={"update_info": info})
+    llm.collective_rpc("finish_weight_update")
+
+
+def reload_path(llm: Any, path: str) -> None:
+    llm.collective_rpc("reload_weights", kwargs={"weights_path": path})
+
+
+def main(first: str, second: str, damaged: str, num_ranks: int, result: str) -> None:
+    in_vain = {
+        "damaged path": lambda llm: reload_path(llm, damaged),
+        "reload, first rank": lambda llm: llm.collective_rpc("reload_from", args=(second, 0)),
+        "reload, last rank": lambda llm: llm.collective_rpc(
+            "reload_from", args=(second, num_ranks - 1)
+        ),
+        "transfer, shape": lambda llm: transfer(llm, path=second, reshaped={O_PROJ: 3}),
+        "transfer, last rank": lambda llm: transfer(llm, path=second, failing_rank=num_ranks - 1),
+    }
+    for_good = {
+        "path": lambda llm: reload_path(llm, second),
+        "transfer": lambda llm: transfer(llm, path=second),
+        "method": lambda llm: llm.collective_rpc("reload_from", args=(second,)),
+    }
+    found: dict[str, Any] = {"refused": {}, "replies": {}, "after": {}}
+    settings: dict[str, Any] = dict(
+        quantization="dfloat11",
+        worker_extension_cls=f"{update_trainer.__name__}.Trainer",
+        weight_transfer_config=WeightTransferConfig(backend="files"),
+    )
+    with engine(Path(first), tensor_parallel_size=num_ranks, **settings) as llm:
+        before = ask_each(llm)
+        for name, change in in_vain.items():
+            try:
+                change(llm)
+            except Exception as error:
+                found["refused"][name] = str(error)
+            found["replies"][name] = llm.collective_rpc("check_dfloat11_weights")
+            found["after"][name] = "as before" if ask_each(llm) == before else "changed"
+        for name, change in for_good.items():
+            change(llm)
+            found[name] = ask_each(llm)
+            reload_path(llm, first)
+            found["after"][name] = "as before" if ask_each(llm) == before else "changed"
+    with engine(Path(second), tensor_parallel_size=num_ranks) as llm:
+        found["bf16"] = ask_each(llm)
     Path(result).write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    *paths, ranks, result_path = sys.argv[1:]
+    main(*paths, int(ranks), result_path)

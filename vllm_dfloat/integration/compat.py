@@ -295,6 +295,13 @@ def worker_class() -> Any:
     return WorkerBase
 
 
+def executor_class() -> Any:
+    """Return the base of what vLLM's engine talks to its ranks through."""
+    from vllm.v1.executor.abstract import Executor
+
+    return Executor
+
+
 def models_of(worker: Any) -> list[torch.nn.Module]:
     """Return the model of a worker, and that of its drafter, if it has one of its own."""
     runner = worker.model_runner

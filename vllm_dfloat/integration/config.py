@@ -31,11 +31,11 @@ class DFloat11Config(QuantizationConfig):  # type: ignore[misc]  # vLLM is untyp
         self._started = False
         self._left_alone: set[str] = set()
         self._unused_ignore = set(self.options.ignore)
-        _install_loaders()
+        _install()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        _install_loaders()  # in the worker that received this config
+        _install()  # in the process of the engine or of a rank that received this config
 
     def __repr__(self) -> str:
         return f"DFloat11Config({self.options})"
@@ -166,8 +166,9 @@ class DFloat11Config(QuantizationConfig):  # type: ignore[misc]  # vLLM is untyp
             )
 
 
-def _install_loaders() -> None:
-    from vllm_dfloat.integration import loader
+def _install() -> None:
+    from vllm_dfloat.integration import loader, replies
 
     loader.install()
+    replies.install()
     compat.let_numba_be_scanned()  # by the worker that vLLM starts next

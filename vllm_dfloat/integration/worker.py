@@ -128,35 +128,38 @@ def _receiver(worker: Any) -> Updates | None:
 
 @contextmanager
 def _on_all_ranks(updates: Updates) -> Iterator[None]:
-    """Undo an update on every rank if it failed on one: else some would serve new weights, and some old ones."""
+    """Undo an update on every rank if it failed on one: else some would serve new weights, and some old ones.
+
+    Raises:
+        UnsupportedError: it failed on others only; the sentence has theirs, since vLLM passes on that of one rank.
+    """
     with updates.undone_on_error():
         error: Exception | None = None
         try:
             yield
         except Exception as raised:
             error = raised
-        any_failed = _on_any_rank(error is not None)
+        reasons = _from_all_ranks([] if error is None else [f"{type(error).__name__}: {error}"])
         if error is not None:
             raise error
-        if any_failed:
+        if reasons:
             raise UnsupportedError(
-                "an update of the weights failed on another rank, whose message says why; all weights are as before, "
-                "on this rank too."
+                "an update of the weights failed on another rank; all weights are as before, on this rank too. "
+                f"The other says: {'; '.join(reasons)}"
             )
 
 
-def _on_any_rank(has_failed: bool) -> bool:
-    """Return whether any rank of this engine says so; each of them asks once."""
+def _from_all_ranks(sentences: list[str]) -> list[str]:
+    """Return what the ranks of this engine have to say, each sentence once; each of them asks once."""
     from vllm.distributed import parallel_state
 
-    failed = torch.tensor([int(has_failed)], dtype=torch.int32, device="cpu")
     for kind in ("tp", "pp", "pcp"):
         group = getattr(parallel_state, f"get_{kind}_group")()
         if group.world_size > 1:
-            torch.distributed.all_reduce(
-                failed, op=torch.distributed.ReduceOp.MAX, group=group.cpu_group
-            )
-    return bool(failed.item())
+            heard: list[Any] = [None] * group.world_size
+            torch.distributed.all_gather_object(heard, sentences, group=group.cpu_group)
+            sentences = list(dict.fromkeys(sentence for said in heard for sentence in said))
+    return sentences
 
 
 @contextmanager
