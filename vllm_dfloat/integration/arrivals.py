@@ -166,6 +166,23 @@ def check_weight(layer: Any, name: str) -> int:
     return sum(map(awaited.arrived, parts))
 
 
+def missing_experts(layer: Any, name: str) -> str:
+    """Return what has not arrived in an update of routed experts that still wait for it on the meta device, or "".
+
+    A kernel's padding never arrives, so counting elements does not tell; here each matrix of each expert is looked at.
+    """
+    incomplete = []
+    for leaf, parameter in layer.named_parameters(recurse=False):
+        parts = list(parts_of(layer, name, leaf, parameter, {}))
+        meta = layerwise.on_meta(parameter)
+        awaited = Awaited(layer, f"{name}.{leaf}", meta, parts, meta.numel() // num_rows(meta))
+        with _Noting([awaited]):
+            layerwise.repeat_loading(layer, leaf, meta)
+        if awaited.is_incomplete:
+            incomplete.append(awaited)
+    return _named(incomplete) if incomplete else ""
+
+
 def _storage(tensor: torch.Tensor) -> int:
     try:
         return int(tensor.untyped_storage()._cdata)
@@ -174,6 +191,10 @@ def _storage(tensor: torch.Tensor) -> int:
 
 
 def _sentence(incomplete: Sequence[Awaited]) -> str:
+    return f"{_named(incomplete)}. {EXPECTED}"
+
+
+def _named(incomplete: Sequence[Awaited]) -> str:
     named = []
     for awaited in incomplete[:_SHOWN]:
         missing = [part.label for part in awaited.parts if awaited.is_missing(part) and part.label]
@@ -183,7 +204,7 @@ def _sentence(incomplete: Sequence[Awaited]) -> str:
         named.append(f"{awaited.name}: {found} of {expected} weights arrived{of}")
     more = len(incomplete) - len(named)
     also = f"; and {more} more parameters are incomplete" if more else ""
-    return f"{'; '.join(named)}{also}. {EXPECTED}"
+    return f"{'; '.join(named)}{also}"
 
 
 def _listed(names: list[str]) -> str:

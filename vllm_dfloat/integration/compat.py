@@ -321,6 +321,33 @@ def holds_a_matrix(layer: torch.nn.Module) -> bool:
     return isinstance(layer, LinearBase | VocabParallelEmbedding)
 
 
+def keeps_form_of_experts(layer: Any) -> bool:
+    """Return whether the kernel of these unquantized experts takes their weights in the form of a checkpoint.
+
+    Others swap or shuffle them into tensors of the same shape.
+    """
+    backend = getattr(layer.quant_method, "unquantized_backend", None)
+    return getattr(backend, "name", "") in ("TRITON", "BATCHED_TRITON")
+
+
+def renew_cpu_kernel(experts: Any) -> None:
+    """Have vLLM's CPU kernel pack the weights that an update brings: one that exists takes them for packed already."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu() and getattr(experts.quant_method, "moe_kernel", None) is not None:
+        experts.quant_method.moe_kernel = None
+
+
+def kernel_of_experts(experts: Any) -> dict[str, Any]:
+    """Return the attributes of an experts' method that hold vLLM's kernel."""
+    names = ("moe_kernel", "moe_quant_config")
+    return {
+        name: getattr(experts.quant_method, name)
+        for name in names
+        if hasattr(experts.quant_method, name)
+    }
+
+
 def num_padding(layer: torch.nn.Module, weight: torch.Tensor) -> int:
     """Return how many elements of a layer's weight no checkpoint has: the rows that pad a vocabulary."""
     shard: Any = getattr(layer, "shard_indices", None)

@@ -119,8 +119,8 @@ def on_meta(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def repeat_loading(layer: torch.nn.Module, name: str, parameter: torch.Tensor) -> None:
-    """Repeat, into `parameter`, the calls that have loaded the parameter `name` of a layer that is being processed."""
-    loader = getattr(layer, name).weight_loader
+    """Repeat, into `parameter`, the calls that have loaded the parameter `name` of a layer, without counting them."""
+    loader = vllm._get_original_loader(getattr(layer, name))
     for loaded, call in vllm.get_layerwise_info(layer).loaded_weights:
         if loaded == name:
             before = call.arguments["param"]

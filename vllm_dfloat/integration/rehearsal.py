@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vllm_dfloat.errors import UnsupportedError
-from vllm_dfloat.integration import compat, layerwise
+from vllm_dfloat.integration import arrivals, compat, layer_kinds, layerwise
 from vllm_dfloat.integration.plugin import logger
 
 Pairs = Iterator[tuple[str, torch.Tensor]]
@@ -75,6 +75,18 @@ def rehearse(
         layerwise.forget_arrivals(model)
 
 
+def what_is_short(layer: torch.nn.Module, name: str) -> str:
+    """Return what has arrived of a layer with matrices, and what not, in the words of a message; "" if all has."""
+    arrived, expected = layerwise.arrived(layer)
+    if arrived >= expected:
+        return ""
+    if layer_kinds.is_experts(layer):
+        return arrivals.missing_experts(layer, name)
+    return (
+        f"{name}: {arrived} of {expected} weights arrived" if compat.holds_a_matrix(layer) else ""
+    )
+
+
 def needs_data(error: Exception) -> bool:
     """Return whether a model failed only because it looked into tensors that have no data."""
     return isinstance(error, NotImplementedError) or "meta tensor" in str(error)
@@ -83,12 +95,9 @@ def needs_data(error: Exception) -> bool:
 def _check_missing(
     model: torch.nn.Module, loaded: set[str] | None, where: str, vllm_config: Any
 ) -> None:
-    short = [
-        f"{name}: {arrived} of {expected} weights"
-        for name, layer in model.named_modules()
-        for arrived, expected in [layerwise.arrived(layer)]
-        if arrived < expected and compat.holds_a_matrix(layer)
-    ]
+    short = list(
+        filter(None, (what_is_short(layer, name) for name, layer in model.named_modules()))
+    )
     if short:
         more = f" and {len(short) - 4} more layers" if len(short) > 4 else ""
         raise UnsupportedError(f"{where}: incomplete: {'; '.join(short[:4])}{more}. {_ALL}")

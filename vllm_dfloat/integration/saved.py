@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from vllm_dfloat.integration import layerwise, packed
+from vllm_dfloat.integration import compat, layer_kinds, layerwise, packed
 from vllm_dfloat.integration.placeholder import WeightPlaceholder
 from vllm_dfloat.ops import PackedWeight
 
@@ -24,6 +24,7 @@ class SavedWeights:
         """Note what can be noted for nothing, and the small tensors that a reload writes in place."""
         self._attributes = {layer: _attributes(layer) for layer in model.modules()}
         self._packed: dict[torch.nn.Module, PackedWeight | None] = {}
+        self._kernels: dict[torch.nn.Module, dict[str, Any]] = {}
         self._tensors: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         for layer in model.modules():
             for tensor in layerwise.written_in_place(layer).values():
@@ -41,6 +42,8 @@ class SavedWeights:
             return
         held = packed.packed_of(layer)
         self._packed[layer] = None if held is None else held.to("cpu")
+        if layer_kinds.is_experts(layer):
+            self._kernels[layer] = compat.kernel_of_experts(layer)
         for tensor in layerwise.set_aside(layer).values():
             self.save_tensor(tensor)
 
@@ -53,6 +56,9 @@ class SavedWeights:
             _set_attributes(layer, self._attributes.get(layer))
             if held is not None:
                 packed.hold(layer, held.to(layer.__dict__[packed.DESC].device))
+        for experts, kernel in self._kernels.items():
+            for name, value in kernel.items():
+                setattr(experts.quant_method, name, value)
         if self._packed:
             layerwise.process_attention(model, model_config)
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from vllm_dfloat.errors import DFloatError, FormatError, UnsupportedError
-from vllm_dfloat.integration import compat, guards, layerwise, packed
+from vllm_dfloat.integration import compat, guards, layer_kinds, layerwise, packed
 from vllm_dfloat.integration.plugin import logger
-from vllm_dfloat.integration.rehearsal import StoredWeights, needs_data, rehearse
+from vllm_dfloat.integration.rehearsal import StoredWeights, needs_data, rehearse, what_is_short
 from vllm_dfloat.integration.saved import SavedWeights
 
 Pairs = Iterable[tuple[str, torch.Tensor]]
@@ -58,16 +58,19 @@ class Updates:
 
     def is_about_to_load(self, layer: torch.nn.Module) -> None:
         found, expected = layerwise.arrived(layer)
-        self._is_partial = found < expected
-        if self._is_partial and not self.fills_in and compat.holds_a_matrix(layer):
+        short = what_is_short(layer, self._name_of(layer)) if found < expected else ""
+        self._is_partial = bool(short) if layer_kinds.is_experts(layer) else found < expected
+        if short and not self.fills_in:
             raise UnsupportedError(
-                f"{self._name_of(layer)}: {found} of {expected} weights arrived; expected all, or none. {_AS_BEFORE} "
+                f"{short}; expected all, or none. {_AS_BEFORE} "
                 "Give all tensors of the layer to the same update, or to load_weights, which may be given parts."
             )
 
     def materialized(self, layer: torch.nn.Module) -> None:
         if self.fills_in and self._is_partial:
             _fill_in(layer)
+        if layer_kinds.is_experts(layer):
+            compat.renew_cpu_kernel(layer)
 
     def _name_of(self, layer: torch.nn.Module) -> str:
         names = [name for name, module in self.model.named_modules() if module is layer]
@@ -204,12 +207,13 @@ def _fill_in(layer: torch.nn.Module) -> None:
         UnsupportedError: they are gone, or in another form than a checkpoint's.
     """
     before, stays = layerwise.set_aside(layer), layerwise.written_in_place(layer)
+    has_its_form = not layer_kinds.is_experts(layer) or compat.keeps_form_of_experts(layer)
     for name, tensor in [*layer._parameters.items(), *layer._buffers.items()]:
         if tensor is None or name in stays:
             continue
         if name == "weight" and packed.packed_of(layer) is not None:
             tensor.data.copy_(_values(layer))
-        elif name in before and before[name].shape == tensor.shape:
+        elif name in before and before[name].shape == tensor.shape and has_its_form:
             tensor.data.copy_(before[name])
         else:
             raise UnsupportedError(
