@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+import vllm
 from model_loads import loaded
 from safetensors.torch import load_file, save_file
 
@@ -36,11 +37,14 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Models:
 
     def make(name: str) -> Path:
         experts = dict(moe_intermediate_size=64) if name == "qwen3_moe" else {}
+        width = (
+            dict(intermediate_size=4 * SMALL["hidden_size"]) if name == "phi" else {}
+        )  # vLLM 0.28 takes no other
         heads = dict(num_key_value_heads=1)
         return (
             root / name
             if (root / name).exists()
-            else tiny_models.save(name, root / name, **{**SMALL, **heads, **experts})
+            else tiny_models.save(name, root / name, **{**SMALL, **heads, **experts, **width})
         )
 
     return make
@@ -198,6 +202,8 @@ def drafting(target: Path, method: str, model: Path) -> dict[str, Any]:
 
 def eagle(target: Path, path: Path) -> Path:
     """Write a draft model for `target` that has neither embedding nor LM head: vLLM puts the target's there."""
+    if vllm.__version__.startswith("0.28."):
+        pytest.skip("vLLM 0.28 has no quantization for an EAGLE draft whose checkpoint names none")
     shutil.copytree(target, path)
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
