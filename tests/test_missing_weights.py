@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+import transformers
 import vllm
 from model_loads import loaded
 from safetensors.torch import load_file, save_file
@@ -37,14 +38,13 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Models:
 
     def make(name: str) -> Path:
         experts = dict(moe_intermediate_size=64) if name == "qwen3_moe" else {}
-        width = (
-            dict(intermediate_size=4 * SMALL["hidden_size"]) if name == "phi" else {}
-        )  # vLLM 0.28 takes no other
+        # vLLM 0.28 takes no other Phi.
+        phi = dict(intermediate_size=4 * 64, num_key_value_heads=2) if name == "phi" else {}
         heads = dict(num_key_value_heads=1)
         return (
             root / name
             if (root / name).exists()
-            else tiny_models.save(name, root / name, **{**SMALL, **heads, **experts, **width})
+            else tiny_models.save(name, root / name, **{**SMALL, **heads, **experts, **phi})
         )
 
     return make
@@ -242,3 +242,33 @@ def test_draft_that_lacks_a_tensor_is_refused(
         pass
     assert str(raised.value).startswith(f"{draft}: ")
     assert message in str(raised.value)
+
+
+def gpt_oss(path: Path, seed: int) -> Path:
+    torch.manual_seed(seed)
+    config = transformers.GptOssConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=64, num_local_experts=4, num_experts_per_tok=2, layer_types=["full_attention"],
+    )  # fmt: skip
+    transformers.GptOssForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
+    return path
+
+
+def test_weights_that_a_model_writes_past_the_loaders_are_not_lost_in_silence(
+    tmp_path: Path,
+) -> None:
+    # Bug caught: gpt-oss said it had loaded experts and sinks, and went on with the old ones.
+    first, second = gpt_oss(tmp_path / "first", 0), gpt_oss(tmp_path / "second", 1)
+    with loaded(first, quantization="dfloat11") as model:
+        before = {
+            name: parameter.clone()
+            for name, parameter in model.named_parameters()
+            if "sinks" in name
+        }
+        with pytest.raises(
+            UnsupportedError, match=r"past vLLM's weight loaders.* All weights are as before"
+        ):
+            model.load_weights(load_file(second / "model.safetensors").items())
+        after = dict(model.named_parameters())
+        assert before
+        assert all(torch.equal(after[name], before[name]) for name in before)

@@ -113,6 +113,14 @@ def has_nothing(layer: torch.nn.Module) -> bool:
     return not vllm.get_layerwise_info(layer).loaded_weights
 
 
+def is_deaf(layer: torch.nn.Module, name: str) -> bool:
+    """Return whether a parameter still waits on the meta device, and its weight loader was never called."""
+    parameter = layer._parameters.get(name)
+    if parameter is None or not is_open(layer) or not parameter.is_meta:
+        return False
+    return all(loaded != name for loaded, _ in vllm.get_layerwise_info(layer).loaded_weights)
+
+
 def on_meta(parameter: torch.Tensor) -> torch.Tensor:
     """Return a parameter without memory, with the class and the attributes that vLLM's weight loaders look at."""
     return meta.to_meta_tensor(parameter)  # type: ignore[no-any-return]

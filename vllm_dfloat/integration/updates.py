@@ -149,7 +149,9 @@ class Updates:
     def _receive(self, weights: Pairs, *args: Any, **kwargs: Any) -> Any:
         current = _Current(weights, self._names)
         try:
-            return self._load_weights(current, *args, **kwargs)
+            loaded = self._load_weights(current, *args, **kwargs)
+            self._check_heard(loaded or ())
+            return loaded
         except DFloatError:
             raise
         except Exception as error:
@@ -161,6 +163,19 @@ class Updates:
                 f"{current}: could not be loaded into this model ({type(error).__name__}: {error}); expected names and "
                 f"shapes of the checkpoint that it was started from. {_AS_BEFORE} Give such tensors."
             ) from error
+
+    def _check_heard(self, loaded: Iterable[str]) -> None:
+        """Refuse what a model says it has loaded while nothing has arrived: it wrote to a tensor without memory."""
+        modules = dict(self.model.named_modules())
+        for name in loaded:
+            path, _, leaf = name.rpartition(".")
+            layer = modules.get(path)
+            if layer is not None and layerwise.is_deaf(layer, leaf):
+                raise UnsupportedError(
+                    f"{name}: this model writes it past vLLM's weight loaders, which an update needs, so what was "
+                    f"given would be lost; expected layers other than this. {_AS_BEFORE} Give the others alone, or "
+                    "start the engine with the new checkpoint."
+                )
 
 
 _AS_BEFORE = "All weights are as before."
