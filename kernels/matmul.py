@@ -80,11 +80,16 @@ def _sum_kernel(
     first_tile = first // TILE_WEIGHTS
     last_tile = (first + cols - 1) // TILE_WEIGHTS
     total = tl.zeros([SUM_ROWS, ROWS], tl.float32)
-    for i in range((cols + TILE_WEIGHTS - 2) // TILE_WEIGHTS + 1):
+    tiles = (cols + TILE_WEIGHTS - 2) // TILE_WEIGHTS + 1
+    i = 0
+    while (
+        i < tiles
+    ):  # no range(): Triton 3.6's interpreter cannot take its bound from a tensor with NumPy 2.4
         tile = first_tile + i
         segment = row - tile * TILE_WEIGHTS // cols
         at = (tile * SEGMENTS + segment) * ROWS + m
         total += tl.load(part_ptr + at, mask=(row < rows) & (tile <= last_tile), other=0.0)
+        i += 1
     if HAS_BIAS:
         total += tl.load(bias_ptr + row, mask=row < rows, other=0.0).to(tl.float32)
     tl.store(out_ptr + m * rows + row, _round(total), mask=(row < rows) & (m < num_x))
