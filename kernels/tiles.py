@@ -51,7 +51,10 @@ def num_warps(tiles: int) -> int:
 
 @triton.jit
 def _section(payload, offset, dtype: tl.constexpr):
-    """Return a pointer to a section of the payload; payload and sections start on multiples of 16 bytes."""
+    """Return a pointer to a section of the payload; payload and sections start on multiples of 16 bytes.
+
+    That the payload does is checked when its descriptor is made, and by `check_descriptor` (packed_weight.py).
+    """
     base = tl.multiple_of(payload.to(tl.pointer_type(tl.uint8)), 16)
     return (base + offset).to(tl.pointer_type(dtype))
 

@@ -132,6 +132,29 @@ def test_sizes_that_do_not_fit_are_refused_before_decoding(
         unpack(dataclasses.replace(packed, **wrong))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("pack", [ops.pack, units.pack])
+@pytest.mark.parametrize("offset", [1, 4, 8])
+def test_a_payload_that_is_not_aligned_is_refused_and_its_clone_is_taken(
+    pack: Callable[..., Packed], offset: int
+) -> None:
+    # Bug caught: kernels load 16 bytes at once from it; on a GPU that is a fault which ends the process.
+    packed = pack(WEIGHT, NAME)
+    memory = torch.empty(packed.payload.numel() + offset, dtype=torch.uint8)
+    payload = memory[offset:].copy_(packed.payload)
+    unpack = ops.unpack if pack is ops.pack else units.unpack
+    refused = rf"{NAME}: payload at 0x[0-9a-f]+ on cpu; expected .* multiple of 16 bytes"
+    described = dataclasses.replace(packed, payload=payload).described_in(packed.desc)
+    with pytest.raises(FormatError, match=refused):
+        unpack(described)
+    with pytest.raises(FormatError, match=refused):
+        described.to("cpu")
+    with pytest.raises(FormatError, match=refused):
+        packed_weight.make_descriptor(payload, packed.fields, packed.size, NAME)
+    desc = packed_weight.make_descriptor(payload.clone(), packed.fields, packed.size, NAME)
+    taken = dataclasses.replace(packed, payload=payload.clone(), desc=desc)
+    assert same_bits(unpack(taken.described_in(desc)), WEIGHT)
+
+
 def test_checksum_sees_flips_pairs_of_flips_and_words_that_changed_places(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

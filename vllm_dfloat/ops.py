@@ -67,7 +67,7 @@ def pack(weight: torch.Tensor, name: str = "") -> PackedWeight:
         lay, payload = packed.layout, torch.from_numpy(packed.payload)
     rows, cols = weight.shape
     fields = (KIND_RAW if lay.is_raw else KIND_PACKED, lay.num_words, lay.code_bits)
-    desc = make_descriptor(payload, fields, lay.num_tiles)
+    desc = make_descriptor(payload, fields, lay.num_tiles, name)
     return PackedWeight(payload, desc, rows, cols, name, fields, checksum(payload))
 
 

@@ -14,7 +14,7 @@ from weakref import WeakValueDictionary
 import torch
 
 from vllm_dfloat import descriptor
-from vllm_dfloat.codec.layout import PackedLayout
+from vllm_dfloat.codec.layout import ALIGNMENT, PackedLayout
 from vllm_dfloat.descriptor import DESC_LENGTH as DESC_LENGTH
 from vllm_dfloat.descriptor import KIND_PACKED as KIND_PACKED
 from vllm_dfloat.descriptor import KIND_RAW as KIND_RAW
@@ -91,13 +91,14 @@ class PackedWeight:
     def to(self, device: torch.device | str) -> Self:
         """Return it on another device, with a descriptor of its own; the payload is not copied if it is there."""
         payload = self.payload.to(device)
-        return replace(self, payload=payload, desc=make_descriptor(payload, self.fields, self.size))
+        desc = make_descriptor(payload, self.fields, self.size, self.name)
+        return replace(self, payload=payload, desc=desc)
 
     def check_descriptor(self) -> None:
         """Check what must hold before any kernel may follow the descriptor; waits for the device.
 
         Raises:
-            FormatError: a payload of another size, or a descriptor that says something else.
+            FormatError: a payload of another size or alignment, or a descriptor that says something else.
         """
         where, payload, desc = self.name or "packed tensor", self.payload, self.desc
         if payload.dtype != torch.uint8 or payload.shape != (self.expected_bytes,):
@@ -105,6 +106,7 @@ class PackedWeight:
                 f"{where}: payload {payload.dtype} {list(payload.shape)}; a matrix [{self.rows}, {self.cols}] "
                 f"expects torch.uint8 [{self.expected_bytes}]. {_DAMAGED}"
             )
+        _check_alignment(payload, where)
         found, expected = desc.tolist(), self.words
         if found != expected or desc.dtype != torch.int64 or desc.device != payload.device:
             raise FormatError(
@@ -130,12 +132,32 @@ class PackedWeight:
 _weights: WeakValueDictionary[int, PackedWeight] = WeakValueDictionary()
 
 
-def make_descriptor(payload: torch.Tensor, fields: Fields, size: int) -> torch.Tensor:
-    """Return the descriptor, int64 [DESC_LENGTH], of a payload, on its device; `size` as for `descriptor.salt`."""
+def make_descriptor(
+    payload: torch.Tensor, fields: Fields, size: int, name: str = ""
+) -> torch.Tensor:
+    """Return the descriptor, int64 [DESC_LENGTH], of a payload, on its device.
+
+    Args:
+        size: as for `descriptor.salt`.
+        name: the tensor's name, for messages.
+
+    Raises:
+        FormatError: the payload does not start on a multiple of 16 bytes.
+    """
+    _check_alignment(payload, name or "packed tensor")
     desc = torch.empty(DESC_LENGTH, dtype=torch.int64, device=payload.device)
     words = descriptor.words(payload.data_ptr(), fields, descriptor.salt(desc.data_ptr(), size))
     desc.copy_(torch.tensor(words, dtype=torch.int64, device="cpu"))
     return desc
+
+
+def _check_alignment(payload: torch.Tensor, where: str) -> None:
+    """Raise FormatError unless a payload starts where the kernels, which load 16 bytes at once, rely on it to start."""
+    if payload.data_ptr() % ALIGNMENT:
+        raise FormatError(
+            f"{where}: payload at {payload.data_ptr():#x} on {payload.device}; expected one that starts on a multiple "
+            f"of {ALIGNMENT} bytes. Give make_descriptor a clone() of it."
+        )
 
 
 def follow(desc: torch.Tensor, size: int) -> tuple[int, Fields]:

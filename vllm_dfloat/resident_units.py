@@ -136,7 +136,7 @@ def pack(weight: torch.Tensor, name: str = "") -> UnitWeight:
     rows, cols = weight.shape
     payload, fields = _encode(bits, ops.padded_numel(rows, cols), name)
     held = torch.from_numpy(payload).to(weight.device)
-    desc = make_descriptor(held, fields, -rows * cols)
+    desc = make_descriptor(held, fields, -rows * cols, name)
     return UnitWeight(held, desc, rows, cols, name, fields, checksum(held))
 
 
