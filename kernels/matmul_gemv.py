@@ -65,12 +65,15 @@ def _dot_of_eight(a, b, c, d, x, column, TILES: tl.constexpr):
 def _dots_of_eight(
     a, b, c, d, x, column, cols, num_x, TILES: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip
-    """Return the same for ROWS rows of x: [TILES, LANES, ROWS]. Rows that do not exist repeat the last one."""
+    """Return the same for ROWS rows of x: [TILES, LANES, ROWS]. Rows that do not exist repeat the last one.
+
+    [TILES, LANES] for one row: Triton 3.6 moves blocks whose last dimension is 1 through shared memory.
+    """
     pairs = cols * 4
     last = num_x - 1
     dot0 = _dot_of_eight(a, b, c, d, x, column, TILES)
     if ROWS == 1:
-        dots = dot0[:, :, None]
+        dots = dot0
     else:
         dot1 = _dot_of_eight(a, b, c, d, x + pairs * tl.minimum(last, 1), column, TILES)
         if ROWS == 2:
@@ -83,12 +86,18 @@ def _dots_of_eight(
 
 
 @triton.jit
-def _add(acc0, acc1, acc2, acc3, dots, segment, SEGMENTS: tl.constexpr):
-    """Add dots [TILES, LANES, ROWS] to the accumulator of each lane's segment, int32 [TILES, LANES]."""
+def _sum_of_lanes(acc, ROWS: tl.constexpr):
+    """Return the sums [TILES, ROWS] of what the lanes of each tile accumulated."""
+    return tl.sum(acc, axis=1, keep_dims=ROWS == 1)
+
+
+@triton.jit
+def _add(acc0, acc1, acc2, acc3, dots, segment, ROWS: tl.constexpr, SEGMENTS: tl.constexpr):
+    """Add dots, of the form above, to the accumulator of each lane's segment, int32 [TILES, LANES]."""
     if SEGMENTS == 1:
         acc0 += dots
     else:
-        at = segment[:, :, None]
+        at = segment if ROWS == 1 else segment[:, :, None]
         # Selected, not multiplied by 0: an infinite weight of one row must not reach another.
         acc0 += tl.where(at == 0, dots, 0.0)
         acc1 += tl.where(at == 1, dots, 0.0)
@@ -123,7 +132,7 @@ def _gemv_kernel(
         cols // STEP_WEIGHTS
     )  # columns are counted in eights, so that the compiler sees aligned loads
     start = ((tile * (TILE_WEIGHTS // STEP_WEIGHTS)) % cols).to(tl.int32)
-    acc0 = tl.zeros([TILES, LANES, ROWS], tl.float32)
+    acc0 = tl.zeros([TILES, LANES] if ROWS == 1 else [TILES, LANES, ROWS], tl.float32)
     acc1 = acc0
     acc2 = acc0
     acc3 = acc0
@@ -144,7 +153,7 @@ def _gemv_kernel(
                 group = lane + (half * 2 + k) * LANES
                 column, segment = _wrap(start + group, cols, SEGMENTS)
                 dots = _dots_of_eight(a, b, c, d, x_ptr, column, cols, num_x, TILES, ROWS)
-                acc0, acc1, acc2, acc3 = _add(acc0, acc1, acc2, acc3, dots, segment, SEGMENTS)
+                acc0, acc1, acc2, acc3 = _add(acc0, acc1, acc2, acc3, dots, segment, ROWS, SEGMENTS)
         tl.store(status_ptr + tile, _tile_status(bit, end, is_full))
     elif is_sound:
         raw = _section(payload, 0, tl.uint32) + (tile * (TILE_WEIGHTS // 2))[:, :, None]
@@ -154,7 +163,7 @@ def _gemv_kernel(
                 a, b, c, d = _four_words(raw + (group * 4)[:, :, None], TILES)
                 column, segment = _wrap(start + group, cols, SEGMENTS)
                 dots = _dots_of_eight(a, b, c, d, x_ptr, column, cols, num_x, TILES, ROWS)
-                acc0, acc1, acc2, acc3 = _add(acc0, acc1, acc2, acc3, dots, segment, SEGMENTS)
+                acc0, acc1, acc2, acc3 = _add(acc0, acc1, acc2, acc3, dots, segment, ROWS, SEGMENTS)
         tl.store(status_ptr + tile, tl.zeros_like(tile).to(tl.int32))
     else:
         acc0 += float("nan")  # in every row that any of the tiles touches
@@ -163,13 +172,13 @@ def _gemv_kernel(
         acc3 = acc0
         tl.store(status_ptr + tile, tl.zeros_like(tile).to(tl.int32) + STATUS_DESCRIPTOR)
     everywhere = tile >= 0
-    _store_sums(part_ptr, tile, everywhere, tl.sum(acc0, axis=1), 0, ROWS, SEGMENTS)
+    _store_sums(part_ptr, tile, everywhere, _sum_of_lanes(acc0, ROWS), 0, ROWS, SEGMENTS)
     if SEGMENTS > 1:
-        _store_sums(part_ptr, tile, everywhere, tl.sum(acc1, axis=1), 1, ROWS, SEGMENTS)
+        _store_sums(part_ptr, tile, everywhere, _sum_of_lanes(acc1, ROWS), 1, ROWS, SEGMENTS)
     if SEGMENTS > 2:
-        _store_sums(part_ptr, tile, everywhere, tl.sum(acc2, axis=1), 2, ROWS, SEGMENTS)
+        _store_sums(part_ptr, tile, everywhere, _sum_of_lanes(acc2, ROWS), 2, ROWS, SEGMENTS)
     if SEGMENTS > 3:
-        _store_sums(part_ptr, tile, everywhere, tl.sum(acc3, axis=1), 3, ROWS, SEGMENTS)
+        _store_sums(part_ptr, tile, everywhere, _sum_of_lanes(acc3, ROWS), 3, ROWS, SEGMENTS)
 
 
 def _spec(rows: int, segments: int) -> CompileSpec:
