@@ -189,28 +189,31 @@ def _decode_resident_kernel(
             tl.store(status_ptr + program, 0)
 
 
-@triton.jit(do_not_specialize=["rows", "cols", "salt"])
+@triton.jit(do_not_specialize=["rows", "cols", "parts", "salt"])
 def _decode_resident_rows_kernel(
     desc_ptr,  # int64[4]                       see above
     ids_ptr,  # int32 or int64[num_ids]         rows asked for
     out_ptr,  # int16[num_ids, cols]            BF16 bits
     rows,
     cols,
+    parts,  # blocks a row can touch
     salt,  # int64                              of the seal, see vllm_dfloat/descriptor.py
 ):
     """Decode one block that one chosen row touches, and store the part of it that is the row's.
 
-    Grid (num_ids, blocks a row can touch). An id outside the matrix reads the nearest row: vLLM masks such ids out
+    Grid (num_ids * parts,). An id outside the matrix reads the nearest row: vLLM masks such ids out
     afterwards.
     """
     is_sound, payload, kind, sizes = _read(desc_ptr, salt)
-    row = tl.minimum(tl.maximum(tl.load(ids_ptr + tl.program_id(0)).to(tl.int64), 0), rows - 1)
+    number = tl.program_id(0) // parts  # of the row among those asked for
+    part = tl.program_id(0) % parts
+    row = tl.minimum(tl.maximum(tl.load(ids_ptr + number).to(tl.int64), 0), rows - 1)
     first = row * cols
     end = first + cols
     # Where weight 0 of the matrix would lie in the output.
-    out_ptr += tl.program_id(0).to(tl.int64) * cols - first
+    out_ptr += number.to(tl.int64) * cols - first
     if (kind != 0) | ~is_sound:
-        at = first + tl.program_id(1) * _ROW_PART + tl.arange(0, _ROW_PART)
+        at = first + part * _ROW_PART + tl.arange(0, _ROW_PART)
         inside = at < end
         raw, is_there = _section(payload, 0, tl.int16), inside & _everywhere(at, is_sound)
         tl.store(out_ptr + at, tl.load(raw + at, mask=is_there, other=_NAN), mask=inside)
@@ -227,7 +230,7 @@ def _decode_resident_rows_kernel(
             ahead = block + (_FIRST_STEP >> i)
             begin = tl.load(positions + ahead, mask=ahead < num_blocks, other=num_weights)
             block = tl.where(begin <= first, ahead, block)
-        block += tl.program_id(1)
+        block += part
         begin = tl.load(positions + block, mask=block < num_blocks, other=num_weights)
         if begin < end:
             decode_block(
@@ -261,11 +264,11 @@ def decode_resident_rows(
     """Decode rows `ids` (int32 or int64 [n]) of the matrix that `desc` describes into `out`, BF16 [n, cols]."""
     if out.numel():
         # A row may begin with the last weight of a block and end with the first of another.
-        blocks_per_row = cols // MIN_BLOCK_WEIGHTS + 2
+        parts = cols // MIN_BLOCK_WEIGHTS + 2
         warps = config_of(out.device).dfloat11_num_warps
         salt = descriptor.salt(desc.data_ptr(), -rows * cols)
-        _decode_resident_rows_kernel[(ids.numel(), blocks_per_row)](
-            desc, ids, out.view(torch.int16), rows, cols, salt, num_warps=warps
+        _decode_resident_rows_kernel[(ids.numel() * parts,)](  # one axis: the others end at 65,535
+            desc, ids, out.view(torch.int16), rows, cols, parts, salt, num_warps=warps
         )
 
 
@@ -313,6 +316,7 @@ COMPILE_SPECS = [
             "out_ptr": "*i16",
             "rows": "i32",
             "cols": "i32",
+            "parts": "i32",
             "salt": "i64",
         },
         aligned_args=("desc_ptr", "ids_ptr", "out_ptr"),

@@ -15,7 +15,6 @@ from vllm_dfloat.kernels.tiles import (
     TILE_WEIGHTS,
     _everywhere,
     _exponents_of_eight,
-    _interleave,
     _merge,
     _open,
     _read,
@@ -24,20 +23,24 @@ from vllm_dfloat.kernels.tiles import (
     num_warps,
 )
 
+STEP_WEIGHTS = tl.constexpr(layout.STEP_WEIGHTS)
 TILES = 32 // layout.LANES  # a program is one warp
 
 
 @triton.jit
-def _store_part(out_ptr, tile, lane, step, pairs, first, cols, shift):
-    """Store the weights of a step, two a word [TILES, LANES, 4], as far as they are in the row."""
-    half = tl.arange(0, 2)[None, None, None, :]
-    word = ((lane + step * LANES) * 4)[:, :, None] + tl.arange(0, 4)[None, None, :]
-    weight = (tile * TILE_WEIGHTS)[:, :, None, None] + word[:, :, :, None] * 2 + half
-    values = tl.join(pairs & 0xFFFF, pairs >> 16).to(tl.uint16)
-    tl.store(out_ptr + shift + weight, values, mask=(weight >= first) & (weight < first + cols))
+def _store_part(out_ptr, tile, lane, step, words, first, cols, shift):
+    """Store the 8 weights of a step, four words [TILES, LANES], as far as they are in the row.
+
+    One by one: as a block they would go through shared memory to other threads.
+    """
+    weight = tile * TILE_WEIGHTS + (lane + step * LANES) * STEP_WEIGHTS
+    for j in tl.static_range(8):
+        value = (words[j // 2] >> (16 * (j % 2))).to(tl.uint16)
+        at = weight + j
+        tl.store(out_ptr + shift + at, value, mask=(at >= first) & (at < first + cols))
 
 
-@triton.jit(do_not_specialize=["rows", "cols", "salt"])
+@triton.jit(do_not_specialize=["rows", "cols", "parts", "salt"])
 def _decode_rows_kernel(
     desc_ptr,  # int64[4]                        see kernels/tiles.py
     ids_ptr,  # int64[num_ids]                  rows asked for
@@ -45,19 +48,22 @@ def _decode_rows_kernel(
     status_ptr,  # int32[num_ids, statuses_per_row]    0, or a sum of STATUS_* bits; or None
     rows,  # int32
     cols,  # int32
+    parts,  # int32                          programs of a row, statuses_per_row / TILES
     salt,  # int64                           of the seal, see vllm_dfloat/descriptor.py
     TILES: tl.constexpr,
 ):
     """Decode TILES of the tiles that one chosen row touches, and store the part of them that is the row's.
 
-    Equal bit for bit to those rows of `vllm_dfloat.codec.reference.decode`. Grid (num_ids, statuses_per_row / TILES).
+    Equal bit for bit to those rows of `vllm_dfloat.codec.reference.decode`. Grid (num_ids * parts,).
     An id outside the matrix reads the nearest row: vLLM masks such ids out afterwards.
     """
     num_tiles = (rows.to(tl.int64) * cols + TILE_WEIGHTS - 1) // TILE_WEIGHTS
-    row = tl.load(ids_ptr + tl.program_id(0)).to(tl.int64)  # times cols it can pass 2**31
+    number = tl.program_id(0) // parts  # of the row among those asked for
+    part = tl.program_id(0) % parts
+    row = tl.load(ids_ptr + number).to(tl.int64)  # times cols it can pass 2**31
     row = tl.minimum(tl.maximum(row, 0), rows - 1)
     first = row * cols
-    place = (tl.program_id(1) * TILES + tl.arange(0, TILES))[:, None]
+    place = (part * TILES + tl.arange(0, TILES))[:, None]
     wanted = first // TILE_WEIGHTS + place
     is_touched = wanted * TILE_WEIGHTS < first + cols
     status = tl.zeros([TILES, 1], tl.int32)
@@ -65,7 +71,7 @@ def _decode_rows_kernel(
         tile = tl.minimum(wanted, num_tiles - 1)
         lane = tl.arange(0, LANES)[None, :]
         # Where weight 0 of the matrix would lie in the output.
-        shift = tl.program_id(0).to(tl.int64) * cols - first
+        shift = number.to(tl.int64) * cols - first
         is_sound, payload, kind, sizes = _read(desc_ptr, salt)
         if is_sound & (kind == 0):
             lut, turn, plane, words, is_full, end, bit, word0, word1 = _open(
@@ -78,21 +84,21 @@ def _decode_rows_kernel(
                 )
                 a, b = _merge(tl.load(plane + offset), e0, e1)
                 c, d = _merge(tl.load(plane + offset + 1), e2, e3)
-                pairs = _interleave(a, b, c, d)
-                _store_part(out_ptr, tile, lane, step, pairs, first, cols, shift)
+                _store_part(out_ptr, tile, lane, step, (a, b, c, d), first, cols, shift)
             status = tl.where(is_touched, _tile_status(bit, end, is_full), 0)
         else:
-            quad = tl.arange(0, 4)[None, None, :]
-            raw = _section(payload, 0, tl.uint32) + (tile * (TILE_WEIGHTS // 2))[:, :, None]
-            is_there = _everywhere(tile, is_sound)[:, :, None]
+            raw = _section(payload, 0, tl.uint32) + tile * (TILE_WEIGHTS // 2)
+            is_there = _everywhere(tile, is_sound)
             for step in range(STEPS):
-                pairs = raw + ((lane + step * LANES) * 4)[:, :, None] + quad
-                pairs = tl.load(pairs, mask=is_there, other=NAN_PAIR)
-                _store_part(out_ptr, tile, lane, step, pairs, first, cols, shift)
+                at = raw + (lane + step * LANES) * 4
+                a = tl.load(at, mask=is_there, other=NAN_PAIR)
+                b = tl.load(at + 1, mask=is_there, other=NAN_PAIR)
+                c = tl.load(at + 2, mask=is_there, other=NAN_PAIR)
+                d = tl.load(at + 3, mask=is_there, other=NAN_PAIR)
+                _store_part(out_ptr, tile, lane, step, (a, b, c, d), first, cols, shift)
             status = tl.where(is_touched & ~is_sound, STATUS_DESCRIPTOR, 0)
     if status_ptr is not None:
-        per_row = tl.num_programs(1) * TILES
-        tl.store(status_ptr + tl.program_id(0).to(tl.int64) * per_row + place, status)
+        tl.store(status_ptr + number.to(tl.int64) * (parts * TILES) + place, status)
 
 
 def statuses_per_row(cols: int) -> int:
@@ -123,13 +129,15 @@ def decode_rows(
     """
     if out.numel():
         salt = descriptor.salt(desc.data_ptr(), triton.cdiv(rows * cols, layout.TILE_WEIGHTS))
-        _decode_rows_kernel[(ids.numel(), statuses_per_row(cols) // TILES)](
+        parts = statuses_per_row(cols) // TILES
+        _decode_rows_kernel[(ids.numel() * parts,)](  # one axis: the others end at 65,535
             desc,
             ids,
             out.view(torch.uint16),
             status,
             rows,
             cols,
+            parts,
             salt,
             TILES,
             num_warps=num_warps(TILES),
@@ -147,6 +155,7 @@ COMPILE_SPECS = [
             "status_ptr": status_type,
             "rows": "i32",
             "cols": "i32",
+            "parts": "i32",
             "salt": "i64",
             "TILES": "constexpr",
         },

@@ -33,12 +33,17 @@ from vllm_dfloat.kernels.tiles import TILE_WEIGHTS, num_warps
 
 MAX_GEMV_ROWS = 4
 MAX_ROWS = 32
+MAX_COLS = 2**31 // MAX_ROWS
 SUM_ROWS = 32  # rows of w per program of the second kernel
 
 
 def is_supported(cols: int) -> bool:
-    """Return whether `matmul` takes matrices of `cols` columns: the 8 weights of a step must lie in one row."""
-    return cols > 0 and cols % layout.STEP_WEIGHTS == 0 and num_segments(cols) <= MAX_SEGMENTS
+    """Return whether `matmul` takes matrices of `cols` columns.
+
+    The 8 weights of a step must lie in one row, and places in 32 rows of x are counted with 32 bits.
+    """
+    is_whole = 0 < cols < MAX_COLS and cols % layout.STEP_WEIGHTS == 0
+    return is_whole and num_segments(cols) <= MAX_SEGMENTS
 
 
 def compiled_rows(num_x: int) -> int:
@@ -92,7 +97,7 @@ def _sum_kernel(
         i += 1
     if HAS_BIAS:
         total += tl.load(bias_ptr + row, mask=row < rows, other=0.0).to(tl.float32)
-    tl.store(out_ptr + m * rows + row, _round(total), mask=(row < rows) & (m < num_x))
+    tl.store(out_ptr + m.to(tl.int64) * rows + row, _round(total), mask=(row < rows) & (m < num_x))
 
 
 def matmul(
@@ -131,7 +136,8 @@ def matmul(
     else:
         tiles = config.fused_dot_rows
         period = cols // math.gcd(cols, layout.TILE_WEIGHTS)
-        _dot_kernel[(period, triton.cdiv(triton.cdiv(num_tiles, period), tiles))](
+        groups = triton.cdiv(triton.cdiv(num_tiles, period), tiles)
+        _dot_kernel[(groups * period,)](  # one axis: the others end at 65,535
             desc, x, partials, status, num_tiles, cols, num_x, period, salt,
             tiles, compiled, segments, tl.bfloat16 if x.is_cuda else tl.float32,
             num_warps=config.fused_dot_num_warps,

@@ -94,18 +94,19 @@ def _dot_kernel(
 ):
     """Multiply TILES tiles per program by up to ROWS (16 or 32) rows of x.
 
-    Grid (period, ceil(num_tiles / period / TILES)).
+    Grid (period * ceil(num_tiles / period / TILES),), the programs of different columns first.
     """
     num_tiles = num_tiles.to(tl.int64)
-    place = tl.program_id(1).to(tl.int64) * TILES + tl.arange(0, TILES)
-    wanted = (place * period + tl.program_id(0))[:, None]
+    first = tl.program_id(0) % period
+    place = (tl.program_id(0) // period).to(tl.int64) * TILES + tl.arange(0, TILES)
+    wanted = (place * period + first)[:, None]
     tile = tl.minimum(wanted, num_tiles - 1)
     lane = tl.arange(0, LANES)[None, :]
     quad = tl.arange(0, 4)[None, None, :]
     cols = (
         cols // STEP_WEIGHTS
     )  # columns are counted in eights, so that the compiler sees aligned loads
-    start = (tl.program_id(0).to(tl.int64) * (TILE_WEIGHTS // STEP_WEIGHTS)) % cols
+    start = (first.to(tl.int64) * (TILE_WEIGHTS // STEP_WEIGHTS)) % cols
     columns = start.to(tl.int32) + tl.arange(0, LANES)
     acc0 = tl.zeros([TILES, ROWS], tl.float32)
     acc1 = acc0

@@ -42,6 +42,13 @@ def test_result_is_within_the_derived_bound(shape: tuple[int, int], num_rows: in
     assert_within_bound(multiply(weight, x, bias), weight, x, bias)
 
 
+def test_dot_kernel_finds_its_tiles_in_any_program() -> None:
+    # Bug caught: of 6 programs, 3 columns to start at times 2 groups of 16 tiles, two change places.
+    weight = to_torch(gaussian(131, 768))
+    x = activations(5, 768)
+    assert_within_bound(multiply(weight, x), weight, x)
+
+
 @pytest.mark.parametrize("num_rows", [2, 8])
 def test_result_of_a_row_does_not_depend_on_the_other_rows(num_rows: int) -> None:
     # Bug caught: 0 times infinity, where rows or columns that do not count are multiplied by 0.

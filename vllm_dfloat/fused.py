@@ -151,6 +151,6 @@ def _check(
         )
     if not kernels.is_supported(cols):
         raise UnsupportedError(
-            f"weight [{rows}, {cols}]; the fused kernels take multiples of 8 columns, at least 688. "
+            f"weight [{rows}, {cols}]; the fused kernels take multiples of 8 columns, 688 to 2**26 - 8. "
             "Decode the weight and use a GEMM."
         )
