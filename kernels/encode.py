@@ -1,4 +1,4 @@
-"""Encode BF16 into the packed layout on the GPU: count the exponents, measure the lanes, write the codes.
+"""Encode BF16 into the packed layout on the GPU: count the exponents (encode_count.py), measure lanes, write the codes.
 
 Three passes over the weights, as in vllm_dfloat.codec.encode, and the same bytes come out. Between them the host makes
 the code from 256 counts, and allocates the payload once the number of words is known. Measuring and writing go two
@@ -18,6 +18,8 @@ import triton.language as tl
 
 from vllm_dfloat.codec import layout
 from vllm_dfloat.kernels.compile_spec import CompileSpec
+from vllm_dfloat.kernels.encode_count import SYMBOL_SHIFT, TILE_PAIRS
+from vllm_dfloat.kernels.encode_count import count_exponents as count_exponents
 from vllm_dfloat.kernels.tiles import (
     LANE_LENGTH_UNIT,
     LANES,
@@ -29,39 +31,7 @@ from vllm_dfloat.kernels.tiles import (
     num_warps,
 )
 
-TILE_PAIRS = tl.constexpr(layout.TILE_WEIGHTS // 2)
-SYMBOL_SHIFT = tl.constexpr(layout.SYMBOL_SHIFT)
-NUM_SYMBOLS = tl.constexpr(256)
-
 TILES_PER_PROGRAM = 8
-TILES_PER_COUNT = (
-    32  # tiles that one program counts before it adds its histogram to that of the matrix
-)
-COUNT_WARPS = 4
-
-
-# Sizes are not specialized: a layer of another size must not compile another kernel while the model loads.
-@triton.jit(do_not_specialize=["num_tiles"])
-def _count_kernel(
-    weights_ptr,  # uint32[num_tiles * 1024]   pairs of BF16, whole tiles
-    counts_ptr,  # int64[256]                  added to
-    num_tiles,  # int32
-    TILES: tl.constexpr,
-):
-    """Add to `counts` how often each exponent occurs in TILES tiles per program. Grid (ceil(num_tiles / TILES),)."""
-    first = tl.program_id(0).to(tl.int64) * TILES
-    pair = tl.arange(0, TILE_PAIRS)
-    counts = tl.zeros([NUM_SYMBOLS], tl.int32)
-    for i in range(TILES):
-        tile = first + i
-        if tile < num_tiles:
-            pairs = tl.load(weights_ptr + tile * TILE_PAIRS + pair)
-            low = (pairs >> SYMBOL_SHIFT) & 0xFF
-            high = (pairs >> (SYMBOL_SHIFT + 16)) & 0xFF
-            both = tl.reshape(tl.join(low, high), [TILE_PAIRS * 2])
-            counts += tl.histogram(both.to(tl.int32), NUM_SYMBOLS)
-    symbol = tl.arange(0, NUM_SYMBOLS)
-    tl.atomic_add(counts_ptr + symbol, counts.to(tl.int64), mask=counts > 0, sem="relaxed")
 
 
 @triton.jit
@@ -71,6 +41,7 @@ def _tiles_of_program(num_tiles, TILES: tl.constexpr):
     return tl.minimum(tile, num_tiles.to(tl.int64) - 1)
 
 
+# Sizes are not specialized: a layer of another size must not compile another kernel while the model loads.
 @triton.jit(do_not_specialize=["first_tile", "num_tiles"])
 def _measure_kernel(
     weights_ptr,  # uint32[num_tiles * 1024]   as above, tile `first_tile` and following of the matrix
@@ -191,22 +162,6 @@ def _write_kernel(
     tl.atomic_or(words_ptr + (bit >> 5), pending, mask=(bit & 31) != 0, sem="relaxed")
 
 
-def count_exponents(
-    tiles: torch.Tensor, counts: torch.Tensor, tiles_per_program: int = TILES_PER_COUNT
-) -> None:
-    """Add to `counts`, int64 [256], how often each exponent occurs.
-
-    Args:
-        tiles: BF16 (or other 16-bit words), flat, whole tiles, aligned to 16 bytes.
-        counts: int64 [256], added to.
-    """
-    num_tiles = tiles.numel() // layout.TILE_WEIGHTS
-    if num_tiles:
-        _count_kernel[(triton.cdiv(num_tiles, tiles_per_program),)](
-            tiles.view(torch.uint32), counts, num_tiles, tiles_per_program, num_warps=COUNT_WARPS
-        )
-
-
 def measure(
     tiles: torch.Tensor,
     first_tile: int,
@@ -218,7 +173,7 @@ def measure(
     """Measure the codes of each lane and tile.
 
     Args:
-        tiles: as above.
+        tiles: BF16 (or other 16-bit words), flat, whole tiles, aligned to 16 bytes.
         first_tile: which tile of the matrix the first of these is.
         table: uint32 [256], see above.
         lane_lengths: uint8 [all tiles, 16]; written for these tiles: bits in units of 8, rounded up.
@@ -264,21 +219,6 @@ def write(
 _TABLE = {"weights_ptr": "*u32", "table_ptr": "*u32", "lane_lengths_ptr": "*u8"}
 _SIZES = {"first_tile": "i32", "num_tiles": "i32", "TILES": "constexpr"}
 COMPILE_SPECS = [
-    CompileSpec(
-        name="encode_count",
-        fn=_count_kernel,
-        signature={
-            "weights_ptr": "*u32",
-            "counts_ptr": "*i64",
-            "num_tiles": "i32",
-            "TILES": "constexpr",
-        },
-        constexprs={"TILES": TILES_PER_COUNT},
-        aligned_args=("weights_ptr", "counts_ptr"),
-        num_warps=COUNT_WARPS,
-        weights_per_program=TILES_PER_COUNT * layout.TILE_WEIGHTS,
-        loop_runs=TILES_PER_COUNT,
-    ),
     CompileSpec(
         name="encode_measure",
         fn=_measure_kernel,

@@ -34,6 +34,7 @@ MODULES = (
     "decode_block",
     "decode_rows",
     "decode_dfloat11",
+    "encode_count",
     "encode",
     "encode_dfloat11",
     "matmul_gemv",
@@ -95,6 +96,9 @@ def measure(spec: CompileSpec, capability: int) -> dict[str, Any]:
         ),
         "shared_bytes": int(compiled.metadata.shared),
         "barriers": kinds["BAR"],
+        "barriers_in_loops": sum(
+            name.startswith("BAR") for address, name, _ in code if address in in_loops
+        ),
         "instructions": kinds.total(),
         "instructions_per_weight": round(runs * threads / spec.weights_per_program, 2),
         "widest_store_bits": max(

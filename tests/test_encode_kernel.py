@@ -88,14 +88,26 @@ def test_bytes_are_the_same_for_random_histograms(
     assert_same_bytes(to_torch((symbols << 7 | noise).astype(np.uint16)[None]))
 
 
-@pytest.mark.parametrize("tiles_per_program", [1, 2, 8])
-def test_counts_are_added_in_64_bits_whatever_the_number_of_tiles_per_program(
-    tiles_per_program: int,
+WIDE = np.random.default_rng(0).integers(0, 1 << 16, (3, 2048)).astype(np.uint16)
+COUNTED = {
+    "gaussian": gaussian(5, 2048),
+    "every exponent": WIDE,
+    "half zeros": np.where(WIDE & 1, gaussian(3, 2048), np.uint16(0)),
+    "zeros": np.zeros((2, 2048), np.uint16),
+    "largest exponent": np.full((32, 2048), 0x7F81, np.uint16),
+    "larger ones in later tiles": np.concatenate([gaussian(2, 2048) & 0xBFFF, WIDE]),
+}
+
+
+@pytest.mark.parametrize("name", COUNTED)
+@pytest.mark.parametrize(("by_window", "tiles_per_program"), [(True, 1), (True, 40), (False, 2)])
+def test_counts_are_added_in_64_bits_whatever_the_form_and_the_number_of_tiles_per_program(
+    name: str, by_window: bool, tiles_per_program: int
 ) -> None:
-    # Bug caught: a matrix of more than 2**31 weights, most of them with one exponent.
-    weight = gaussian(5, 2048)
+    # Bug caught: a matrix of more than 2**31 weights, most of them with one exponent; a counter of 8 bits that is full.
+    weight = COUNTED[name]
     counts = torch.full((256,), 1 << 33)
-    kernels.count_exponents(to_torch(weight).view(-1), counts, tiles_per_program)
+    kernels.count_exponents(to_torch(weight).view(-1), counts, tiles_per_program, by_window)
     expected = np.bincount((weight.reshape(-1) >> 7) & 0xFF, minlength=256)
     assert np.array_equal(counts.numpy() - (1 << 33), expected)
 

@@ -15,12 +15,22 @@ from vllm_dfloat.kernels import (
     decode_dfloat11,
     decode_rows,
     encode,
+    encode_count,
     encode_dfloat11,
     matmul,
 )
 
 LIMITS = (2**31 - 1, 65_535, 65_535)
-MODULES = (decode, decode_block, decode_dfloat11, decode_rows, encode, encode_dfloat11, matmul)
+MODULES = (
+    decode,
+    decode_block,
+    decode_dfloat11,
+    decode_rows,
+    encode,
+    encode_count,
+    encode_dfloat11,
+    matmul,
+)
 
 
 def meta(dtype: torch.dtype, *shape: int) -> torch.Tensor:

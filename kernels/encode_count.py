@@ -1,0 +1,154 @@
+"""Count how often each exponent occurs in BF16 weights: the first pass of encoding, for both layouts.
+
+In two forms, chosen by the version of Triton. From 3.9 on `tl.histogram` adds with atomics in shared memory, in 4.5
+instructions per weight; before, it votes for each of 256 exponents, in 55. There, each thread counts the 16 exponents
+around the largest, where nearly all weights are, in registers, and adds the others one by one to the result.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_dfloat.codec import layout
+from vllm_dfloat.kernels.compile_spec import CompileSpec
+
+TILE_PAIRS = tl.constexpr(layout.TILE_WEIGHTS // 2)
+SYMBOL_SHIFT = tl.constexpr(layout.SYMBOL_SHIFT)
+NUM_SYMBOLS = tl.constexpr(256)
+
+BY_WINDOW = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9)
+# Tiles that one program counts before it adds what it has to the counts of the matrix. In a window at most 31: a thread
+# counts up to 8 weights a tile in a byte, and 256 such bytes are added up in 16 bits.
+TILES_PER_COUNT = 16 if BY_WINDOW else 32
+MAX_WINDOW_TILES = 31
+COUNT_WARPS = 4
+
+_WINDOW = tl.constexpr(16)
+_LOW_NIBBLES = tl.constexpr(0x0F0F0F0F0F0F0F0F)
+_LOW_BYTES = tl.constexpr(0x00FF00FF00FF00FF)
+
+
+# Sizes are not specialized: a layer of another size must not compile another kernel while the model loads.
+@triton.jit(do_not_specialize=["num_tiles"])
+def _count_kernel(
+    weights_ptr,  # uint32[num_tiles * 1024]   pairs of BF16, whole tiles
+    counts_ptr,  # int64[256]                  added to
+    num_tiles,  # int32
+    TILES: tl.constexpr,
+    BY_WINDOW: tl.constexpr,
+):
+    """Add to `counts` how often each exponent occurs in TILES tiles per program. Grid (ceil(num_tiles / TILES),)."""
+    first = tl.program_id(0).to(tl.int64) * TILES
+    if BY_WINDOW:
+        _count_in_window(weights_ptr, counts_ptr, first, num_tiles, TILES)
+    else:
+        _count_in_histogram(weights_ptr, counts_ptr, first, num_tiles, TILES)
+
+
+@triton.jit
+def _count_in_histogram(weights_ptr, counts_ptr, first, num_tiles, TILES: tl.constexpr):
+    pair = tl.arange(0, TILE_PAIRS)
+    counts = tl.zeros([NUM_SYMBOLS], tl.int32)
+    for i in range(TILES):
+        tile = first + i
+        if tile < num_tiles:
+            pairs = tl.load(weights_ptr + tile * TILE_PAIRS + pair)
+            low = (pairs >> SYMBOL_SHIFT) & 0xFF
+            high = (pairs >> (SYMBOL_SHIFT + 16)) & 0xFF
+            both = tl.reshape(tl.join(low, high), [TILE_PAIRS * 2])
+            counts += tl.histogram(both.to(tl.int32), NUM_SYMBOLS)
+    symbol = tl.arange(0, NUM_SYMBOLS)
+    tl.atomic_add(counts_ptr + symbol, counts.to(tl.int64), mask=counts > 0, sem="relaxed")
+
+
+@triton.jit
+def _count_in_window(weights_ptr, counts_ptr, first, num_tiles, TILES: tl.constexpr):
+    four = tl.arange(0, TILE_PAIRS // 4)[:, None] * 4 + tl.arange(0, 4)[None, :]
+    # The window ends with the exponent above the largest of the first tile.
+    pairs = tl.load(weights_ptr + first * TILE_PAIRS + four)
+    low = (pairs >> SYMBOL_SHIFT) & 0xFF
+    high = (pairs >> (SYMBOL_SHIFT + 16)) & 0xFF
+    largest = tl.max(tl.maximum(low, high).to(tl.int32))
+    nearest = tl.maximum(largest - (_WINDOW - 2), 1).to(tl.uint32)
+    even = tl.zeros([TILE_PAIRS // 4], tl.uint64)  # each with 8 counters of 8 bits
+    odd = even
+    zeros = tl.zeros([TILE_PAIRS // 4, 4], tl.int32)
+    for i in range(TILES):
+        tile = first + i
+        if tile < num_tiles:
+            pairs = tl.load(weights_ptr + tile * TILE_PAIRS + four)
+            low = (pairs >> SYMBOL_SHIFT) & 0xFF
+            high = (pairs >> (SYMBOL_SHIFT + 16)) & 0xFF
+            nibbles = _count_four(low, nearest, counts_ptr) + _count_four(high, nearest, counts_ptr)
+            even += nibbles & _LOW_NIBBLES
+            odd += (nibbles >> 4) & _LOW_NIBBLES
+            zeros += (low == 0).to(tl.int32) + (high == 0).to(tl.int32)
+    place = tl.arange(0, _WINDOW)
+    counts = tl.zeros([_WINDOW], tl.int32)
+    for k in tl.static_range(4):  # places k, k + 4, k + 8 and k + 12
+        counters = (even if k % 2 == 0 else odd) >> (k // 2 * 8)
+        sums = tl.sum(counters & _LOW_BYTES)
+        these = ((sums >> (place // 4 * 16).to(tl.uint64)) & 0xFFFF).to(tl.int32)
+        counts += tl.where(place % 4 == k, these, 0)
+    tl.atomic_add(counts_ptr + nearest + place, counts.to(tl.int64), mask=counts > 0, sem="relaxed")
+    tl.atomic_add(counts_ptr, tl.sum(zeros).to(tl.int64), sem="relaxed")
+
+
+@triton.jit
+def _count_four(symbol, nearest, counts_ptr):
+    """Return per four symbols [.., 4] how often each of the 16 from `nearest` on is among them, 4 bits each.
+
+    Others are added to the counts one by one; but 0, which may be half of a matrix and would meet at one address.
+    """
+    place = symbol - nearest
+    is_near = place < _WINDOW
+    is_far = (~is_near) & (symbol != 0)
+    one = tl.full(
+        symbol.shape, 1, tl.int64
+    )  # Triton 3.6 does not interpret an atomic of a broadcast
+    tl.atomic_add(counts_ptr + symbol, one, mask=is_far, sem="relaxed")
+    return tl.sum(is_near.to(tl.uint64) << (place * 4 & 63).to(tl.uint64), axis=1)
+
+
+def count_exponents(
+    tiles: torch.Tensor,
+    counts: torch.Tensor,
+    tiles_per_program: int = TILES_PER_COUNT,
+    by_window: bool = BY_WINDOW,
+) -> None:
+    """Add to `counts`, int64 [256], how often each exponent occurs.
+
+    Args:
+        tiles: BF16 (or other 16-bit words), flat, whole tiles, aligned to 16 bytes.
+        counts: int64 [256], added to.
+        tiles_per_program: at most `MAX_WINDOW_TILES` in a window.
+        by_window: see above.
+    """
+    num_tiles = tiles.numel() // layout.TILE_WEIGHTS
+    if num_tiles:
+        if by_window:
+            tiles_per_program = min(tiles_per_program, MAX_WINDOW_TILES)
+        _count_kernel[(triton.cdiv(num_tiles, tiles_per_program),)](
+            tiles.view(torch.uint32), counts, num_tiles, tiles_per_program, by_window,
+            num_warps=COUNT_WARPS,
+        )  # fmt: skip
+
+
+COMPILE_SPECS = [
+    CompileSpec(
+        name="encode_count",
+        fn=_count_kernel,
+        signature={
+            "weights_ptr": "*u32",
+            "counts_ptr": "*i64",
+            "num_tiles": "i32",
+            "TILES": "constexpr",
+            "BY_WINDOW": "constexpr",
+        },
+        constexprs={"TILES": TILES_PER_COUNT, "BY_WINDOW": BY_WINDOW},
+        aligned_args=("weights_ptr", "counts_ptr"),
+        num_warps=COUNT_WARPS,
+        weights_per_program=TILES_PER_COUNT * layout.TILE_WEIGHTS,
+        loop_runs=TILES_PER_COUNT,
+    )
+]
