@@ -65,11 +65,16 @@ def instructions(sass: str) -> list[tuple[int, str, str]]:
 
 
 def loop_addresses(code: list[tuple[int, str, str]]) -> set[int]:
-    """Return the addresses inside loops: from where a branch leads back to, up to the branch."""
+    """Return the addresses inside loops: from where a branch leads back to, up to the branch.
+
+    Where threads of a warp may have parted, BRA.DIV leads to the end of the code and a branch from there back: no loop.
+    """
+    tails = [int(target, 16) for _, name, target in code if name == "BRA.DIV" and target]
+    end = min(tails, default=code[-1][0] + 1)
     loops = [
         (int(target, 16), address)
         for address, name, target in code
-        if name.startswith("BRA") and target and int(target, 16) < address
+        if name.startswith("BRA") and target and int(target, 16) < address < end
     ]
     return {address for address, _, _ in code if any(a <= address <= b for a, b in loops)}
 

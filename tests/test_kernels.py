@@ -1,11 +1,4 @@
-"""The Triton kernels of the packed layout, in Triton's interpreter, against the oracle; and what compiles for GPUs."""
-
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-from typing import Any
+"""The Triton kernels of the packed layout, in Triton's interpreter, against the oracle."""
 
 import numpy as np
 import pytest
@@ -96,50 +89,3 @@ def test_flipped_bits_end_with_a_status_or_decode_and_equal_the_cpu_decoder() ->
         decoded = [r[0].view(-1, layout.TILE_WEIGHTS)[sound] for r in results]
         assert same_bits(*decoded)
     assert reported > 20
-
-
-# What every target compiles here: one of each form. All others are compiled for sm_90 here, and for every target by the
-# kernel report.
-FORMS = (
-    "decode", "decode_block", "decode_rows", "decode_dfloat11", "decode_dfloat11_resident", "decode_dfloat11_rows",
-    "encode_count", "encode_measure", "encode_write", "encode_dfloat11_measure", "encode_dfloat11_write",
-    "encode_dfloat11_split", "gemv_1", "dot_16", "sum_1",
-)  # fmt: skip
-
-
-def kernel_report(*arguments: str) -> list[dict[str, Any]]:
-    script = Path(__file__).parents[1] / "scripts/kernel_report.py"
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, script, "--json", *arguments]
-    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout)["kernels"]
-
-
-@pytest.fixture(scope="module")
-def report() -> dict[tuple[str, str], dict[str, Any]]:
-    others = [f"--target={target}" for target in (80, 89, 100)]
-    rows = kernel_report("--target=90")
-    rows += kernel_report(*others, *(f"--kernel={name}" for name in FORMS))
-    return {(row["kernel"], row["target"]): row for row in rows}
-
-
-@pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_90", "sm_100"])
-def test_every_kernel_compiles_without_spills(
-    target: str, report: dict[tuple[str, str], dict[str, Any]]
-) -> None:
-    # ptxas puts a few words aside during a loop where that saves the registers for one more warp; not in the loop.
-    rows = [row for (_, at), row in report.items() if at == target]
-    assert {row["kernel"] for row in rows} >= {*FORMS}
-    assert [row["kernel"] for row in rows if row["spilled_bytes"] > 16] == []
-    assert [row["kernel"] for row in rows if row["spills_in_loops"]] == []
-
-
-def test_decode_kernel_keeps_to_its_instruction_budget(
-    report: dict[tuple[str, str], dict[str, Any]],
-) -> None:
-    row = report["decode", "sm_90"]
-    assert row["instructions_per_weight"] <= 14
-    assert row["spilled_bytes"] == 0
-    assert row["barriers"] <= 1
-    assert row["widest_store_bits"] == 128
