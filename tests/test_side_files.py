@@ -115,10 +115,17 @@ def test_many_links_are_few_lines(
     model = make_model(tmp_path / "m", TENSORS)
     for i in range(25):
         (model / f"{i:02}.txt").symlink_to(secret / "secret")
+        (model / f"gone{i:02}.txt").symlink_to(f"nowhere{i}")
+    for i in range(22):
+        (model / f"{i}").mkdir()
+        (model / f"{i}/a.txt").symlink_to(secret / "secret")
     assert main(["compress", str(model), str(tmp_path / "t")]) == 0
     *lines, _ = capsys.readouterr().out.splitlines()
-    assert len(lines) == 11
-    assert lines[-1] == "... and 15 more files are not copied"
+    assert len(lines) == 21
+    outside = f"each is a link to {secret / 'secret'}, outside of the model's folder"
+    assert lines[0] == f"25 files, 00.txt to 24.txt: are not copied: {outside}"
+    assert lines[1].startswith("25 files, gone00.txt to gone24.txt: are not copied: each is a link")
+    assert lines[-1] == "... and 4 more files are not copied"
 
 
 def hub_cache(root: Path, model: Path) -> Path:
@@ -216,13 +223,10 @@ def test_a_file_that_becomes_a_link_before_it_is_copied_is_not_copied(
     assert not (tmp_path / "t/LICENSE").exists()
 
 
-def test_hidden_files_and_weights_in_other_forms_are_passed_over_in_silence(
-    secret: Path, tmp_path: Path
-) -> None:
+def test_hidden_files_are_passed_over_in_silence(secret: Path, tmp_path: Path) -> None:
     model = make_model(tmp_path / "m", TENSORS)
     (model / ".git").mkdir()
     (model / ".git/config").write_text("x")
     (model / ".cache").symlink_to(secret)
     (model / ".hidden").symlink_to(secret / "secret")
-    (model / "pytorch_model.bin").symlink_to(secret / "secret")
     assert side_files(model) == SideFiles((), {})

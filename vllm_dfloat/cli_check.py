@@ -109,12 +109,13 @@ def _last_line(args: argparse.Namespace, result: Comparison) -> str:
     what = f"{result.tensors} tensors, {result.num_bytes:,} bytes"
     missing = not_sought_clause(result.not_sought)
     differences = len(result.differences)
+    if args.against and result.files:
+        what += f", {result.files} files of weights beside them"
+    places = "tensors or files" if result.files else "tensors"
     if args.against and result.is_equal:
         return f"{args.path}: equal to {args.against}, bit for bit ({what})"
     if args.against:
-        return (
-            f"{args.path}: DIFFERENT from {args.against} in {differences} tensors ({what} compared)"
-        )
+        return f"{args.path}: DIFFERENT from {args.against} in {differences} {places} ({what} compared)"
     if differences:
         return f"{args.path}: {what} decode, but {differences} files are not as the manifest says"
     if result.files is None:

@@ -1,6 +1,6 @@
 """Compare a checkpoint with its BF16 original, bit for bit."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,14 @@ import numpy.typing as npt
 
 from vllm_dfloat.checkpoint.dfloat11 import open_checkpoint
 from vllm_dfloat.checkpoint.folder import is_dfloat11, read_config
-from vllm_dfloat.checkpoint.manifest import file_differences, read_manifest
+from vllm_dfloat.checkpoint.listing import model_files, weight_files
+from vllm_dfloat.checkpoint.manifest import file_differences, file_entry, read_manifest
 from vllm_dfloat.checkpoint.model_class import refuse_missing_parameters
 from vllm_dfloat.checkpoint.pieces import read_pieces
 from vllm_dfloat.checkpoint.plain_model import bf16_tensors
 from vllm_dfloat.checkpoint.progress import Advance, Bytes, Start, ignore, no_start
 from vllm_dfloat.checkpoint.safetensors_file import StoredTensor
+from vllm_dfloat.checkpoint.side_files import side_files
 from vllm_dfloat.checkpoint.weights import typed_weights
 from vllm_dfloat.errors import FormatError
 
@@ -28,8 +30,9 @@ _PIECE_BYTES = 4 << 20
 class Comparison:
     """The outcome: how many tensors, bytes and files were compared, and one sentence per difference.
 
-    `files` is None where no manifest says what they should be. `not_sought` says why nobody could tell whether tensors
-    are missing, nothing if that was looked for.
+    `files` is None where no manifest says what they should be; compared with an original, it counts the files of
+    weights beside the model's own. `not_sought` says why nobody could tell whether tensors are missing, nothing if that
+    was looked for.
     """
 
     tensors: int = 0
@@ -47,6 +50,9 @@ def compare(
     path: Path, against: Path, start: Start = no_start, advance: Advance = ignore
 ) -> Comparison:
     """Compare every tensor of the checkpoint `path` with the tensor of the same name in `against`.
+
+    So it does with the bytes of the files that hold weights beside the model's own, as `side_weights` tells them.
+    Nothing else beside the weights is compared.
 
     Args:
         path: a DFloat11 or a plain safetensors folder.
@@ -71,6 +77,8 @@ def compare(
     }
     keep_tied = any("lm_head" in name.split(".") for name in originals)
     num_bytes, tensors = _open(path, shapes, keep_tied)
+    beside = _weights_beside(against), _weights_beside(path)
+    num_bytes += sum(file.stat().st_size for file in beside[1].values())
     progress = Bytes(num_bytes, advance)
     start(num_bytes, 0)
     for name, dtype, bits in tensors:
@@ -85,9 +93,34 @@ def compare(
         difference = _difference(dtype, bits, original)
         if difference:
             result.differences.append(f"{name}: {difference}")
-    progress.finish()
     result.differences += [f"{name}: not in {path}" for name in originals if name not in seen]
+    names = sorted(beside[0].keys() | beside[1].keys())
+    result.files = len(names) or None
+    for name in names:
+        files = [place.get(name) for place in beside]
+        result.differences += _file_differences(name, files, (against, path), progress.done)
+    progress.finish()
     return result
+
+
+def _weights_beside(path: Path) -> dict[str, Path]:
+    """Return the files of a model that hold weights beside its own, by their path below its folder."""
+    own = weight_files(path) if is_dfloat11(path) else model_files(path).files
+    return {name: path / name for name in side_files(path, [file.name for file in own]).weights}
+
+
+def _file_differences(
+    name: str, files: Sequence[Path | None], folders: Sequence[Path], advance: Advance
+) -> list[str]:
+    """Return a sentence if an original file and the one of a checkpoint differ, or one of them is missing."""
+    original, file = files
+    if original is None or file is None:
+        return [f"{name}: not in {folders[original is not None]}"]
+    entry, expected = file_entry(file, advance), file_entry(original)
+    if entry == expected:
+        return []
+    what = "bytes" if entry["bytes"] != expected["bytes"] else "sha256"
+    return [f"{name}: {what} {entry[what]} against {expected[what]}"]
 
 
 def check(path: Path, start: Start = no_start, advance: Advance = ignore) -> Comparison:

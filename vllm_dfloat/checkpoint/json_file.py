@@ -38,6 +38,17 @@ def read_object(file: Path, limit: int) -> dict[str, Any] | None:
     Raises:
         FormatError: it cannot be read, is larger, or holds something else. A link that leads nowhere is no absent file.
     """
+    content = read_json(file, limit)
+    if content is not None and not isinstance(content, dict):
+        raise FormatError(f"{file.name}: holds a {type(content).__name__}, not an object.")
+    return content
+
+
+def read_json(file: Path, limit: int) -> Any:
+    """Return what JSON `file` holds, None if there is no such file; arguments and errors as of `read_object`.
+
+    A file that holds null is one that holds something else.
+    """
     if not os.path.lexists(file):
         return None
     size = regular_size(file)
@@ -51,8 +62,8 @@ def read_object(file: Path, limit: int) -> dict[str, Any] | None:
         raise FormatError(f"{file}: cannot be read: {_reason(error)}.") from error
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{file.name}: is not valid JSON: {error}.") from error
-    if not isinstance(content, dict):
-        raise FormatError(f"{file.name}: holds a {type(content).__name__}, not an object.")
+    if content is None:
+        raise FormatError(f"{file.name}: holds a NoneType, not an object.")
     return content
 
 

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from vllm_dfloat.checkpoint.plan_units import natural
 from vllm_dfloat.errors import one_line
 
-MAX_FILES = 10  # that are named
+MAX_LINES = 20  # about files that are not copied
+MAX_OF_KIND = 3  # files that have a line each
 
 
 def left_lines(left: Mapping[str, str]) -> list[str]:
@@ -34,13 +35,23 @@ def _line(names: list[str], left: Mapping[str, str]) -> str:
 
 
 def left_out_lines(left_out: Mapping[str, str]) -> list[str]:
-    """Return a sentence for each file beside the weights that was not copied, and one for those beyond `MAX_FILES`.
+    """Return what files beside the weights were not copied, and why: one line per file, or per kind where it has many.
+
+    A kind is a folder and a reason. Lines beyond `MAX_LINES` are one line.
 
     Args:
         left_out: file -> why it was not copied.
     """
-    lines = [one_line(f"{name}: is not copied: it {reason}") for name, reason in left_out.items()]
-    hidden = len(lines) - MAX_FILES
-    if hidden > 0:
-        lines[MAX_FILES:] = [f"... and {hidden} more files are not copied"]
-    return lines
+    kinds: dict[tuple[str, str], list[str]] = {}
+    for name, reason in left_out.items():
+        kinds.setdefault((name.rpartition("/")[0], reason), []).append(name)
+    lines: list[tuple[str, int]] = []
+    for (_, reason), names in kinds.items():
+        if len(names) > MAX_OF_KIND:
+            line = f"{len(names)} files, {names[0]} to {names[-1]}: are not copied: each {reason}"
+            lines.append((line, len(names)))
+        else:
+            lines += [(f"{name}: is not copied: it {reason}", 1) for name in names]
+    hidden = sum(count for _, count in lines[MAX_LINES:])
+    shown = [one_line(line) for line, _ in lines[:MAX_LINES]]
+    return [*shown, f"... and {hidden} more files are not copied"] if hidden else shown

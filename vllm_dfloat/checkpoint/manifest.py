@@ -124,24 +124,27 @@ def refuse_other_files(folder: Path, manifest: Manifest) -> None:
     """Compare the weight files of a checkpoint with its manifest, as far as that takes no time.
 
     Their names, sizes and headers: that finds a file that was removed, renamed, added, cut or exchanged for one with
-    other tensors, not one whose tensors have other values; for that `file_differences` reads all of it.
+    other tensors, not one whose tensors have other values; for that `file_differences` reads all of it. Of
+    safetensors in folders below it those that are listed; any others may be there.
 
     Raises:
         FormatError: a weight file is missing, too many, or another one.
     """
+    listed = {name for name in manifest.files if name.endswith(".safetensors")}
     files = {file.name: file for file in weight_files(folder)}
-    listed = {name for name in manifest.files if name.endswith(".safetensors") and "/" not in name}
+    added = sorted(files.keys() - listed)
+    files |= {name: folder / name for name in listed if "/" in name and (folder / name).exists()}
     found = [f"{one_line(name)} is missing" for name in sorted(listed - files.keys())]
-    found += [f"{one_line(name)} is not listed" for name in sorted(files.keys() - listed)]
+    found += [f"{one_line(name)} is not listed" for name in added]
     for name in sorted(listed & files.keys()):
         size, expected = regular_size(files[name]), manifest.files[name]["bytes"]
         if size != expected:
             found.append(f"{one_line(name)} has {size} bytes instead of {expected}")
-        elif header_sha256(files[name]) != manifest.headers.get(name, header_sha256(files[name])):
+        elif name in manifest.headers and header_sha256(files[name]) != manifest.headers[name]:
             found.append(f"{one_line(name)} holds tensors of other names, dtypes or shapes")
     if found:
         more = f", and {len(found) - MAX_NAMED} more" if len(found) > MAX_NAMED else ""
-        only_more = len(found) == len(files.keys() - listed)
+        only_more = len(found) == len(added)
         advice = "Move" if only_more else "Fetch the checkpoint again, or make it again, and move"
         raise FormatError(
             f"{folder}: its weight files are not the {len(listed)} that {MANIFEST_FILE} lists: "

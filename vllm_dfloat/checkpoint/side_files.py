@@ -1,22 +1,25 @@
-"""What is copied with a model beside its weights and its config: tokenizer, licence, templates and the like."""
+"""What is copied with a model beside its own weights and its config: tokenizer, licence, layers in other files."""
 
 from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_dfloat.checkpoint.folder import CONFIG_FILE
 from vllm_dfloat.checkpoint.lfs import is_pointer, refuse_pointer
-from vllm_dfloat.checkpoint.manifest import MANIFEST_FILE
-
-# Weights in other forms, and what belongs to a download rather than to the model.
-_NOT_COPIED = (
-    ".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt", ".h5", ".msgpack",
-    ".gguf", ".onnx", ".onnx_data", ".pkl", ".lock", ".incomplete", ".tmp",
-)  # fmt: skip
+from vllm_dfloat.checkpoint.listing import visible_files, weight_files
+from vllm_dfloat.checkpoint.manifest import MANIFEST_FILE, read_manifest
+from vllm_dfloat.checkpoint.side_weights import (
+    MODULES_FILE,
+    is_below,
+    is_weights,
+    module_folders,
+    reasons_to_leave,
+)
+from vllm_dfloat.errors import DFloatError, FormatError
 
 _NEEDED = (
     ".json",
@@ -30,7 +33,7 @@ _NEEDED = (
 
 @dataclass(frozen=True)
 class SideFiles:
-    """The files beside the weights.
+    """The files beside a model's own weights.
 
     Attributes:
         names: what is copied, as paths relative to the folder, in their order.
@@ -40,27 +43,66 @@ class SideFiles:
     names: tuple[str, ...]
     left_out: Mapping[str, str]
 
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """Return those of `names` that hold weights."""
+        return tuple(name for name in self.names if is_weights(name))
 
-def side_files(folder: Path) -> SideFiles:
+
+def side_files(folder: Path, own: Collection[str] | None = None) -> SideFiles:
     """Return what is copied with the model in `folder`.
 
     Hidden files are not. Links are followed within the folder, and from a snapshot of a Hugging Face cache to the blobs
     of the same model; what any other link leads to is left out: it was never meant to be passed on.
 
+    Args:
+        folder: the model's.
+        own: names of the files with its own weights; by default of all weight files directly in the folder.
+
     Raises:
-        FormatError: a file that serving needs is a Git LFS pointer; another one is left out.
+        FormatError: a file that serving needs is a Git LFS pointer; another one is left out. Weights of a layer that
+            modules.json names would be left out: vLLM would serve the model without it.
     """
-    roots = _roots(folder)
-    names, left_out = [], {}
-    for name, is_folder in _walk(folder):
-        if not is_folder and name.endswith(_NEEDED):
+    roots, modules = _roots(folder), module_folders(folder)
+    own = {file.name for file in weight_files(folder)} if own is None else set(own)
+    own |= {file.name for file in visible_files(folder, "*.safetensors.index.json")}
+    found = dict(_walk(folder))
+    files = [name for name, is_folder in found.items() if not is_folder]
+    left_out = reasons_to_leave(folder, files, own, _listed(folder))
+    names = []
+    for name, is_folder in found.items():
+        if name in own or name in left_out:
+            continue
+        if is_folder:
+            is_layer = any(f"{path}/".startswith(f"{name}/") for path in modules)
+        else:
+            is_layer = is_weights(name) and is_below(name, modules)
+        if not is_folder and (is_layer or name.endswith(_NEEDED)):
             refuse_pointer(folder / name)
         reason = "is a link to a folder" if is_folder else _reason_to_leave(folder / name, roots)
+        if reason and is_layer:
+            _refuse_layer(folder, name, reason)
         if reason:
             left_out[name] = reason
         else:
             names.append(name)
-    return SideFiles(tuple(names), left_out)
+    return SideFiles(tuple(names), {name: left_out[name] for name in found if name in left_out})
+
+
+def _listed(folder: Path) -> Collection[str]:
+    """Return what a manifest lists; nothing if there is none, or a damaged one, of which others say so."""
+    try:
+        manifest = read_manifest(folder)
+    except DFloatError:
+        return ()
+    return manifest.files.keys() if manifest else ()
+
+
+def _refuse_layer(folder: Path, name: str, reason: str) -> None:
+    raise FormatError(
+        f"{folder / name}: {reason}; {MODULES_FILE} says that a layer of the model is there, which vLLM would serve "
+        "without its weights. Put a copy in place of the link."
+    )
 
 
 def leads_outside(file: Path, folder: Path) -> bool:
@@ -69,7 +111,7 @@ def leads_outside(file: Path, folder: Path) -> bool:
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, bool]]:
-    """Yield (path relative to the folder, whether it is a link to a folder) of all that may be copied, in order."""
+    """Yield (path relative to the folder, whether it is a link to a folder) of all that is not hidden, in order."""
     for path, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         below = Path(path).relative_to(folder)
@@ -79,7 +121,7 @@ def _walk(folder: Path) -> Iterator[tuple[str, bool]]:
                 yield (below / name).as_posix(), True
         for name in sorted(files):
             is_ours = is_top and name in (CONFIG_FILE, MANIFEST_FILE)
-            if not is_ours and not name.startswith(".") and not name.endswith(_NOT_COPIED):
+            if not is_ours and not name.startswith("."):
                 yield (below / name).as_posix(), False
 
 

@@ -20,6 +20,11 @@ from vllm_dfloat.checkpoint.source_files import SourceFiles
 from vllm_dfloat.checkpoint.stored_tensor import StoredTensor, files_of
 from vllm_dfloat.errors import FormatError, UnsupportedError
 
+# The model's weights once more. Other files of these forms may be layers of it: see side_weights.py.
+_NOT_FETCHED = [
+    "pytorch_model*.bin", "consolidated*.pth", "original/*", "*.gguf", "*.h5", "*.msgpack", "*.ckpt", "*.onnx",
+    "*.onnx_data", "optimizer.pt",
+]  # fmt: skip
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -125,11 +130,7 @@ def local_folder(source: str) -> Path:
             f"{source}: no such folder; to fetch a model of that id: pip install huggingface_hub."
         ) from None
     try:
-        return Path(
-            snapshot_download(
-                source, ignore_patterns=["*.bin", "*.pth", "*.pt", "*.gguf", "original/*"]
-            )
-        )
+        return Path(snapshot_download(source, ignore_patterns=_NOT_FETCHED))
     except Exception as error:  # whatever the network and the library raise
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise FormatError(

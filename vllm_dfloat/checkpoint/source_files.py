@@ -36,7 +36,8 @@ class SourceFiles:
         """
         self.folder = folder
         self._weights = weights
-        self.side = side_files(folder)
+        self._own = self._own_names()
+        self.side = side_files(folder, self._own)
         self._snapshot = Snapshot.take(folder, self._names())
 
     def check(self) -> None:
@@ -49,7 +50,7 @@ class SourceFiles:
         found = self._snapshot.difference(known) or self._snapshot.difference(self._names())
         if found:
             name, what = found
-            is_beside = name in {*self.side.names, *side_files(self.folder).names}
+            is_beside = name in {*self.side.names, *side_files(self.folder, self._own).names}
             raise changed(self.folder / name, what, _GO_ON if is_beside else _ANEW)
 
     def identity(self, name: str) -> FileIdentity | None:
@@ -83,4 +84,7 @@ class SourceFiles:
         indices = visible_files(self.folder, "*.safetensors.index.json")
         files = [*self._weights(self.folder), *indices]
         names = [CONFIG_FILE, MANIFEST_FILE, *(file.name for file in files)]
-        return [*names, *side_files(self.folder).names]
+        return [*names, *side_files(self.folder, self._own_names()).names]
+
+    def _own_names(self) -> list[str]:
+        return [file.name for file in self._weights(self.folder)]

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,14 @@ class DFloat11ModelLoader(_Reporting, DefaultModelLoader):  # type: ignore[misc]
             folder, _ = compat.checkpoint_files(self, model_config, model)
         if is_dfloat11(folder):
             self.counter_before_loading_weights = time.perf_counter()  # for vLLM's log
-            return official_weights(folder, model_config.hf_config, model)
+            pairs = official_weights(folder, model_config.hf_config, model)
+            # Of other files beside it, or of other models, as vLLM reads them; of their tensors no header is read.
+            others = [
+                self._get_weights_iterator(s) for s in getattr(model, "secondary_weights", ())
+            ]
+            if others:
+                return StoredWeights(chain(pairs, *others), str(folder), ())
+            return pairs
         stored = stored_in(compat.checkpoint_files(self, model_config, model)[1])
         is_all_read = compat.reads_all_files(self, model)
         # A layer counts what arrives for it, so nothing may arrive twice.
