@@ -84,7 +84,9 @@ KEYS = {
     "compress": {
         "source", "target", "units", "num_bytes", "bf16_bytes", "left", "left_out", "seconds", "was_finished",
     },
-    "decompress": {"path", "out", "tensors", "num_bytes", "left_out", "not_sought", "seconds", "was_finished"},
+    "decompress": {
+        "path", "out", "tensors", "num_bytes", "left_out", "not_sought", "not_as_listed", "seconds", "was_finished",
+    },
     "verify": {
         "path", "against", "equal", "tensors", "num_bytes", "files", "not_sought", "differences",
     },

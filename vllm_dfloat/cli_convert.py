@@ -160,6 +160,7 @@ def _last_line(target: Path, report: Report) -> str:
 def _decompress(args: argparse.Namespace) -> int:
     from vllm_dfloat.checkpoint.decompress import decompress
     from vllm_dfloat.checkpoint.left import left_out_lines
+    from vllm_dfloat.checkpoint.listed_files import others_line
     from vllm_dfloat.checkpoint.locate import check_dfloat11
 
     check_dfloat11(args.path)
@@ -184,6 +185,7 @@ def _decompress(args: argparse.Namespace) -> int:
                 "num_bytes": restored.num_bytes,
                 "left_out": dict(restored.left_out),
                 "not_sought": restored.not_sought or None,
+                "not_as_listed": list(restored.not_as_listed),
                 "seconds": seconds,
                 "was_finished": restored.was_finished,
             }
@@ -191,6 +193,8 @@ def _decompress(args: argparse.Namespace) -> int:
     elif not args.quiet:
         for line in left_out_lines(restored.left_out):
             say(line)
+        if restored.not_as_listed:
+            say(others_line(tuple(restored.not_as_listed)))
         what = f"{restored.tensors} tensors, {restored.num_bytes:,} bytes"
         end = not_sought_clause(restored.not_sought)
         if restored.was_finished:

@@ -14,10 +14,11 @@ from vllm_dfloat.checkpoint.dfloat11 import Dfloat11Checkpoint, open_checkpoint
 from vllm_dfloat.checkpoint.finished import find_finished, write_finished
 from vllm_dfloat.checkpoint.folder import CONFIG_FILE
 from vllm_dfloat.checkpoint.folder_lock import FolderLock
+from vllm_dfloat.checkpoint.listed_files import others, refuse_other_weights, weight_bytes
 from vllm_dfloat.checkpoint.listing import INDEX_FILE, weight_files
 from vllm_dfloat.checkpoint.model_class import refuse_missing_parameters
 from vllm_dfloat.checkpoint.progress import Advance, ignore
-from vllm_dfloat.checkpoint.resume import DECOMPRESSION, resumable
+from vllm_dfloat.checkpoint.resume import DECOMPRESSION, check_place, resumable
 from vllm_dfloat.checkpoint.safetensors_file import StoredTensor
 from vllm_dfloat.checkpoint.shapes import Shapes, module_shapes, original_shapes
 from vllm_dfloat.checkpoint.source import config_text, identity_of
@@ -44,6 +45,7 @@ class Restored:
         left_out: file beside the weights -> why it was not copied.
         not_sought: why nobody could tell whether tensors are missing, nothing if that was looked for.
         was_finished: an earlier run had done everything.
+        not_as_listed: files beside the weights that are not what the checkpoint's manifest says.
     """
 
     tensors: int
@@ -51,6 +53,7 @@ class Restored:
     left_out: Mapping[str, str]
     not_sought: str
     was_finished: bool = False
+    not_as_listed: Sequence[str] = ()
 
 
 def decompress(
@@ -66,21 +69,23 @@ def decompress(
     """Write the tensors of the DFloat11 checkpoint `path` into the folder `out`, with everything beside them.
 
     Shards are cut at `shard_bytes` and get their names when they are complete; the index comes last. Goes on where an
-    earlier run with the same arguments was ended.
+    earlier run with the same arguments was ended. Where the checkpoint has a manifest, its weight files are read and
+    compared with it before anything is written.
 
     Args:
         path: a DFloat11 checkpoint, ours or an official one.
         out: a new or empty folder, or one in which the same was begun or finished.
         force: take another folder too, and replace the checkpoint in it.
         workers: processes; by default as many as cores and memory allow.
-        start: called with the bytes to be written in all, and with those that an earlier run has written.
-        advance: called with the bytes that were written since.
+        start: called with the bytes to be compared and written in all, and with those that an earlier run has written
+            as far as that is known by then.
+        advance: called with the bytes that were compared or written since.
         shard_bytes: the largest size of a file, unless one tensor alone takes more.
         original: where the shapes of the weights come from instead of manifest and config of the checkpoint.
 
     Raises:
         ChangedError: a file of the checkpoint was changed meanwhile.
-        FormatError: the checkpoint is damaged, or `out` cannot be used.
+        FormatError: the checkpoint is damaged, its weight files are not those of its manifest, or `out` cannot be used.
         UnsupportedError: the shapes of its weights cannot be found out.
         DFloatError: the disk is full.
     """
@@ -88,7 +93,7 @@ def decompress(
     checkpoint = open_checkpoint(path)
     items = plan(checkpoint, _shapes(path, original), keep_tied=True)
     not_sought = ""
-    for described_by in () if checkpoint.has_manifest else filter(None, (original, path)):
+    for described_by in () if checkpoint.manifest else filter(None, (original, path)):
         not_sought = refuse_missing_parameters(path, checkpoint.names, described_by)
         if not not_sought:
             break
@@ -99,19 +104,29 @@ def decompress(
     identity = _identity(checkpoint, items, shard_bytes)
     if not force and (known := find_finished(out, DECOMPRESSION, identity, files)):
         return Restored(**known, was_finished=True)
+    if manifest := checkpoint.manifest:
+        check_place(path, out, DECOMPRESSION)
+        start(weight_bytes(manifest) + sum(sizes.values()), 0)
+        with files.unchanged():
+            refuse_other_weights(path, manifest, advance)
     begun = resumable(path, out, DECOMPRESSION, identity, force)
     with begun as work, files.unchanged():
         done = work.resume(set(sizes))
-        start(sum(sizes.values()), sum(sizes[file] for file in done))
+        done_bytes = sum(sizes[file] for file in done)
+        if manifest:
+            advance(done_bytes)
+        else:
+            start(sum(sizes.values()), done_bytes)
         todo = [shard for shard in shards if shard.file not in done]
         for result in _run(work.lock, todo, workers, advance):
             work.append(result)
-        _write_rest(checkpoint, files, work, shards)
+        copied = _write_rest(checkpoint, files, work, shards)
         report: dict[str, Any] = {
             "tensors": len(items),
             "num_bytes": sum(sizes.values()),
             "left_out": dict(files.side.left_out),
             "not_sought": not_sought,
+            "not_as_listed": others(path, manifest, copied) if manifest else (),
         }
         write_finished(work, DECOMPRESSION, identity, files, report)
     return Restored(**report)
@@ -169,13 +184,15 @@ def _run(
 
 def _write_rest(
     checkpoint: Dfloat11Checkpoint, files: SourceFiles, work: Work, shards: Sequence[Shard]
-) -> None:
-    """Write copies of all other files, config and index."""
+) -> dict[str, dict[str, Any]]:
+    """Write copies of all other files, config and index; return size and SHA-256 of the copies."""
     for name in files.side.names:
         work.copy(checkpoint.path, name, files.identity(name))
+    copied = {name: work.entries[name] for name in files.side.names}
     files.check()  # before the files are there that make the folder a model
     total = sum(shard.num_bytes for shard in shards)
     weight_map = {item.name: shard.file for shard in shards for item in shard.items}
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     work.write_text(CONFIG_FILE, config_text(checkpoint.config, None))
     work.write_text(INDEX_FILE, json.dumps(index, indent=2) + "\n")
+    return copied

@@ -11,6 +11,7 @@ from vllm_dfloat.checkpoint.completeness import refuse_gaps
 from vllm_dfloat.checkpoint.folder import CONFIG_KEY, refuse_unfinished, stored_tensors
 from vllm_dfloat.checkpoint.listing import weight_files
 from vllm_dfloat.checkpoint.manifest import (
+    Manifest,
     read_manifest,
     refuse_missing_weights,
     refuse_other_files,
@@ -31,14 +32,14 @@ class Dfloat11Checkpoint:
         config: config.json as a dictionary.
         units: the compressed modules by module path.
         plain: every tensor that belongs to no unit, by tensor name.
-        has_manifest: whether a manifest lists its files, which have been compared with it.
+        manifest: lists its files, of which names, sizes and headers have been compared with it; None if it has none.
     """
 
     path: Path
     config: Mapping[str, Any]
     units: Mapping[str, UnitEntry]
     plain: Mapping[str, StoredTensor]
-    has_manifest: bool = False
+    manifest: Manifest | None = None
 
     @property
     def names(self) -> frozenset[str]:
@@ -95,7 +96,7 @@ def open_checkpoint(path: str | Path) -> Dfloat11Checkpoint:
     used = {tensor.name for unit in units.values() for tensor in unit.fields.values()}
     plain = {name: tensor for name, tensor in tensors.items() if name not in used}
     _refuse_stored_twice(units, plain)
-    checkpoint = Dfloat11Checkpoint(path, config, units, plain, manifest is not None)
+    checkpoint = Dfloat11Checkpoint(path, config, units, plain, manifest)
     if manifest:
         refuse_missing_weights(path, manifest, checkpoint.names)
     else:

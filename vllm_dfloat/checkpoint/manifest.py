@@ -179,13 +179,14 @@ def file_differences(folder: Path, manifest: Manifest, advance: Advance = ignore
     """
     found = []
     for name, expected in manifest.files.items():
-        difference = _difference(folder / name, expected, advance)
-        if difference:
-            found.append(f"{one_line(name)}: {difference}")
+        what = difference(folder / name, expected, advance)
+        if what:
+            found.append(f"{one_line(name)}: {what}")
     return found
 
 
-def _difference(file: Path, expected: Mapping[str, Any], advance: Advance) -> str:
+def difference(file: Path, expected: Mapping[str, Any], advance: Advance = ignore) -> str:
+    """Return how a file differs from its entry in a manifest, nothing if it does not; it is read to its end."""
     try:
         size = regular_size(file)
         if size != expected["bytes"]:

@@ -57,7 +57,7 @@ def resumable(source: Path, target: Path, task: Task, identity: str, force: bool
         FormatError: the folder cannot be used, holds the beginning of another task, or another process works in it.
         DFloatError: the disk is full.
     """
-    _check_place(source, target, task)
+    check_place(source, target, task)
     try:
         with locked(target) as lock:
             # Only now: what another run does in the folder until it ends is not to be judged or removed.
@@ -83,7 +83,12 @@ def resumable(source: Path, target: Path, task: Task, identity: str, force: bool
         ) from error
 
 
-def _check_place(source: Path, target: Path, task: Task) -> None:
+def check_place(source: Path, target: Path, task: Task) -> None:
+    """Refuse a target that lies in the source or around it, or is no folder.
+
+    Raises:
+        FormatError: it does, or is none.
+    """
     here, there = source.resolve(), target.resolve()
     if here == there or here in there.parents or there in here.parents:
         raise FormatError(
