@@ -3,7 +3,7 @@
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ ATTENTION = "model.layers.0.self_attn"
 QKV, O_PROJ, DOWN = f"{ATTENTION}.qkv_proj", f"{ATTENTION}.o_proj", "model.layers.0.mlp.down_proj"
 NORM, EMBEDDING = "model.norm.weight", "model.embed_tokens"
 MLP = "model.layers.1.mlp"
+K = f"{ATTENTION}.k_proj.weight"
 AS_BEFORE = "All weights are as before"
 HOW = "held compressed; nothing was read or changed. To change it, .*reload_weights"
 
@@ -94,6 +95,9 @@ class Served:
         self.reload(weights_iterator=iter(pairs), **arguments)
 
     def transfer(self, *chunks: Pairs) -> None:
+        self.send(chunks)
+
+    def send(self, chunks: Iterable[Pairs]) -> None:
         """Send chunks of weights from start to finish; after a failure nothing more is sent."""
         self.llm.collective_rpc("start_weight_update")
         for chunk in chunks:
@@ -130,10 +134,12 @@ def both(bf16_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) 
 def expected(both: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Return what BF16 vLLM answers with each set of changes; asked before, since an engine that ends takes vLLM's
     process groups from one that runs."""
-    return {
-        name: changed_answers(both, change, tmp_path_factory.mktemp("edited"))
-        for name, (_, change) in EFFECTIVE.items()
+    changes = {change for _, change in EFFECTIVE.values()}
+    answers = {
+        change: changed_answers(both, change, tmp_path_factory.mktemp("edited"))
+        for change in changes
     }
+    return {name: answers[change] for name, (_, change) in EFFECTIVE.items()}
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +180,20 @@ def changed_answers(both: tuple[Path, Path], change: Change, folder: Path) -> An
 def fails_after(pairs: Pairs) -> Iterator[tuple[str, torch.Tensor]]:
     yield from pairs
     raise OSError("the trainer is gone")
+
+
+def from_one_buffer(pairs: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield pairs whose tensors lie in the same memory, one after the other."""
+    pairs = list(pairs)
+    buffer = torch.empty(max(tensor.numel() for _, tensor in pairs), dtype=torch.bfloat16)
+    for name, tensor in pairs:
+        yield name, buffer[: tensor.numel()].view(tensor.shape).copy_(tensor)
+    buffer.fill_(torch.nan)
+
+
+def larger(served: Served, name: str, dim: int) -> Pairs:
+    """Return a tensor with as much again beside it."""
+    return [(name, torch.cat([served.new[name]] * 2, dim).contiguous())]
 
 
 def write_norm_then(served: Served, name: str) -> Pairs:
@@ -241,6 +261,26 @@ REFUSED: dict[str, Refused] = {
         lambda s: s.model.load_weights(s.some("layers.1.") + shape(f"{O_PROJ}.weight", 3, 3)),
         UnsupportedError,
         rf"{O_PROJ}.weight \[3, 3\]: could not be loaded .*{AS_BEFORE}",
+    ),
+    "load_weights, q with twice the rows": (
+        lambda s: s.model.load_weights(larger(s, f"{ATTENTION}.q_proj.weight", 0)),
+        UnsupportedError,
+        rf"q_proj.weight \[512, 256\]: 131072 weights, of which this model takes 65536; .*{AS_BEFORE}",
+    ),
+    "load_weights, a bias of k with twice the rows": (
+        lambda s: s.model.load_weights(larger(s, f"{ATTENTION}.k_proj.bias", 0)),
+        UnsupportedError,
+        rf"k_proj.bias \[256\]: 256 weights, of which this model takes 128; .*{AS_BEFORE}",
+    ),
+    "load_weights, down with twice the columns": (
+        lambda s: s.model.load_weights(larger(s, f"{DOWN}.weight", 1)),
+        UnsupportedError,
+        rf"down_proj.weight \[256, 3072\]: 786432 weights, of which .* 393216; .*{AS_BEFORE}",
+    ),
+    "reload, gate of a layer that is BF16 with twice the rows": (
+        lambda s: s.iterate(s.some("layers.0.") + larger(s, f"{MLP}.gate_proj.weight", 0)),
+        UnsupportedError,
+        rf"gate_proj.weight \[3072, 256\]: 786432 weights, of which .* 393216; .*{AS_BEFORE}",
     ),
     "load_weights, the source raises": (
         lambda s: s.model.load_weights(fails_after(s.some("layers.0."))),
@@ -394,6 +434,19 @@ EFFECTIVE: dict[str, tuple[Callable[[Served], Any], Change]] = {
     "reload of an iterator": (lambda s: s.iterate(s.new.items()), everything),
     "reload of one block": (lambda s: s.iterate(s.some("layers.0.")), block),
     "load_weights": (lambda s: s.model.load_weights(s.new.items()), everything),
+    # Layers that wait for more kept the memory that their source filled again: k and q had the values of v.
+    "load_weights from one buffer": (
+        lambda s: s.model.load_weights(from_one_buffer(s.new.items())),
+        everything,
+    ),
+    "reload of an iterator over one buffer": (
+        lambda s: s.iterate(from_one_buffer(s.some("layers.0."))),
+        block,
+    ),
+    "transfer in chunks from one buffer": (
+        lambda s: s.send([pair] for pair in from_one_buffer(s.some("layers.0."))),
+        block,
+    ),
     "load_weights, one by one": (
         lambda s: [s.model.load_weights([pair]) for pair in s.some("layers.0.")],
         block,
@@ -443,6 +496,11 @@ SPOILT: dict[str, tuple[Callable[[Path], Any], str, bool]] = {
     "with another shape": (
         lambda path: tiny_models.edit(path, lambda t: t.update(shape(f"{O_PROJ}.weight", 3, 3))),
         rf"{O_PROJ}\.weight \[3, 3\]: could not be loaded .*{AS_BEFORE}",
+        True,
+    ),
+    "with twice the rows": (
+        lambda path: tiny_models.edit(path, lambda t: t.update({K: torch.cat([t[K]] * 2)})),
+        rf"k_proj.weight \[256, 256\]: 65536 weights, of which this model takes 32768; .*{AS_BEFORE}",
         True,
     ),
     "with one block too many": (

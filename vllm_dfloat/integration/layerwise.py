@@ -15,7 +15,7 @@ import torch
 from vllm.model_executor.model_loader.reload import layerwise as vllm
 from vllm.model_executor.model_loader.reload import meta
 
-from vllm_dfloat.integration import compat
+from vllm_dfloat.integration import compat, loader_calls
 
 WATCHER = "dfloat11_watcher"  # the attribute of every module of a watched model
 
@@ -108,6 +108,15 @@ def arrived(layer: torch.nn.Module) -> tuple[int, int]:
     return int(info.load_numel), sum(tensor.numel() for tensor in counted) - padding
 
 
+def without_arrivals(layer: torch.nn.Module) -> list[str]:
+    """Return the parameters without memory of a layer for which nothing has arrived; attention's scales may stay."""
+    if vllm.is_deferred_attention_layer(layer):
+        return []
+    begun = {name for name, _ in vllm.get_layerwise_info(layer).loaded_weights}
+    waiting = dict(layer.named_parameters(recurse=False))
+    return [name for name, tensor in waiting.items() if tensor.is_meta and name not in begun]
+
+
 def has_nothing(layer: torch.nn.Module) -> bool:
     """Return whether vLLM's loaders were never called for a layer that is being processed."""
     return not vllm.get_layerwise_info(layer).loaded_weights
@@ -194,6 +203,7 @@ def _install() -> None:
     for name, hook in hooks.items():
         original = getattr(vllm, name)
         setattr(vllm, name, functools.wraps(original)(functools.partial(_watched, hook, original)))
+    loader_calls.install()
 
 
 def _watched(

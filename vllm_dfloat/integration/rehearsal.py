@@ -76,15 +76,19 @@ def rehearse(
 
 
 def what_is_short(layer: torch.nn.Module, name: str) -> str:
-    """Return what has arrived of a layer with matrices, and what not, in the words of a message; "" if all has."""
+    """Return what has arrived of a layer and what not, in the words of a message; "" if all has, or nothing was due.
+
+    Layers without matrices that got nothing are left to vLLM's own check.
+    """
     arrived, expected = layerwise.arrived(layer)
     if arrived >= expected:
         return ""
     if layer_kinds.is_experts(layer):
         return arrivals.missing_experts(layer, name)
-    return (
-        f"{name}: {arrived} of {expected} weights arrived" if compat.holds_a_matrix(layer) else ""
-    )
+    if compat.holds_a_matrix(layer):
+        return f"{name}: {arrived} of {expected} weights arrived"
+    missing = layerwise.without_arrivals(layer) if arrived else []
+    return f"{name}: nothing arrived for {', '.join(missing)}" if missing else ""
 
 
 def needs_data(error: Exception) -> bool:

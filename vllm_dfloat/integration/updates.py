@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from vllm_dfloat.errors import DFloatError, FormatError, UnsupportedError
-from vllm_dfloat.integration import compat, guards, layer_kinds, layerwise, packed
+from vllm_dfloat.integration import compat, guards, layer_kinds, layerwise, loader_calls, packed
+from vllm_dfloat.integration.incoming import AS_BEFORE, Incoming
 from vllm_dfloat.integration.plugin import logger
 from vllm_dfloat.integration.rehearsal import StoredWeights, needs_data, rehearse, what_is_short
 from vllm_dfloat.integration.saved import SavedWeights
@@ -42,7 +43,7 @@ class Updates:
         self._vllm_config, self._model_config = vllm_config, model_config
         self._saved: SavedWeights | None = None
         self._names: set[str] = set()
-        self._is_partial = False
+        self._is_partial = self._keeps_rest = False
         self._depth = 0
 
     # What vLLM's layerwise reload tells us.
@@ -59,16 +60,18 @@ class Updates:
     def is_about_to_load(self, layer: torch.nn.Module) -> None:
         found, expected = layerwise.arrived(layer)
         short = what_is_short(layer, self._name_of(layer)) if found < expected else ""
+        is_matrix = layer_kinds.is_experts(layer) or compat.holds_a_matrix(layer)
         self._is_partial = bool(short) if layer_kinds.is_experts(layer) else found < expected
+        self._keeps_rest = self.fills_in or not is_matrix
         if short and not self.fills_in:
             raise UnsupportedError(
-                f"{short}; expected all, or none. {_AS_BEFORE} "
+                f"{short}; expected all, or none. {AS_BEFORE} "
                 "Give all tensors of the layer to the same update, or to load_weights, which may be given parts."
             )
 
     def materialized(self, layer: torch.nn.Module) -> None:
-        if self.fills_in and self._is_partial:
-            _fill_in(layer)
+        if self._is_partial and self._keeps_rest:
+            _fill_in(layer, needs_all=self.fills_in)
         if layer_kinds.is_experts(layer):
             compat.renew_cpu_kernel(layer)
 
@@ -147,9 +150,11 @@ class Updates:
             self._names.clear()
 
     def _receive(self, weights: Pairs, *args: Any, **kwargs: Any) -> Any:
-        current = _Current(weights, self._names)
+        current = Incoming(weights, self._names, isinstance(weights, StoredWeights) or self.counts)
         try:
-            loaded = self._load_weights(current, *args, **kwargs)
+            with loader_calls.told_to(current.called):
+                loaded = self._load_weights(current, *args, **kwargs)
+            current.copy_kept()
             self._check_heard(loaded or ())
             return loaded
         except DFloatError:
@@ -161,7 +166,7 @@ class Updates:
                 raise NotImplementedError(str(error)) from error
             raise UnsupportedError(
                 f"{current}: could not be loaded into this model ({type(error).__name__}: {error}); expected names and "
-                f"shapes of the checkpoint that it was started from. {_AS_BEFORE} Give such tensors."
+                f"shapes of the checkpoint that it was started from. {AS_BEFORE} Give such tensors."
             ) from error
 
     def _check_heard(self, loaded: Iterable[str]) -> None:
@@ -173,53 +178,22 @@ class Updates:
             if layer is not None and layerwise.is_deaf(layer, leaf):
                 raise UnsupportedError(
                     f"{name}: this model writes it past vLLM's weight loaders, which an update needs, so what was "
-                    f"given would be lost; expected layers other than this. {_AS_BEFORE} Give the others alone, or "
+                    f"given would be lost; expected layers other than this. {AS_BEFORE} Give the others alone, or "
                     "start the engine with the new checkpoint."
                 )
 
 
-_AS_BEFORE = "All weights are as before."
 _NO_PATCHES = (
     "sparse weight patches: they change single values in place, which compressed layers do not have; expected whole "
     "tensors. Nothing was changed. Use another backend of vLLM's weight transfer, reload_weights or load_weights."
 )
 
 
-class _Current(Iterator[tuple[str, torch.Tensor]]):
-    """Passes (name, tensor) pairs on, and knows which came last and whether their source failed."""
-
-    def __init__(self, pairs: Pairs, seen: set[str]) -> None:
-        self._pairs = iter(pairs)
-        self._seen = seen
-        self._name, self._shape = "the first tensor", ""
-        self.error: BaseException | None = None
-
-    def __next__(self) -> tuple[str, torch.Tensor]:
-        try:
-            name, tensor = next(self._pairs)
-        except StopIteration:
-            raise
-        except BaseException as error:
-            self.error = error
-            raise
-        self._name, self._shape = name, f" {list(tensor.shape)}"
-        if name in self._seen:
-            raise UnsupportedError(
-                f"{name}: given twice in one update, of which vLLM would drop one; expected once. {_AS_BEFORE} "
-                "Give it once."
-            )
-        self._seen.add(name)
-        return name, tensor
-
-    def __str__(self) -> str:
-        return f"{self._name}{self._shape}"
-
-
-def _fill_in(layer: torch.nn.Module) -> None:
+def _fill_in(layer: torch.nn.Module, needs_all: bool) -> None:
     """Fill a layer that is about to be loaded, with a part of its weights, with the values it had.
 
     Raises:
-        UnsupportedError: they are gone, or in another form than a checkpoint's.
+        UnsupportedError: they are gone, or in another form than a checkpoint's, and all are needed.
     """
     before, stays = layerwise.set_aside(layer), layerwise.written_in_place(layer)
     has_its_form = not layer_kinds.is_experts(layer) or compat.keeps_form_of_experts(layer)
@@ -230,10 +204,10 @@ def _fill_in(layer: torch.nn.Module) -> None:
             tensor.data.copy_(_values(layer))
         elif name in before and before[name].shape == tensor.shape and has_its_form:
             tensor.data.copy_(before[name])
-        else:
+        elif needs_all:
             raise UnsupportedError(
                 f"{type(layer).__name__}.{name}: only a part of it was given, and what the layer has is in the form of "
-                f"a kernel; expected the whole layer. {_AS_BEFORE} Give all tensors of the layer in one call."
+                f"a kernel; expected the whole layer. {AS_BEFORE} Give all tensors of the layer in one call."
             )
 
 
