@@ -47,6 +47,19 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
         "Phi",
         dict(tie_word_embeddings=False),
     ),  # biases everywhere, of its LayerNorms and LM head too
+    "mamba2": (
+        "Mamba2",
+        dict(
+            num_hidden_layers=1,
+            vocab_size=64,
+            state_size=16,
+            intermediate_size=512,
+            expand=2,
+            head_dim=64,
+            num_heads=8,
+            n_groups=1,
+        ),
+    ),
 }
 
 

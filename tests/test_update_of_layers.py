@@ -1,0 +1,72 @@
+"""Updates of layers that hold no matrix: vLLM's loaders, its layerwise reload and real layers, without an engine."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+from model_loads import loaded
+from safetensors.torch import load_file
+from vllm.model_executor.model_loader import reload
+
+from vllm_dfloat.errors import UnsupportedError
+from vllm_dfloat.integration.updates import updates_of
+
+pytestmark = pytest.mark.engine
+
+MIXER = "backbone.layers.0.mixer"  # a module of three vectors and some layers
+VECTORS = ("A", "D", "dt_bias")
+
+
+class Loaded:
+    """A model and the tensors of its checkpoint."""
+
+    def __init__(self, model: Any, path: Path) -> None:
+        self.model, self.stored = model, load_file(path / "model.safetensors")
+        self.mixer = model.get_submodule(MIXER)
+
+    def vectors(self) -> list[torch.Tensor]:
+        return [getattr(self.mixer, name).detach().clone() for name in VECTORS]
+
+    def reload(self, *names: str) -> None:
+        updates = updates_of(self.model)
+        assert updates is not None
+        with updates.undone_on_error():
+            reload.initialize_layerwise_reload(self.model)
+            self.model.load_weights((name, self.stored[name] * 2) for name in names)
+            reload.finalize_layerwise_reload(self.model, updates._model_config)
+
+
+@pytest.fixture(scope="module")
+def mamba(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loaded]:
+    path = tiny_models.save("mamba2", tmp_path_factory.mktemp("mamba2"))
+    with loaded(path, quantization="dfloat11") as model:
+        yield Loaded(model, path)
+
+
+def same(found: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:
+    return all(map(torch.equal, found, expected))
+
+
+def test_layer_that_gets_one_parameter_and_not_another_is_refused(mamba: Loaded) -> None:
+    # Bug caught: the others were served from memory that nobody had written.
+    before = mamba.vectors()
+    with pytest.raises(
+        UnsupportedError, match=rf"{MIXER}: nothing arrived for A, dt_bias; .*before"
+    ):
+        mamba.reload(f"{MIXER}.D")
+    assert same(mamba.vectors(), before)
+
+
+def test_layer_that_gets_nothing_keeps_its_parameters(mamba: Loaded) -> None:
+    before = mamba.vectors()
+    mamba.reload("backbone.norm_f.weight")
+    assert same(mamba.vectors(), before)
+
+
+def test_load_weights_of_one_parameter_keeps_the_others(mamba: Loaded) -> None:
+    a, d, bias = mamba.vectors()
+    mamba.model.load_weights([(f"{MIXER}.D", mamba.stored[f"{MIXER}.D"] * 3)])
+    assert same(mamba.vectors(), [a, d * 3, bias])
