@@ -134,6 +134,62 @@ def test_no_tensor_of_a_checkpoint_can_be_missing(small: Models, tmp_path: Path)
             pytest.fail(f"served without {name}")
 
 
+def cut(source: Path, path: Path, name: str, dim: int) -> Path:
+    """Write a copy of a checkpoint with half of one tensor."""
+
+    def halve(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name] = tensors[name].chunk(2, dim)[0].contiguous()
+
+    return tiny_models.edit(shutil.copytree(source, path), halve)
+
+
+def pad_experts(monkeypatch: pytest.MonkeyPatch, hidden: int, inner: int) -> None:
+    """Have vLLM pad experts, as it does for some kernels of GPUs."""
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
+        UnquantizedFusedMoEMethod,
+    )
+
+    monkeypatch.setattr(
+        UnquantizedFusedMoEMethod,
+        "maybe_roundup_sizes",
+        lambda _, hidden_size, inner_size, *__: (hidden_size + hidden, inner_size + inner),
+    )
+
+
+@pytest.mark.parametrize(("hidden", "inner"), [(0, 0), (32, 0), (0, 32), (32, 96)])
+@pytest.mark.parametrize(
+    ("kind", "dim", "missing"),
+    [("gate_proj", 0, "w13_weight"), ("up_proj", 0, "w13_weight"), ("down_proj", 1, "w2_weight")],
+)
+def test_expert_that_is_cut_off_is_refused_whatever_vllm_pads(
+    kind: str,
+    dim: int,
+    missing: str,
+    hidden: int,
+    inner: int,
+    small: Models,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Bug caught: one element of an expert was enough, since padding never arrives; the rest was whatever lay there.
+    pad_experts(monkeypatch, hidden, inner)
+    model = cut(small("qwen3_moe"), tmp_path / "model", f"{MLP}.experts.1.{kind}.weight", dim)
+    with (
+        pytest.raises(UnsupportedError, match=rf"{missing}: .* \(missing: expert 1( {kind})?\)"),
+        loaded(model, **DFLOAT11),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(("hidden", "inner"), [(32, 0), (0, 32), (32, 96)])
+def test_padding_of_experts_is_not_missed(
+    hidden: int, inner: int, small: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pad_experts(monkeypatch, hidden, inner)
+    with loaded(small("qwen3_moe"), **DFLOAT11):
+        pass
+
+
 @pytest.mark.parametrize("name", ["o_proj", "gate_up_proj", "lm_head", "embed_tokens"])
 def test_layer_that_is_left_in_bf16_must_be_there_too(
     name: str, small: Models, tmp_path: Path

@@ -60,6 +60,10 @@ class Awaited:
         """Note that a view of the parameter was written."""
         if not view.numel():
             return
+        if view.dim() > 2 and not view.is_contiguous():  # padding lies between its matrices
+            for matrix in view.unbind():
+                self.note(matrix)
+            return
         first = int(view.storage_offset() - self.parameter.storage_offset())
         steps = zip(view.shape, view.stride(), strict=True)
         last = first + sum((size - 1) * stride for size, stride in steps)
@@ -77,7 +81,7 @@ class Awaited:
         return min(found, self.expected(part))
 
     def expected(self, part: Part) -> int:
-        return (part.stop - part.start) * self.row_numel
+        return (part.stop - part.start) * self.row_numel if part.due is None else part.due
 
     def is_missing(self, part: Part) -> bool:
         found, expected = self.arrived(part), self.expected(part)

@@ -68,6 +68,33 @@ def expert_matrices(layer: Any) -> dict[str, list[str]]:
     }
 
 
+def numel_of_expert(layer: Any, name: str) -> int | None:
+    """Return how many elements of one of its parameters a checkpoint has for an expert on this rank, without padding.
+
+    None: that is not known.
+    """
+    config = layer.moe_config
+    inner = getattr(config, "intermediate_size_per_partition_unpadded", None)
+    outer = getattr(config, "hidden_dim_unpadded", None)
+    if not inner or not outer or getattr(config, "tp_shard_with_padding", False):
+        return None  # the last ranks get less
+    gates = 2 if getattr(config, "is_act_and_mul", True) else 1
+    sizes = {
+        "w13_weight": gates * inner * outer,
+        "w2_weight": inner * outer,
+        "w13_bias": gates * inner,
+        "w2_bias": outer,
+    }
+    return sizes.get(name)
+
+
+def has_padded_experts(layer: Any) -> bool:
+    """Return whether vLLM pads the inner dimension of routed experts for a kernel."""
+    config = layer.moe_config
+    inner = getattr(config, "intermediate_size_per_partition_unpadded", None)
+    return bool(inner != config.intermediate_size_per_partition)
+
+
 def local_experts(layer: Any) -> list[int]:
     """Return which experts of the model a layer of routed experts holds, in its order."""
     mapping = getattr(layer, "_expert_map", None)

@@ -16,13 +16,15 @@ class Part:
     Attributes:
         label: what they are ("k_proj", "expert 3: w1"), or nothing if they are the whole parameter.
         start, stop: the rows, stop excluded; all dimensions but the last are flattened into rows.
-        is_whole: every element must arrive; else, where a kernel's padding stays empty, at least one.
+        is_whole: every element must arrive; else at least one.
+        due: how many must arrive, where a kernel's padding stays empty; None: all of them.
     """
 
     label: str
     start: int
     stop: int
     is_whole: bool = True
+    due: int | None = None
 
 
 def num_rows(parameter: torch.Tensor) -> int:
@@ -62,7 +64,11 @@ def _linear_parts(
 
 
 def _expert_parts(layer: Any, name: str, parameter: torch.Tensor) -> Iterator[Part]:
-    """Yield the matrices of every expert that this rank has: gate, up and down; and its biases, if it has any."""
+    """Yield the matrices of every expert that this rank has: gate, up and down; and its biases, if it has any.
+
+    Where a kernel's padding parts gate from up, checkpoints that have both in one tensor do not fill each half alike:
+    there something of each must arrive, and all of both.
+    """
     count = parameter.shape[0]
     kinds = layer_kinds.expert_matrices(layer).get(name, [])
     if not kinds or count != layer.local_num_experts:
@@ -71,7 +77,15 @@ def _expert_parts(layer: Any, name: str, parameter: torch.Tensor) -> Iterator[Pa
     if each % len(kinds):
         kinds = kinds[:1]
     step = each // len(kinds)
+    due = layer_kinds.numel_of_expert(layer, name)
+    is_padded = len(kinds) > 1 and layer_kinds.has_padded_experts(layer)
     for local, expert in enumerate(layer_kinds.local_experts(layer)):
+        first = local * each
         for i, kind in enumerate(kinds):
-            start = local * each + i * step
-            yield Part(f"expert {expert} {kind}", start, start + step, is_whole=False)
+            label, start = f"expert {expert} {kind}", first + i * step
+            if is_padded or due is None:
+                yield Part(label, start, start + step, is_whole=False)
+            else:
+                yield Part(label, start, start + step, due=due // len(kinds))
+        if is_padded and due is not None:
+            yield Part(f"expert {expert}", first, first + each, due=due)
