@@ -112,9 +112,7 @@ def without_arrivals(layer: torch.nn.Module) -> list[str]:
     """Return the parameters without memory of a layer for which nothing has arrived; attention's scales may stay."""
     if vllm.is_deferred_attention_layer(layer):
         return []
-    begun = {name for name, _ in vllm.get_layerwise_info(layer).loaded_weights}
-    waiting = dict(layer.named_parameters(recurse=False))
-    return [name for name, tensor in waiting.items() if tensor.is_meta and name not in begun]
+    return [name for name, _ in layer.named_parameters(recurse=False) if is_deaf(layer, name)]
 
 
 def has_nothing(layer: torch.nn.Module) -> bool:
