@@ -19,11 +19,13 @@ from safetensors.torch import load_file
 from small_models import bf16, make_model
 
 from vllm_dfloat.checkpoint.compare import compare
-from vllm_dfloat.checkpoint.compress import Report, compress
+from vllm_dfloat.checkpoint.compress import Report, compress, plan_files
+from vllm_dfloat.checkpoint.compress_file import FileResult
 from vllm_dfloat.checkpoint.decompress import decompress
 from vllm_dfloat.checkpoint.dfloat11 import open_checkpoint
 from vllm_dfloat.checkpoint.folder import FINISHED_FILE
 from vllm_dfloat.checkpoint.manifest import MANIFEST_FILE, file_entry, read_manifest
+from vllm_dfloat.checkpoint.plan_units import plan_units
 from vllm_dfloat.checkpoint.resume import COMPRESSION
 from vllm_dfloat.checkpoint.source import open_source
 from vllm_dfloat.checkpoint.weights import weights
@@ -196,15 +198,11 @@ def test_finished_files_are_not_made_again_unless_they_were_changed(
     compress(source, target)
     finished = {path.name: path.stat().st_mtime_ns for path in target.glob("*.safetensors")}
     entries = [file_entry(target / name) for name in finished]
+    jobs = plan_files(plan_units(source.config, source.tensors), source)
+    units = {job.file: job.units for job in jobs}
     lines = [{"version": 1, "source": source.identity()}]
     lines += [
-        {
-            "file": name,
-            "num_bytes": entry["bytes"],
-            "sha256": entry["sha256"],
-            "units": [],
-            "left": {},
-        }
+        FileResult(name, entry["bytes"], entry["sha256"], units[name], {}).as_json()
         for name, entry in zip(finished, entries, strict=True)
     ]
     text = "".join(json.dumps(line) + "\n" for line in lines)

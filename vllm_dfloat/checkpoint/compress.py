@@ -23,6 +23,7 @@ from vllm_dfloat.checkpoint.plan_units import (
     plan_units,
 )
 from vllm_dfloat.checkpoint.progress import Advance, WholeBytes
+from vllm_dfloat.checkpoint.read_back import read_back, refuse_unit_names
 from vllm_dfloat.checkpoint.resume import COMPRESSION, resumable
 from vllm_dfloat.checkpoint.safetensors_file import header_sha256
 from vllm_dfloat.checkpoint.source import Source, config_text
@@ -87,7 +88,7 @@ def compress(
     Raises:
         ChangedError: a file of the source was changed meanwhile.
         FormatError: `target` cannot be used, or what was written does not decode to the original.
-        UnsupportedError: there is nothing to compress in `source`.
+        UnsupportedError: there is nothing to compress in `source`, or a tensor is named as those of a unit are.
         DFloatError: the disk is full.
     """
     began = time.monotonic()
@@ -98,6 +99,7 @@ def compress(
             f"{source.path}: holds no BF16 weight of a linear or embedding layer (its dtypes: {', '.join(found)}); "
             "there is nothing to compress."
         )
+    refuse_unit_names(source.path, source.tensors)
     identity = source.identity()
     if not force and (known := find_finished(target, COMPRESSION, identity, source.files)):
         return Report(**known, seconds=time.monotonic() - began, was_finished=True)
@@ -205,6 +207,7 @@ def _finish(
     shapes = {name: source.tensors[name].shape for unit in units for name in unit.tensors}
     headers = {result.file: header_sha256(work.folder / result.file) for result in results}
     work.write_text(MANIFEST_FILE, Manifest(work.entries, shapes, headers).as_text())
+    read_back(work.folder, source.tensors)
     left = dict(plan.left)
     for result in results:
         left.update(result.left)

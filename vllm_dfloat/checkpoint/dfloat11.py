@@ -65,11 +65,15 @@ class Dfloat11Checkpoint:
             unit.open()
 
 
-def open_checkpoint(path: str | Path) -> Dfloat11Checkpoint:
+def open_checkpoint(path: str | Path, may_be_unfinished: bool = False) -> Dfloat11Checkpoint:
     """Open the DFloat11 checkpoint in directory `path`.
 
     Reads config.json and the headers of all *.safetensors files there; file names and grouping
     carry no meaning. No tensor is read.
+
+    Args:
+        path: the directory.
+        may_be_unfinished: for the command that writes it, and looks at what it has written.
 
     Raises:
         FormatError: the directory is no DFloat11 checkpoint, or one of its files is damaged.
@@ -78,7 +82,8 @@ def open_checkpoint(path: str | Path) -> Dfloat11Checkpoint:
     path = Path(path)
     if not path.is_dir():
         raise FormatError(f"{path}: not a directory; a DFloat11 checkpoint is one.")
-    refuse_unfinished(path)
+    if not may_be_unfinished:
+        refuse_unfinished(path)
     files = weight_files(path)
     config, patterns = read_settings(path, files)
     if not files:
@@ -88,7 +93,7 @@ def open_checkpoint(path: str | Path) -> Dfloat11Checkpoint:
     manifest = read_manifest(path)
     if manifest:
         refuse_other_files(path, manifest)
-    tensors = stored_tensors(path)
+    tensors = stored_tensors(path, may_be_unfinished)
     parameters = manifest.parameters if manifest else frozenset()
     groups = _group(tensors)
     patterns.check_steps(list(groups))

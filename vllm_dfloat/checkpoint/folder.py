@@ -81,8 +81,11 @@ def refuse_unfinished(path: Path) -> None:
             )
 
 
-def stored_tensors(path: Path) -> dict[str, StoredTensor]:
+def stored_tensors(path: Path, may_be_unfinished: bool = False) -> dict[str, StoredTensor]:
     """Return every tensor of all *.safetensors files in folder `path`, by name.
+
+    Args:
+        may_be_unfinished: for the command that writes the folder, and looks at what it has written.
 
     Raises:
         FormatError: no such folder, no safetensors file in it, a damaged file, or a tensor stored twice.
@@ -90,7 +93,8 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
     """
     if not path.is_dir():
         raise FormatError(f"{path}: no such folder; expected one with *.safetensors files.")
-    refuse_unfinished(path)
+    if not may_be_unfinished:
+        refuse_unfinished(path)
     files = weight_files(path)
     if not files:
         if visible_files(path, "*.bin") or visible_files(path, "*.pt"):

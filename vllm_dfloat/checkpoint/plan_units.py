@@ -91,6 +91,8 @@ def plan_units(config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -
         path = name.removesuffix(WEIGHT)
         unit, member = _unit_of(path, is_fused=len(tensor.shape) == 3)
         reason = _reason_to_leave(name, tensor, tied, scope)
+        if not reason and not unit:
+            reason = "the module that it is of has no name, so a unit of it would have none"
         if not reason and len(path) > MAX_PATH:
             reason = f"its path has {len(path)} characters, more than the {MAX_PATH} that a reader matches"
         if reason:
@@ -98,6 +100,12 @@ def plan_units(config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -
                 left[name] = reason
             continue
         grouped.setdefault(unit, []).append((member, name))
+    for found in grouped.values():
+        if len(found) > 1 and any(not member for member, _ in found):
+            # With both, a reader could not tell what a unit of one weight is.
+            alone = "it lies below a weight that is a unit by itself"
+            left.update((name, alone) for member, name in found if member)
+            found[:] = [(member, name) for member, name in found if not member]
     units = []
     for unit in sorted(grouped, key=natural):
         members = _in_order(dict(grouped[unit]))
@@ -131,6 +139,8 @@ def _unit_of(path: str, is_fused: bool) -> tuple[str, str]:
     parts = path.split(".")
     end = len(block_of(path).split("."))
     if not parts[end - 1].isdecimal():
+        return path, ""
+    if path.isdecimal():  # of a list that is the whole model (nn.Sequential), and so has no name
         return path, ""
     if end == len(parts):  # a weight that is itself an item of a list: `merger.mlp` holds 0 and 2
         return ".".join(parts[:-1]), parts[-1]
