@@ -17,7 +17,7 @@ from vllm_dfloat import device_encode, ops
 from vllm_dfloat.codec import layout
 from vllm_dfloat.codec.encode import encode, layout_for
 from vllm_dfloat.codec.huffman import code_lengths
-from vllm_dfloat.errors import UnsupportedError
+from vllm_dfloat.errors import DeviceError, UnsupportedError
 from vllm_dfloat.kernels import encode as kernels
 
 HARD = hard_matrices()
@@ -55,6 +55,15 @@ def test_kernels_give_the_bytes_of_the_cpu_encoder(name: str) -> None:
 def test_bytes_are_the_same_around_the_borders_of_tiles_and_programs(numel: int) -> None:
     # Bug caught: a program past the end, or a last tile that is filled up otherwise.
     assert_same_bytes(to_torch(gaussian(1, numel, seed=numel)))
+
+
+def test_device_that_miscounts_is_told_of_in_a_sentence() -> None:
+    # Bug caught: StopIteration out of the choice of a code.
+    with (
+        mock.patch.object(kernels, "count_exponents", lambda *_: None),
+        pytest.raises(DeviceError, match="w: the device counted -?[0-9]+ exponents; expected 6"),
+    ):
+        device_encode.encode(to_torch(gaussian(2, 3, seed=1)), "w")
 
 
 @pytest.mark.parametrize(("rare", "code_bits"), LIMITS)

@@ -36,6 +36,7 @@ def encode(weight: torch.Tensor, name: str = "") -> tuple[PackedLayout, torch.Te
 
     Raises:
         DeviceError: Triton is not installed.
+        DeviceError: the device counted another number of weights.
         UnsupportedError: over 2**31 words of code.
     """
     kernels = _kernels(weight.device)
@@ -58,6 +59,7 @@ def _encode(
     num_fillers = raw.padded_numel - raw.numel
     occurrences = counts.cpu().numpy()
     occurrences[0] -= num_fillers
+    _check_counts(occurrences, raw.numel, name)
     code_bits, lengths = choose_code(occurrences)
     raw = replace(raw, code_bits=code_bits)
     if num_fillers:
@@ -75,6 +77,14 @@ def _encode(
     kernels.write(body, 0, table, *sections)
     kernels.write(tail, full, table, *sections)
     return layout, payload
+
+
+def _check_counts(occurrences: np.ndarray, numel: int, name: str) -> None:
+    if occurrences.sum() != numel or occurrences.min() < 0:
+        raise DeviceError(
+            f"{name or 'a weight'}: the device counted {int(occurrences.sum())} exponents; expected {numel}, one of each "
+            "weight. Its kernels cannot be relied upon: run scripts/gpu_verdict.sh."
+        )
 
 
 def _kernels(device: torch.device) -> ModuleType:
