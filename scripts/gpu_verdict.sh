@@ -55,8 +55,11 @@ problem() {
 
 # Run a part within its limit and what is left of the whole; $status is how it ended, 124 or 137 by time.
 section() { # NAME MOST_SECONDS LOG COMMAND...
-  local name=$1 most=$2 log=$3 begun=$SECONDS left=$((limit - SECONDS))
+  local name=$1 most=$2 begun=$SECONDS left=$((limit - SECONDS))
+  log=$3
   shift 3
+  touch "$log"
+  log_start=$(stat -c %s "$log")
   status=0
   ((most <= left)) || most=$left
   if ((most < 8)); then
@@ -69,6 +72,9 @@ section() { # NAME MOST_SECONDS LOG COMMAND...
   echo "== $name: status $status after $((SECONDS - begun)) s"
   ! ended_by_time || notes+=("$name was ended after $most s")
 }
+
+# What the last part wrote into its log.
+printed() { tail -c "+$((log_start + 1))" "$log"; }
 
 ended_by_time() { ((status == 124 || status == 137)); }
 
@@ -91,9 +97,8 @@ export -f small_checks
 
 run_bits() {
   local wrong
-  : >"$out/bits.log"
   section bits 110 "$out/bits.log" bash -c small_checks
-  grep -hE '^(right bits|WRONG):' "$out/bits.log" | sort -r | cut -c1-170 || true
+  printed | grep -E '^(right bits|WRONG):' | sort -r | cut -c1-170 || true
   wrong=$(grep -c '^WRONG:' "$out/bits.log" || true)
   ((wrong == 0)) || problem "$wrong small checks of kernels failed; see $out/bits.log"
   grep -q '^right bits:' "$out/bits.log" || problem "no kernel's bits were found right; see $out/bits.log"
@@ -103,12 +108,9 @@ run_times() { # NAME MOST_SECONDS FILE SECTION...
   local name=$1 most=$2 file=$3 grace=20
   shift 3
   [[ $device == cuda ]] || most=$((4 * most)) # the interpreter takes its time
-  : >"$out/$name.part"
-  checked_section "$name" "$most" "$out/$name.part" "$PYTHON" scripts/bench_kernels.py --device "$device" \
+  checked_section "$name" "$most" "$out/times.log" "$PYTHON" scripts/bench_kernels.py --device "$device" \
     --seconds $((most - grace)) --only "$@" --output "$out/$file"
-  grep -vE '^(Traceback|  )' "$out/$name.part" | cut -c1-170 || true
-  cat "$out/$name.part" >>"$out/times.log"
-  rm "$out/$name.part"
+  printed | grep -vE '^(Traceback|  )' | cut -c1-170 || true
 }
 
 run_tests() { # NAME MOST_SECONDS EXPRESSION OPTION...
@@ -122,9 +124,9 @@ run_tests() { # NAME MOST_SECONDS EXPRESSION OPTION...
   # Interrupted as from the keyboard, pytest still says what failed so far.
   stop_signal=INT section "$name" "$most" "$out/tests.log" "$PYTHON" -m pytest -v -m gpu -k "$which" \
     -p no:cacheprovider --tb=short --durations=8 "$@" "${files[@]}"
-  grep -E '^(FAILED|ERROR)|passed|failed|no tests ran' "$out/tests.log" | cut -c1-200 | tail -n 12 || true
+  printed | grep -E '^(FAILED|ERROR)|passed|failed|no tests ran' | cut -c1-200 | tail -n 12 || true
   ((status == 0 || status == 5)) || ended_by_time || problem "$name ended with status $status; see $out/tests.log"
-  ! grep -qE '^(FAILED|ERROR) ' "$out/tests.log" || problem "tests marked gpu failed; see $out/tests.log"
+  ! printed | grep -E '^(FAILED|ERROR) ' >/dev/null || problem "$name: some failed; see $out/tests.log"
 }
 
 sanitize() { # TOOL MOST_SECONDS CHECK...
@@ -132,11 +134,11 @@ sanitize() { # TOOL MOST_SECONDS CHECK...
   shift 2
   section "$tool" "$most" "$out/sanitizer.log" compute-sanitizer --tool "$tool" --error-exitcode 9 \
     "$PYTHON" scripts/sanitize_kernels.py "$@"
-  grep -E '^=+ (ERROR SUMMARY|RACECHECK SUMMARY|Invalid|Error)|^(right bits|WRONG):' "$out/sanitizer.log" |
+  printed | grep -E '^=+ (ERROR SUMMARY|RACECHECK SUMMARY|Invalid|Error)|^(right bits|WRONG):' |
     cut -c1-160 | tail -n 12 || true
-  if grep -q 'Device not supported' "$out/sanitizer.log"; then
+  if printed | grep 'Device not supported' >/dev/null; then
     notes+=("compute-sanitizer does not support this device")
-  elif grep -qE '^=+ +(Invalid|Error:|.*hazard)|^WRONG:' "$out/sanitizer.log" || { ((status)) && ! ended_by_time; }; then
+  elif printed | grep -E '^=+ +(Invalid|Error:|.*hazard)|^WRONG:' >/dev/null || { ((status)) && ! ended_by_time; }; then
     problem "$tool of compute-sanitizer found errors; see $out/sanitizer.log"
   fi
 }
@@ -146,7 +148,7 @@ run_counters() {
   section counters 45 "$out/counters.txt" ncu --clock-control none --target-processes all \
     -k regex:_decode_kernel -s 4 -c 1 --section SpeedOfLight --section MemoryWorkloadAnalysis \
     --section WarpStateStats --section Occupancy "$PYTHON" scripts/launch_decode.py
-  grep -E 'Throughput|Duration|Hit Rate|Registers|Occupancy' "$out/counters.txt" | head -n 20 || true
+  printed | grep -E 'Throughput|Duration|Hit Rate|Registers|Occupancy' | head -n 20 || true
   ((status == 0)) || ended_by_time || notes+=("ncu ended with status $status; see $out/counters.txt")
 }
 
@@ -163,7 +165,7 @@ on_gpu_only() {
   ! command -v compute-sanitizer >/dev/null || sanitize racecheck 35 encoder official_held packed_decode
   section tuning 70 "$out/times.log" "$PYTHON" scripts/tune_kernels.py --seconds 50 \
     --only decode_tiles_per_program fused_gemv_tiles_per_program fused_dot_num_warps
-  sed -n '/^section  *case/,$p' "$out/times.log" | tail -n 18 | cut -c1-130
+  printed | sed -n '/^section  *case/,$p' | tail -n 18 | cut -c1-130
 }
 
 status=0
