@@ -82,8 +82,8 @@ def _encode(
 def _check_counts(occurrences: np.ndarray, numel: int, name: str) -> None:
     if occurrences.sum() != numel or occurrences.min() < 0:
         raise DeviceError(
-            f"{name or 'a weight'}: the device counted {int(occurrences.sum())} exponents; expected {numel}, one of each "
-            "weight. Its kernels cannot be relied upon: run scripts/gpu_verdict.sh."
+            f"{name or 'a weight'}: the device counted {int(occurrences.sum())} exponents; expected {numel}, one of "
+            "each weight. Its kernels cannot be relied upon: run scripts/gpu_verdict.sh."
         )
 
 
