@@ -1,5 +1,6 @@
 """The same command once more on a folder that is finished: nothing to do, or a sentence on what has changed."""
 
+import importlib
 import json
 import os
 import shutil
@@ -52,9 +53,8 @@ def test_a_finished_folder_is_said_to_be_finished_with_exit_0_and_not_touched(
     before = state(Path(command[2]))
     assert main(command) == 0
     out, err = capsys.readouterr()
-    assert "was finished before, and neither it nor its source has changed since: " in only_line(
-        out
-    )
+    said = "was finished before, and neither its files nor its source have changed since: "
+    assert said in only_line(out)
     assert err == ""
     assert main([*command, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["was_finished"] is True
@@ -136,7 +136,9 @@ def test_a_copy_of_a_finished_folder_is_read_and_found_finished(
     assert main([*command[:2], str(copy)]) == 2
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"version": 1, "task": "%s", "source": 5}'])
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", "garbage", "null", '{"version": 1, "task": "%s", "source": 5}']
+)
 def test_a_damaged_note_and_one_beside_a_journal_prove_nothing(
     content: str, command: list[str], capsys: Capture
 ) -> None:
@@ -144,7 +146,10 @@ def test_a_damaged_note_and_one_beside_a_journal_prove_nothing(
     if content:
         note.write_text(content.replace("%s", f"{command[0]}ion"))
         assert main(command) == 2
-        only_line(capsys.readouterr().err)
+        line = only_line(capsys.readouterr().err)
+        assert line.startswith(f"vllm-dfloat: {command[2]}: is not empty, and not the beginning")
+        assert "give --force" in line
+        assert main([*command, "--force", "--quiet"]) == 0
     else:
         (Path(command[2]) / COMPRESS_JOURNAL).touch()
         status = main([*command, "--json"])
@@ -164,3 +169,48 @@ def test_verify_inspect_and_plan_take_no_notice_of_the_note(
         texts.append(capsys.readouterr().out)
         note.unlink(missing_ok=True)
     assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["a.safetensors", "model-00001-of-00002.safetensors", "sub/a.pt", "consolidated.safetensors.index.json"],
+)  # fmt: skip
+def test_weights_or_an_index_that_were_added_since_are_named(
+    name: str, command: list[str], capsys: Capture
+) -> None:
+    # Bug caught: "neither it nor its source has changed since" beside one more file of weights.
+    added = Path(command[2], name)
+    added.parent.mkdir(exist_ok=True)
+    shutil.copy(weights(command[2]), added)
+    assert main(command) == 2
+    line = only_line(capsys.readouterr().err)
+    assert line.startswith(f"vllm-dfloat: {added}: was added since its folder was finished")
+    assert line.endswith("Move it out of the folder.")
+    added.unlink()
+    assert main(command) == 0
+
+
+def test_what_was_added_beside_the_model_changes_nothing(command: list[str]) -> None:
+    Path(command[2], "README.md").write_text("a model card")
+    assert main(command) == 0
+
+
+def test_a_run_that_has_waited_for_the_same_one_says_that_it_is_finished(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    # Bug caught: three equal runs at once; those that had waited said "is not empty, ... give --force".
+    module = importlib.import_module(f"vllm_dfloat.checkpoint.{command[0]}")
+    real, asked = module.find_finished, []
+
+    def not_yet(*arguments: object) -> object:
+        asked.append(arguments)
+        return real(*arguments) if len(asked) > 1 else None
+
+    monkeypatch.setattr(module, "find_finished", not_yet)
+    before = state(Path(command[2]))
+    assert main([*command, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["was_finished"] is True
+    assert (len(asked), state(Path(command[2]))) == (2, before)
+    Path(command[2], FINISHED_FILE).unlink()
+    assert main(command) == 2
+    assert "is not empty" in only_line(capsys.readouterr().err)

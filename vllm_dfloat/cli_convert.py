@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # Files that are made at once where a GPU encodes: it waits for hashing, which takes a core about 1.2 ns per weight.
 _GPU_THREADS = 4
-_WAS_FINISHED = "was finished before, and neither it nor its source has changed since"
+_WAS_FINISHED = "was finished before, and neither its files nor its source have changed since"
 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from vllm_dfloat.checkpoint.compress_file import FileJob, FileResult, compress_file
 from vllm_dfloat.checkpoint.encode_pieces import Coder
-from vllm_dfloat.checkpoint.finished import find_finished, write_finished
+from vllm_dfloat.checkpoint.finished import find_finished, find_or_make, write_finished
 from vllm_dfloat.checkpoint.folder import CONFIG_FILE
 from vllm_dfloat.checkpoint.folder_lock import FolderLock
 from vllm_dfloat.checkpoint.manifest import MANIFEST_FILE, Manifest
@@ -101,22 +101,28 @@ def compress(
         )
     refuse_unit_names(source.path, source.tensors)
     identity = source.identity()
-    if not force and (known := find_finished(target, COMPRESSION, identity, source.files)):
-        return Report(**known, seconds=time.monotonic() - began, was_finished=True)
-    begun = resumable(source.path, target, COMPRESSION, identity, force)
-    with begun as work, source.files.unchanged():
-        jobs = plan_files(plan, source)
-        sizes = {job.file: _num_bytes(source, job) for job in jobs}
-        done = work.resume(set(sizes))
-        results = {file: FileResult.from_json(line) for file, line in done.items()}
-        start(sum(sizes.values()), sum(sizes[file] for file in results))
-        todo = [job for job in jobs if job.file not in results]
-        for result in _run(source, work.lock, todo, sizes, workers, coder, WholeBytes(advance)):
-            work.append(result.as_json())
-            results[result.file] = result
-        report = _finish(source, work, plan, [results[job.file] for job in jobs])
-        write_finished(work, COMPRESSION, identity, source.files, report)
-    return Report(**report, seconds=time.monotonic() - began)
+
+    def find() -> Mapping[str, Any] | None:
+        return None if force else find_finished(target, COMPRESSION, identity, source.files)
+
+    def make() -> Mapping[str, Any]:
+        begun = resumable(source.path, target, COMPRESSION, identity, force)
+        with begun as work, source.files.unchanged():
+            jobs = plan_files(plan, source)
+            sizes = {job.file: _num_bytes(source, job) for job in jobs}
+            done = work.resume(set(sizes))
+            results = {file: FileResult.from_json(line) for file, line in done.items()}
+            start(sum(sizes.values()), sum(sizes[file] for file in results))
+            todo = [job for job in jobs if job.file not in results]
+            for result in _run(source, work.lock, todo, sizes, workers, coder, WholeBytes(advance)):
+                work.append(result.as_json())
+                results[result.file] = result
+            report = _finish(source, work, plan, [results[job.file] for job in jobs])
+            write_finished(work, COMPRESSION, identity, source.files, report)
+        return report
+
+    report, was_finished = find_or_make(find, make)
+    return Report(**report, seconds=time.monotonic() - began, was_finished=was_finished)
 
 
 def _num_bytes(source: Source, job: FileJob) -> int:

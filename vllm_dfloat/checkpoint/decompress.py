@@ -11,7 +11,7 @@ from typing import Any
 
 from vllm_dfloat.checkpoint.decompress_file import Shard, decompress_file, num_bytes
 from vllm_dfloat.checkpoint.dfloat11 import Dfloat11Checkpoint, open_checkpoint
-from vllm_dfloat.checkpoint.finished import find_finished, write_finished
+from vllm_dfloat.checkpoint.finished import find_finished, find_or_make, write_finished
 from vllm_dfloat.checkpoint.folder import CONFIG_FILE
 from vllm_dfloat.checkpoint.folder_lock import FolderLock
 from vllm_dfloat.checkpoint.listed_files import others, refuse_other_weights, weight_bytes
@@ -102,34 +102,41 @@ def decompress(
     shards = _shards(items, shard_bytes)
     sizes = {shard.file: shard.num_bytes for shard in shards}
     identity = _identity(checkpoint, items, shard_bytes)
-    if not force and (known := find_finished(out, DECOMPRESSION, identity, files)):
-        return Restored(**known, was_finished=True)
-    if manifest := checkpoint.manifest:
-        check_place(path, out, DECOMPRESSION)
-        start(weight_bytes(manifest) + sum(sizes.values()), 0)
-        with files.unchanged():
-            refuse_other_weights(path, manifest, advance)
-    begun = resumable(path, out, DECOMPRESSION, identity, force)
-    with begun as work, files.unchanged():
-        done = work.resume(set(sizes))
-        done_bytes = sum(sizes[file] for file in done)
+
+    def find() -> Mapping[str, Any] | None:
+        return None if force else find_finished(out, DECOMPRESSION, identity, files)
+
+    def make() -> Mapping[str, Any]:
+        manifest = checkpoint.manifest
         if manifest:
-            advance(done_bytes)
-        else:
-            start(sum(sizes.values()), done_bytes)
-        todo = [shard for shard in shards if shard.file not in done]
-        for result in _run(work.lock, todo, workers, advance):
-            work.append(result)
-        copied = _write_rest(checkpoint, files, work, shards)
-        report: dict[str, Any] = {
-            "tensors": len(items),
-            "num_bytes": sum(sizes.values()),
-            "left_out": dict(files.side.left_out),
-            "not_sought": not_sought,
-            "not_as_listed": others(path, manifest, copied) if manifest else (),
-        }
-        write_finished(work, DECOMPRESSION, identity, files, report)
-    return Restored(**report)
+            check_place(path, out, DECOMPRESSION)
+            start(weight_bytes(manifest) + sum(sizes.values()), 0)
+            with files.unchanged():
+                refuse_other_weights(path, manifest, advance)
+        begun = resumable(path, out, DECOMPRESSION, identity, force)
+        with begun as work, files.unchanged():
+            done = work.resume(set(sizes))
+            done_bytes = sum(sizes[file] for file in done)
+            if manifest:
+                advance(done_bytes)
+            else:
+                start(sum(sizes.values()), done_bytes)
+            todo = [shard for shard in shards if shard.file not in done]
+            for result in _run(work.lock, todo, workers, advance):
+                work.append(result)
+            copied = _write_rest(checkpoint, files, work, shards)
+            report: dict[str, Any] = {
+                "tensors": len(items),
+                "num_bytes": sum(sizes.values()),
+                "left_out": dict(files.side.left_out),
+                "not_sought": not_sought,
+                "not_as_listed": others(path, manifest, copied) if manifest else (),
+            }
+            write_finished(work, DECOMPRESSION, identity, files, report)
+        return report
+
+    report, was_finished = find_or_make(find, make)
+    return Restored(**report, was_finished=was_finished)
 
 
 def _shapes(path: Path, original: Path | None) -> Shapes:

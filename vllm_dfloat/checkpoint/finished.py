@@ -7,7 +7,7 @@ command said. It belongs to this machine, since times do, and is of no use to a 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ from vllm_dfloat.checkpoint.folder import FINISHED_FILE
 from vllm_dfloat.checkpoint.folder_lock import locked
 from vllm_dfloat.checkpoint.json_file import read_object
 from vllm_dfloat.checkpoint.manifest import file_entry
-from vllm_dfloat.checkpoint.resume import TASKS, Task
+from vllm_dfloat.checkpoint.resume import TASKS, OccupiedError, Task
+from vllm_dfloat.checkpoint.side_files import visible_paths
+from vllm_dfloat.checkpoint.side_weights import is_weights
 from vllm_dfloat.checkpoint.source_files import SourceFiles
 from vllm_dfloat.checkpoint.work import Work
 from vllm_dfloat.errors import FormatError
@@ -47,6 +49,28 @@ def write_finished(
     work.write_text(FINISHED_FILE, json.dumps(content, sort_keys=True) + "\n")
 
 
+def find_or_make(
+    find: Callable[[], Mapping[str, Any] | None], make: Callable[[], Mapping[str, Any]]
+) -> tuple[Mapping[str, Any], bool]:
+    """Return the report of a folder, and whether it was finished before.
+
+    Args:
+        find: as `find_finished`.
+        make: makes the folder, and returns its report.
+
+    Raises:
+        OccupiedError: `make` finds another folder there, and nobody has finished it by then.
+    """
+    if known := find():
+        return known, True
+    try:
+        return make(), False
+    except OccupiedError:
+        if known := find():  # by another run, for which this one has waited
+            return known, True
+        raise
+
+
 def find_finished(
     target: Path, task: Task, identity: str, source: SourceFiles
 ) -> Mapping[str, Any] | None:
@@ -63,7 +87,10 @@ def find_finished(
     if not stamp.is_file() or _is_begun(target):
         return None
     with locked(target):
-        content = read_object(stamp, _MAX_BYTES)
+        try:
+            content = read_object(stamp, _MAX_BYTES)
+        except FormatError:
+            return None  # damaged, so it proves nothing
         if _is_begun(target) or content is None:
             return None
         if (content.get("version"), content.get("task")) != (_VERSION, task.name):
@@ -95,7 +122,16 @@ def _check_source(
 
 
 def _check_target(target: Path, stamp: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
-    """Compare the sizes of files, and where something has happened to one since, all of its bytes."""
+    """Compare the sizes of files, and where something has happened to one since, all of its bytes.
+
+    A file with weights or an index that was added may change what a reader finds; others do not, such as a README.
+    """
+    for name, _ in visible_paths(target):
+        if name not in files and (is_weights(name) or name.endswith(".index.json")):
+            raise FormatError(
+                f"{target / name}: was added since its folder was finished; expected the {len(files)} files that were "
+                "made then. Move it out of the folder."
+            )
     finished = stamp.stat().st_mtime_ns
     for name, entry in files.items():
         try:

@@ -21,6 +21,10 @@ from vllm_dfloat.errors import DFloatError, FormatError
 _CHECKPOINT_FILES = ("*.safetensors", "*.safetensors.index.json", MANIFEST_FILE, FINISHED_FILE)
 
 
+class OccupiedError(FormatError):
+    """A folder that is to be made holds something else: it may have been finished meanwhile."""
+
+
 @dataclass(frozen=True)
 class Task:
     """What is being made.
@@ -54,6 +58,7 @@ def resumable(source: Path, target: Path, task: Task, identity: str, force: bool
         force: take another folder too.
 
     Raises:
+        OccupiedError: the folder is not empty, and nothing of the task was begun in it.
         FormatError: the folder cannot be used, holds the beginning of another task, or another process works in it.
         DFloatError: the disk is full.
     """
@@ -109,7 +114,7 @@ def _check_content(target: Path, task: Task) -> None:
             "choose a new folder."
         )
     if any(target.iterdir()) and not (target / task.journal).exists():
-        raise FormatError(
+        raise OccupiedError(
             f"{target}: is not empty, and not the beginning of a {task.name}; give --force to replace the checkpoint "
             "in it, or choose a new folder."
         )

@@ -66,7 +66,7 @@ def side_files(folder: Path, own: Collection[str] | None = None) -> SideFiles:
     roots, modules = _roots(folder), module_folders(folder)
     own = {file.name for file in weight_files(folder)} if own is None else set(own)
     own |= {file.name for file in visible_files(folder, "*.safetensors.index.json")}
-    found = dict(_walk(folder))
+    found = dict(visible_paths(folder))
     files = [name for name, is_folder in found.items() if not is_folder]
     left_out = reasons_to_leave(folder, files, own, _listed(folder))
     names = []
@@ -110,8 +110,11 @@ def leads_outside(file: Path, folder: Path) -> bool:
     return not _is_below(os.path.realpath(file), _roots(folder))
 
 
-def _walk(folder: Path) -> Iterator[tuple[str, bool]]:
-    """Yield (path relative to the folder, whether it is a link to a folder) of all that is not hidden, in order."""
+def visible_paths(folder: Path) -> Iterator[tuple[str, bool]]:
+    """Yield (path below the folder, whether it is a link to a folder) of all that is not hidden, in order.
+
+    Its config.json and its manifest are not among them.
+    """
     for path, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         below = Path(path).relative_to(folder)
