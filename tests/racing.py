@@ -22,6 +22,8 @@ from vllm_dfloat.checkpoint.resume import COMPRESSION
 from vllm_dfloat.checkpoint.source import open_source
 from vllm_dfloat.errors import DFloatError
 
+WAS_FINISHED = "was finished before"
+
 
 def start(source: Path, target: Path, force: bool, delay: float, kill_at: int) -> tuple[int, int]:
     """Return a fork that compresses `source`, and a pipe on which it tells what it finished."""
@@ -50,7 +52,8 @@ def start(source: Path, target: Path, force: bool, delay: float, kill_at: int) -
         time.sleep(delay)
         opened = open_source(source)
         sys.addaudithook(hook)
-        compress(opened, target, force)
+        if compress(opened, target, force).was_finished:
+            os.write(writer, f"{json.dumps(WAS_FINISHED)}\n".encode())
         status = 0
     except DFloatError as error:
         os.write(writer, f"{json.dumps(str(error))}\n".encode())
