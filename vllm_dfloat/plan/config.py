@@ -20,6 +20,7 @@ LATENT_MODELS = ("deepseek_v2", "deepseek_v3", "kimi_k2")  # whose latent attent
 OTHER_STATES = (  # how entries begin that models with other kinds of layers have
     "mamba", "ssm_", "linear_num_", "linear_attn", "attn_layer_", "hybrid_", "attn_type_list", "full_attention_interval"
 )  # fmt: skip
+_TIED = "tie_word_embeddings"
 _SCALED_ALREADY = ("su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling")
 
 
@@ -78,9 +79,9 @@ def read_model_config(file: Path) -> ModelConfig:
     refuse_quantized_config(found, where)
     whole = Sizes(where, found)
     own = whole.part("text_config").entries or found
-    model_type = str(own.get("model_type", found.get("model_type", "")))
+    model_type = Sizes(where, own).text("model_type", whole.text("model_type"))
     text = Sizes(where, with_defaults(own, model_type, is_part=own is not found))
-    _refuse_other_states(text.entries, where)
+    _refuse_other_states(text)
     num_layers = text.size("num_hidden_layers")
     if num_layers > MAX_LAYERS:
         raise FormatError(f"{where}: num_hidden_layers is {num_layers}; at most {MAX_LAYERS}.")
@@ -98,7 +99,7 @@ def read_model_config(file: Path) -> ModelConfig:
         head_dim=text.size("head_dim", max(1, hidden // heads)),
         latent=_latent(text, model_type),
         context=_context(text, model_type),
-        tied=bool(found.get("tie_word_embeddings", text.entries.get("tie_word_embeddings", False))),
+        tied=(whole if _TIED in found else text).flag(_TIED),
         reaches=layer_reaches(text, model_type, num_layers),
     )
 
@@ -109,19 +110,24 @@ def _architecture(found: Mapping[str, Any], where: str) -> str:
         raise FormatError(
             f"{where}: `architectures` is {shown(architectures)}; expected a list of one."
         )
-    return str(architectures[0])
+    if not isinstance(architectures[0], str):
+        raise FormatError(
+            f"{where}: `architectures` begins with {shown(architectures[0])}; expected the name of a class."
+        )
+    return architectures[0]
 
 
-def _refuse_other_states(entries: Mapping[str, Any], where: str) -> None:
+def _refuse_other_states(text: Sizes) -> None:
     """Refuse models that remember in other ways than a cache of attention in every layer."""
+    entries = text.entries
     found = next(
         (name for name in entries if name.startswith(OTHER_STATES) and entries[name]), None
     )
-    if entries.get("is_encoder_decoder"):
+    if text.flag("is_encoder_decoder"):
         found = "is_encoder_decoder"
     if found:
         raise UnsupportedError(
-            f"{where}: {found} says that not every layer has a cache of keys and values, and plan knows no other. "
+            f"{text.where}: {found} says that not every layer has a cache of keys and values, and plan knows no other. "
             "Start vLLM to see what fits."
         )  # fmt: skip
 
@@ -138,9 +144,9 @@ def _dtype(found: Mapping[str, Any], own: Mapping[str, Any], where: str) -> str:
 
 
 def _latent(text: Sizes, model_type: str) -> int:
-    if not text.entries.get("kv_lora_rank"):
+    if not text.count("kv_lora_rank"):
         return 0
-    if model_type not in LATENT_MODELS or text.entries.get("index_topk"):
+    if model_type not in LATENT_MODELS or text.count("index_topk"):
         raise UnsupportedError(
             f"{text.where}: kv_lora_rank, multi-head latent attention, of model_type {shown(model_type)}; plan knows "
             f"that of {', '.join(LATENT_MODELS)}. Start vLLM to see what fits."
@@ -154,6 +160,6 @@ def _context(text: Sizes, model_type: str) -> int:
     if model_type.startswith("gemma3"):  # stretched already
         return length
     rope = next((p for n in ("rope_parameters", "rope_scaling") if (p := text.part(n)).entries), None)  # fmt: skip
-    if rope is None or rope.entries.get("rope_type", rope.entries.get("type")) in _SCALED_ALREADY:
+    if rope is None or rope.text("rope_type", rope.text("type")) in _SCALED_ALREADY:
         return length
     return int(length * rope.ratio("factor", 1.0))

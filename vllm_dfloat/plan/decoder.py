@@ -81,7 +81,7 @@ def _block(config: ModelConfig, rules: Rules, layer: int) -> Iterator[Weight]:
         module, width = rules.mlp
         yield from mlp(
             at, f"{prefix}.{module}", config.hidden, config.size(width),
-            is_fused=rules.is_fused, bias=bool(config.entries.get(rules.mlp_bias)),
+            is_fused=rules.is_fused, bias=config.flag(rules.mlp_bias),
         )  # fmt: skip
     for name in rules.norms:
         yield from norm(at, f"{prefix}.{name}", config.hidden)
@@ -95,8 +95,8 @@ def _attention(config: ModelConfig, rules: Rules, at: Spot, prefix: str) -> Iter
         tensors = {"qkv_proj": q + 2 * kv}
     has_bias = rules.qkv_bias
     if isinstance(has_bias, str):
-        has_bias = bool(config.entries.get(has_bias))
-    has_o_bias = bool(config.entries.get(rules.o_bias))
+        has_bias = config.flag(has_bias)
+    has_o_bias = config.flag(rules.o_bias)
     yield from linear(
         at, f"{prefix}.qkv_proj", parts, config.hidden, "rows", tensors=tensors, bias=has_bias
     )

@@ -36,12 +36,12 @@ class Experts:
 
 def is_sparse(config: ModelConfig, layer: int) -> bool:
     """Return whether a block has experts: not every one need."""
-    if layer in (config.entries.get("mlp_only_layers") or ()):
+    if layer in config.integers("mlp_only_layers"):
         return False
     if layer < config.count("first_k_dense_replace"):
         return False
-    steps = [config.size(name) for name in STEPS if config.entries.get(name)]
-    if any((layer + 1) % step for step in steps):
+    steps = [config.count(name) for name in STEPS]
+    if any((layer + 1) % step for step in steps if step):
         return False
     return layer % config.size("moe_layer_freq", 1) == 0
 
@@ -49,7 +49,7 @@ def is_sparse(config: ModelConfig, layer: int) -> bool:
 def experts(config: ModelConfig, kind: Experts, at: Spot, prefix: str) -> Iterator[Weight]:
     """Yield the experts of a block, what routes to them, and what every token passes besides."""
     # Transformers writes any of the names, whatever the architecture.
-    named = next((name for name in COUNTS if config.entries.get(name)), COUNTS[0])
+    named = next((name for name in COUNTS if config.count(name)), COUNTS[0])
     count, width, hidden = config.size(named), config.size(kind.width), config.hidden
     block = f"{prefix}.{kind.block}"
     first, second = _stored(kind, block, count, width, hidden)
@@ -62,11 +62,11 @@ def experts(config: ModelConfig, kind: Experts, at: Spot, prefix: str) -> Iterat
         layer=at.layer, stored=second,
     )  # fmt: skip
     yield plain(at, f"{block}.{kind.router}.weight", count, hidden)
-    if config.entries.get("topk_method") == "noaux_tc":
+    if config.text("topk_method") == "noaux_tc":
         yield plain(at, f"{block}.{kind.router}.e_score_correction_bias", count, itemsize=4)
     if kind.has_shared_gate:
         yield plain(at, f"{block}.shared_expert_gate.weight", 1, hidden)
-    if kind.shared and all(config.entries.get(name) for name in kind.shared_width):
+    if kind.shared and all(config.count(name) for name in kind.shared_width):
         shared = 1
         for name in kind.shared_width:
             shared *= config.size(name)

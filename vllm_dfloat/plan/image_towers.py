@@ -50,7 +50,7 @@ def mistral3_tower(config: ModelConfig) -> Iterator[Weight]:
 
 
 def _tower_kind(config: ModelConfig) -> Sizes:
-    kind = config.whole.part("vision_config").entries.get("model_type")
+    kind = config.whole.part("vision_config").text("model_type")
     if kind not in (SIGLIP, CLIP, PIXTRAL):
         raise UnsupportedError(
             f"{config.where}: vision_config has model_type {shown(kind)}; plan knows {SIGLIP}, {CLIP} and {PIXTRAL} "
@@ -83,7 +83,7 @@ def _layers_looked_at(config: ModelConfig, vision: Sizes) -> int:
 
 def _projector(config: ModelConfig, vision: Sizes, entry: str, default: bool) -> Iterator[Weight]:
     sizes = vision.size("hidden_size"), config.hidden, config.hidden
-    bias = bool(config.whole.entries.get(entry, default))
+    bias = config.whole.flag(entry, default)
     names = f"{PROJECTOR}.linear_1", f"{PROJECTOR}.linear_2"
     yield from two_layers(EVERYWHERE, names, sizes, bias=bias)
 

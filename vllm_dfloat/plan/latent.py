@@ -13,8 +13,7 @@ def latent_attention(config: ModelConfig, at: Spot, prefix: str) -> Iterator[Wei
     nope, value = config.size("qk_nope_head_dim"), config.size("v_head_dim")
     heads, hidden = config.heads, config.hidden
     queries = Part(heads * (nope + rope), heads)
-    if config.entries.get("q_lora_rank"):
-        q_rank = config.size("q_lora_rank")
+    if q_rank := config.count("q_lora_rank"):
         yield from linear(
             at, f"{prefix}.fused_qkv_a_proj", (Part(q_rank), Part(rank + rope)), hidden, "none",
             tensors={"q_a_proj": q_rank, "kv_a_proj_with_mqa": rank + rope},

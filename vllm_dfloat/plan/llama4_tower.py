@@ -33,7 +33,7 @@ def llama4_tower(config: ModelConfig) -> Iterator[Weight]:
         yield from _block(f"{TOWER}.model.layers.{layer}", width, inner, heads)
     first, last = vision.size("projector_input_dim"), vision.size("projector_output_dim")
     names = f"{TOWER}.vision_adapter.mlp.fc1", f"{TOWER}.vision_adapter.mlp.fc2"
-    bias = bool(vision.entries.get("multi_modal_projector_bias"))
+    bias = vision.flag("multi_modal_projector_bias")
     yield from two_layers(EVERYWHERE, names, (inner, first, last), bias=bias, is_compressed=False)
     yield from linear(
         EVERYWHERE, f"{PROJECTOR}.linear_1", Part(config.hidden), vision.size("vision_output_dim", last), "rows",

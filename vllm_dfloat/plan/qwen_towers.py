@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 
-from vllm_dfloat.errors import FormatError, shown
 from vllm_dfloat.plan.build import EVERYWHERE, linear, mlp, norm, plain, two_layers
 from vllm_dfloat.plan.config import ModelConfig
 from vllm_dfloat.plan.image_towers import vision_of
@@ -68,12 +67,7 @@ def qwen3_vl_tower(config: ModelConfig) -> Iterator[Weight]:
 
 
 def _looked_into(vision: Sizes) -> int:
-    layers = vision.entries.get("deepstack_visual_indexes", [8, 16, 24])
-    if not isinstance(layers, list):
-        raise FormatError(
-            f"{vision.where}: deepstack_visual_indexes is {shown(layers)}; expected a list of layers."
-        )
-    return len(layers)
+    return len(vision.integers("deepstack_visual_indexes", (8, 16, 24)))
 
 
 def _patches(vision: Sizes, width: int) -> Iterator[Weight]:

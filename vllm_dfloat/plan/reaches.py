@@ -20,18 +20,23 @@ def layer_reaches(text: Sizes, model_type: str, num_layers: int) -> tuple[Reach,
     types = text.entries.get("layer_types")
     if isinstance(types, list):
         _check_types(types, text.where)
-    if not text.entries.get("sliding_window") or text.entries.get("use_sliding_window") is False:
+    elif types is not None:
+        raise FormatError(
+            f"{text.where}: layer_types is {shown(types)}; expected a list of names, one per layer."
+        )
+    is_used = text.flag("use_sliding_window", True)
+    if not text.count("sliding_window") or not is_used:
         return (EVERYTHING,) * num_layers
     window = Reach(text.size("sliding_window"))
     if types is None and model_type.startswith("gemma3"):
         every = text.size("sliding_window_pattern", GEMMA3_PATTERN)
         types = ["sliding_attention" if (i + 1) % every else "full" for i in range(num_layers)]
-    if types is None and text.entries.get("use_sliding_window"):
+    if types is None and text.flag("use_sliding_window"):
         first = text.count("max_window_layers")
         types = ["full" if i < first else "sliding_attention" for i in range(num_layers)]
     if types is None:
         return (window,) * num_layers
-    if not isinstance(types, list) or len(types) < num_layers:
+    if len(types) < num_layers:
         raise FormatError(
             f"{text.where}: layer_types is no list of {num_layers} entries, one per layer."
         )
@@ -48,15 +53,15 @@ def _check_types(types: list[object], where: str) -> None:
 
 
 def _llama4(text: Sizes, num_layers: int) -> tuple[Reach, ...]:
-    ropes = text.entries.get("no_rope_layers") or [
+    ropes = text.integers("no_rope_layers") or [
         int((i + 1) % text.size("no_rope_layer_interval", LLAMA4_PATTERN) != 0)
         for i in range(num_layers)
     ]
-    if not isinstance(ropes, list) or len(ropes) < num_layers:
+    if len(ropes) < num_layers:
         raise FormatError(
             f"{text.where}: no_rope_layers is no list of {num_layers} entries, one per layer."
         )
-    if not text.entries.get("attention_chunk_size"):
+    if not text.count("attention_chunk_size"):
         return (EVERYTHING,) * num_layers
     chunk = Reach(text.size("attention_chunk_size"), is_chunk=True)
     return tuple(chunk if rope else EVERYTHING for rope in ropes[:num_layers])

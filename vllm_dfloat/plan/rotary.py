@@ -27,7 +27,7 @@ def rotary_bytes(config: ModelConfig, layers: Iterable[int]) -> int:
 
 def _kind(config: ModelConfig, layer: int) -> str | None:
     """Return "full_attention" or "sliding_attention" where they rotate differently; None for no rotation."""
-    model_type = str(config.entries.get("model_type", ""))
+    model_type = config.text("model_type")
     reach = config.reaches[layer]
     if model_type == "llama4_text":
         return "full_attention" if reach.is_chunk else None
@@ -52,7 +52,7 @@ def _rope(config: ModelConfig, kind: str) -> Sizes:
 def _positions(config: ModelConfig, kind: str) -> int:
     trained = config.size("max_position_embeddings")
     rope = _rope(config, kind)
-    scaling = rope.entries.get("rope_type", rope.entries.get("type", "default"))
+    scaling = rope.text("rope_type", rope.text("type", "default"))
     factor = rope.ratio("factor", 1.0)
     if scaling in ("yarn", "deepseek_yarn"):
         trained = int(rope.size("original_max_position_embeddings", trained) * factor)
@@ -60,7 +60,7 @@ def _positions(config: ModelConfig, kind: str) -> int:
         trained = int(trained * factor)
     elif scaling in ("longrope", "su"):  # a table each for short and for long contexts
         trained += config.size("original_max_position_embeddings", trained)
-    if "mrope_section" in rope.entries and config.whole.entries.get("model_type") in _MROPE_TYPES:
+    if "mrope_section" in rope.entries and config.whole.text("model_type") in _MROPE_TYPES:
         trained *= MROPE_FACTOR
     return trained
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from vllm_dfloat.errors import UnsupportedError
+from vllm_dfloat.errors import UnsupportedError, shown
 from vllm_dfloat.plan.config import ModelConfig
 from vllm_dfloat.plan.decoder import Rules, decoder_weights
 from vllm_dfloat.plan.experts import Experts
@@ -149,13 +149,13 @@ def known_weights(config: ModelConfig) -> list[Weight]:
 
 
 def _text_architecture(config: ModelConfig) -> str:
-    model_type = config.entries.get("model_type")
+    model_type = config.text("model_type")
     if model_type not in TEXT_OF_TYPE:
         raise UnsupportedError(
-            f"{config.where}: text_config has model_type {str(model_type)[:60]!r}; with {config.architecture} plan "
+            f"{config.where}: text_config has model_type {shown(model_type)}; with {config.architecture} plan "
             f"knows {', '.join(TEXT_OF_TYPE)}. Start vLLM to see what fits."
         )
-    return TEXT_OF_TYPE[str(model_type)]
+    return TEXT_OF_TYPE[model_type]
 
 
 def _in_language_model(weight: Weight) -> Weight:

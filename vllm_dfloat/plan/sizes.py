@@ -1,6 +1,6 @@
-"""Numbers in a config: positive integers of a sane size, or a sentence."""
+"""Entries of a config: positive integers of a sane size, numbers, texts, flags and lists of them, or a sentence."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,13 +34,54 @@ class Sizes:
         return value
 
     def count(self, name: str, default: int = 0) -> int:
-        """Return entry `name`, which may be 0; `default` if it is missing.
+        """Return entry `name`, which may be 0, or false for the same; `default` if it is missing.
 
         Raises:
             FormatError: anything but an integer from 0 to MAX_SIZE.
         """
         value = self.entries.get(name)
-        return 0 if type(value) is int and value == 0 else self.size(name, default)
+        return (
+            0 if value is False or (type(value) is int and value == 0) else self.size(name, default)
+        )
+
+    def flag(self, name: str, default: bool = False) -> bool:
+        """Return entry `name`, true or false; `default` if it is missing.
+
+        Raises:
+            FormatError: anything but true, false, 1 and 0.
+        """
+        value = self.entries.get(name)
+        if value is None:
+            return default
+        if type(value) not in (bool, int) or value not in (0, 1):
+            raise FormatError(f"{self.where}: {name} is {shown(value)}; expected true or false.")
+        return bool(value)
+
+    def text(self, name: str, default: str = "") -> str:
+        """Return entry `name`, a string; `default` if it is missing.
+
+        Raises:
+            FormatError: anything else.
+        """
+        value = self.entries.get(name)
+        if value is not None and not isinstance(value, str):
+            raise FormatError(f"{self.where}: {name} is {shown(value)}; expected a string.")
+        return default if value is None else value
+
+    def integers(self, name: str, default: Sequence[int] = ()) -> Sequence[int]:
+        """Return entry `name`, a list of integers; `default` if it is missing.
+
+        Raises:
+            FormatError: anything else.
+        """
+        value = self.entries.get(name)
+        if value is None:
+            return default
+        if not isinstance(value, list) or not all(isinstance(item, int) for item in value):
+            raise FormatError(
+                f"{self.where}: {name} is {shown(value)}; expected a list of integers."
+            )
+        return value
 
     def ratio(self, name: str, default: float) -> float:
         """Return entry `name`, a positive number.
