@@ -32,6 +32,7 @@ _ABOUT_IT = frozenset(
         torch.is_complex, torch.is_inference, torch.numel, torch._has_compatible_shallow_copy_type,
     ]
 )  # fmt: skip
+_ATEN_ABOUT_IT = frozenset([torch.ops.aten.is_pinned.default, torch.ops.aten.is_same_size.default])
 _ITSELF = frozenset(
     [_T.data.__get__, _T.detach, torch.detach, _T.requires_grad_, _T.cpu, _T.bfloat16]
 )
@@ -100,6 +101,16 @@ class WeightPlaceholder(Parameter):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         _find(args, kwargs).refuse(_name_of(func))
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Refuse what torch does without asking __torch_function__: torch.tensor, as_subclass, _make_subclass."""
+        if func in _ATEN_ABOUT_IT:
+            with torch._C._DisableTorchDispatch():
+                return func(*args, **(kwargs or {}))
+        _find(args, kwargs or {}).refuse(func.overloadpacket.__name__)
 
     def refuse(self, what: str) -> NoReturn:
         """Raise the sentence for an operation that needs values.
