@@ -45,6 +45,11 @@ class Served:
         tiny_models.edit(path, lambda tensors: [tensors.pop(n) for n in list(tensors) if name in n])
         self.reload(weights_path=str(path))
 
+    def reload_with_half(self, name: str, path: Path) -> None:
+        shutil.copytree(self.second, path)
+        tiny_models.edit(path, lambda t: t.update({name: t[name].chunk(2, 1)[0].contiguous()}))
+        self.reload(weights_path=str(path))
+
 
 @pytest.fixture(scope="module")
 def models(bf16_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
@@ -82,6 +87,16 @@ REFUSED: dict[str, tuple[Callable[[Served, Path], None], str]] = {
     "reload of experts, then a layer in part": (
         lambda s, _: s.reload(weights_iterator=iter([*s.only(f"{EXPERTS}."), *s.only("layers.1.self_attn.q_proj")])),
         r"qkv_proj: [0-9]+ of [0-9]+ weights arrived.* All weights are as before",
+    ),
+    "load_weights of an expert that is cut off": (
+        lambda s, _: s.model.load_weights(
+            (n, t if n != f"{EXPERTS}.1.up_proj.weight" else t[:64]) for n, t in s.only(f"{EXPERTS}.")
+        ),
+        r"1.up_proj.weight \[64, 256\]: 16384 weights; expected 32768, .* All weights are as before",
+    ),
+    "reload of a path with an expert that is cut off": (
+        lambda s, path: s.reload_with_half(f"{EXPERTS}.3.down_proj.weight", path / "model"),
+        r"3.down_proj.weight \[256, 64\]: 16384 weights; expected 32768, .* All weights are as before",
     ),
     "load_weights of one expert, of which this CPU's kernel has other bytes": (
         lambda s, _: s.model.load_weights(s.only(f"{EXPERTS}.0.")),

@@ -65,13 +65,13 @@ class Incoming(Iterator[tuple[str, torch.Tensor]]):
         """Take note of a call of a weight loader, which vLLM keeps until its layer is complete.
 
         Raises:
-            UnsupportedError: the tensor is larger than what the layer takes of it.
+            UnsupportedError: the tensor is larger than what the layer takes of it, or smaller.
         """
-        taken = _taken(getattr(loader, "__self__", None), call, arrived)
         given = sum(tensor.numel() for _, tensor in _tensors(call))
-        if taken and given > taken:
+        taken = _taken(getattr(loader, "__self__", None), call, arrived, given)
+        if given != taken:
             raise UnsupportedError(
-                f"{self}: {given} weights, of which this model takes {taken}; expected no more than these. {AS_BEFORE} "
+                f"{self}: {given} weights; expected {taken}, as many as this model has for it. {AS_BEFORE} "
                 "Give the tensors of this model."
             )
         if not self._own_memory:
@@ -93,17 +93,20 @@ def _tensors(call: BoundArguments) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, value
 
 
-def _taken(layer: Any, call: BoundArguments, arrived: int) -> int:
-    """Return how many elements of a tensor a layer takes on all ranks together at most; 0: that cannot be told.
+def _taken(layer: Any, call: BoundArguments, arrived: int, given: int) -> int:
+    """Return how many elements of a tensor a layer takes on all ranks together; `given`, where that cannot be told.
 
-    vLLM cuts what is too large without a word. KV heads that several ranks have count for each of them.
+    vLLM cuts what is too large without a word, and takes an expert that is too small. KV heads that several ranks have
+    count for each of them. Vocabularies are compared by vLLM.
     """
+    if not arrived:
+        return given
     if layer_kinds.is_linear(layer):
-        return arrived * int(getattr(layer, "tp_size", 0))
-    if not layer_kinds.is_experts(layer):
-        return 0  # vocabularies compare their size themselves
-    config = layer.moe_config
-    is_one_matrix = all(tensor.dim() == 2 for _, tensor in _tensors(call))
-    if not is_one_matrix or getattr(config, "tp_shard_with_padding", False):
-        return 0
-    return arrived * int(config.moe_parallel_config.tp_size)
+        num_ranks = int(getattr(layer, "tp_size", 0)) or given
+        return min(given, arrived * num_ranks)
+    is_matrix = all(tensor.dim() == 2 for _, tensor in _tensors(call))
+    is_one = call.arguments.get("shard_id") in ("w1", "w2", "w3")
+    if not (layer_kinds.is_experts(layer) and is_matrix and is_one):
+        return given
+    due = layer_kinds.numel_of_expert(layer, "w2_weight")  # gate and up have as many
+    return given if due is None else due * int(layer.moe_config.moe_parallel_config.tp_size)
