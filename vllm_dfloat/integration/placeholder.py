@@ -103,7 +103,7 @@ class WeightPlaceholder(Parameter):
         _find(args, kwargs).refuse(_name_of(func))
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]  # torch declares another one for itself
         cls, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Refuse what torch does without asking __torch_function__: torch.tensor, as_subclass, _make_subclass."""
