@@ -1,5 +1,7 @@
 """Encoders and other models without an LM head, compressed on disk and served for embeddings by a real vLLM."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -61,3 +63,32 @@ def test_a_model_without_lm_head_is_served_from_its_compressed_embedding(
     expected = embeddings(model)
     assert embeddings(tmp_path / "df11") == expected
     assert len({tuple(embedding) for embedding in expected}) == len(PROMPTS)
+
+
+def test_layers_in_files_of_their_own_are_loaded_beside_a_compressed_model(tmp_path: Path) -> None:
+    # Bug caught: BGE-M3's sparse_linear.pt and colbert_linear.pt neither copied nor read beside DFloat11 files.
+    made = transformers.XLMRobertaModel(transformers.XLMRobertaConfig(**SHAPE, pad_token_id=1))
+    made.bfloat16().save_pretrained(tmp_path / "m")
+    config = json.loads((tmp_path / "m/config.json").read_text())
+    config["architectures"] = ["BgeM3EmbeddingModel"]
+    (tmp_path / "m/config.json").write_text(json.dumps(config))
+    width = SHAPE["hidden_size"]
+    for name, rows in (("sparse_linear", 1), ("colbert_linear", width)):
+        layer = {"weight": torch.randn(rows, width), "bias": torch.randn(rows)}
+        torch.save(layer, tmp_path / f"m/{name}.pt")
+    compress(open_source(tmp_path / "m"), tmp_path / "df11")
+    shutil.rmtree(tmp_path / "m")
+    settings = dict(skip_tokenizer_init=False, tokenizer=str(SHIPPED), runner="pooling")
+    with engine(tmp_path / "df11", **settings) as llm:
+        (found,) = llm.apply_model(
+            lambda model: {
+                f"{name}.{part}": value.detach().clone()
+                for name in ("sparse_linear", "colbert_linear")
+                for part, value in getattr(model, name).named_parameters()
+            }
+        )
+    assert len(found) == 4
+    for name, value in found.items():
+        file, part = name.split(".")
+        stored = torch.load(tmp_path / f"df11/{file}.pt", weights_only=True)[part]
+        assert torch.equal(value, stored.to(value.dtype)), name

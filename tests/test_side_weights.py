@@ -14,7 +14,7 @@ from small_models import bf16, make_model
 
 from vllm_dfloat.checkpoint.manifest import MANIFEST_FILE, file_entry, read_manifest
 from vllm_dfloat.checkpoint.side_files import side_files
-from vllm_dfloat.checkpoint.source import open_source
+from vllm_dfloat.checkpoint.source import NOT_FETCHED, open_source
 from vllm_dfloat.cli import main
 from vllm_dfloat.errors import FormatError
 
@@ -217,3 +217,17 @@ def test_weights_that_the_index_does_not_name_have_a_line(tmp_path: Path) -> Non
         "consolidated.safetensors": COPY,
         "readout.safetensors": "is not named by the model's index, so it is no part of the model",
     }
+
+
+def test_of_a_hub_model_all_is_fetched_that_is_copied() -> None:
+    # Bug caught: every *.bin and *.pt passed over, among them layers of the model.
+    hub = pytest.importorskip("huggingface_hub.utils")
+    names = [*COPIED, *LEFT_OUT, "model.safetensors", "tokenizer.json"]
+    fetched = set(hub.filter_repo_objects(names, ignore_patterns=NOT_FETCHED))
+    assert fetched >= {*COPIED, "model.safetensors", "tokenizer.json"}
+    passed_over = {
+        "original/consolidated.00.pth",
+        "pytorch_model-00001-of-00001.bin",
+        "gguf/m.gguf",
+    }
+    assert not fetched & passed_over

@@ -21,7 +21,7 @@ from vllm_dfloat.checkpoint.stored_tensor import StoredTensor, files_of
 from vllm_dfloat.errors import FormatError, UnsupportedError
 
 # The model's weights once more. Other files of these forms may be layers of it: see side_weights.py.
-_NOT_FETCHED = [
+NOT_FETCHED = [
     "pytorch_model*.bin", "consolidated*.pth", "original/*", "*.gguf", "*.h5", "*.msgpack", "*.ckpt", "*.onnx",
     "*.onnx_data", "optimizer.pt",
 ]  # fmt: skip
@@ -130,7 +130,7 @@ def local_folder(source: str) -> Path:
             f"{source}: no such folder; to fetch a model of that id: pip install huggingface_hub."
         ) from None
     try:
-        return Path(snapshot_download(source, ignore_patterns=_NOT_FETCHED))
+        return Path(snapshot_download(source, ignore_patterns=NOT_FETCHED))
     except Exception as error:  # whatever the network and the library raise
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise FormatError(
