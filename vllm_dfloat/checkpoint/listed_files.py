@@ -19,6 +19,7 @@ from vllm_dfloat.codec.threads import num_threads
 from vllm_dfloat.errors import FormatError
 
 _MAX_NAMED = 3
+_BYTES_WORTH_A_THREAD = 256 << 20
 
 
 def weight_bytes(manifest: Manifest) -> int:
@@ -40,7 +41,8 @@ def refuse_other_weights(folder: Path, manifest: Manifest, advance: Advance) -> 
     jobs = [
         (folder, name, entry) for name, entry in sorted(manifest.files.items()) if is_weights(name)
     ]
-    found = [what for what in run_in_threads(_compare, jobs, num_threads(), advance) if what]
+    threads = min(num_threads(), 1 + weight_bytes(manifest) // _BYTES_WORTH_A_THREAD)
+    found = [what for what in run_in_threads(_compare, jobs, threads, advance) if what]
     if found:
         more = f" So are {len(found) - 1} other files." if len(found) > 1 else ""
         raise FormatError(
