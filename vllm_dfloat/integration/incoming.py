@@ -96,14 +96,15 @@ def _tensors(call: BoundArguments) -> Iterator[tuple[str, torch.Tensor]]:
 def _taken(layer: Any, call: BoundArguments, arrived: int, given: int) -> int:
     """Return how many elements of a tensor a layer takes on all ranks together; `given`, where that cannot be told.
 
-    vLLM cuts what is too large without a word, and takes an expert that is too small. KV heads that several ranks have
-    count for each of them. Vocabularies are compared by vLLM.
+    vLLM cuts what is too large without a word, and takes an expert that is too small. Vocabularies it compares itself.
     """
     if not arrived:
         return given
     if layer_kinds.is_linear(layer):
         num_ranks = int(getattr(layer, "tp_size", 0)) or given
-        return min(given, arrived * num_ranks)
+        is_kv = call.arguments.get("loaded_shard_id") in ("k", "v")
+        num_copies = int(getattr(layer, "num_kv_head_replicas", 1)) if is_kv else 1
+        return min(given, arrived * num_ranks // num_copies)
     is_matrix = all(tensor.dim() == 2 for _, tensor in _tensors(call))
     is_one = call.arguments.get("shard_id") in ("w1", "w2", "w3")
     if not (layer_kinds.is_experts(layer) and is_matrix and is_one):
