@@ -36,7 +36,7 @@ from vllm_dfloat.checkpoint.worker_pool import (
     share_cores,
 )
 from vllm_dfloat.codec.threads import num_threads
-from vllm_dfloat.errors import UnsupportedError
+from vllm_dfloat.errors import DFloatError, UnsupportedError
 
 REST_FILE = "model.safetensors"
 FILE_BYTES = 2 << 30  # BF16 bytes of the units that share a file, unless one alone has more
@@ -213,7 +213,11 @@ def _finish(
     shapes = {name: source.tensors[name].shape for unit in units for name in unit.tensors}
     headers = {result.file: header_sha256(work.folder / result.file) for result in results}
     work.write_text(MANIFEST_FILE, Manifest(work.entries, shapes, headers).as_text())
-    read_back(work.folder, source.tensors)
+    try:
+        read_back(work.folder, source.tensors)
+    except DFloatError:
+        work.check()  # another program that has changed a file explains it
+        raise
     left = dict(plan.left)
     for result in results:
         left.update(result.left)
