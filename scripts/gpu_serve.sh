@@ -29,6 +29,7 @@ usage() {
 
 while (($#)); do
   case $1 in
+    -h | --help) usage ;;
     --device | --out | --limit | --commit | --site) (($# > 1)) || usage ;;&
     --device) device=$2 ;;
     --out) out=$2 ;;

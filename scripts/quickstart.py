@@ -102,7 +102,10 @@ def serving(model: str, max_len: int, options: list[str], log: Path) -> Iterator
     port = free_port()
     command = ["vllm", "serve", model, "--host", "127.0.0.1", "--port", str(port)]
     command += ["--served-model-name", "model", "--max-model-len", str(max_len), *options]
-    environment = dict(os.environ)
+    environment = {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        **os.environ,
+    }  # GiB; else vLLM asks for 92 % of the memory
     if Path(model).is_dir():
         environment["HF_HUB_OFFLINE"] = "1"
     print("$", " ".join([*command[:3], *options]), file=sys.stderr, flush=True)

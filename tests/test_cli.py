@@ -93,6 +93,22 @@ def test_verify_alone_decodes_everything(capsys: pytest.CaptureFixture[str]) -> 
     assert "decode without an error" in capsys.readouterr().out
 
 
+def test_verify_of_a_plain_model_says_that_nothing_is_compressed_and_misses_a_tensor(
+    copy, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Bug caught: a BF16 folder "decodes without an error", whole or not.
+    from safetensors.torch import load_file, save_file
+
+    plain = copy("llama-tiny-single")
+    assert main(["verify", str(plain)]) == 0
+    assert ", none of them compressed (give --against to compare)" in capsys.readouterr().out
+    tensors = load_file(plain / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, plain / "model.safetensors")
+    assert main(["verify", str(plain)]) == 2
+    assert "model.norm.weight" in capsys.readouterr().err
+
+
 def test_quiet_verify_prints_nothing_when_equal(
     original, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -109,6 +109,15 @@ def test_the_same_bytes_come_out_whatever_the_number_of_threads() -> None:
     assert np.array_equal(payloads[0], payloads[2])
 
 
+@pytest.mark.parametrize("threads", ["abc", "0", "-1", "1.5"])
+def test_a_number_of_threads_that_is_none_is_refused(threads: str) -> None:
+    with (
+        mock.patch.dict(os.environ, VLLM_DFLOAT_THREADS=threads),
+        pytest.raises(UnsupportedError, match=f"VLLM_DFLOAT_THREADS={threads}: expected"),
+    ):
+        encode(gaussian(1024, 1500))
+
+
 @pytest.mark.parametrize(
     "weight", [np.zeros(5, np.uint16), np.zeros((2, 3), np.float32), np.zeros((1, 2, 3), np.uint16)]
 )

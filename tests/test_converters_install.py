@@ -102,7 +102,7 @@ def test_an_official_checkpoint_without_shapes_names_what_to_install_or_to_give(
         f"vllm-dfloat: {official}: config.json: the format stores no shapes, so they come from the model's config, "
         "for which torch and transformers are needed: ModuleNotFoundError: No module named 'transformers'. "
         "Install them: pip install torch transformers. "
-        "Give --original, a folder of the BF16 model or the config.json of it.\n"
+        "With --original FOLDER, the weight files of the BF16 model tell them.\n"
     )
     assert "pip install torch transformers" in ended[2][2]
     assert not (tmp_path / "a").exists()

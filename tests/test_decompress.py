@@ -109,7 +109,7 @@ def test_shapes_that_the_config_does_not_give_come_from_the_original(
     assert main(["decompress", str(source), str(tmp_path / "t")]) == 2
     line = capsys.readouterr().err
     assert "`nobody-knows-it`" in line
-    assert "Give --original, a folder of the BF16 model or the config.json of it." in line
+    assert "With --original FOLDER, the weight files of the BF16 model tell them." in line
     command = ["decompress", str(source), str(tmp_path / "t"), "--original", str(original / given)]
     if given == "model.safetensors.index.json":
         assert main(command) == 2

@@ -118,6 +118,8 @@ def _last_line(args: argparse.Namespace, result: Comparison) -> str:
         return f"{args.path}: DIFFERENT from {args.against} in {differences} {places} ({what} compared)"
     if differences:
         return f"{args.path}: {what} decode, but {differences} files are not as the manifest says"
+    if not result.is_compressed:
+        return f"{args.path}: {what}, none of them compressed (give --against to compare){missing}"
     if result.files is None:
         return f"{args.path}: {what} decode without an error (no manifest; give --against to compare){missing}"
     return f"{args.path}: {what} decode without an error, and {result.files} files are as the manifest says"

@@ -32,13 +32,14 @@ class Comparison:
 
     `files` is None where no manifest says what they should be; compared with an original, it counts the files of
     weights beside the model's own. `not_sought` says why nobody could tell whether tensors are missing, nothing if that
-    was looked for.
+    was looked for. `is_compressed` tells a DFloat11 checkpoint from a plain one.
     """
 
     tensors: int = 0
     num_bytes: int = 0
     files: int | None = None
     not_sought: str = ""
+    is_compressed: bool = True
     differences: list[str] = field(default_factory=list)
 
     @property
@@ -140,8 +141,10 @@ def check(path: Path, start: Start = no_start, advance: Advance = ignore) -> Com
     result = Comparison()
     manifest = read_manifest(path)
     num_bytes, tensors = _open(path, None, keep_tied=True, must_be_whole=True)
-    if manifest is None and is_dfloat11(path):
-        result.not_sought = refuse_missing_parameters(path, open_checkpoint(path).names, path)
+    result.is_compressed = is_dfloat11(path)
+    if manifest is None:
+        names = open_checkpoint(path).names if result.is_compressed else bf16_tensors(path)
+        result.not_sought = refuse_missing_parameters(path, names, path)
     if manifest is not None:
         num_bytes += sum(entry["bytes"] for entry in manifest.files.values())
     progress = Bytes(num_bytes, advance)

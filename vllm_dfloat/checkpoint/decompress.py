@@ -143,7 +143,7 @@ def _shapes(path: Path, original: Path | None) -> Shapes:
     """Return the shapes of a checkpoint's weights; see `original_shapes`."""
     if original is None:
         return module_shapes(
-            path, "Give --original, a folder of the BF16 model or the config.json of it."
+            path, "With --original FOLDER, the weight files of the BF16 model tell them."
         )
     return original_shapes(original)
 

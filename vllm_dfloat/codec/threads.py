@@ -10,6 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
 
+from vllm_dfloat.errors import UnsupportedError
+
 MIN_TILES_PER_THREAD = (
     64  # 128 Ki weights, about half a millisecond: below that a thread costs more than it gives
 )
@@ -22,11 +24,19 @@ def _pool(pid: int, num_threads: int) -> ThreadPoolExecutor:
 
 
 def num_threads() -> int:
-    """Return how many cores the process may use, or what VLLM_DFLOAT_THREADS says."""
+    """Return how many cores the process may use, or what VLLM_DFLOAT_THREADS says.
+
+    Raises:
+        UnsupportedError: it says no number of threads.
+    """
     wanted = os.environ.get("VLLM_DFLOAT_THREADS", "")
-    if wanted.isdigit() and int(wanted) > 0:
+    if not wanted:
+        return len(os.sched_getaffinity(0))
+    if wanted.isdecimal() and int(wanted) > 0:
         return int(wanted)
-    return len(os.sched_getaffinity(0))
+    raise UnsupportedError(
+        f"VLLM_DFLOAT_THREADS={wanted}: expected a number of threads, 1 or more. Unset it to use all cores."
+    )
 
 
 def over_tiles(kernel: Callable[..., Any], num_tiles: int, *args: Any) -> list[Any]:

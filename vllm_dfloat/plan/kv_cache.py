@@ -113,7 +113,8 @@ def page_bytes(kv_heads: int, head_dim: int, tp: int, block_size: int, dtype: st
     heads = kv_heads // tp if kv_heads >= tp else 1
     if max(kv_heads, tp) % min(kv_heads, tp):
         raise UnsupportedError(
-            f"--tp {tp}: {kv_heads} KV heads, which that many ranks cannot share evenly. Give another --tp."
+            f"--tp {tp}: {kv_heads} KV heads, which that many ranks cannot share evenly. "
+            "Give another --tp, and --pp for the rest of the GPUs."
         )
     return block_size * heads * 2 * head_dim * _itemsize(dtype)
 

@@ -135,7 +135,7 @@ def ranks_of(
     if config.heads % settings.tp:
         raise UnsupportedError(
             f"--tp {settings.tp}: {config.heads} attention heads, which that many ranks cannot share "
-            "evenly. Give another --tp."
+            "evenly. Give another --tp, and --pp for the rest of the GPUs."
         )
     overlaps = any("experts" in weight.name for weight in weights)  # on a stream of their own
     lanes = settings.lanes or (2 if overlaps else 1)

@@ -105,7 +105,7 @@ class Weight:
         if count % tp:
             raise UnsupportedError(
                 f"--tp {tp}: {self.name} has {count} {what}, which that many ranks cannot share evenly. "
-                "Give another --tp."
+                "Give another --tp, and --pp for the rest of the GPUs."
             )
 
     def is_on_stage(self, stage: int, layers: range, pp: int) -> bool:
