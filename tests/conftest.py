@@ -2,6 +2,12 @@
 
 import logging
 import os
+import signal
+
+if (
+    signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+):  # in the background of a shell; commands inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # no GPU needed; read when triton is imported
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
