@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from vllm_dfloat.integration import gemm
-from vllm_dfloat.integration.plugin import logger
+from vllm_dfloat.integration.names import logger
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from vllm_dfloat.integration.plugin import logger
+from vllm_dfloat.integration.names import logger
 from vllm_dfloat.scratch import MAIN_LANE
 
 OLDEST = (0, 28)

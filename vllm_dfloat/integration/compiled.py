@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vllm_dfloat.integration import additions, compat
-from vllm_dfloat.integration.plugin import logger
+from vllm_dfloat.integration.names import logger
 
 # What Inductor does in these modes to the matmuls that it sees, it cannot do to compressed layers.
 OWN_GEMMS = ("max_autotune", "max_autotune_gemm", "coordinate_descent_tuning")

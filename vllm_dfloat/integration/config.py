@@ -12,8 +12,8 @@ from vllm.model_executor.layers.quantization.base_config import (
 from vllm_dfloat.checkpoint.folder import CONFIG_KEY
 from vllm_dfloat.errors import UnsupportedError
 from vllm_dfloat.integration import compat
+from vllm_dfloat.integration.names import METHOD, logger
 from vllm_dfloat.integration.options import Options
-from vllm_dfloat.integration.plugin import METHOD, logger
 
 NAMELESS_EMBEDDING = "model.embed_tokens"  # some models build theirs without telling its name
 

@@ -11,8 +11,8 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from vllm_dfloat import ops
 from vllm_dfloat.integration import compat, layerwise, lookup, tying
+from vllm_dfloat.integration.names import logger
 from vllm_dfloat.integration.packed import PackedMethod
-from vllm_dfloat.integration.plugin import logger
 
 # vLLM's cache of compiled models knows this file's text and not the ops': count up when they mean something else.
 OP_REVISION = 4

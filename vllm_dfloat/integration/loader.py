@@ -18,7 +18,7 @@ from vllm_dfloat.checkpoint.safetensors_file import StoredTensor, read_header
 from vllm_dfloat.errors import DFloatError, UnsupportedError
 from vllm_dfloat.integration import compat, layer_kinds
 from vllm_dfloat.integration.arrivals import EXPECTED, Arrivals
-from vllm_dfloat.integration.plugin import METHOD
+from vllm_dfloat.integration.names import METHOD
 from vllm_dfloat.integration.rehearsal import StoredWeights
 
 Weights = Iterator[tuple[str, torch.Tensor]]

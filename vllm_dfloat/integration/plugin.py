@@ -1,11 +1,6 @@
 """The entry point `vllm.general_plugins`: vLLM calls `register` in every process it starts."""
 
-import logging
-
-METHOD = "dfloat11"  # what users pass as --quantization
-
-# vLLM configures only the loggers below its own name; under another name INFO lines would be lost.
-logger = logging.getLogger("vllm.dfloat11")
+from vllm_dfloat.integration.names import METHOD, logger
 
 
 def register() -> None:

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vllm_dfloat.errors import UnsupportedError
 from vllm_dfloat.integration import arrivals, compat, layer_kinds, layerwise
-from vllm_dfloat.integration.plugin import logger
+from vllm_dfloat.integration.names import logger
 
 Pairs = Iterator[tuple[str, torch.Tensor]]
 

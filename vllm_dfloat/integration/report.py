@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 
+from vllm_dfloat.integration.names import logger
 from vllm_dfloat.integration.options import Options
 from vllm_dfloat.integration.packed import packed_of
 from vllm_dfloat.integration.placeholder import WeightPlaceholder
-from vllm_dfloat.integration.plugin import logger
 from vllm_dfloat.scratch import scratch
 
 GIB = 1 << 30

@@ -12,8 +12,8 @@ import torch
 
 from vllm_dfloat import ops
 from vllm_dfloat.integration import layer_kinds
+from vllm_dfloat.integration.names import logger
 from vllm_dfloat.integration.packed import packed_of
-from vllm_dfloat.integration.plugin import logger
 
 
 def prepare(model: torch.nn.Module, vllm_config: Any, model_config: Any) -> None:

@@ -14,7 +14,7 @@ import torch
 from vllm_dfloat.errors import DFloatError, FormatError, UnsupportedError
 from vllm_dfloat.integration import compat, guards, layer_kinds, layerwise, loader_calls, packed
 from vllm_dfloat.integration.incoming import AS_BEFORE, Incoming
-from vllm_dfloat.integration.plugin import logger
+from vllm_dfloat.integration.names import logger
 from vllm_dfloat.integration.rehearsal import StoredWeights, needs_data, rehearse, what_is_short
 from vllm_dfloat.integration.saved import SavedWeights
 
