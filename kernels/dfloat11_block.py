@@ -4,14 +4,14 @@ A block is 4096 stream bytes; each of its 512 windows of 8 bytes belongs to one 
 so a first pass counts the codes of every window, a scan gives each window its first weight, and a second pass decodes
 again and writes. Code lengths vary up to 32 bits: a lookup walks at most four tables of 256 entries.
 
-Equal bit for bit to vllm_dfloat.checkpoint.reference_unit.decode. Whatever the bytes are, loops end after a number of
+Equal bit for bit to vllm_dfloat.dfloat11.reference.decode. Whatever the bytes are, loops end after a number of
 steps fixed here and no access leaves the given tensors.
 """
 
 import triton
 import triton.language as tl
 
-# Status of a block, a sum of bits; the CPU decoder in checkpoint/decode_blocks.py uses the same.
+# Status of a block, a sum of bits; the CPU decoder in dfloat11/decode_loops.py uses the same.
 STATUS_OK = 0
 STATUS_BAD_CODE = 1  # bits that are no code, or a code beyond the end of the stream
 STATUS_COUNT = 2  # the number of codes differs from the positions

@@ -11,15 +11,15 @@ traced graph, and a captured CUDA graph sees new weights after a reload:
 
 Whatever the bytes of a payload say, every loop has a constant bound and no read leaves it: a lane starts at or before
 the last word that is not padding, and reads at most `PAD_WORDS` from there. Whatever the words of a descriptor say,
-nothing is read where they lead unless their seal is right (vllm_dfloat/descriptor.py). If it is not, every weight is
-NaN and every tile has a status: the output still held another layer's weights, and those must not pass for an answer.
+nothing is read where they lead unless their seal is right (vllm_dfloat/codec/descriptor.py). If it is not, every
+weight is NaN and every tile has a status: the output still held another layer's weights, and those must not pass for
+an answer.
 """
 
 import triton
 import triton.language as tl
 
-from vllm_dfloat import descriptor
-from vllm_dfloat.codec import layout
+from vllm_dfloat.codec import descriptor, layout
 
 LANES = tl.constexpr(layout.LANES)
 STEPS = tl.constexpr(layout.STEPS)

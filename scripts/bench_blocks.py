@@ -14,8 +14,8 @@ from bench_setup import normal, poisoned
 from bench_timing import Bench, Call, expect_no_status, expect_same_bits
 from torch.nn import functional
 
-from vllm_dfloat import blocks, ops
 from vllm_dfloat.codec import layout
+from vllm_dfloat.device import groups, ops
 
 NUM_X = [1, 16, 512]
 Work = Callable[[], object]
@@ -56,13 +56,13 @@ class Block:
         self._weights, device = weights, weights[0].device
         self.packed = [ops.pack(weight, "w") for weight in weights]
         shapes = [(one.rows, one.cols) for one in self.packed]
-        self._starts = blocks.first_tiles(shapes)
+        self._starts = groups.first_tiles(shapes)
         self._out = poisoned(self._starts[-1] * layout.TILE_WEIGHTS, device)
         self._status = torch.full((self._starts[-1],), -1, dtype=torch.int32, device=device)
-        self._table = blocks.block_table([one.desc for one in self.packed], shapes)
+        self._table = groups.block_table([one.desc for one in self.packed], shapes)
 
     def at_once(self) -> None:
-        blocks.decode_block(self._table, self._starts[-1], self._out, self._status)
+        groups.decode_block(self._table, self._starts[-1], self._out, self._status)
 
     def one_by_one(self) -> None:
         for one, start in zip(self.packed, self._starts, strict=False):

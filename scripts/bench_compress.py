@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from vllm_dfloat.checkpoint.write_safetensors import Item, write_safetensors
+from vllm_dfloat.storage.safetensors_write import Item, write_safetensors
 
 MEMBERS = ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")
 COLUMNS = 4096

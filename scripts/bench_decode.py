@@ -8,8 +8,8 @@ import torch
 from bench_setup import copy_of, nan_memory, normal, poisoned
 from bench_timing import FLOOR, Bench, Call, expect_no_status, expect_same_bits
 
-from vllm_dfloat import device_encode, ops
-from vllm_dfloat.packed_weight import checksum, make_descriptor
+from vllm_dfloat.device import ops, packed_encode
+from vllm_dfloat.device.packed_weight import checksum, make_descriptor
 
 TABLE = (128_256, 4096)  # embeddings and LM head of Llama 3.1 8B
 # What is wanted most comes first: time may run out.
@@ -121,7 +121,7 @@ def _rows(bench: Bench, table: torch.Tensor, packed: ops.PackedWeight, num_ids: 
 
 def device_encoded(weight: torch.Tensor) -> ops.PackedWeight:
     """Return what the GPU encoder makes of a matrix; on a CPU it is interpreted, where ops.pack takes another."""
-    lay, payload = device_encode.encode(weight, "w")
+    lay, payload = packed_encode.encode(weight, "w")
     fields = (ops.KIND_RAW if lay.is_raw else ops.KIND_PACKED, lay.num_words, lay.code_bits)
     desc = make_descriptor(payload, fields, lay.num_tiles)
     rest = fields, checksum(payload)
@@ -135,7 +135,7 @@ def _encode(bench: Bench, rows: int, cols: int) -> None:
     bench.compare(check_decode, packed, weight, f"encode {case}", ops.decode)
     calls: dict[str, Call] = {
         FLOOR: copy_call(bench, (2 * numel + packed.num_bytes) // 2, 1),
-        "encode": lambda i: device_encode.encode(weight, "w"),
+        "encode": lambda i: packed_encode.encode(weight, "w"),
     }
     bits = {"bits_per_weight": round(8 * packed.payload.numel() / numel, 3)}
     bench.measure("encode", case, calls, 1, 2 * numel, {"encode": bits})

@@ -11,8 +11,8 @@ from bench_setup import copy_of, nan_memory, normal
 from bench_timing import Bench, Call, WrongBitsError, expect_no_status, expect_same_bits
 from torch.nn import functional
 
-from vllm_dfloat import fused, ops
 from vllm_dfloat.codec import layout
+from vllm_dfloat.device import fused, ops
 
 # Linear layers of Llama 3.1 8B as vLLM fuses them: rows, columns. What is wanted most comes first: time may run out.
 LLAMA_8B = {
@@ -74,7 +74,7 @@ def scratch_for(rows: int, cols: int, device: torch.device) -> tuple[torch.Tenso
 
 
 def check_fused(packed: ops.PackedWeight, weight: torch.Tensor, x: torch.Tensor, what: str) -> None:
-    """Raise WrongBitsError unless the product is within the bound of kernels/matmul.py, and the same twice."""
+    """Raise WrongBitsError unless the product is within the bound of kernels/packed_matmul.py, and the same twice."""
     rows, cols = weight.shape
     memory, status = scratch_for(rows, cols, x.device)
     memory.view(torch.int16).fill_(-1)  # a NaN

@@ -55,7 +55,7 @@ def describe(llm: Any) -> Json:
     """Return the device, what the model holds on it, and the size of the KV cache, as vLLM reports it."""
     import torch
 
-    from vllm_dfloat.integration.report import summarize
+    from vllm_dfloat.integration.loading.report import summarize
 
     worker = llm.llm_engine.model_executor.driver_worker
     cache = llm.llm_engine.vllm_config.cache_config

@@ -58,7 +58,8 @@ def prepare(device: str) -> torch.device:
             "Run on a GPU host, or rehearse with --device cpu."
         )
     found = torch.device("cuda", torch.cuda.current_device())
-    from vllm_dfloat import errors, ops
+    from vllm_dfloat import errors
+    from vllm_dfloat.device import ops
 
     try:
         ops.check_device(found)
@@ -124,7 +125,7 @@ def copy_of(packed: Any) -> Any:
     """Return a packed weight with a payload of its own, at another address."""
     from dataclasses import replace
 
-    from vllm_dfloat.packed_weight import make_descriptor
+    from vllm_dfloat.device.packed_weight import make_descriptor
 
     payload = packed.payload.clone()
     desc = make_descriptor(payload, packed.fields, packed.size)

@@ -10,8 +10,8 @@ from bench_peers import NVCOMP_ALGORITHMS, NotHereError, Nvcomp, OfficialKernel
 from bench_setup import copy_of, normal, poisoned
 from bench_timing import Bench, Call, expect_no_status, expect_same_bits
 
-from vllm_dfloat import ops, resident_units, unit_ops
-from vllm_dfloat.checkpoint.encode_unit import as_unit, encode_unit
+from vllm_dfloat.device import ops, unit_decode, unit_resident
+from vllm_dfloat.dfloat11.encode import as_unit, encode_unit
 
 SIZES = [(4096, 4096), (28_672, 4096)]
 Facts = dict[str, dict[str, Any]]
@@ -30,7 +30,7 @@ def _measure(bench: Bench, rows: int, cols: int) -> None:
     outs = [buffers(packed) for _ in range(num_sets)]
     calls, facts = {}, {}
     layouts = {"packed": (packed, ops.decode)}
-    layouts["official, held"] = (resident_units.pack(weight, "w"), resident_units.decode)
+    layouts["official, held"] = (unit_resident.pack(weight, "w"), unit_resident.decode)
     for name, (held, decode) in layouts.items():
         bench.compare(check_decode, held, weight, f"{name} {case}", decode)
         calls[name] = _held_call(held, decode, outs)
@@ -65,7 +65,7 @@ def _unit_call(
     numel = weight.numel()
 
     def call(i: int) -> None:
-        unit_ops.decode_dfloat11(*sets[i], outs[i][0][:numel], status)
+        unit_decode.decode_dfloat11(*sets[i], outs[i][0][:numel], status)
 
     for i in range(len(outs)):
         bench.compare(_check, call, i, weight, outs, "official unit")

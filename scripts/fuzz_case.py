@@ -23,16 +23,16 @@ from fuzz_folder import Folder, write_folder
 from fuzz_mutations import MUTATIONS
 from fuzz_oracle import StoredTwice, Tensors, expected_tensors, manifest_holds, original_tensors
 
-from vllm_dfloat import cli_progress
-from vllm_dfloat.checkpoint.compare import check
-from vllm_dfloat.checkpoint.dfloat11 import open_checkpoint
 from vllm_dfloat.checkpoint.folder import is_dfloat11
 from vllm_dfloat.checkpoint.plain_model import bf16_tensors
+from vllm_dfloat.checkpoint.reader import open_checkpoint
+from vllm_dfloat.checkpoint.verify import check
 from vllm_dfloat.checkpoint.weights import typed_weights
 from vllm_dfloat.cli import main
+from vllm_dfloat.commands import progress
 from vllm_dfloat.errors import MAX_MESSAGE, DFloatError, one_line
 
-cli_progress.tells_compiling = False  # what stderr holds is not to depend on numba's cache
+progress.tells_compiling = False  # what stderr holds is not to depend on numba's cache
 CPU_SECONDS = 1.0  # for all that the reader and the commands do with a case
 # Address space beyond what the process has: a fixed part, and for each byte of the files what parsed JSON may take.
 ROOM, ROOM_PER_BYTE = 32 << 20, 64

@@ -1,6 +1,6 @@
 """What a damaged checkpoint says, read as naively as can be: json, slices of bytes, and the slow reference decoder.
 
-Shares nothing with the reader under test but checkpoint/reference_unit.py. It may raise anything on broken input: it is
+Shares nothing with the reader under test but dfloat11/reference.py. It may raise anything on broken input: it is
 asked only where the reader found nothing to refuse.
 """
 
@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from vllm_dfloat.checkpoint import reference_unit
-from vllm_dfloat.checkpoint.unit import Unit
+from vllm_dfloat.dfloat11 import reference
+from vllm_dfloat.dfloat11.unit import Unit
 
 FIELDS = (
     "encoded_exponent",
@@ -147,4 +147,4 @@ def _decode(
     table = u8[3].reshape(-1, 256)
     nothing = np.zeros(0, np.int64)
     unit = Unit("u", "u", u8[0], u8[1], u8[2], starts, nothing, table, nothing.astype(np.int32))
-    return reference_unit.decode(unit)
+    return reference.decode(unit)

@@ -30,16 +30,16 @@ import triton
 from vllm_dfloat.kernels.compile_spec import TARGETS, CompileSpec
 
 MODULES = (
-    "decode",
-    "decode_block",
-    "decode_rows",
-    "decode_dfloat11",
+    "packed_decode",
+    "group_decode",
+    "packed_rows",
+    "dfloat11_decode",
     "encode_count",
-    "encode",
-    "encode_dfloat11",
-    "matmul_gemv",
-    "matmul_dot",
-    "matmul",
+    "packed_encode",
+    "dfloat11_encode",
+    "packed_matmul_gemv",
+    "packed_matmul_dot",
+    "packed_matmul",
 )
 TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 INSTRUCTION = re.compile(

@@ -10,7 +10,7 @@ def main() -> None:
     device = prepare("cuda")
     from bench_decode import buffers
 
-    from vllm_dfloat import ops
+    from vllm_dfloat.device import ops
 
     rows, cols = 14_336, 4096
     packed = ops.pack(normal(rows, cols, device), "w")

@@ -126,11 +126,11 @@ def compile_codecs() -> None:
     """Run the CPU codecs once, so that what numba needs is there before memory is measured."""
     import numpy as np
 
-    from vllm_dfloat import ops  # noqa: F401  # its library of ops too
-    from vllm_dfloat.checkpoint.decode_unit import decode_unit
-    from vllm_dfloat.checkpoint.encode_unit import as_unit, encode_unit
     from vllm_dfloat.codec.decode import decode
     from vllm_dfloat.codec.encode import encode
+    from vllm_dfloat.device import ops  # noqa: F401  # its library of ops too
+    from vllm_dfloat.dfloat11.decode import decode_unit
+    from vllm_dfloat.dfloat11.encode import as_unit, encode_unit
 
     bits = (np.random.default_rng(0).standard_normal((64, 4096), np.float32) * 0.02).view(np.uint32)
     weight = (bits >> 16).astype(np.uint16)
@@ -140,8 +140,8 @@ def compile_codecs() -> None:
 
 def held(model: Any) -> dict[str, int]:
     """Return what the rank holds in the end, in bytes, and its largest layer as BF16."""
-    from vllm_dfloat.integration.packed import packed_of
-    from vllm_dfloat.integration.report import summarize
+    from vllm_dfloat.integration.layers.method import packed_of
+    from vllm_dfloat.integration.loading.report import summarize
 
     summary = summarize(model)
     packed = [weight for module in model.modules() if (weight := packed_of(module)) is not None]

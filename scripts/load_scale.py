@@ -33,7 +33,7 @@ from bench_serve_model import (
     tensor_shapes,
 )
 
-from vllm_dfloat.checkpoint.write_safetensors import Item, write_safetensors
+from vllm_dfloat.storage.safetensors_write import Item, write_safetensors
 
 SCRIPTS = Path(__file__).resolve().parent
 GIB = 1 << 30

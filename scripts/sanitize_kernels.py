@@ -39,7 +39,7 @@ def some_rows(weight: torch.Tensor) -> torch.Tensor:
 def packed_decode(device: torch.device) -> None:
     from bench_decode import check_decode
 
-    from vllm_dfloat import ops
+    from vllm_dfloat.device import ops
 
     weight = normal(ROWS, COLS, device)
     check_decode(ops.pack(weight, "w"), weight, "decode", ops.decode)
@@ -51,7 +51,7 @@ def packed_rows(device: torch.device) -> None:
     from bench_setup import nan_memory
     from bench_timing import expect_same_bits
 
-    from vllm_dfloat import ops
+    from vllm_dfloat.device import ops
 
     weight = normal(ROWS, COLS, device)
     packed, ids = ops.pack(weight, "w"), some_rows(weight)
@@ -72,7 +72,7 @@ def packed_block(device: torch.device) -> None:
 def encoder(device: torch.device) -> None:
     from bench_decode import check_decode, device_encoded
 
-    from vllm_dfloat import ops
+    from vllm_dfloat.device import ops
 
     weight = normal(ROWS, COLS, device, seed=1)
     check_decode(device_encoded(weight), weight, "encode", ops.decode)
@@ -82,12 +82,12 @@ def official_unit(device: torch.device) -> None:
     import torch
     from bench_timing import expect_same_bits
 
-    from vllm_dfloat import unit_ops
-    from vllm_dfloat.checkpoint.encode_unit import as_unit, encode_unit
+    from vllm_dfloat.device import unit_decode
+    from vllm_dfloat.dfloat11.encode import as_unit, encode_unit
 
     weight = normal(12, COLS, device, seed=2)
     unit = as_unit(encode_unit([weight.cpu().view(torch.uint16).numpy().reshape(-1)], "w"), "w")
-    expect_same_bits(unit_ops.decode_unit(unit, device), weight, "decode_dfloat11")
+    expect_same_bits(unit_decode.decode_unit(unit, device), weight, "decode_dfloat11")
 
 
 def official_encoder(device: torch.device) -> None:
@@ -95,8 +95,8 @@ def official_encoder(device: torch.device) -> None:
     import torch
     from bench_timing import WrongBitsError
 
-    from vllm_dfloat.checkpoint.encode_unit import encode_unit
-    from vllm_dfloat.device_units import DeviceCoder
+    from vllm_dfloat.device.unit_coder import DeviceCoder
+    from vllm_dfloat.dfloat11.encode import encode_unit
 
     members = [normal(rows, COLS, device, seed=rows).cpu() for rows in (12, 1)]
     bits = [member.view(torch.uint16).numpy() for member in members]
@@ -109,7 +109,7 @@ def official_encoder(device: torch.device) -> None:
 def official_held(device: torch.device) -> None:
     from bench_decode import check_decode, check_rows
 
-    from vllm_dfloat import resident_units as units
+    from vllm_dfloat.device import unit_resident as units
 
     weight = normal(12, COLS, device, seed=2)
     held = units.pack(weight, "w")
@@ -120,7 +120,7 @@ def official_held(device: torch.device) -> None:
 def fused_product(device: torch.device, cols: int, num_x: int) -> None:
     from bench_fused import check_fused
 
-    from vllm_dfloat import ops
+    from vllm_dfloat.device import ops
 
     weight, x = normal(5, cols, device, seed=cols), normal(num_x, cols, device, seed=num_x)
     check_fused(ops.pack(weight, "w"), weight, x, f"fused, {num_x} rows, {cols} columns")
@@ -128,9 +128,9 @@ def fused_product(device: torch.device, cols: int, num_x: int) -> None:
 
 def fused_products(device: torch.device) -> dict[str, Callable[[], None]]:
     """Return a check for each kernel: for each number of rows it is compiled for, each number of segments."""
-    from vllm_dfloat import fused
     from vllm_dfloat.codec import layout
-    from vllm_dfloat.kernels import matmul as kernels
+    from vllm_dfloat.device import fused
+    from vllm_dfloat.kernels import packed_matmul as kernels
 
     eighth = layout.TILE_WEIGHTS // 8
     supported = [n * eighth for n in range(1, 17) if kernels.is_supported(n * eighth)]

@@ -15,9 +15,9 @@ from torch.nn import functional
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from vllm_dfloat import fused, ops, resident_units
 from vllm_dfloat.codec import layout
-from vllm_dfloat.kernels.matmul import MAX_ROWS
+from vllm_dfloat.device import fused, ops, unit_resident
+from vllm_dfloat.kernels.packed_matmul import MAX_ROWS
 
 NUM_X = {"fused_gemv_tiles_per_program": 1, "fused_dot_rows": 16, "fused_dot_num_warps": 16}
 
@@ -50,7 +50,7 @@ def _decode(bench: Bench, is_official: bool) -> Case:
     rows, cols = bench.pick((14_336, 4096), (8, 300))
     weight = normal(rows, cols, bench.device)
     pack, decode = (
-        (resident_units.pack, resident_units.decode) if is_official else (ops.pack, ops.decode)
+        (unit_resident.pack, unit_resident.decode) if is_official else (ops.pack, ops.decode)
     )
     packed = pack(weight, "w")
     num_sets = bench.num_sets(packed.num_bytes + 2 * weight.numel())

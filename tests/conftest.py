@@ -20,9 +20,9 @@ from pathlib import Path
 
 import pytest
 
-from vllm_dfloat import cli_progress
+from vllm_dfloat.commands import progress
 
-cli_progress.tells_compiling = False  # what stderr holds is not to depend on numba's cache
+progress.tells_compiling = False  # what stderr holds is not to depend on numba's cache
 
 Checkpoint = Callable[[str], Path]
 
@@ -65,7 +65,7 @@ def log_lines() -> Iterator[list[str]]:
 @pytest.fixture
 def followed_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let seals hold wherever a descriptor or a table lies: opcheck hands copies of all tensors to an op."""
-    from vllm_dfloat import descriptor
+    from vllm_dfloat.codec import descriptor
 
     salt = descriptor.salt
     monkeypatch.setattr(descriptor, "salt", lambda place, size: salt(0, size))

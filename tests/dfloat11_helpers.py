@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from vllm_dfloat.checkpoint.dfloat11 import open_checkpoint
-from vllm_dfloat.checkpoint.encode_pieces import Book
-from vllm_dfloat.checkpoint.safetensors_file import read_header
-from vllm_dfloat.checkpoint.unit import Unit
+from vllm_dfloat.checkpoint.reader import open_checkpoint
+from vllm_dfloat.dfloat11.coder import Book
+from vllm_dfloat.dfloat11.unit import Unit
+from vllm_dfloat.storage.safetensors_read import read_header
 
 VECTORS = Path(__file__).parent / "data" / "vectors"
 MODEL_VECTORS = ("llama-tiny", "llama-tiny-single", "qwen3-tiny-tied", "phi3-tiny-fused")

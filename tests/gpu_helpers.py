@@ -15,7 +15,7 @@ import pytest
 import torch
 from helpers import Bits, poisoned
 
-from vllm_dfloat import ops
+from vllm_dfloat.device import ops
 
 IS_REHEARSAL = os.environ.get("VLLM_DFLOAT_GPU_REHEARSAL") == "1"
 DEVICE = torch.device("cpu" if IS_REHEARSAL else "cuda")

@@ -14,11 +14,11 @@ import signal
 import sys
 from pathlib import Path
 
-from vllm_dfloat.checkpoint.compress import compress
-from vllm_dfloat.checkpoint.decompress import decompress
 from vllm_dfloat.checkpoint.folder import FINISHED_FILE
 from vllm_dfloat.checkpoint.manifest import file_entry
-from vllm_dfloat.checkpoint.source import open_source
+from vllm_dfloat.convert.compress import compress
+from vllm_dfloat.convert.decompress import decompress
+from vllm_dfloat.convert.source import open_source
 
 EVENTS = ("open", "os.rename", "os.remove")
 

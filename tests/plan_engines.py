@@ -16,7 +16,7 @@ BATCHED_TOKENS = 128
 
 def of_rank(model: Any) -> dict[str, int]:
     """Return what a rank's model holds; runs in the rank's process."""
-    from vllm_dfloat.integration.report import summarize
+    from vllm_dfloat.integration.loading.report import summarize
 
     summary, unseen = summarize(model), unseen_bytes(model)
     found = {name: getattr(summary, name) for name in REPORTED}
@@ -28,7 +28,7 @@ def unseen_bytes(model: Any) -> int:
     own in place of a weight, whose parameter is empty then, and makes the bias float32."""
     from vllm.model_executor.layers.linear import LinearBase
 
-    from vllm_dfloat.integration.packed import packed_of
+    from vllm_dfloat.integration.layers.method import packed_of
 
     unseen = 0
     for layer in model.modules():
@@ -53,7 +53,7 @@ def reported(model: Path, room: int, **settings: Any) -> dict[str, Any]:
     """
     from vllm.v1.core import kv_cache_utils
 
-    from vllm_dfloat.scratch import scratch
+    from vllm_dfloat.device.scratch import scratch
 
     scratch.release()  # an engine before this one in the process may have needed more
     given = dict(num_gpu_blocks_override=None, max_num_batched_tokens=BATCHED_TOKENS)

@@ -17,9 +17,9 @@ from pathlib import Path
 
 from interrupted import EVENTS, contents
 
-from vllm_dfloat.checkpoint.compress import compress
-from vllm_dfloat.checkpoint.resume import COMPRESSION
-from vllm_dfloat.checkpoint.source import open_source
+from vllm_dfloat.convert.compress import compress
+from vllm_dfloat.convert.resume import COMPRESSION
+from vllm_dfloat.convert.source import open_source
 from vllm_dfloat.errors import DFloatError
 
 WAS_FINISHED = "was finished before"

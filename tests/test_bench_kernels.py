@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_dfloat import ops
+from vllm_dfloat.device import ops
 from vllm_dfloat.kernels.configs import INTERPRETED, config_of
 
 ROOT = Path(__file__).parents[1]

@@ -7,8 +7,8 @@ import torch
 from guard_pages import run_python
 from helpers import gaussian, same_bits, to_torch
 
-from vllm_dfloat import blocks, checks, fused, ops
-from vllm_dfloat import resident_units as units
+from vllm_dfloat.device import checks, fused, groups, ops
+from vllm_dfloat.device import unit_resident as units
 from vllm_dfloat.errors import DeviceError, UnsupportedError
 
 ROWS, COLS = 3, 2048
@@ -27,7 +27,7 @@ def by_op(out: torch.Tensor, status: torch.Tensor) -> None:
 
 
 def by_block(out: torch.Tensor, status: torch.Tensor) -> None:
-    blocks.decode_block(blocks.block_table([PACKED.desc], [(ROWS, COLS)]), TILES, out, status)
+    groups.decode_block(groups.block_table([PACKED.desc], [(ROWS, COLS)]), TILES, out, status)
 
 
 def by_fused(out: torch.Tensor, status: torch.Tensor) -> None:
@@ -110,7 +110,7 @@ def test_descriptors_and_tables_of_another_form_are_refused() -> None:
         with pytest.raises(
             UnsupportedError, match=r"decode_block: table torch.int\d+ \[\d\]; expected"
         ):
-            blocks.decode_block(wrong, TILES, out, status)
+            groups.decode_block(wrong, TILES, out, status)
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ import os, sys
 sys.modules["triton"] = None  # an import of it fails, as where it is not installed
 import torch
 from helpers import gaussian, same_bits, to_torch
-from vllm_dfloat import blocks, checks, fused, ops, resident_units as units
+from vllm_dfloat.device import checks, fused, groups as blocks, ops, unit_resident as units
 from vllm_dfloat.errors import DeviceError
 
 weight = to_torch(gaussian(3, 2048))

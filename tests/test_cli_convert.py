@@ -15,7 +15,7 @@ from conftest import Checkpoint
 from engines import answers, bf16_answers
 from tiny_models import SHIPPED
 
-from vllm_dfloat.checkpoint.dfloat11 import open_checkpoint
+from vllm_dfloat.checkpoint.reader import open_checkpoint
 from vllm_dfloat.cli import main
 
 

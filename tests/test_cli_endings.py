@@ -16,9 +16,9 @@ from cli_commands import COMMANDS, make_places, only_line
 _PROGRAM = """
 import json, os, resource, signal, sys
 from pathlib import Path
-import vllm_dfloat.checkpoint.compare, vllm_dfloat.checkpoint.compress, vllm_dfloat.checkpoint.decompress
+import vllm_dfloat.checkpoint.verify, vllm_dfloat.convert.compress, vllm_dfloat.convert.decompress
 import vllm_dfloat.checkpoint.summary, vllm_dfloat.plan.plan, vllm_dfloat.plan.report
-from vllm_dfloat import cli_progress
+from vllm_dfloat.commands import progress as cli_progress
 from vllm_dfloat.cli import main
 
 cli_progress.tells_compiling = False

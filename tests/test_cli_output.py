@@ -14,8 +14,8 @@ import pytest
 from cli_commands import COMMANDS, make_places, only_line
 from tiny_models import SHIPPED
 
-from vllm_dfloat.checkpoint.compare import check, compare
 from vllm_dfloat.checkpoint.manifest import MANIFEST_FILE, read_manifest
+from vllm_dfloat.checkpoint.verify import check, compare
 from vllm_dfloat.cli import main
 
 

@@ -189,11 +189,11 @@ def test_an_error_of_the_package_itself_does_not_look_like_a_difference(
     def fail(*_: object) -> None:
         raise KeyError("a\nb")
 
-    monkeypatch.setattr("vllm_dfloat.checkpoint.compare.check", fail)
+    monkeypatch.setattr("vllm_dfloat.checkpoint.verify.check", fail)
     assert main(["verify", str(places["df11"])]) == 2
     assert only_line(capsys.readouterr().err).startswith("vllm-dfloat: internal error, KeyError: ")
     monkeypatch.setattr(
-        "vllm_dfloat.checkpoint.compare.check", lambda *_: np.zeros(1 << 60, np.uint8)
+        "vllm_dfloat.checkpoint.verify.check", lambda *_: np.zeros(1 << 60, np.uint8)
     )
     assert main(["verify", str(places["df11"])]) == 2
     assert only_line(capsys.readouterr().err).startswith("vllm-dfloat: out of memory")

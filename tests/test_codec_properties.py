@@ -11,15 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from weight_strategies import BLOCK_BITS, REACHED, Spec, features, specs
 
-from vllm_dfloat.checkpoint import reference_unit
-from vllm_dfloat.checkpoint.decode_unit import decode_unit
-from vllm_dfloat.checkpoint.dfloat11 import open_checkpoint
-from vllm_dfloat.checkpoint.encode_unit import encode_unit
-from vllm_dfloat.checkpoint.unit import FIELDS, Unit
+from vllm_dfloat.checkpoint.reader import open_checkpoint
 from vllm_dfloat.codec import reference
 from vllm_dfloat.codec.decode import decode
 from vllm_dfloat.codec.encode import encode
 from vllm_dfloat.codec.layout import MAX_CODE_BITS, validate
+from vllm_dfloat.dfloat11 import reference as reference_unit
+from vllm_dfloat.dfloat11.decode import decode_unit
+from vllm_dfloat.dfloat11.encode import encode_unit
+from vllm_dfloat.dfloat11.unit import FIELDS, Unit
 from vllm_dfloat.errors import UnsupportedError
 
 BATCH = (

@@ -9,14 +9,14 @@ import pytest
 from dfloat11_helpers import stored_unit, write_checkpoint
 from pool_jobs import compile_twice
 
-from vllm_dfloat import cli_progress
-from vllm_dfloat.checkpoint.worker_pool import run_jobs
-from vllm_dfloat.cli_progress import COMPILING, Bar
+from vllm_dfloat.commands import progress
+from vllm_dfloat.commands.progress import COMPILING, Bar
+from vllm_dfloat.convert.worker_pool import run_jobs
 
 
 @pytest.fixture(autouse=True)
 def _tells(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli_progress, "tells_compiling", True)
+    monkeypatch.setattr(progress, "tells_compiling", True)
 
 
 def test_a_cold_cache_is_one_line_on_stderr_and_a_warm_one_none(tmp_path: Path) -> None:

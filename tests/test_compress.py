@@ -18,17 +18,17 @@ from dfloat11_helpers import VECTORS
 from safetensors.torch import load_file
 from small_models import bf16, make_model
 
-from vllm_dfloat.checkpoint.compare import compare
-from vllm_dfloat.checkpoint.compress import Report, compress, plan_files
-from vllm_dfloat.checkpoint.compress_file import FileResult
-from vllm_dfloat.checkpoint.decompress import decompress
-from vllm_dfloat.checkpoint.dfloat11 import open_checkpoint
 from vllm_dfloat.checkpoint.folder import FINISHED_FILE
 from vllm_dfloat.checkpoint.manifest import MANIFEST_FILE, file_entry, read_manifest
-from vllm_dfloat.checkpoint.plan_units import plan_units
-from vllm_dfloat.checkpoint.resume import COMPRESSION
-from vllm_dfloat.checkpoint.source import open_source
+from vllm_dfloat.checkpoint.reader import open_checkpoint
+from vllm_dfloat.checkpoint.verify import compare
 from vllm_dfloat.checkpoint.weights import weights
+from vllm_dfloat.convert.compress import Report, compress, plan_files
+from vllm_dfloat.convert.compress_file import FileResult
+from vllm_dfloat.convert.decompress import decompress
+from vllm_dfloat.convert.resume import COMPRESSION
+from vllm_dfloat.convert.source import open_source
+from vllm_dfloat.convert.units import plan_units
 from vllm_dfloat.errors import FormatError, UnsupportedError
 
 SHIPPED = tiny_models.SHIPPED

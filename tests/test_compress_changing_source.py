@@ -15,17 +15,17 @@ from cli_commands import only_line
 from interrupted import contents
 from safetensors.torch import load_file, save_file
 
-from vllm_dfloat.checkpoint.compare import compare
-from vllm_dfloat.checkpoint.compress import compress
-from vllm_dfloat.checkpoint.decompress import decompress
-from vllm_dfloat.checkpoint.encode_unit import count_weights, measure_unit
-from vllm_dfloat.checkpoint.file_identity import FileIdentity
 from vllm_dfloat.checkpoint.manifest import MANIFEST_FILE
-from vllm_dfloat.checkpoint.resume import COMPRESSION
-from vllm_dfloat.checkpoint.safetensors_file import read_header
-from vllm_dfloat.checkpoint.source import open_source
+from vllm_dfloat.checkpoint.verify import compare
 from vllm_dfloat.cli import main
+from vllm_dfloat.convert.compress import compress
+from vllm_dfloat.convert.decompress import decompress
+from vllm_dfloat.convert.resume import COMPRESSION
+from vllm_dfloat.convert.source import open_source
+from vllm_dfloat.dfloat11.encode import count_weights, measure_unit
 from vllm_dfloat.errors import ChangedError, DFloatError, FormatError
+from vllm_dfloat.storage.file_identity import FileIdentity
+from vllm_dfloat.storage.safetensors_read import read_header
 
 WEIGHTS = "model-00002-of-00002.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -218,7 +218,7 @@ def test_the_command_ends_with_one_line_and_2(
         (model / WEIGHTS).touch()
         return source
 
-    monkeypatch.setattr("vllm_dfloat.checkpoint.source.open_source", open_and_change)
+    monkeypatch.setattr("vllm_dfloat.convert.source.open_source", open_and_change)
     assert main(["compress", str(model), str(tmp_path / "t")]) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -325,7 +325,7 @@ def test_a_finished_file_that_another_program_changes_is_named_and_made_again(
     # Bug caught: exit 0 with a manifest that lists what is not there.
     source, target = open_source(pristine["one"]), tmp_path / "t"
     with monkeypatch.context() as patch:
-        from vllm_dfloat.checkpoint.work import Work
+        from vllm_dfloat.convert.work import Work
 
         write = Work.write_text
 

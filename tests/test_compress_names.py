@@ -8,11 +8,11 @@ import torch
 from cli_commands import only_line
 from small_models import bf16, make_model
 
-from vllm_dfloat.checkpoint import compress as module
-from vllm_dfloat.checkpoint.compare import compare
-from vllm_dfloat.checkpoint.dfloat11 import open_checkpoint
-from vllm_dfloat.checkpoint.unit import FIELDS
+from vllm_dfloat.checkpoint.reader import open_checkpoint
+from vllm_dfloat.checkpoint.verify import compare
 from vllm_dfloat.cli import main
+from vllm_dfloat.convert import compress as module
+from vllm_dfloat.dfloat11.unit import FIELDS
 from vllm_dfloat.errors import FormatError
 
 BASE = {
@@ -106,8 +106,8 @@ def test_a_result_that_cannot_be_read_stays_unfinished(
 
 
 def test_a_tensor_that_is_lost_or_of_another_shape_is_found(tmp_path: Path) -> None:
-    from vllm_dfloat.checkpoint.read_back import read_back
-    from vllm_dfloat.checkpoint.source import open_source
+    from vllm_dfloat.convert.read_back import read_back
+    from vllm_dfloat.convert.source import open_source
 
     source = open_source(make_model(tmp_path / "m", BASE))
     module.compress(source, tmp_path / "t")

@@ -16,15 +16,15 @@ from conftest import Checkpoint
 from interrupted import contents
 from racing import WAS_FINISHED
 
-from vllm_dfloat.checkpoint import folder_lock
-from vllm_dfloat.checkpoint.compare import compare
-from vllm_dfloat.checkpoint.compress import compress
-from vllm_dfloat.checkpoint.decompress import decompress
-from vllm_dfloat.checkpoint.folder_lock import locked
-from vllm_dfloat.checkpoint.journal import discard_journal, open_journal
-from vllm_dfloat.checkpoint.resume import COMPRESSION, DECOMPRESSION
-from vllm_dfloat.checkpoint.source import open_source
+from vllm_dfloat.checkpoint.verify import compare
+from vllm_dfloat.convert.compress import compress
+from vllm_dfloat.convert.decompress import decompress
+from vllm_dfloat.convert.resume import COMPRESSION, DECOMPRESSION
+from vllm_dfloat.convert.source import open_source
 from vllm_dfloat.errors import FormatError
+from vllm_dfloat.storage import folder_lock
+from vllm_dfloat.storage.folder_lock import locked
+from vllm_dfloat.storage.journal import discard_journal, open_journal
 
 SHIPPED = tiny_models.SHIPPED
 
@@ -153,8 +153,8 @@ def test_a_journal_that_was_removed_while_it_was_opened_is_not_gone_on_with(
 _STOPPING = """
 import os, signal, sys
 from pathlib import Path
-from vllm_dfloat.checkpoint.folder_lock import locked
-from vllm_dfloat.checkpoint.worker_pool import run_jobs
+from vllm_dfloat.storage.folder_lock import locked
+from vllm_dfloat.convert.worker_pool import run_jobs
 
 def stop(report):
     print(os.getpid(), flush=True)

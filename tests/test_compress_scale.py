@@ -14,17 +14,17 @@ import numpy as np
 import pytest
 from helpers import gaussian
 
-from vllm_dfloat.checkpoint.compare import compare
-from vllm_dfloat.checkpoint.compress import compress
-from vllm_dfloat.checkpoint.encode_pieces import CpuCoder
-from vllm_dfloat.checkpoint.pieces import read_pieces
-from vllm_dfloat.checkpoint.resume import COMPRESSION
-from vllm_dfloat.checkpoint.safetensors_file import read_header
-from vllm_dfloat.checkpoint.source import open_source
-from vllm_dfloat.checkpoint.unit import Unit
-from vllm_dfloat.checkpoint.worker_pool import WORKER_BYTES, share_cores
-from vllm_dfloat.checkpoint.write_safetensors import TEMPORARY, Item, write_safetensors
+from vllm_dfloat.checkpoint.verify import compare
+from vllm_dfloat.convert.compress import compress
+from vllm_dfloat.convert.resume import COMPRESSION
+from vllm_dfloat.convert.source import open_source
+from vllm_dfloat.convert.worker_pool import WORKER_BYTES, share_cores
+from vllm_dfloat.dfloat11.coder import CpuCoder
+from vllm_dfloat.dfloat11.unit import Unit
 from vllm_dfloat.errors import FormatError
+from vllm_dfloat.storage.pieces import read_pieces
+from vllm_dfloat.storage.safetensors_read import read_header
+from vllm_dfloat.storage.safetensors_write import TEMPORARY, Item, write_safetensors
 
 MIB = 1 << 20
 
@@ -47,9 +47,9 @@ def make_layers(path: Path, layers: int, mebibytes: int) -> Path:
 MEASURE = """
 import json, sys
 from pathlib import Path
-from vllm_dfloat.checkpoint.compress import compress
-from vllm_dfloat.checkpoint.resume import COMPRESSION
-from vllm_dfloat.checkpoint.source import open_source
+from vllm_dfloat.convert.compress import compress
+from vllm_dfloat.convert.resume import COMPRESSION
+from vllm_dfloat.convert.source import open_source
 
 def resident():
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -8,9 +8,9 @@ import pytest
 import torch
 from helpers import gaussian, same_bits, to_torch
 
-from vllm_dfloat import blocks, fused, ops, packed_weight
-from vllm_dfloat import resident_units as units
 from vllm_dfloat.codec.layout import PackedLayout
+from vllm_dfloat.device import fused, groups, ops, packed_weight
+from vllm_dfloat.device import unit_resident as units
 from vllm_dfloat.errors import FormatError
 
 NAME = "model.layers.3.mlp.down_proj"
@@ -44,7 +44,7 @@ def unit_sections(packed: Packed) -> dict[str, torch.Tensor]:
 
 
 def unpack_block(packed: Packed) -> Sequence[torch.Tensor]:
-    return blocks.unpack([ops.pack(WEIGHT, "before"), packed])
+    return groups.unpack([ops.pack(WEIGHT, "before"), packed])
 
 
 # How a weight is made, its sections, and everything that reads it and checks it.

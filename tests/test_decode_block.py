@@ -4,10 +4,10 @@ import pytest
 import torch
 from helpers import gaussian, hard_matrices, same_bits, to_torch
 
-from vllm_dfloat import blocks, ops
 from vllm_dfloat.codec import layout
+from vllm_dfloat.device import groups, ops
 from vllm_dfloat.errors import FormatError, UnsupportedError
-from vllm_dfloat.kernels import decode_block as kernels
+from vllm_dfloat.kernels import group_decode as kernels
 
 POISON = 0x7FC1  # no weight of these tests
 
@@ -34,12 +34,12 @@ def decode(
     """Return what a block decodes to, from poisoned memory, and its status words."""
     monkeypatch.setenv("VLLM_DFLOAT_BACKEND", backend)
     shapes = [(p.rows, p.cols) for p in packed]
-    starts = blocks.first_tiles(shapes)
+    starts = groups.first_tiles(shapes)
     out = torch.full((starts[-1] * layout.TILE_WEIGHTS,), POISON, dtype=torch.uint16)
     status = torch.full((starts[-1],), -1, dtype=torch.int32)
     if table is None:
-        table = blocks.block_table([p.desc for p in packed], shapes)
-    assert table.shape == (len(packed) + 1, blocks.ROW_WORDS)
+        table = groups.block_table([p.desc for p in packed], shapes)
+    assert table.shape == (len(packed) + 1, groups.ROW_WORDS)
     if backend == "triton":
         kernels.decode_block(table, starts[-1], out.view(torch.bfloat16), status, tiles)
     else:
@@ -73,7 +73,7 @@ def test_descriptors_may_change_behind_the_table(
     # Bug caught: a table that holds what the descriptors said when it was made; a reload would go unseen.
     first, second = (ops.pack(to_torch(gaussian(9, 700, seed=s)), "w") for s in (1, 2))
     expected = ops.unpack(first), ops.unpack(second)
-    table = blocks.block_table([first.desc], [(9, 700)])
+    table = groups.block_table([first.desc], [(9, 700)])
     (before,), _ = decode([first], backend, monkeypatch, table=table)
     second.described_in(first.desc)
     (after,), _ = decode([first], backend, monkeypatch, table=table)
@@ -83,11 +83,11 @@ def test_descriptors_may_change_behind_the_table(
 
 def test_largest_block_and_no_larger_one() -> None:
     one = ops.pack(to_torch(gaussian(1, 4096)), "w")
-    table = blocks.block_table([one.desc] * blocks.MAX_MEMBERS, [(1, 4096)] * blocks.MAX_MEMBERS)
-    assert table[-1, :2].tolist() == [0, 2 * blocks.MAX_MEMBERS]
-    for number, shape in ((blocks.MAX_MEMBERS + 1, (1, 4096)), (0, (1, 4096)), (2, (0, 4096))):
+    table = groups.block_table([one.desc] * groups.MAX_MEMBERS, [(1, 4096)] * groups.MAX_MEMBERS)
+    assert table[-1, :2].tolist() == [0, 2 * groups.MAX_MEMBERS]
+    for number, shape in ((groups.MAX_MEMBERS + 1, (1, 4096)), (0, (1, 4096)), (2, (0, 4096))):
         with pytest.raises(UnsupportedError, match=f"block of {number} matrices .* 1 to 16"):
-            blocks.block_table([one.desc] * number, [shape] * number)
+            groups.block_table([one.desc] * number, [shape] * number)
 
 
 @pytest.mark.parametrize("backend", ["numba", "triton"])
@@ -107,8 +107,8 @@ def test_damage_is_reported_for_the_tiles_of_its_member_only(
 def test_op_passes_opcheck(followed_anywhere: None) -> None:
     packed = [ops.pack(to_torch(gaussian(9, 700, seed=s)), "w") for s in range(2)]
     shapes = [(9, 700)] * 2
-    tiles = blocks.first_tiles(shapes)[-1]
-    table = blocks.block_table([p.desc for p in packed], shapes)
+    tiles = groups.first_tiles(shapes)[-1]
+    table = groups.block_table([p.desc for p in packed], shapes)
     out = torch.zeros(tiles * layout.TILE_WEIGHTS, dtype=torch.bfloat16)
     status = torch.zeros(tiles, dtype=torch.int32)
     torch.library.opcheck(torch.ops.vllm_dfloat.decode_block, (table, tiles, out, status))

@@ -7,13 +7,13 @@ from dfloat11_helpers import VECTORS, edge_originals, vector_units
 from guard_pages import run_python
 from helpers import unlike
 
-from vllm_dfloat.checkpoint import decode_blocks
-from vllm_dfloat.checkpoint.decode_unit import decode_unit
-from vllm_dfloat.checkpoint.dfloat11 import open_checkpoint
-from vllm_dfloat.checkpoint.unit import Unit
+from vllm_dfloat.checkpoint.reader import open_checkpoint
+from vllm_dfloat.dfloat11 import decode_loops
+from vllm_dfloat.dfloat11.decode import decode_unit
+from vllm_dfloat.dfloat11.unit import Unit
 from vllm_dfloat.errors import FormatError
-from vllm_dfloat.kernels import decode_dfloat11 as kernel
 from vllm_dfloat.kernels import dfloat11_block as block
+from vllm_dfloat.kernels import dfloat11_decode as kernel
 
 EDGE_UNITS = vector_units("edge-good")
 
@@ -71,7 +71,7 @@ def first_blocks(unit: Unit, count: int) -> Unit:
 
 def test_status_bits_of_kernel_and_cpu_decoder_are_the_same() -> None:
     for name in ("STATUS_OK", "STATUS_BAD_CODE", "STATUS_COUNT", "STATUS_GAP"):
-        assert getattr(block, name) == getattr(decode_blocks, name)
+        assert getattr(block, name) == getattr(decode_loops, name)
 
 
 def test_missing_code_gap_and_count_each_end_with_their_status_bit() -> None:

@@ -12,11 +12,11 @@ from conftest import Checkpoint
 from dfloat11_helpers import VECTORS
 from tiny_models import SHIPPED
 
-from vllm_dfloat.checkpoint import decompress_file
-from vllm_dfloat.checkpoint.compare import compare
-from vllm_dfloat.checkpoint.decompress import decompress
-from vllm_dfloat.checkpoint.resume import DECOMPRESSION
+from vllm_dfloat.checkpoint.verify import compare
 from vllm_dfloat.cli import main
+from vllm_dfloat.convert import decompress_file
+from vllm_dfloat.convert.decompress import decompress
+from vllm_dfloat.convert.resume import DECOMPRESSION
 from vllm_dfloat.errors import FormatError
 
 LLAMA = VECTORS / "llama-tiny-df11"

@@ -7,10 +7,10 @@ import pytest
 from cli_commands import only_line
 from small_models import bf16, make_model
 
-from vllm_dfloat.checkpoint.compare import compare
 from vllm_dfloat.checkpoint.manifest import MANIFEST_FILE
-from vllm_dfloat.checkpoint.safetensors_file import read_header
+from vllm_dfloat.checkpoint.verify import compare
 from vllm_dfloat.cli import main
+from vllm_dfloat.storage.safetensors_read import read_header
 
 TENSORS = {
     "model.layers.0.mlp.up_proj.weight": bf16(64, 96),
@@ -97,7 +97,7 @@ def test_an_edited_config_is_taken_with_one_line(
 
 
 def test_the_bytes_that_are_compared_are_in_the_progress(folder: Path, tmp_path: Path) -> None:
-    from vllm_dfloat.checkpoint.decompress import decompress
+    from vllm_dfloat.convert.decompress import decompress
 
     starts: list[int] = []
     steps: list[int] = []

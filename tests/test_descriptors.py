@@ -11,7 +11,8 @@ import dataclasses, os, re, sys
 import numpy as np, torch
 from guard_pages import guarded
 from helpers import gaussian, same_bits, to_torch
-from vllm_dfloat import blocks, descriptor, fused, ops, resident_units as units
+from vllm_dfloat.codec import descriptor
+from vllm_dfloat.device import fused, groups as blocks, ops, unit_resident as units
 from vllm_dfloat.codec import layout
 from vllm_dfloat.errors import FormatError
 
@@ -42,14 +43,14 @@ def decode_unit(reader, desc):
 
 def rows(reader, desc):
     if ops.uses_triton(desc.device):
-        from vllm_dfloat.kernels.decode_rows import decode_rows
+        from vllm_dfloat.kernels.packed_rows import decode_rows
         decode_rows(desc, IDS, ROWS, COLS, reader.out.view(2, COLS), reader.status.view(2, -1))
     else:
         reader.out[:] = ops.decode_rows(desc, IDS, ROWS, COLS).view(-1)
 
 def unit_rows(reader, desc):
     if ops.uses_triton(desc.device):
-        from vllm_dfloat.kernels.decode_dfloat11 import decode_resident_rows
+        from vllm_dfloat.kernels.dfloat11_decode import decode_resident_rows
         decode_resident_rows(desc, IDS, ROWS, COLS, reader.out.view(2, COLS))
     else:
         reader.out[:] = units.decode_rows(desc, IDS, ROWS, COLS).view(-1)

@@ -12,8 +12,8 @@ import json, sys
 from pathlib import Path
 import numpy as np
 from dfloat11_helpers import encode, stored_unit, write_checkpoint
-from vllm_dfloat.checkpoint.decode_unit import decode_unit
-from vllm_dfloat.checkpoint.dfloat11 import open_checkpoint
+from vllm_dfloat.dfloat11.decode import decode_unit
+from vllm_dfloat.checkpoint.reader import open_checkpoint
 from vllm_dfloat.checkpoint.weights import iter_weights
 from vllm_dfloat.errors import DFloatError
 

@@ -17,11 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from vllm_dfloat.checkpoint import reference_unit
-from vllm_dfloat.checkpoint.code_tables import LENGTH_SHIFT, POINTER, build_tables
-from vllm_dfloat.checkpoint.decode_unit import decode_unit
-from vllm_dfloat.checkpoint.dfloat11 import open_checkpoint
-from vllm_dfloat.checkpoint.unit import Unit
+from vllm_dfloat.checkpoint.reader import open_checkpoint
+from vllm_dfloat.dfloat11 import reference
+from vllm_dfloat.dfloat11.decode import decode_unit
+from vllm_dfloat.dfloat11.tables import LENGTH_SHIFT, POINTER, build_tables
+from vllm_dfloat.dfloat11.unit import Unit
 from vllm_dfloat.errors import FormatError
 
 
@@ -117,7 +117,7 @@ def test_stale_slots_mean_nothing(tmp_path: Path) -> None:
             np.delete(unit.tables[0], range(224, 240)), np.delete(slots, range(224, 240))
         )
         assert np.array_equal(decode_unit(unit), bits)
-        assert np.array_equal(reference_unit.decode(unit), bits)
+        assert np.array_equal(reference.decode(unit), bits)
 
 
 def test_code_behind_filler_of_its_own_value_is_found() -> None:
@@ -250,7 +250,7 @@ def test_decoders_return_what_was_encoded(exponents: np.ndarray, seed: int) -> N
         return
     unit = _unit(stored)
     assert np.array_equal(decode_unit(unit), bits)
-    assert np.array_equal(reference_unit.decode(unit), bits)
+    assert np.array_equal(reference.decode(unit), bits)
 
 
 def _unit(stored: dict[str, np.ndarray]) -> Unit:

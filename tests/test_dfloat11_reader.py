@@ -14,9 +14,9 @@ import pytest
 from dfloat11_helpers import VECTORS, config, stored_unit, write_checkpoint
 from safetensors.numpy import load_file, save_file
 
-from vllm_dfloat.checkpoint.dfloat11 import open_checkpoint
-from vllm_dfloat.checkpoint.safetensors_file import read_header
+from vllm_dfloat.checkpoint.reader import open_checkpoint
 from vllm_dfloat.errors import DFloatError, FormatError, UnsupportedError
+from vllm_dfloat.storage.safetensors_read import read_header
 
 LLAMA_UNITS = {"lm_head", "model.embed_tokens", "model.layers.0", "model.layers.1"}
 

@@ -17,10 +17,10 @@ from dfloat11_helpers import (
     write_checkpoint,
 )
 
-from vllm_dfloat.checkpoint import reference_unit
-from vllm_dfloat.checkpoint.decode_unit import decode_unit
-from vllm_dfloat.checkpoint.dfloat11 import open_checkpoint
+from vllm_dfloat.checkpoint.reader import open_checkpoint
 from vllm_dfloat.checkpoint.weights import iter_weights
+from vllm_dfloat.dfloat11 import reference
+from vllm_dfloat.dfloat11.decode import decode_unit
 from vllm_dfloat.errors import FormatError
 
 EDGE_UNITS = open_checkpoint(VECTORS / "edge-good-df11").units
@@ -35,7 +35,7 @@ def test_edge_unit_decodes_to_its_original_bits(name: str) -> None:
 # The oracle is slow: the two large units are left to the fast decoder.
 @pytest.mark.parametrize("name", [n for n, e in EDGE_UNITS.items() if e.num_weights < 20_000])
 def test_reference_decodes_edge_unit_to_its_original_bits(name: str) -> None:
-    assert np.array_equal(reference_unit.decode(EDGE_UNITS[name].load()), edge_originals()[name])
+    assert np.array_equal(reference.decode(EDGE_UNITS[name].load()), edge_originals()[name])
 
 
 @pytest.mark.parametrize("vector", MODEL_VECTORS)
@@ -101,4 +101,4 @@ def test_worked_example_of_the_format_decodes_to_its_stated_weights(tmp_path: Pa
     words = "3c12 bc85 3d01 0000 8000 3c90 bb7f 3c11 3caa"
     expected = [int(word, 16) for word in words.split()]
     assert decode_unit(loaded).tolist() == expected
-    assert reference_unit.decode(loaded).tolist() == expected
+    assert reference.decode(loaded).tolist() == expected

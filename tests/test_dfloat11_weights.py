@@ -20,7 +20,7 @@ from dfloat11_helpers import (
 )
 from safetensors.torch import save_file
 
-from vllm_dfloat.checkpoint.dfloat11 import Dfloat11Checkpoint, open_checkpoint
+from vllm_dfloat.checkpoint.reader import Dfloat11Checkpoint, open_checkpoint
 from vllm_dfloat.checkpoint.shapes import module_shapes, resolve_shape
 from vllm_dfloat.checkpoint.weights import iter_weights, plan, weights
 from vllm_dfloat.errors import FormatError, UnsupportedError

@@ -16,17 +16,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-import vllm_dfloat.kernels.encode_dfloat11
-from vllm_dfloat import device_units
-from vllm_dfloat.checkpoint import pieces
-from vllm_dfloat.checkpoint.compress import compress
-from vllm_dfloat.checkpoint.decode_unit import decode_unit
-from vllm_dfloat.checkpoint.dfloat11 import open_checkpoint
-from vllm_dfloat.checkpoint.encode_pieces import Book, Codes64, CpuCoder
-from vllm_dfloat.checkpoint.encode_unit import as_unit, encode_unit
-from vllm_dfloat.checkpoint.source import open_source
-from vllm_dfloat.checkpoint.unit import Unit
+import vllm_dfloat.kernels.dfloat11_encode
+from vllm_dfloat.checkpoint.reader import open_checkpoint
+from vllm_dfloat.convert.compress import compress
+from vllm_dfloat.convert.source import open_source
+from vllm_dfloat.device import unit_coder
+from vllm_dfloat.dfloat11.coder import Book, Codes64, CpuCoder
+from vllm_dfloat.dfloat11.decode import decode_unit
+from vllm_dfloat.dfloat11.encode import as_unit, encode_unit
+from vllm_dfloat.dfloat11.unit import Unit
 from vllm_dfloat.errors import DeviceError, FormatError
+from vllm_dfloat.storage import pieces
 
 CPU = CpuCoder()
 EDGE_UNITS = open_checkpoint(VECTORS / "edge-good-df11").units
@@ -45,8 +45,8 @@ def _poisoned_memory() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def coder() -> device_units.DeviceCoder:
-    return device_units.DeviceCoder(torch.device("cpu"))
+def coder() -> unit_coder.DeviceCoder:
+    return unit_coder.DeviceCoder(torch.device("cpu"))
 
 
 def assert_same(made: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
@@ -57,16 +57,14 @@ def assert_same(made: dict[str, np.ndarray], expected: dict[str, np.ndarray]) ->
 
 
 @pytest.mark.parametrize("name", EDGE_UNITS)
-def test_edge_originals_become_the_official_bytes(
-    name: str, coder: device_units.DeviceCoder
-) -> None:
+def test_edge_originals_become_the_official_bytes(name: str, coder: unit_coder.DeviceCoder) -> None:
     stored = stored_unit("edge-good", name)
     weights = np.split(edge_originals()[name], stored["split_positions"])
     assert_same(encode_unit(weights, name, coder), stored)
 
 
 def test_a_unit_of_a_model_becomes_the_official_bytes_again(
-    coder: device_units.DeviceCoder,
+    coder: unit_coder.DeviceCoder,
 ) -> None:
     stored = stored_unit("llama-tiny", "model.embed_tokens")
     unit = open_checkpoint(VECTORS / "llama-tiny-df11").units["model.embed_tokens"].load()
@@ -86,7 +84,7 @@ def test_members_and_pieces_of_any_size_give_the_bytes_of_the_cpu_encoder(
 ) -> None:
     rng = np.random.default_rng(seed)
     weights = [bf16_bits(rng.standard_normal(size) ** power) for size in sizes]
-    coder = device_units.DeviceCoder(torch.device("cpu"))
+    coder = unit_coder.DeviceCoder(torch.device("cpu"))
     with mock.patch.object(pieces, "PIECE_WEIGHTS", piece):
         made = encode_unit(weights, "u", coder)
     assert_same(made, encode_unit(weights, "u"))
@@ -116,7 +114,7 @@ def test_codes_of_up_to_32_bits_are_joined_without_loss_from_any_bit_on(
     size: int, tiles: int, bits: tuple[int, ...]
 ) -> None:
     # Bug caught: shifts by 32; a bit counted from another block than the program's; a lane past the end.
-    coder = device_units.DeviceCoder(torch.device("cpu"), tiles)
+    coder = unit_coder.DeviceCoder(torch.device("cpu"), tiles)
     book = long_book()
     weights = long_code_weights(size)
     for bit in bits:
@@ -130,14 +128,14 @@ def test_codes_of_up_to_32_bits_are_joined_without_loss_from_any_bit_on(
 
 @pytest.mark.parametrize("size", [1, 2047, 2048, 6000])
 def test_counts_signs_and_mantissas_are_those_of_the_cpu(
-    size: int, coder: device_units.DeviceCoder
+    size: int, coder: unit_coder.DeviceCoder
 ) -> None:
     weights = np.random.default_rng(size).integers(0, 1 << 16, size).astype(np.uint16)
     assert np.array_equal(coder.count(weights), CPU.count(weights))
     assert np.array_equal(coder.sign_mantissa(weights), CPU.sign_mantissa(weights))
 
 
-def test_a_single_flipped_bit_is_seen_by_the_comparison(coder: device_units.DeviceCoder) -> None:
+def test_a_single_flipped_bit_is_seen_by_the_comparison(coder: unit_coder.DeviceCoder) -> None:
     weights = gaussian(1, 30_000).reshape(-1)
     unit = as_unit(encode_unit([weights], "u"), "u")
     assert coder.equals(unit, 0, weights)
@@ -148,7 +146,7 @@ def test_a_single_flipped_bit_is_seen_by_the_comparison(coder: device_units.Devi
 
 
 def test_compress_gives_the_same_files_as_on_the_cpu(
-    tmp_path: Path, coder: device_units.DeviceCoder, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, coder: unit_coder.DeviceCoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VLLM_DFLOAT_BACKEND", "triton")
     (tmp_path / "m").mkdir()
@@ -169,8 +167,8 @@ def test_compress_gives_the_same_files_as_on_the_cpu(
     }
 
 
-def test_a_coder_is_checked_before_it_is_used(coder: device_units.DeviceCoder) -> None:
-    device_units.check_coder(coder, "cuda:3")
+def test_a_coder_is_checked_before_it_is_used(coder: unit_coder.DeviceCoder) -> None:
+    unit_coder.check_coder(coder, "cuda:3")
 
     class Broken(CpuCoder):
         def sign_mantissa(self, weights: np.ndarray) -> np.ndarray:
@@ -179,7 +177,7 @@ def test_a_coder_is_checked_before_it_is_used(coder: device_units.DeviceCoder) -
             return out
 
     with pytest.raises(DeviceError, match="cuda:3: encodes a test pattern with a wrong sign_man"):
-        device_units.check_coder(Broken(), "cuda:3")
+        unit_coder.check_coder(Broken(), "cuda:3")
 
 
 def test_a_coder_whose_kernels_write_nothing_is_refused_in_one_sentence() -> None:
@@ -192,17 +190,17 @@ def test_a_coder_whose_kernels_write_nothing_is_refused_in_one_sentence() -> Non
             raise FormatError("block 0 ended with status 1")
 
     with pytest.raises(DeviceError, match="cuda:3: encodes a test pattern with a wrong encoded_e"):
-        device_units.check_coder(WritesNothing(), "cuda:3")
+        unit_coder.check_coder(WritesNothing(), "cuda:3")
     with pytest.raises(DeviceError, match="cuda:3: encodes a test pattern with a wrong comparison"):
-        device_units.check_coder(DecodesNothing(), "cuda:3")
+        unit_coder.check_coder(DecodesNothing(), "cuda:3")
 
 
 def test_a_device_that_is_not_there_and_a_missing_triton_are_refused_in_one_sentence(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with pytest.raises(DeviceError, match=r"cuda:7: torch .* sees \d+ GPUs, counted from 0"):
-        device_units.coder_of("cuda:7")
-    monkeypatch.setitem(sys.modules, "vllm_dfloat.kernels.encode_dfloat11", None)
+        unit_coder.coder_of("cuda:7")
+    monkeypatch.setitem(sys.modules, "vllm_dfloat.kernels.dfloat11_encode", None)
     monkeypatch.delattr(vllm_dfloat.kernels, "encode_dfloat11")
     with pytest.raises(DeviceError, match=r"cpu: Triton cannot be imported .* --device cpu"):
-        device_units.DeviceCoder(torch.device("cpu"))
+        unit_coder.DeviceCoder(torch.device("cpu"))

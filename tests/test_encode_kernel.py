@@ -13,12 +13,12 @@ from helpers import LIMITS, gaussian, hard_matrices, rare_symbols, to_torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_dfloat import device_encode, ops
 from vllm_dfloat.codec import layout
 from vllm_dfloat.codec.encode import encode, layout_for
 from vllm_dfloat.codec.huffman import code_lengths
+from vllm_dfloat.device import ops, packed_encode
 from vllm_dfloat.errors import DeviceError, UnsupportedError
-from vllm_dfloat.kernels import encode as kernels
+from vllm_dfloat.kernels import packed_encode as kernels
 
 HARD = hard_matrices()
 
@@ -37,7 +37,7 @@ def _poisoned_memory() -> Iterator[None]:
 
 def assert_same_bytes(weight: torch.Tensor) -> layout.PackedLayout:
     expected = encode(weight.contiguous().view(torch.uint16).numpy(), "w")
-    lay, payload = device_encode.encode(weight, "w")
+    lay, payload = packed_encode.encode(weight, "w")
     assert lay == expected.layout
     assert payload.dtype == torch.uint8
     assert np.array_equal(payload.numpy(), expected.payload)
@@ -63,7 +63,7 @@ def test_device_that_miscounts_is_told_of_in_a_sentence() -> None:
         mock.patch.object(kernels, "count_exponents"),  # counts nothing
         pytest.raises(DeviceError, match=r"w: the device counted -?\d+ exponents; expected 6"),
     ):
-        device_encode.encode(to_torch(gaussian(2, 3, seed=1)), "w")
+        packed_encode.encode(to_torch(gaussian(2, 3, seed=1)), "w")
 
 
 @pytest.mark.parametrize(("rare", "code_bits"), LIMITS)
@@ -127,7 +127,7 @@ def test_the_kernels_touch_their_own_tiles_only(tiles_per_program: int) -> None:
     weight = gaussian(5, 2048)
     expected = encode(weight)
     lengths = code_lengths(np.bincount((weight.reshape(-1) >> 7) & 0xFF, minlength=256), 8)
-    table = torch.from_numpy(device_encode._table(lengths))
+    table = torch.from_numpy(packed_encode._table(lengths))
     units = torch.full((7, layout.LANES), 99, dtype=torch.uint8)
     num_words = torch.full((7,), -9, dtype=torch.int32)
     tiles = to_torch(weight).view(-1)
@@ -153,7 +153,7 @@ def test_a_cpu_matrix_is_packed_by_the_cpu_encoder_whatever_the_backend(
 ) -> None:
     # Bug caught: loading on a CPU through the interpreter, minutes per layer.
     monkeypatch.setenv("VLLM_DFLOAT_BACKEND", "triton")
-    monkeypatch.setattr(device_encode, "_kernels", None)
+    monkeypatch.setattr(packed_encode, "_kernels", None)
     weight = gaussian(64, 96)
     assert np.array_equal(ops.pack(to_torch(weight)).payload.numpy(), encode(weight).payload)
 
@@ -171,7 +171,8 @@ def test_without_triton_one_sentence_names_the_device_and_says_what_to_install()
     code = (
         "import sys, torch\n"
         "sys.modules['triton'] = None\n"
-        "from vllm_dfloat import device_encode, errors\n"
+        "from vllm_dfloat import errors\n"
+        "from vllm_dfloat.device import packed_encode as device_encode\n"
         "try:\n"
         "    device_encode.encode(torch.zeros(4, 4).bfloat16())\n"
         "except errors.DeviceError as error:\n"

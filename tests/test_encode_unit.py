@@ -21,13 +21,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as stnp
 
-from vllm_dfloat.checkpoint import pieces, reference_unit
-from vllm_dfloat.checkpoint.decode_unit import decode_unit
-from vllm_dfloat.checkpoint.dfloat11 import open_checkpoint
-from vllm_dfloat.checkpoint.encode_unit import as_unit, encode_unit
-from vllm_dfloat.checkpoint.official_huffman import EOF, build_codes
-from vllm_dfloat.checkpoint.safetensors_file import read_header
+from vllm_dfloat.checkpoint.reader import open_checkpoint
+from vllm_dfloat.dfloat11 import reference
+from vllm_dfloat.dfloat11.decode import decode_unit
+from vllm_dfloat.dfloat11.encode import as_unit, encode_unit
+from vllm_dfloat.dfloat11.huffman import EOF, build_codes
 from vllm_dfloat.errors import UnsupportedError
+from vllm_dfloat.storage import pieces
+from vllm_dfloat.storage.safetensors_read import read_header
 
 EDGE_UNITS = open_checkpoint(VECTORS / "edge-good-df11").units
 MODEL_UNITS = [
@@ -98,7 +99,7 @@ def test_any_weights_come_back_from_the_bytes_that_an_encoder_of_the_description
     splits = tuple(np.cumsum([weight.size for weight in weights])[:-1].tolist())
     assert_same_tensors(made, encode(flat, splits))
     assert np.array_equal(decode_unit(as_unit(made, "u")), flat)
-    assert np.array_equal(reference_unit.decode(as_unit(made, "u")), flat)
+    assert np.array_equal(reference.decode(as_unit(made, "u")), flat)
 
 
 @settings(deadline=None, max_examples=40, derandomize=True)
@@ -119,7 +120,7 @@ def test_one_exponent_alone_which_the_official_encoder_cannot_write_is_decodable
     unit = as_unit(encode_unit([flat], "u"), "u")
     assert unit.stream.size == -(-size // 8)
     assert np.array_equal(decode_unit(unit), flat)
-    assert np.array_equal(reference_unit.decode(unit), flat)
+    assert np.array_equal(reference.decode(unit), flat)
 
 
 def test_end_marker_of_zeros_is_decodable() -> None:

@@ -5,8 +5,8 @@ import tiny_models
 from conftest import Checkpoint
 from engines import engine
 
-from vllm_dfloat.integration.live_check import METHOD_NAME
-from vllm_dfloat.integration.packed import packed_of
+from vllm_dfloat.integration.layers.method import packed_of
+from vllm_dfloat.integration.loading.live_check import METHOD_NAME
 
 pytestmark = pytest.mark.engine
 

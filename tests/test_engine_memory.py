@@ -17,10 +17,11 @@ from safetensors.torch import load_file
 from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from vllm_dfloat import ops
-from vllm_dfloat.integration import compat, loader, report
-from vllm_dfloat.integration.packed import packed_of
-from vllm_dfloat.scratch import scratch
+from vllm_dfloat.device import ops
+from vllm_dfloat.device.scratch import scratch
+from vllm_dfloat.integration.layers.method import packed_of
+from vllm_dfloat.integration.loading import loader, report
+from vllm_dfloat.integration.seam import compat
 
 pytestmark = pytest.mark.engine
 

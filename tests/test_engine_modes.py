@@ -10,10 +10,10 @@ import torch
 from conftest import Checkpoint
 from engines import Answers, answers, ask, bf16_answers, engine
 
-from vllm_dfloat import fused
-from vllm_dfloat.integration import packed
+from vllm_dfloat.device import fused
+from vllm_dfloat.device.scratch import scratch
+from vllm_dfloat.integration.layers import method
 from vllm_dfloat.kernels import configs
-from vllm_dfloat.scratch import scratch
 
 pytestmark = pytest.mark.engine
 
@@ -61,7 +61,7 @@ def test_every_pass_decodes_every_block_once(
         monkeypatch.setattr(scratch, "take_for_block", watched)
         ask(llm, num_tokens=3)
         model = llm.llm_engine.model_executor.driver_worker.get_model()
-        held = [getattr(layer, packed.BLOCK, None) for layer in model.modules()]
+        held = [getattr(layer, method.BLOCK, None) for layer in model.modules()]
         tables = {id(table) for table in held if table is not None}
     assert len(tables) == 2  # a block's layers share a table
     assert decoded == [True, False, False, False] * (len(decoded) // 4)

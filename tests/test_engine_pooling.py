@@ -11,9 +11,9 @@ import transformers
 from engines import PROMPTS, engine
 from tiny_models import SHIPPED
 
-from vllm_dfloat.checkpoint.compress import compress
-from vllm_dfloat.checkpoint.dfloat11 import open_checkpoint
-from vllm_dfloat.checkpoint.source import open_source
+from vllm_dfloat.checkpoint.reader import open_checkpoint
+from vllm_dfloat.convert.compress import compress
+from vllm_dfloat.convert.source import open_source
 
 pytestmark = pytest.mark.engine
 

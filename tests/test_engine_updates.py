@@ -20,12 +20,12 @@ from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import WeightTransferEngine
 from vllm.model_executor.model_loader import reload
 
-from vllm_dfloat.checkpoint.compress import compress
-from vllm_dfloat.checkpoint.dfloat11 import open_checkpoint
-from vllm_dfloat.checkpoint.source import open_source
+from vllm_dfloat.checkpoint.reader import open_checkpoint
+from vllm_dfloat.convert.compress import compress
+from vllm_dfloat.convert.source import open_source
 from vllm_dfloat.errors import FormatError, UnsupportedError
-from vllm_dfloat.integration.packed import DESC, PackedMethod
-from vllm_dfloat.integration.placeholder import WeightPlaceholder
+from vllm_dfloat.integration.layers.method import DESC, PackedMethod
+from vllm_dfloat.integration.layers.placeholder import WeightPlaceholder
 
 pytestmark = pytest.mark.engine
 

@@ -12,12 +12,12 @@ import pytest
 from cli_commands import make_places, only_line
 from dfloat11_helpers import stored_unit, write_checkpoint
 
-from vllm_dfloat.checkpoint.dfloat11 import open_checkpoint
 from vllm_dfloat.checkpoint.manifest import MANIFEST_FILE
-from vllm_dfloat.checkpoint.source import bf16_tensors
-from vllm_dfloat.checkpoint.write_safetensors import Item, replacing, write_safetensors
+from vllm_dfloat.checkpoint.reader import open_checkpoint
 from vllm_dfloat.cli import main
+from vllm_dfloat.convert.source import bf16_tensors
 from vllm_dfloat.errors import FormatError
+from vllm_dfloat.storage.safetensors_write import Item, replacing, write_safetensors
 
 POINTER = (
     "version https://git-lfs.github.com/spec/v1\n"
@@ -163,7 +163,7 @@ def test_an_error_that_names_no_file_names_what_the_command_works_on(
     def fail(*_: object, **__: object) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr("vllm_dfloat.checkpoint.compress.plan_units", fail)
+    monkeypatch.setattr("vllm_dfloat.convert.compress.plan_units", fail)
     assert main(["compress", str(places["bf16"]), str(tmp_path / "new")]) == 2
     assert only_line(capsys.readouterr().err) == (
         f"vllm-dfloat: {places['bf16']}, {tmp_path / 'new'}: {os.strerror(errno.EIO)}."

@@ -20,10 +20,10 @@ from gpu_helpers import (
 )
 from helpers import Bits, hard_matrices, same_bits, to_torch, unlike
 
-from vllm_dfloat import ops, resident_units, unit_ops
-from vllm_dfloat.checkpoint.decode_unit import decode_unit
-from vllm_dfloat.checkpoint.dfloat11 import open_checkpoint
-from vllm_dfloat.packed_weight import make_descriptor
+from vllm_dfloat.checkpoint.reader import open_checkpoint
+from vllm_dfloat.device import ops, unit_decode, unit_resident
+from vllm_dfloat.device.packed_weight import make_descriptor
+from vllm_dfloat.dfloat11.decode import decode_unit
 
 pytestmark = NEEDS_GPU
 MATRICES = hard_matrices()
@@ -31,13 +31,13 @@ HARD = of_size(list(MATRICES), ["nan, inf, -0 and denormals", "uniform bits", "n
 REAL = of_size([(4096, 4096), (4097, 1023), (128, 53248)], [(40, 300)])
 HELD = {
     "packed": (ops.pack, torch.ops.vllm_dfloat.decode),
-    "dfloat11": (resident_units.pack, torch.ops.vllm_dfloat.decode_unit),
+    "dfloat11": (unit_resident.pack, torch.ops.vllm_dfloat.decode_unit),
 }
 
 
 def assert_rows(held_as: str, held: Any, ids: torch.Tensor, expected: torch.Tensor) -> None:
     """Check chosen rows, in poisoned memory, without a status of the tiles and with it."""
-    module = {"packed": ops, "dfloat11": resident_units}[held_as]
+    module = {"packed": ops, "dfloat11": unit_resident}[held_as]
     with nan_memory():
         rows = module.decode_rows(held.desc, ids, held.rows, held.cols)
         checked = module.unpack_rows(held, ids)
@@ -132,12 +132,12 @@ def test_gpu_decodes_every_official_edge_case() -> None:
 
 @no_rehearsal
 def test_gpu_decodes_an_official_transformer_block() -> None:
-    from vllm_dfloat.checkpoint.encode_unit import as_unit, encode_unit
+    from vllm_dfloat.dfloat11.encode import as_unit, encode_unit
 
     members = [gaussian(rows, 4096, seed=rows) for rows in (4096, 1024, 14_336)]
     unit = as_unit(encode_unit(members, "layers.0"), "layers.0")
     expected = np.concatenate([member.reshape(-1) for member in members])
     assert_unit_decodes(unit, expected)
     for member, start in zip(members, unit.splits.tolist(), strict=False):
-        part = unit_ops.decode_unit(unit, DEVICE, start, start + member.size)
+        part = unit_decode.decode_unit(unit, DEVICE, start, start + member.size)
         assert same_bits(part.view(member.shape), to_torch(member).cuda())

@@ -5,8 +5,8 @@ import torch
 from gpu_helpers import DEVICE, NEEDS_GPU, buffers, captured, gaussian, no_rehearsal, of_size
 from helpers import hard_matrices, same_bits, to_torch, unlike
 
-from vllm_dfloat import blocks, ops
 from vllm_dfloat.codec import layout
+from vllm_dfloat.device import groups, ops
 
 pytestmark = NEEDS_GPU
 POISON = 0x7FC1
@@ -19,9 +19,9 @@ BLOCKS = of_size(
 def decode(packed: list[ops.PackedWeight], poison: int) -> list[torch.Tensor]:
     """Return what a block decodes to, from poisoned memory, every status checked."""
     shapes = [(member.rows, member.cols) for member in packed]
-    starts = blocks.first_tiles(shapes)
+    starts = groups.first_tiles(shapes)
     out, status = buffers(starts[-1], starts[-1] * layout.TILE_WEIGHTS, poison)
-    table = blocks.block_table([member.desc for member in packed], shapes)
+    table = groups.block_table([member.desc for member in packed], shapes)
     torch.ops.vllm_dfloat.decode_block(table, starts[-1], out, status)
     assert not status.any()
     firsts = [start * layout.TILE_WEIGHTS for start in starts]
@@ -37,7 +37,7 @@ def test_gpu_decodes_hard_matrices_as_one_block() -> None:
         for name, bits in hard_matrices().items()
         if bits.size and bits.size < of_size([1 << 30], [7000])[0] and 0x7FC1 not in bits
     }
-    names = list(hard)[: blocks.MAX_MEMBERS]
+    names = list(hard)[: groups.MAX_MEMBERS]
     weights = [to_torch(hard[name]).to(DEVICE) for name in names]
     packed = [ops.pack(weight, name) for weight, name in zip(weights, names, strict=True)]
     for name, weight, found in zip(names, weights, decode(packed, POISON), strict=True):
@@ -73,10 +73,10 @@ def test_gpu_block_in_a_captured_graph_sees_new_weights_after_a_reload() -> None
         [ops.pack(to_torch(gaussian(*shape, seed=s)).cuda(), "w") for shape in shapes]
         for s in (1, 2)
     )
-    starts = blocks.first_tiles(shapes)
+    starts = groups.first_tiles(shapes)
     out, status = buffers(starts[-1], starts[-1] * layout.TILE_WEIGHTS, POISON)
-    table = blocks.block_table([member.desc for member in old], shapes)
-    graph = captured(lambda: blocks.decode_block(table, starts[-1], out, status))
+    table = groups.block_table([member.desc for member in old], shapes)
+    graph = captured(lambda: groups.decode_block(table, starts[-1], out, status))
     for generation, seed in ((old, 1), (new, 2)):
         for held, source in zip(old, generation, strict=True):
             source.described_in(held.desc)

@@ -6,9 +6,9 @@ import torch
 from gpu_helpers import NEEDS_GPU, gaussian, no_rehearsal
 from helpers import hard_matrices, same_bits, to_torch
 
-from vllm_dfloat import device_encode, ops
 from vllm_dfloat.codec.encode import encode
 from vllm_dfloat.codec.layout import PAD_WORDS, PackedTensor
+from vllm_dfloat.device import ops, packed_encode
 
 pytestmark = [*NEEDS_GPU, no_rehearsal]
 HARD = hard_matrices()
@@ -70,7 +70,7 @@ def test_gpu_encodes_a_matrix_of_more_than_two_billion_weights() -> None:
     bits = gaussian(rows, cols)
     block = encode(bits)
     assert block.layout.numel == block.layout.padded_numel
-    lay, payload = device_encode.encode(to_torch(bits).cuda().repeat(repeats, 1), "w")
+    lay, payload = packed_encode.encode(to_torch(bits).cuda().repeat(repeats, 1), "w")
     assert lay.numel > 1 << 31
     num_code_words = block.layout.num_words - PAD_WORDS
     assert lay.num_words == repeats * num_code_words + PAD_WORDS

@@ -5,9 +5,9 @@ import torch
 from gpu_helpers import DEVICE, NEEDS_GPU, captured, gaussian, nan_memory, no_rehearsal, of_size
 from helpers import assert_within_bound, hard_matrices, same_bits, to_torch
 
-from vllm_dfloat import fused, ops
 from vllm_dfloat.codec import layout
-from vllm_dfloat.kernels import matmul as kernels
+from vllm_dfloat.device import fused, ops
+from vllm_dfloat.kernels import packed_matmul as kernels
 
 pytestmark = NEEDS_GPU
 EIGHTH = layout.TILE_WEIGHTS // 8

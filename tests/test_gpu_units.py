@@ -8,13 +8,13 @@ import torch
 from dfloat11_helpers import VECTORS, edge_originals, long_book, long_code_weights, stored_unit
 from gpu_helpers import DEVICE, NEEDS_GPU, gaussian, no_rehearsal, of_size
 
-from vllm_dfloat.checkpoint import pieces
-from vllm_dfloat.checkpoint.compress import compress
-from vllm_dfloat.checkpoint.dfloat11 import open_checkpoint
-from vllm_dfloat.checkpoint.encode_pieces import Codes64, CpuCoder
-from vllm_dfloat.checkpoint.encode_unit import as_unit, encode_unit
-from vllm_dfloat.checkpoint.source import open_source
-from vllm_dfloat.device_units import DeviceCoder, coder_of
+from vllm_dfloat.checkpoint.reader import open_checkpoint
+from vllm_dfloat.convert.compress import compress
+from vllm_dfloat.convert.source import open_source
+from vllm_dfloat.device.unit_coder import DeviceCoder, coder_of
+from vllm_dfloat.dfloat11.coder import Codes64, CpuCoder
+from vllm_dfloat.dfloat11.encode import as_unit, encode_unit
+from vllm_dfloat.storage import pieces
 
 pytestmark = NEEDS_GPU
 SHIPPED = Path(__file__).parents[1] / "models/tiny"

@@ -12,11 +12,11 @@ import torch
 from engines import answers, ask, bf16_answers, engine
 from model_loads import loaded
 
-from vllm_dfloat.checkpoint.compress import compress
-from vllm_dfloat.checkpoint.source import open_source
-from vllm_dfloat.integration import report
-from vllm_dfloat.integration.options import LAYOUTS
-from vllm_dfloat.integration.packed import packed_of
+from vllm_dfloat.convert.compress import compress
+from vllm_dfloat.convert.source import open_source
+from vllm_dfloat.integration.layers.method import packed_of
+from vllm_dfloat.integration.loading import report
+from vllm_dfloat.integration.seam.options import LAYOUTS
 
 pytestmark = pytest.mark.engine
 

@@ -11,71 +11,31 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# Part of the package -> parts it may import. A part is a module or folder directly below vllm_dfloat.
+# Part of the package -> parts it may import, all above it. A part is a module or folder directly below vllm_dfloat.
 ALLOWED = {
     "__init__": set(),
     "errors": set(),
     "codec": {"errors"},
-    "checkpoint": {"errors", "codec"},
-    "output": set(),
-    "plan": {"errors", "output", "codec", "checkpoint"},
-    "cli": {"errors", "output", "cli_check", "cli_convert", "cli_endings", "plan", "__init__"},
-    "cli_endings": {"errors"},
-    "cli_progress": {"codec"},
-    "cli_check": {"errors", "output", "codec", "checkpoint", "cli_progress"},
-    "cli_convert": {"errors", "output", "codec", "checkpoint", "cli_progress", "device_units"},
-    "descriptor": set(),
-    "kernels": {"codec.layout", "descriptor"},
-    "scratch": {"errors", "codec"},
-    "device_encode": {"errors", "codec", "kernels"},
-    "checks": {"errors", "kernels"},
-    "packed_weight": {"errors", "codec", "descriptor"},
-    "ops": {"errors", "codec", "kernels", "scratch", "device_encode", "packed_weight", "checks"},
-    "fused": {"errors", "codec", "kernels", "ops", "checks"},
-    "blocks": {"errors", "codec", "kernels", "ops", "checks", "descriptor", "packed_weight"},
-    "unit_ops": {"errors", "codec", "checkpoint", "kernels", "ops"},
-    "device_units": {"errors", "codec", "checkpoint", "kernels", "checks", "unit_ops"},
-    "resident_units": {
-        "errors",
-        "codec",
-        "checkpoint",
-        "kernels",
-        "ops",
-        "packed_weight",
-        "checks",
+    "storage": {"errors", "codec"},
+    "dfloat11": {"errors", "codec", "storage"},
+    "checkpoint": {"errors", "storage", "dfloat11"},
+    "convert": {"errors", "codec", "storage", "dfloat11", "checkpoint"},
+    "plan": {"errors", "codec", "storage", "checkpoint"},
+    "kernels": {"codec.layout", "codec.descriptor"},
+    "device": {"errors", "codec", "dfloat11", "kernels"},
+    "commands": {
+        "errors", "codec", "dfloat11", "checkpoint", "convert", "plan", "device.unit_coder",
     },
-    "integration": {
-        "errors",
-        "codec",
-        "checkpoint",
-        "ops",
-        "fused",
-        "blocks",
-        "scratch",
-        "unit_ops",
-        "resident_units",
-        "__init__",
-    },
-}
+    "cli": {"errors", "commands", "__init__"},
+    "integration": {"errors", "codec", "storage", "checkpoint", "device", "__init__"},
+}  # fmt: skip
+# The folders of integration/, each of which may import those before it; the loose modules, "", may import all.
+INTEGRATION = ["seam", "layers", "compiling", "updating", "loading", ""]
 # Distribution -> the parts that may import it at all, inside functions included.
 ONLY_IN = {
     "vllm": {"integration"},
     "triton": {"kernels"},
-    "torch": {
-        "checkpoint",
-        "kernels",
-        "scratch",
-        "device_encode",
-        "checks",
-        "packed_weight",
-        "ops",
-        "fused",
-        "blocks",
-        "unit_ops",
-        "device_units",
-        "resident_units",
-        "integration",
-    },
+    "torch": {"checkpoint", "kernels", "device", "integration"},
     "transformers": {"checkpoint", "integration"},
 }
 
@@ -138,10 +98,10 @@ def test_module_imports_only_what_its_part_may(name):
     ("name", "source"),
     [
         ("vllm_dfloat.codec.decode", "def f():\n    import vllm.envs"),
-        ("vllm_dfloat.codec.decode", "from vllm_dfloat import ops"),
-        ("vllm_dfloat.checkpoint.unit", "from vllm_dfloat.integration.config import X"),
-        ("vllm_dfloat.kernels.decode", "from vllm_dfloat.codec.encode import encode"),
-        ("vllm_dfloat.ops", "import triton.language as tl"),
+        ("vllm_dfloat.codec.decode", "from vllm_dfloat.device import ops"),
+        ("vllm_dfloat.dfloat11.unit", "from vllm_dfloat.integration.config import X"),
+        ("vllm_dfloat.kernels.packed_decode", "from vllm_dfloat.codec.encode import encode"),
+        ("vllm_dfloat.device.ops", "import triton.language as tl"),
         ("vllm_dfloat.errors", "from vllm_dfloat import __version__"),
         ("vllm_dfloat.codec.decode", "from . import layout"),  # relative: not used in this tree
     ],
@@ -153,6 +113,26 @@ def test_import_check_sees_a_forbidden_import(name, source):
 
 def test_every_part_of_the_package_has_a_rule():
     assert {part_of(name) for name in MODULES} <= set(ALLOWED)
+
+
+def test_every_part_imports_earlier_ones_only():
+    parts = list(ALLOWED)
+    for part, allowed in ALLOWED.items():
+        assert all(parts.index(name.split(".")[0]) < parts.index(part) for name in allowed), part
+
+
+def room_in_integration(name: str) -> str:
+    """The folder below integration/ that a module lies in, "" for a loose one."""
+    parts = name.split(".")[2:]
+    return parts[0] if len(parts) > 1 else ""
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if part_of(name) == "integration"])
+def test_folders_of_integration_import_earlier_ones_only(name):
+    room = INTEGRATION.index(room_in_integration(name))
+    for target in imported_names(ast.parse(MODULES[name].read_text())):
+        if target.startswith("vllm_dfloat.integration."):
+            assert INTEGRATION.index(room_in_integration(target)) <= room, target
 
 
 def loaded_by(statement: str, cwd: Path) -> set[str]:
@@ -185,14 +165,15 @@ def test_codec_loads_no_torch_triton_or_vllm(tmp_path):
 
 def test_checkpoint_and_command_line_load_no_triton_or_vllm(tmp_path):
     loaded = loaded_by(
-        import_all("checkpoint", "plan", "cli", "cli_check", "cli_convert"), tmp_path
+        import_all("storage", "dfloat11", "checkpoint", "convert", "plan", "cli", "commands"),
+        tmp_path,
     )
     assert not loaded & {"triton", "vllm"}
 
 
 def test_kernels_load_no_vllm(tmp_path):
     loaded = loaded_by(import_all("kernels"), tmp_path)
-    assert "vllm_dfloat.kernels.decode" in loaded
+    assert "vllm_dfloat.kernels.packed_decode" in loaded
     assert "vllm" not in loaded
 
 

@@ -12,7 +12,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from vllm.config import CompilationConfig, VllmConfig
 from vllm.platforms import current_platform
 
-from vllm_dfloat.integration import additions, compiled, gemm
+from vllm_dfloat.integration.compiling import additions, settings
+from vllm_dfloat.integration.layers import linear_op
 
 aten = torch.ops.aten
 Linear = Callable[[torch.Tensor], torch.Tensor]
@@ -99,23 +100,23 @@ def test_inductor_takes_additions_into_compressed_layers_where_it_does_so_in_bf1
             return torch.nn.functional.linear(x, weight)
 
         def compressed(x: torch.Tensor) -> torch.Tensor:
-            place = (gemm.PLAIN, "packed", 0, block, 3, 5)
-            return gemm.op(x, desc, None, ROWS, COLS, *place)
+            place = (linear_op.PLAIN, "packed", 0, block, 3, 5)
+            return linear_op.op(x, desc, None, ROWS, COLS, *place)
 
         expected = nodes_after_inductor(model, plain, mode, "cuda")
         nodes = nodes_after_inductor(model, compressed, mode, "cuda")
-    taken_in = [node for node in nodes if node.target is gemm.op and node.args[2] is not None]
+    taken_in = [node for node in nodes if node.target is linear_op.op and node.args[2] is not None]
     assert len(taken_in) == num_taken_in
     assert len([node for node in expected if node.target is aten.addmm.default]) == num_taken_in
     for node in taken_in:
-        assert node.args[3:8] == (ROWS, COLS, gemm.PLAIN, "packed", 0)
+        assert node.args[3:8] == (ROWS, COLS, linear_op.PLAIN, "packed", 0)
         assert (node.args[8] is not None, *node.args[9:]) == (in_block, 3, 5)
         assert node.meta["val"].shape == (NUM_TOKENS, ROWS)
     added = [node for node in nodes if node.target is aten.add.Tensor]
     assert len(added) == len([node for node in expected if node.target is aten.add.Tensor])
 
 
-@pytest.mark.parametrize("name", [gemm.BATCH_INVARIANT, "auto"])
+@pytest.mark.parametrize("name", [linear_op.BATCH_INVARIANT, "auto"])
 def test_inductor_leaves_additions_where_bf16_has_another_gemm(name: str) -> None:
     """`auto` is vLLM's own op on this platform; on a GPU it is F.linear."""
     additions.install()
@@ -124,10 +125,10 @@ def test_inductor_leaves_additions_where_bf16_has_another_gemm(name: str) -> Non
         desc = torch.empty(8, dtype=torch.int64, device="cuda")
 
         def compressed(x: torch.Tensor) -> torch.Tensor:
-            return gemm.op(x, desc, None, ROWS, COLS, name, "packed", 0, None, 0, 0)
+            return linear_op.op(x, desc, None, ROWS, COLS, name, "packed", 0, None, 0, 0)
 
         nodes = nodes_after_inductor(residual_first, compressed, mode, "cuda")
-    assert [node.target for node in nodes] == [gemm.op, aten.add.Tensor]
+    assert [node.target for node in nodes] == [linear_op.op, aten.add.Tensor]
 
 
 def test_an_addend_for_a_bias_is_added_once_and_rounded_once() -> None:
@@ -136,7 +137,7 @@ def test_an_addend_for_a_bias_is_added_once_and_rounded_once() -> None:
     x = torch.randn(NUM_TOKENS, COLS, dtype=torch.bfloat16)
     weight = torch.randn(ROWS, COLS, dtype=torch.bfloat16)
     addend = torch.randn(NUM_TOKENS, ROWS, dtype=torch.bfloat16)
-    result = gemm.find_gemm(gemm.PLAIN)(x, weight, addend)
+    result = linear_op.find_gemm(linear_op.PLAIN)(x, weight, addend)
     assert torch.equal(result, torch.addmm(addend, x, weight.t()))
 
 
@@ -185,7 +186,7 @@ QUIET = {"deterministic": True, "combo_kernels": False}
 def test_each_setting_that_parts_compiled_answers_is_named(
     given: dict[str, Any], words: list[str]
 ) -> None:
-    found = compiled.differences(CompilationConfig(**given))
+    found = settings.differences(CompilationConfig(**given))
     assert len(found) == len(words)
     assert all(word in line for word, line in zip(words, found, strict=True))
 
@@ -193,7 +194,7 @@ def test_each_setting_that_parts_compiled_answers_is_named(
 def test_gemms_fused_with_communication_are_named() -> None:
     config = CompilationConfig(inductor_compile_config=QUIET)
     config.pass_config = SimpleNamespace(fuse_gemm_comms=True)  # vLLM 0.28 to 0.30 have it
-    (line,) = compiled.differences(config)
+    (line,) = settings.differences(config)
     assert line.startswith("fuse_gemm_comms")
 
 
@@ -209,9 +210,9 @@ def run(**given: Any) -> VllmConfig:
 
 
 def test_a_run_compiled_for_a_gpu_gets_one_line(on_a_gpu: None, log_lines: list[str]) -> None:
-    compiled.prepare(run(mode=3, backend="inductor"))
+    settings.prepare(run(mode=3, backend="inductor"))
     (line,) = log_lines
-    assert compiled.ADVICE in line
+    assert settings.ADVICE in line
     assert "docs/exactness.md" in line
 
 
@@ -226,12 +227,12 @@ def test_a_run_compiled_for_a_gpu_gets_one_line(on_a_gpu: None, log_lines: list[
 def test_a_run_that_times_nothing_gets_none(
     given: dict[str, Any], on_a_gpu: None, log_lines: list[str]
 ) -> None:
-    compiled.prepare(run(**given))
+    settings.prepare(run(**given))
     assert not log_lines
 
 
 def test_a_run_on_a_cpu_gets_none(log_lines: list[str]) -> None:
-    compiled.prepare(run(mode=2, backend="inductor"))
+    settings.prepare(run(mode=2, backend="inductor"))
     assert not log_lines
 
 
@@ -239,6 +240,6 @@ def test_the_advice_is_understood_by_vllm_and_leaves_nothing_to_say() -> None:
     import json
     import shlex
 
-    option, value = shlex.split(compiled.ADVICE)
+    option, value = shlex.split(settings.ADVICE)
     assert option == "--compilation-config"
-    assert not compiled.differences(CompilationConfig(**json.loads(value)))
+    assert not settings.differences(CompilationConfig(**json.loads(value)))

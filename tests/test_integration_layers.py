@@ -12,15 +12,15 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers import linear as vllm_linear
 from vllm.model_executor.layers import vocab_parallel_embedding as vllm_embedding
 
-from vllm_dfloat import resident_units
 from vllm_dfloat.checkpoint import lazy_weight
+from vllm_dfloat.device import unit_resident
 from vllm_dfloat.errors import UnsupportedError
-from vllm_dfloat.integration import gemm, layouts, tying
 from vllm_dfloat.integration.config import DFloat11Config
-from vllm_dfloat.integration.loader import biases_after_weights
-from vllm_dfloat.integration.options import LAYOUTS, Options
-from vllm_dfloat.integration.packed import packed_of
-from vllm_dfloat.integration.placeholder import WeightPlaceholder
+from vllm_dfloat.integration.layers import layouts, linear_op, tying
+from vllm_dfloat.integration.layers.method import packed_of
+from vllm_dfloat.integration.layers.placeholder import WeightPlaceholder
+from vllm_dfloat.integration.loading.loader import biases_after_weights
+from vllm_dfloat.integration.seam.options import LAYOUTS, Options
 
 COLS = 256
 
@@ -135,7 +135,7 @@ def test_every_rank_of_every_kind_holds_the_bits_that_vllm_loads(
     assert isinstance(packed.weight, WeightPlaceholder)
     assert packed.weight.shape == plain.weight.shape
     held = packed_of(packed)
-    assert isinstance(held, resident_units.UnitWeight) == (layout == "dfloat11")
+    assert isinstance(held, unit_resident.UnitWeight) == (layout == "dfloat11")
     assert packed.dfloat11_desc.shape == (4,)
 
 
@@ -257,14 +257,14 @@ def test_linear_op_passes_opcheck(layout: str, with_bias: bool, followed_anywher
         bias,
         384,
         COLS,
-        gemm.PLAIN,
+        linear_op.PLAIN,
         layout,
         0,
         None,
         0,
         0,
     )
-    torch.library.opcheck(gemm.op, arguments)
+    torch.library.opcheck(linear_op.op, arguments)
 
 
 def test_biases_come_after_the_weights_of_their_layers() -> None:

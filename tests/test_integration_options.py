@@ -8,9 +8,10 @@ import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 
 from vllm_dfloat.errors import UnsupportedError
-from vllm_dfloat.integration import compat, layouts
 from vllm_dfloat.integration.config import DFloat11Config
-from vllm_dfloat.integration.options import LAYOUTS, Options
+from vllm_dfloat.integration.layers import layouts
+from vllm_dfloat.integration.seam import compat
+from vllm_dfloat.integration.seam.options import LAYOUTS, Options
 
 
 def test_later_options_go_on_top_of_earlier_ones() -> None:
@@ -62,7 +63,7 @@ def test_config_survives_the_way_into_a_worker_and_brings_the_loaders_along() ->
     from vllm.model_executor import model_loader
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-    from vllm_dfloat.integration.loader import DFloat11ModelLoader
+    from vllm_dfloat.integration.loading.loader import DFloat11ModelLoader
 
     sent = pickle.dumps(DFloat11Config(Options(ignore=("x",)), is_official=True))
     model_loader._LOAD_FORMAT_TO_MODEL_LOADER["auto"] = DefaultModelLoader

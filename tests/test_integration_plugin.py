@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from conftest import Checkpoint
 
-from vllm_dfloat.integration import autodetect, compat, plugin
+from vllm_dfloat.integration import autodetect, plugin
+from vllm_dfloat.integration.seam import compat
 
 
 def test_register_twice_equals_register_once() -> None:

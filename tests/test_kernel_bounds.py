@@ -15,7 +15,7 @@ _GUARDED = """
 import ctypes, mmap, sys
 import numpy as np, torch
 from helpers import gaussian, to_torch
-from vllm_dfloat import blocks, ops
+from vllm_dfloat.device import groups as blocks, ops
 from vllm_dfloat.codec import layout
 from vllm_dfloat.codec.encode import encode
 from vllm_dfloat.kernels import decode, decode_block, decode_rows, matmul

@@ -5,10 +5,10 @@ import pytest
 import torch
 from helpers import Bits, gaussian, hard_matrices, same_bits, to_torch, unlike
 
-from vllm_dfloat import ops
 from vllm_dfloat.codec import layout
-from vllm_dfloat.kernels import decode as kernels
-from vllm_dfloat.kernels.decode_rows import decode_rows
+from vllm_dfloat.device import ops
+from vllm_dfloat.kernels import packed_decode as kernels
+from vllm_dfloat.kernels.packed_rows import decode_rows
 
 HARD = hard_matrices()
 SLOW = {

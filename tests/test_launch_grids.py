@@ -10,26 +10,26 @@ import pytest
 import torch
 
 from vllm_dfloat.kernels import (
-    decode,
-    decode_block,
-    decode_dfloat11,
-    decode_rows,
-    encode,
+    dfloat11_decode,
+    dfloat11_encode,
     encode_count,
-    encode_dfloat11,
-    matmul,
+    group_decode,
+    packed_decode,
+    packed_encode,
+    packed_matmul,
+    packed_rows,
 )
 
 LIMITS = (2**31 - 1, 65_535, 65_535)
 MODULES = (
-    decode,
-    decode_block,
-    decode_dfloat11,
-    decode_rows,
-    encode,
+    packed_decode,
+    group_decode,
+    dfloat11_decode,
+    packed_rows,
+    packed_encode,
     encode_count,
-    encode_dfloat11,
-    matmul,
+    dfloat11_encode,
+    packed_matmul,
 )
 
 
@@ -51,12 +51,14 @@ def words(*shape: int) -> torch.Tensor:
 
 def multiply(num_x: int, rows: int, cols: int) -> None:
     partials = meta(torch.float32, 1)
-    matmul.matmul(bf16(num_x, cols), desc(), None, cols, bf16(num_x, rows), partials, words(1))
+    packed_matmul.matmul(
+        bf16(num_x, cols), desc(), None, cols, bf16(num_x, rows), partials, words(1)
+    )
 
 
 def decode_unit(num_bytes: int) -> None:
     blocks = num_bytes // 4096
-    decode_dfloat11.decode(
+    dfloat11_decode.decode(
         meta(torch.uint8, num_bytes), meta(torch.uint8, num_bytes), words(256),
         meta(torch.int64, blocks + 1), meta(torch.uint8, 320 * blocks), bf16(num_bytes), words(blocks),
     )  # fmt: skip
@@ -65,34 +67,34 @@ def decode_unit(num_bytes: int) -> None:
 HUGE = 2**31 - 1  # tiles, 8 TiB of BF16
 COUNTS, TABLE, BYTES = meta(torch.int64, 256), meta(torch.uint32, 256), meta(torch.uint8, 256)
 LAUNCHES: dict[str, Callable[[], None]] = {
-    "decode": lambda: decode.decode(desc(), HUGE, bf16(2), words(1), 1),
-    "decode_block": lambda: decode_block.decode_block(
+    "decode": lambda: packed_decode.decode(desc(), HUGE, bf16(2), words(1), 1),
+    "decode_block": lambda: group_decode.decode_block(
         meta(torch.int64, 17, 4), HUGE - 16, bf16(2), words(1), 1
     ),
-    "rows, many": lambda: decode_rows.decode_rows(
+    "rows, many": lambda: packed_rows.decode_rows(
         desc(), meta(torch.int64, 1 << 24), 4, 8192, bf16(1 << 24, 8192)
     ),
-    "rows, long": lambda: decode_rows.decode_rows(
+    "rows, long": lambda: packed_rows.decode_rows(
         desc(), meta(torch.int64, 2), 4, 1 << 29, bf16(2, 1 << 29)
     ),
     "official unit": lambda: decode_unit(2**31 - 4096),
-    "official": lambda: decode_dfloat11.decode_resident(desc(), 1 << 42, bf16(2), words(1)),
-    "official rows, many": lambda: decode_dfloat11.decode_resident_rows(
+    "official": lambda: dfloat11_decode.decode_resident(desc(), 1 << 42, bf16(2), words(1)),
+    "official rows, many": lambda: dfloat11_decode.decode_resident_rows(
         desc(), meta(torch.int64, 1 << 24), 4, 8192, bf16(1 << 24, 8192)
     ),
-    "official rows, long": lambda: decode_dfloat11.decode_resident_rows(
+    "official rows, long": lambda: dfloat11_decode.decode_resident_rows(
         desc(), meta(torch.int64, 2), 4, 1 << 29, bf16(2, 1 << 29)
     ),
-    "count": lambda: encode.count_exponents(bf16(1 << 42), COUNTS),
-    "measure": lambda: encode.measure(bf16(1 << 42), 0, TABLE, BYTES, words(1)),
-    "write": lambda: encode.write(bf16(1 << 42), 0, TABLE, BYTES, words(1), TABLE, TABLE),
-    "official measure": lambda: encode_dfloat11.measure(
+    "count": lambda: packed_encode.count_exponents(bf16(1 << 42), COUNTS),
+    "measure": lambda: packed_encode.measure(bf16(1 << 42), 0, TABLE, BYTES, words(1)),
+    "write": lambda: packed_encode.write(bf16(1 << 42), 0, TABLE, BYTES, words(1), TABLE, TABLE),
+    "official measure": lambda: dfloat11_encode.measure(
         bf16(1 << 31), 2**31 - 1, BYTES, words(1 << 26)
     ),
-    "official write": lambda: encode_dfloat11.write(
+    "official write": lambda: dfloat11_encode.write(
         bf16(1 << 31), 2**31 - 1, TABLE, BYTES, meta(torch.int64, 1 << 26), words(1), BYTES, COUNTS
     ),
-    "official split": lambda: encode_dfloat11.split(bf16(1 << 31), meta(torch.uint8, 2**31 - 1)),
+    "official split": lambda: dfloat11_encode.split(bf16(1 << 31), meta(torch.uint8, 2**31 - 1)),
     "gemv": lambda: multiply(4, 1 << 26, 2048),
     "dot, 1.2 million rows": lambda: multiply(5, 1_200_000, 2048),
     "dot, 60 million rows": lambda: multiply(32, 60_000_000, 2048),
@@ -126,5 +128,5 @@ def test_grid_of_a_huge_matrix_is_one_that_cuda_takes(
 
 def test_fused_kernels_leave_rows_whose_places_need_more_than_32_bits_to_decoding() -> None:
     # Bug caught: row * cols of the activations in 32 bits.
-    assert matmul.is_supported(2**26 - 8)
-    assert not matmul.is_supported(2**26)
+    assert packed_matmul.is_supported(2**26 - 8)
+    assert not packed_matmul.is_supported(2**26)

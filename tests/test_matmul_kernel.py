@@ -4,9 +4,9 @@ import pytest
 import torch
 from helpers import Bits, assert_within_bound, gaussian, hard_matrices, same_bits, to_torch
 
-from vllm_dfloat import fused, ops
+from vllm_dfloat.device import fused, ops
 from vllm_dfloat.errors import FormatError, UnsupportedError
-from vllm_dfloat.kernels import matmul as kernels
+from vllm_dfloat.kernels import packed_matmul as kernels
 
 HARD = hard_matrices()
 # Columns: whole tiles a row; tiles that begin in the middle of a row; two and three rows a tile; no power of two.

@@ -12,12 +12,12 @@ from cli_commands import only_line
 from dfloat11_helpers import VECTORS, config, stored_unit, write_checkpoint
 
 from vllm_dfloat.checkpoint.completeness import refuse_gaps
-from vllm_dfloat.checkpoint.compress import compress
-from vllm_dfloat.checkpoint.dfloat11 import open_checkpoint
 from vllm_dfloat.checkpoint.manifest import MANIFEST_FILE
 from vllm_dfloat.checkpoint.patterns import compile_patterns
-from vllm_dfloat.checkpoint.source import open_source
+from vllm_dfloat.checkpoint.reader import open_checkpoint
 from vllm_dfloat.cli import main
+from vllm_dfloat.convert.compress import compress
+from vllm_dfloat.convert.source import open_source
 from vllm_dfloat.errors import FormatError
 
 SHIPPED = Path(__file__).parents[1] / "models" / "tiny"

@@ -18,8 +18,8 @@ import vllm
 from model_loads import loaded
 from safetensors.torch import load_file, save_file
 
-from vllm_dfloat.checkpoint.compress import compress
-from vllm_dfloat.checkpoint.source import open_source
+from vllm_dfloat.convert.compress import compress
+from vllm_dfloat.convert.source import open_source
 from vllm_dfloat.errors import UnsupportedError
 
 pytestmark = pytest.mark.engine

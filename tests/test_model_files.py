@@ -10,13 +10,13 @@ from cli_commands import only_line
 from dfloat11_helpers import VECTORS
 from safetensors.numpy import save_file
 
-from vllm_dfloat.checkpoint.compare import compare
-from vllm_dfloat.checkpoint.compress import compress
-from vllm_dfloat.checkpoint.decompress import decompress
 from vllm_dfloat.checkpoint.listing import INDEX_FILE
 from vllm_dfloat.checkpoint.plain_model import bf16_tensors
-from vllm_dfloat.checkpoint.source import open_source
+from vllm_dfloat.checkpoint.verify import compare
 from vllm_dfloat.cli import main
+from vllm_dfloat.convert.compress import compress
+from vllm_dfloat.convert.decompress import decompress
+from vllm_dfloat.convert.source import open_source
 from vllm_dfloat.errors import FormatError
 
 SINGLE = VECTORS / "llama-tiny-single-bf16"

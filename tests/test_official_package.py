@@ -20,8 +20,8 @@ from conftest import Checkpoint
 from helpers import bf16_bits
 from safetensors.torch import load_file, save_file
 
-from vllm_dfloat.checkpoint.compress import compress
-from vllm_dfloat.checkpoint.source import open_source
+from vllm_dfloat.convert.compress import compress
+from vllm_dfloat.convert.source import open_source
 
 for needed in ("dfloat11", "dahuffman", "pkg_resources", "accelerate"):
     if importlib.util.find_spec(needed) is None:

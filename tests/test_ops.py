@@ -7,10 +7,10 @@ import pytest
 import torch
 from helpers import gaussian, hard_matrices, same_bits, to_torch, unlike
 
-from vllm_dfloat import ops
 from vllm_dfloat.codec import layout
+from vllm_dfloat.device import ops
+from vllm_dfloat.device.scratch import ScratchArena
 from vllm_dfloat.errors import DeviceError, FormatError, UnsupportedError
-from vllm_dfloat.scratch import ScratchArena
 
 CPU = torch.device("cpu")
 

@@ -60,7 +60,7 @@ def read(wheel: zipfile.ZipFile, name: str) -> str:
 
 def test_kernels_folder_has_no_init_so_it_cannot_shadow_hugging_face_kernels():
     # Bug caught: with it, `import transformers` in this folder finds ours instead of the package `kernels`.
-    assert (ROOT / "kernels" / "decode.py").is_file()
+    assert (ROOT / "kernels" / "packed_decode.py").is_file()
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
@@ -81,7 +81,7 @@ def test_wheel_holds_every_module_of_the_package_and_nothing_else(wheel):
     }
     expected |= {f"vllm_dfloat/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
     held = {name for name in wheel.namelist() if ".dist-info/" not in name}
-    assert "vllm_dfloat/kernels/decode.py" in held
+    assert "vllm_dfloat/kernels/packed_decode.py" in held
     assert held == expected
 
 

@@ -6,8 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vllm_dfloat import descriptor
-from vllm_dfloat.codec import decode, reference
+from vllm_dfloat.codec import decode, descriptor, reference
 from vllm_dfloat.codec.encode import encode
 from vllm_dfloat.codec.huffman import build_lut
 from vllm_dfloat.codec.layout import (

@@ -11,7 +11,7 @@ import torch
 from torch.nn import Parameter
 
 from vllm_dfloat.errors import UnsupportedError
-from vllm_dfloat.integration.placeholder import WeightPlaceholder, decoded_by_detach
+from vllm_dfloat.integration.layers.placeholder import WeightPlaceholder, decoded_by_detach
 
 NAME = "model.layers.3.mlp.down_proj"
 SENTENCE = (

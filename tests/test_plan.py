@@ -8,12 +8,12 @@ import pytest
 from tiny_models import SHIPPED, VECTORS
 
 from vllm_dfloat.codec.encode import encode
+from vllm_dfloat.plan.architectures import known_weights
 from vllm_dfloat.plan.config import read_model_config
 from vllm_dfloat.plan.kv_cache import EVERYTHING, KVCache, Reach, group_layers
 from vllm_dfloat.plan.memory import Settings, split_layers
 from vllm_dfloat.plan.packed_size import DESC_BYTES, mean_code_bits, packed_size
 from vllm_dfloat.plan.plan import make_plan
-from vllm_dfloat.plan.shapes import known_weights
 
 CONFIGS = Path(__file__).parent / "data" / "configs"
 GIB = 1 << 30

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from tiny_models import SHIPPED
 
 from vllm_dfloat.cli import main
-from vllm_dfloat.plan.units import show_size
+from vllm_dfloat.plan.byte_sizes import show_size
 
 CONFIGS = Path(__file__).parent / "data" / "configs"
 GIB = 1 << 30

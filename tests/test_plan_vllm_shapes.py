@@ -11,12 +11,12 @@ import pytest
 import vllm_shapes
 from engines import run_bounded
 
+from vllm_dfloat.plan.architectures import known_weights
 from vllm_dfloat.plan.config import read_model_config
 from vllm_dfloat.plan.kv_cache import latent_page_bytes, page_bytes
 from vllm_dfloat.plan.memory import Settings, split_layers
 from vllm_dfloat.plan.plan import make_plan
 from vllm_dfloat.plan.rotary import rotary_bytes
-from vllm_dfloat.plan.shapes import known_weights
 
 pytestmark = pytest.mark.engine
 

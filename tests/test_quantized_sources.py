@@ -9,8 +9,8 @@ import torch
 from cli_commands import only_line
 from safetensors.torch import save_file
 
-from vllm_dfloat.checkpoint.left import left_lines
 from vllm_dfloat.cli import main
+from vllm_dfloat.convert.left import left_lines
 
 Tensors = dict[str, torch.Tensor]
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor, WorkerProc
 
-from vllm_dfloat.integration.replies import Queues
+from vllm_dfloat.integration.updating.replies import Queues
 
 NUM_RANKS = 3
 SUCCESS, FAILURE = WorkerProc.ResponseStatus.SUCCESS, WorkerProc.ResponseStatus.FAILURE

@@ -11,11 +11,11 @@ from dfloat11_helpers import edge_originals
 from guard_pages import run_python
 from helpers import Bits, gaussian, hard_matrices, same_bits, to_torch, unlike
 
-from vllm_dfloat import ops
-from vllm_dfloat import resident_units as units
-from vllm_dfloat.checkpoint.encode_unit import as_unit, encode_unit
+from vllm_dfloat.device import ops
+from vllm_dfloat.device import unit_resident as units
+from vllm_dfloat.dfloat11.encode import as_unit, encode_unit
 from vllm_dfloat.errors import FormatError, UnsupportedError
-from vllm_dfloat.kernels import decode_dfloat11 as kernels
+from vllm_dfloat.kernels import dfloat11_decode as kernels
 
 EDGE = {name: bits.reshape(1, -1) for name, bits in edge_originals().items()}
 HARD = {**hard_matrices(), **EDGE}
@@ -219,7 +219,7 @@ import dataclasses, itertools, os
 import numpy as np, torch
 from guard_pages import guarded
 from helpers import gaussian, to_torch
-from vllm_dfloat import ops, resident_units as units
+from vllm_dfloat.device import ops, unit_resident as units
 
 rows, cols = 45, 204  # the last program has fewer weights than the others
 seeds = (gaussian(rows, cols, seed) for seed in itertools.count())

@@ -6,15 +6,15 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from vllm_dfloat import ops, resident_units
-from vllm_dfloat.packed_weight import make_descriptor
+from vllm_dfloat.device import ops, unit_resident
+from vllm_dfloat.device.packed_weight import make_descriptor
 
 ROWS, COLS = 2**21 + 2, 1024
 
 
 @pytest.mark.parametrize(
     ("decode_rows", "size"),
-    [(ops.decode_rows, ops.num_tiles(ROWS, COLS)), (resident_units.decode_rows, -ROWS * COLS)],
+    [(ops.decode_rows, ops.num_tiles(ROWS, COLS)), (unit_resident.decode_rows, -ROWS * COLS)],
 )
 def test_row_behind_the_first_2_to_the_31_weights_is_found(
     decode_rows: Callable[..., torch.Tensor], size: int, monkeypatch: pytest.MonkeyPatch

@@ -2,7 +2,7 @@
 
 import torch
 
-from vllm_dfloat.scratch import ScratchArena
+from vllm_dfloat.device.scratch import ScratchArena
 
 CPU = torch.device("cpu")
 

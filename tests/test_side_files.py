@@ -9,12 +9,12 @@ import pytest
 from interrupted import contents
 from small_models import bf16, make_model
 
-from vllm_dfloat.checkpoint.compare import compare
-from vllm_dfloat.checkpoint.compress import compress
-from vllm_dfloat.checkpoint.decompress import decompress
 from vllm_dfloat.checkpoint.side_files import SideFiles, side_files
-from vllm_dfloat.checkpoint.source import open_source
+from vllm_dfloat.checkpoint.verify import compare
 from vllm_dfloat.cli import main
+from vllm_dfloat.convert.compress import compress
+from vllm_dfloat.convert.decompress import decompress
+from vllm_dfloat.convert.source import open_source
 from vllm_dfloat.errors import ChangedError, FormatError
 
 TENSORS = {"model.layers.0.mlp.up_proj.weight": bf16(64, 64)}

@@ -14,8 +14,8 @@ from small_models import bf16, make_model
 
 from vllm_dfloat.checkpoint.manifest import MANIFEST_FILE, file_entry, read_manifest
 from vllm_dfloat.checkpoint.side_files import side_files
-from vllm_dfloat.checkpoint.source import NOT_FETCHED, open_source
 from vllm_dfloat.cli import main
+from vllm_dfloat.convert.source import NOT_FETCHED, open_source
 from vllm_dfloat.errors import FormatError
 
 TENSORS = {

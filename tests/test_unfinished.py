@@ -13,9 +13,6 @@ from dfloat11_helpers import VECTORS, config, stored_unit, write_checkpoint
 from fuzz_folder import pack, unpack
 from safetensors.numpy import load_file, save_file
 
-from vllm_dfloat.checkpoint.compress import compress
-from vllm_dfloat.checkpoint.decompress import decompress
-from vllm_dfloat.checkpoint.dfloat11 import open_checkpoint
 from vllm_dfloat.checkpoint.folder import CONFIG_KEY
 from vllm_dfloat.checkpoint.listing import weight_files
 from vllm_dfloat.checkpoint.manifest import MANIFEST_FILE
@@ -24,8 +21,11 @@ from vllm_dfloat.checkpoint.model_class import (
     missing_parameters,
     refuse_missing_parameters,
 )
-from vllm_dfloat.checkpoint.source import open_source
+from vllm_dfloat.checkpoint.reader import open_checkpoint
 from vllm_dfloat.cli import main
+from vllm_dfloat.convert.compress import compress
+from vllm_dfloat.convert.decompress import decompress
+from vllm_dfloat.convert.source import open_source
 from vllm_dfloat.errors import DFloatError, FormatError, UnsupportedError
 from vllm_dfloat.integration import unfinished
 

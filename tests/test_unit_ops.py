@@ -10,11 +10,11 @@ import pytest
 import torch
 from helpers import gaussian
 
-from vllm_dfloat import unit_ops
-from vllm_dfloat.checkpoint.decode_unit import decode_unit
-from vllm_dfloat.checkpoint.dfloat11 import open_checkpoint
-from vllm_dfloat.checkpoint.encode_unit import as_unit, encode_unit
-from vllm_dfloat.checkpoint.unit import Unit
+from vllm_dfloat.checkpoint.reader import open_checkpoint
+from vllm_dfloat.device import unit_decode
+from vllm_dfloat.dfloat11.decode import decode_unit
+from vllm_dfloat.dfloat11.encode import as_unit, encode_unit
+from vllm_dfloat.dfloat11.unit import Unit
 from vllm_dfloat.errors import FormatError
 
 VECTORS = Path(__file__).parent / "data/vectors"
@@ -37,7 +37,7 @@ SMALL = [name for name in NAMES if unit(name).num_weights < 5000]
 )
 def test_both_backends_decode_official_edge_cases(backend: str, name: str) -> None:
     with mock.patch.dict(os.environ, VLLM_DFLOAT_BACKEND=backend):
-        weights = unit_ops.decode_unit(unit(name), CPU)
+        weights = unit_decode.decode_unit(unit(name), CPU)
     assert np.array_equal(weights.view(torch.uint16).numpy(), decode_unit(unit(name)))
 
 
@@ -50,10 +50,10 @@ def test_both_backends_decode_any_range_of_a_unit(backend: str) -> None:
     ranges = [(0, 1), (one - 1, one + 1), (one, two), (two + 1, bits.size), (5, 5), (one, one)]
     with mock.patch.dict(os.environ, VLLM_DFLOAT_BACKEND=backend):
         for start, stop in ranges:
-            found = unit_ops.decode_unit(whole, CPU, start, stop)
+            found = unit_decode.decode_unit(whole, CPU, start, stop)
             assert np.array_equal(found.view(torch.uint16).numpy(), bits[start:stop])
         with pytest.raises(ValueError, match=r"weights 5\.\.40001 of 40000"):
-            unit_ops.decode_unit(whole, CPU, 5, 40_001)
+            unit_decode.decode_unit(whole, CPU, 5, 40_001)
 
 
 @pytest.mark.parametrize("backend", ["numba", "triton"])
@@ -68,7 +68,7 @@ def test_damage_at_the_seam_of_a_piece_is_seen(backend: str) -> None:
         mock.patch.dict(os.environ, VLLM_DFLOAT_BACKEND=backend),
         pytest.raises(FormatError, match="block 1 ended with status 4"),
     ):
-        unit_ops.decode_unit(damaged, CPU, int(whole.positions[1]), int(whole.positions[2]))
+        unit_decode.decode_unit(damaged, CPU, int(whole.positions[1]), int(whole.positions[2]))
 
 
 def test_op_passes_opcheck() -> None:
@@ -92,4 +92,4 @@ def test_a_damaged_stream_is_refused_with_file_unit_and_block(backend: str) -> N
             FormatError, match=r"model\.safetensors: .*encoded_exponent: block 0 ended with status"
         ),
     ):
-        unit_ops.decode_unit(damaged, CPU)
+        unit_decode.decode_unit(damaged, CPU)

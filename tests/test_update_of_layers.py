@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from vllm.model_executor.model_loader import reload
 
 from vllm_dfloat.errors import UnsupportedError
-from vllm_dfloat.integration.updates import updates_of
+from vllm_dfloat.integration.updating.update import updates_of
 
 pytestmark = pytest.mark.engine
 

@@ -8,15 +8,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vllm_dfloat.checkpoint.safetensors_file import read_header
-from vllm_dfloat.checkpoint.write_safetensors import (
+from vllm_dfloat.errors import FormatError
+from vllm_dfloat.storage.safetensors_read import read_header
+from vllm_dfloat.storage.safetensors_write import (
     TEMPORARY,
     Item,
     copy_item,
     replacing,
     write_safetensors,
 )
-from vllm_dfloat.errors import FormatError
 
 DTYPES = [torch.bool, torch.uint8, torch.int8, torch.float8_e5m2, torch.float8_e4m3fn, torch.int16]
 DTYPES += [torch.float16, torch.bfloat16, torch.int32, torch.float32, torch.float64, torch.int64]

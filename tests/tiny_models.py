@@ -97,7 +97,7 @@ def save_decoded(name: str, path: Path) -> Path:
     """Write the official test vector `name` as a BF16 checkpoint into `path`."""
     from safetensors.torch import save_file
 
-    from vllm_dfloat.checkpoint.dfloat11 import open_checkpoint
+    from vllm_dfloat.checkpoint.reader import open_checkpoint
     from vllm_dfloat.checkpoint.shapes import module_shapes
     from vllm_dfloat.checkpoint.weights import weights
 

@@ -14,11 +14,12 @@ from collections.abc import Sequence
 from functools import cache
 from typing import NoReturn
 
-from vllm_dfloat import __version__, cli_check, cli_convert
-from vllm_dfloat.cli_endings import is_unread, sentence, settle_stdout
+from vllm_dfloat import __version__
+from vllm_dfloat.commands import check, convert
+from vllm_dfloat.commands.endings import is_unread, sentence, settle_stdout
+from vllm_dfloat.commands.output import flush
+from vllm_dfloat.commands.plan import add_plan
 from vllm_dfloat.errors import one_line
-from vllm_dfloat.output import flush
-from vllm_dfloat.plan.command import add_plan
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED, EXIT_UNREAD = 130, 141  # as shells say it: 128 and the signal
@@ -68,8 +69,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"vllm-dfloat {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    cli_convert.add_commands(commands)
-    cli_check.add_commands(commands)
+    convert.add_commands(commands)
+    check.add_commands(commands)
     add_plan(commands).add_argument(
         "--debug", action="store_true", help="show the traceback of an error"
     )

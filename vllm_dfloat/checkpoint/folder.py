@@ -5,15 +5,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from vllm_dfloat.checkpoint.json_file import read_object
 from vllm_dfloat.checkpoint.listing import (
     model_files,
     refuse_missing_shards,
     visible_files,
     weight_files,
 )
-from vllm_dfloat.checkpoint.safetensors_file import StoredTensor, read_header, read_names
 from vllm_dfloat.errors import DFloatError, FormatError, UnsupportedError
+from vllm_dfloat.storage.json_file import read_object
+from vllm_dfloat.storage.safetensors_read import StoredTensor, read_header, read_names
 
 COMPRESS_JOURNAL, DECOMPRESS_JOURNAL = (
     ".vllm-dfloat-compress.jsonl",

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vllm_dfloat.checkpoint.json_file import read_object
 from vllm_dfloat.errors import FormatError, shown
+from vllm_dfloat.storage.json_file import read_object
 
 INDEX_FILE = "model.safetensors.index.json"
 MAX_INDEX_BYTES = 256 << 20

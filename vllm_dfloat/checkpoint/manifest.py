@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from vllm_dfloat.checkpoint.json_file import read_object, regular_size
 from vllm_dfloat.checkpoint.listing import weight_files
-from vllm_dfloat.checkpoint.progress import Advance, ignore
-from vllm_dfloat.checkpoint.safetensors_file import header_sha256
 from vllm_dfloat.errors import FormatError, one_line, shown
+from vllm_dfloat.storage.json_file import read_object, regular_size
+from vllm_dfloat.storage.progress import Advance, ignore
+from vllm_dfloat.storage.safetensors_read import header_sha256
 
 MANIFEST_FILE = "dfloat11_manifest.json"
 VERSION = 1

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_dfloat.checkpoint.folder import CONFIG_FILE, MAX_CONFIG_BYTES
-from vllm_dfloat.checkpoint.json_file import read_object
 from vllm_dfloat.errors import FormatError, UnsupportedError
+from vllm_dfloat.storage.json_file import read_object
 
 if TYPE_CHECKING:
     import torch

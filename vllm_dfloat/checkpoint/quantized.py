@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from vllm_dfloat.checkpoint.json_file import read_object
-from vllm_dfloat.checkpoint.safetensors_file import StoredTensor
 from vllm_dfloat.errors import UnsupportedError, shown
+from vllm_dfloat.storage.json_file import read_object
+from vllm_dfloat.storage.safetensors_read import StoredTensor
 
 METHOD = (
     "dfloat11"  # our own name in a quantization_config, beside BF16 weights: options for serving

@@ -12,8 +12,8 @@ from vllm_dfloat.checkpoint.folder import CONFIG_FILE, CONFIG_KEY, is_unit_field
 from vllm_dfloat.checkpoint.listing import visible_files
 from vllm_dfloat.checkpoint.manifest import MANIFEST_FILE
 from vllm_dfloat.checkpoint.patterns import Patterns, compile_patterns
-from vllm_dfloat.checkpoint.safetensors_file import read_names
 from vllm_dfloat.errors import FormatError, UnsupportedError, shown
+from vllm_dfloat.storage.safetensors_read import read_names
 
 _THREADS_PER_BLOCK = [512]
 _BYTES_PER_THREAD = 8

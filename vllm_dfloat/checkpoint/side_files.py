@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_dfloat.checkpoint.folder import CONFIG_FILE
-from vllm_dfloat.checkpoint.lfs import is_pointer, refuse_pointer
 from vllm_dfloat.checkpoint.listing import visible_files, weight_files
 from vllm_dfloat.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from vllm_dfloat.checkpoint.side_weights import (
@@ -20,6 +19,7 @@ from vllm_dfloat.checkpoint.side_weights import (
     reasons_to_leave,
 )
 from vllm_dfloat.errors import DFloatError, FormatError
+from vllm_dfloat.storage.lfs import is_pointer, refuse_pointer
 
 _NEEDED = (
     ".json",

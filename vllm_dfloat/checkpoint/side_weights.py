@@ -10,9 +10,9 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
-from vllm_dfloat.checkpoint.json_file import read_json
-from vllm_dfloat.checkpoint.safetensors_file import read_names
 from vllm_dfloat.errors import DFloatError
+from vllm_dfloat.storage.json_file import read_json
+from vllm_dfloat.storage.safetensors_read import read_names
 
 SAFETENSORS = ".safetensors"
 _PICKLES = (".bin", ".pt", ".pth")

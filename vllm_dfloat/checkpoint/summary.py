@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_dfloat.checkpoint.dfloat11 import open_checkpoint
 from vllm_dfloat.checkpoint.folder import CONFIG_KEY, is_dfloat11
 from vllm_dfloat.checkpoint.plain_model import bf16_tensors
+from vllm_dfloat.checkpoint.reader import open_checkpoint
 
 COMPRESSED, PLAIN = "dfloat11", "plain"
 

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from vllm_dfloat.checkpoint.decode_unit import decode_range, decode_unit
-from vllm_dfloat.checkpoint.dfloat11 import Dfloat11Checkpoint
-from vllm_dfloat.checkpoint.pieces import piece_weights
-from vllm_dfloat.checkpoint.safetensors_file import StoredTensor
+from vllm_dfloat.checkpoint.reader import Dfloat11Checkpoint
 from vllm_dfloat.checkpoint.shapes import Shapes, module_shapes, resolve_shape
-from vllm_dfloat.checkpoint.unit import Unit, UnitEntry
+from vllm_dfloat.dfloat11.decode import decode_range, decode_unit
+from vllm_dfloat.dfloat11.unit import Unit, UnitEntry
 from vllm_dfloat.errors import FormatError
+from vllm_dfloat.storage.pieces import piece_weights
+from vllm_dfloat.storage.safetensors_read import StoredTensor
 
 if TYPE_CHECKING:
     import torch

@@ -1,4 +1,4 @@
-"""Decode the packed layout on the CPU: the numba twin of kernels/decode.py.
+"""Decode the packed layout on the CPU: the numba twin of kernels/packed_decode.py.
 
 Four lanes of a tile are decoded side by side, since one lane alone would wait for each table look-up.
 """

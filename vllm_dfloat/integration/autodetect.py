@@ -4,7 +4,7 @@ from functools import cache
 from typing import Any
 
 from vllm_dfloat.checkpoint.folder import CONFIG_KEY
-from vllm_dfloat.integration.names import METHOD
+from vllm_dfloat.integration.seam.names import METHOD
 
 
 def install() -> None:

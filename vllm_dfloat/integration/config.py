@@ -11,9 +11,9 @@ from vllm.model_executor.layers.quantization.base_config import (
 
 from vllm_dfloat.checkpoint.folder import CONFIG_KEY
 from vllm_dfloat.errors import UnsupportedError
-from vllm_dfloat.integration import compat
-from vllm_dfloat.integration.names import METHOD, logger
-from vllm_dfloat.integration.options import Options
+from vllm_dfloat.integration.seam import compat
+from vllm_dfloat.integration.seam.names import METHOD, logger
+from vllm_dfloat.integration.seam.options import Options
 
 NAMELESS_EMBEDDING = "model.embed_tokens"  # some models build theirs without telling its name
 
@@ -75,7 +75,7 @@ class DFloat11Config(QuantizationConfig):  # type: ignore[misc]  # vLLM is untyp
 
         self._start()
         if isinstance(layer, LinearBase):
-            from vllm_dfloat.integration.linear import DFloat11LinearMethod
+            from vllm_dfloat.integration.layers.linear import DFloat11LinearMethod
 
             if self._is_left_alone(layer, prefix):
                 return UnquantizedLinearMethod()
@@ -89,7 +89,10 @@ class DFloat11Config(QuantizationConfig):  # type: ignore[misc]  # vLLM is untyp
     def _embedding_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-        from vllm_dfloat.integration.embedding import DFloat11EmbeddingMethod, IgnoredLMHeadMethod
+        from vllm_dfloat.integration.layers.embedding import (
+            DFloat11EmbeddingMethod,
+            IgnoredLMHeadMethod,
+        )
 
         is_head = isinstance(layer, ParallelLMHead)
         name = prefix or ("lm_head" if is_head else NAMELESS_EMBEDDING)
@@ -132,7 +135,7 @@ class DFloat11Config(QuantizationConfig):  # type: ignore[misc]  # vLLM is untyp
 
     def _start(self) -> None:
         """Once a VllmConfig can be seen: read the command line's options, refuse what cannot work."""
-        from vllm_dfloat.integration import compiled
+        from vllm_dfloat.integration.compiling import settings
 
         config = compat.current_config()
         if self._started or config is None:
@@ -153,11 +156,11 @@ class DFloat11Config(QuantizationConfig):  # type: ignore[misc]  # vLLM is untyp
         if reason := compat.refusal(config):
             raise UnsupportedError(f"dfloat11 does not work with {reason}")
         self._check_official(str(config.load_config.load_format))
-        compiled.prepare(config)
+        settings.prepare(config)
         self._started = True
 
     def _check_official(self, load_format: str) -> None:
-        from vllm_dfloat.integration import loader
+        from vllm_dfloat.integration.loading import loader
 
         if self.is_official and not loader.reads_official(load_format):
             raise UnsupportedError(
@@ -167,7 +170,8 @@ class DFloat11Config(QuantizationConfig):  # type: ignore[misc]  # vLLM is untyp
 
 
 def _install() -> None:
-    from vllm_dfloat.integration import loader, replies
+    from vllm_dfloat.integration.loading import loader
+    from vllm_dfloat.integration.updating import replies
 
     loader.install()
     replies.install()

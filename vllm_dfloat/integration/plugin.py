@@ -1,6 +1,6 @@
 """The entry point `vllm.general_plugins`: vLLM calls `register` in every process it starts."""
 
-from vllm_dfloat.integration.names import METHOD, logger
+from vllm_dfloat.integration.seam.names import METHOD, logger
 
 
 def register() -> None:
@@ -25,8 +25,9 @@ def _register() -> None:
         register_quantization_config,
     )
 
-    from vllm_dfloat.integration import autodetect, compat, unfinished
+    from vllm_dfloat.integration import autodetect, unfinished
     from vllm_dfloat.integration.config import DFloat11Config
+    from vllm_dfloat.integration.seam import compat
 
     if METHOD not in QUANTIZATION_METHODS:
         register_quantization_config(METHOD)(DFloat11Config)

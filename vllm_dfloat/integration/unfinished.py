@@ -5,8 +5,8 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from vllm_dfloat.checkpoint.dfloat11 import open_checkpoint
 from vllm_dfloat.checkpoint.folder import CONFIG_FILE, is_dfloat11, refuse_unfinished
+from vllm_dfloat.checkpoint.reader import open_checkpoint
 
 
 def install() -> None:

@@ -3,9 +3,9 @@
 import re
 from pathlib import Path
 
-from vllm_dfloat.checkpoint.dfloat11 import open_checkpoint
 from vllm_dfloat.checkpoint.folder import CONFIG_FILE, is_dfloat11
 from vllm_dfloat.checkpoint.locate import check_config
+from vllm_dfloat.checkpoint.reader import open_checkpoint
 from vllm_dfloat.errors import FormatError, UnsupportedError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")

@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vllm_dfloat.checkpoint.safetensors_file import StoredTensor
 from vllm_dfloat.codec.huffman import NUM_SYMBOLS
 from vllm_dfloat.codec.layout import SYMBOL_SHIFT
 from vllm_dfloat.plan.packed_size import ASSUMED_CODE_BITS, mean_code_bits
 from vllm_dfloat.plan.stored import DTYPES, Files
 from vllm_dfloat.plan.weights import Weight
+from vllm_dfloat.storage.safetensors_read import StoredTensor
 
 Counts = npt.NDArray[np.int64]
 

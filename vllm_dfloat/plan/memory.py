@@ -5,11 +5,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from vllm_dfloat.errors import UnsupportedError
+from vllm_dfloat.plan.byte_sizes import GIB
 from vllm_dfloat.plan.config import ModelConfig
 from vllm_dfloat.plan.kv_cache import KVCache, group_layers, latent_page_bytes, page_bytes
 from vllm_dfloat.plan.packed_size import packed_size
 from vllm_dfloat.plan.rotary import rotary_bytes
-from vllm_dfloat.plan.units import GIB
 from vllm_dfloat.plan.weights import Weight
 
 LARGE_GPU = 70 * GIB  # from here on vLLM takes larger batches by default

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from vllm_dfloat.errors import UnsupportedError, one_line
+from vllm_dfloat.plan.byte_sizes import GIB, MIB, show_size
 from vllm_dfloat.plan.plan import Plan
 from vllm_dfloat.plan.report import verdict
-from vllm_dfloat.plan.units import GIB, MIB, show_size
 
 COLOURS = {
     "weights": "#4477aa", "scratch": "#ccbb44", "other": "#bbbbbb", "KV cache": "#228833", "free": "#f4f4f4",

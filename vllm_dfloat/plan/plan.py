@@ -6,6 +6,7 @@ from pathlib import Path
 
 from vllm_dfloat.checkpoint.folder import CONFIG_FILE
 from vllm_dfloat.errors import FormatError, UnsupportedError
+from vllm_dfloat.plan.architectures import is_known, known_weights
 from vllm_dfloat.plan.config import ModelConfig, read_model_config
 from vllm_dfloat.plan.hub import config_file, is_of_hub
 from vllm_dfloat.plan.kv_cache import KVCache
@@ -13,7 +14,6 @@ from vllm_dfloat.plan.measured import MeasuredBits
 from vllm_dfloat.plan.memory import Rank, Settings, kv_cache_of, ranks_of
 from vllm_dfloat.plan.notes import notes_on
 from vllm_dfloat.plan.packed_size import ASSUMED_CODE_BITS
-from vllm_dfloat.plan.shapes import is_known, known_weights
 from vllm_dfloat.plan.stored import (
     Files,
     check_weights,

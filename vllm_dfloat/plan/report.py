@@ -2,9 +2,9 @@
 
 from typing import Any
 
+from vllm_dfloat.plan.byte_sizes import show_count, show_size
 from vllm_dfloat.plan.memory import Rank
 from vllm_dfloat.plan.plan import Outcome, Plan
-from vllm_dfloat.plan.units import show_count, show_size
 
 NAME, CELL = 24, 14
 DASH = "-"

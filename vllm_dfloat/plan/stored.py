@@ -7,16 +7,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vllm_dfloat.checkpoint.dfloat11 import open_checkpoint
 from vllm_dfloat.checkpoint.folder import is_dfloat11
 from vllm_dfloat.checkpoint.listing import weight_files
 from vllm_dfloat.checkpoint.plain_model import bf16_tensors, is_same
 from vllm_dfloat.checkpoint.quantized import refuse_quantized_files
-from vllm_dfloat.checkpoint.safetensors_file import StoredTensor
+from vllm_dfloat.checkpoint.reader import open_checkpoint
 from vllm_dfloat.errors import FormatError, UnsupportedError
+from vllm_dfloat.plan.architectures import name_in_vllm
 from vllm_dfloat.plan.config import ModelConfig
-from vllm_dfloat.plan.shapes import name_in_vllm
 from vllm_dfloat.plan.weights import Part, Place, Split, Weight
+from vllm_dfloat.storage.safetensors_read import StoredTensor
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}

@@ -1,0 +1,325 @@
+"""Decode the official DFloat11 layout on the GPU, one block of 4096 stream bytes per program (dfloat11_block.py).
+
+Three kernels share that body: one decodes a unit from its tensors, as it comes from a file; two decode a matrix that is
+held so while a model is served, the whole of it or chosen rows. These take a descriptor, for the reasons given in
+decode.py, and one run of bytes, each section starting on a multiple of 16:
+
+    desc  int64[4]  address of the payload, kind (0 coded, 1 raw BF16), bytes of the stream and number of tables, seal
+
+    tables         int32[num_tables, 256]
+    positions      int64[num_blocks + 1]
+    gaps           uint8[320 * num_blocks]
+    sign_mantissa  uint8[num_weights]
+    stream         uint8[num_bytes]
+
+or the BF16 bits themselves. How many blocks there are depends on the weights, and a launch must not: a matrix is coded
+only if its stream takes at most one byte per weight, so one program per 4096 weights is always enough, and most of them
+find nothing to do.
+
+Nothing is read where a descriptor leads unless its seal is right; every weight is NaN then (kernels/tiles.py).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_dfloat.codec import descriptor, layout
+from vllm_dfloat.kernels.compile_spec import CompileSpec
+from vllm_dfloat.kernels.configs import DEFAULT, config_of
+from vllm_dfloat.kernels.dfloat11_block import BLOCK_BYTES, MIN_BLOCK_WEIGHTS, decode_block
+from vllm_dfloat.kernels.tiles import STATUS_DESCRIPTOR, _everywhere, _read, _section
+
+PROGRAM_WEIGHTS = (
+    BLOCK_BYTES  # weights for which one program is launched, and which it copies if raw
+)
+_BLOCK_BYTES = tl.constexpr(BLOCK_BYTES)
+_BLOCK_GAP_BYTES = tl.constexpr(320)
+_PROGRAM_WEIGHTS = tl.constexpr(PROGRAM_WEIGHTS)
+_TILE_WEIGHTS = tl.constexpr(layout.TILE_WEIGHTS)
+_ROW_PART = tl.constexpr(1024)  # weights of a raw row that one program copies; >= MIN_BLOCK_WEIGHTS
+_NAN = tl.constexpr(0x7FC0)
+_SEARCH_STEPS = tl.constexpr(19)  # a stream of less than 2**31 bytes has at most 2**19 blocks
+_FIRST_STEP = tl.constexpr(1 << 18)
+
+TYPICAL_BLOCK_WEIGHTS = 12_400  # at 2.64 bits per code
+
+
+def decode(
+    stream: torch.Tensor,
+    sign_mantissa: torch.Tensor,
+    tables: torch.Tensor,
+    positions: torch.Tensor,
+    gaps: torch.Tensor,
+    out: torch.Tensor,
+    status: torch.Tensor,
+) -> None:
+    """Write the weights of a unit to `out` and a status word per block to `status`.
+
+    A `status` with fewer words than there are blocks asks for the first blocks only. Sets every word of `status` and
+    syncs nothing; the caller looks for a word other than STATUS_OK.
+    A block whose status is not STATUS_OK may leave its part of `out` unwritten or wrong.
+
+    Args:
+        stream: uint8 [n_bytes], the unit's encoded_exponent.
+        sign_mantissa: uint8 [N].
+        tables: int32 [R - 1, 256], from dfloat11/tables.py.
+        positions: int64 [B + 1], first weight of each block of 4096 stream bytes, then N.
+        gaps: uint8 [320 * B].
+        out: bfloat16 (or int16 bits) [N], contiguous.
+        status: int32 [1 to B].
+
+    Raises:
+        ValueError: a tensor's dtype or size does not fit the others (checked before the launch).
+    """
+    num_blocks = triton.cdiv(stream.numel(), BLOCK_BYTES)
+    _check("stream", stream, torch.uint8, stream.numel())
+    _check("sign_mantissa", sign_mantissa, torch.uint8, sign_mantissa.numel())
+    _check("tables", tables, torch.int32, 256 * max(1, tables.numel() // 256))
+    _check("positions", positions, torch.int64, num_blocks + 1)
+    _check("gaps", gaps, torch.uint8, 320 * num_blocks)
+    _check("out", out, out.dtype, sign_mantissa.numel())
+    _check("status", status, torch.int32, min(max(status.numel(), 1), num_blocks))
+    if out.element_size() != 2:
+        raise ValueError(f"out: {out.dtype}; bfloat16 or another 16-bit type is expected")
+    _decode_dfloat11_kernel[(status.numel(),)](
+        stream,
+        sign_mantissa,
+        tables,
+        positions,
+        gaps,
+        out.view(torch.int16),
+        status,
+        stream.numel(),
+        sign_mantissa.numel(),
+        num_blocks,
+        tables.numel() // 256,
+        num_warps=config_of(out.device).dfloat11_num_warps,
+    )
+
+
+def _check(name: str, tensor: torch.Tensor, dtype: torch.dtype, numel: int) -> None:
+    if tensor.dtype != dtype or tensor.numel() != numel or not tensor.is_contiguous():
+        raise ValueError(
+            f"{name}: {tensor.dtype} {list(tensor.shape)}; contiguous {dtype} with {numel} "
+            "elements is expected"
+        )
+
+
+# Sizes differ from unit to unit: one compiled kernel serves all of them.
+@triton.jit(do_not_specialize=["num_bytes", "num_weights", "num_blocks", "num_rows"])
+def _decode_dfloat11_kernel(
+    stream_ptr,  # uint8[num_bytes]             codes, most significant bit first
+    sign_mantissa_ptr,  # uint8[num_weights]    bit 7 sign, bits 6..0 mantissa
+    tables_ptr,  # int32[num_rows * 256]        0, symbol | length << 8, or pointer | row
+    positions_ptr,  # int64[num_blocks + 1]     first weight of each block
+    gaps_ptr,  # uint8[320 * num_blocks]        5 bits per window
+    out_ptr,  # int16[num_weights]              BF16 bits
+    status_ptr,  # int32[num_blocks]            STATUS_OK or a sum of STATUS_* bits
+    num_bytes,
+    num_weights,
+    num_blocks,
+    num_rows,
+):
+    """Decode one block per program; grid (at most num_blocks,). Reads its bytes and one byte per weight, writes two."""
+    block = tl.program_id(0).to(tl.int64)
+    decode_block(
+        stream_ptr, sign_mantissa_ptr, tables_ptr, positions_ptr, gaps_ptr, out_ptr, status_ptr,
+        num_bytes, num_weights, num_blocks.to(tl.int64), num_rows, block, 0, num_weights,
+    )  # fmt: skip
+
+
+@triton.jit
+def _sections(payload, num_weights, num_bytes, num_tables):
+    """Return pointers to stream, sign_mantissa, tables, positions and gaps, and the number of blocks."""
+    num_blocks = (num_bytes + _BLOCK_BYTES - 1) // _BLOCK_BYTES
+    positions = num_tables * 1024
+    gaps = positions + (num_blocks * 8 + 8 + 15) // 16 * 16
+    sign_mantissa = gaps + num_blocks * _BLOCK_GAP_BYTES
+    stream = sign_mantissa + (num_weights + 15) // 16 * 16
+    return (
+        _section(payload, stream, tl.uint8),
+        _section(payload, sign_mantissa, tl.uint8),
+        _section(payload, 0, tl.int32),
+        _section(payload, positions, tl.int64),
+        _section(payload, gaps, tl.uint8),
+        num_blocks,
+    )
+
+
+@triton.jit(do_not_specialize=["num_weights", "salt"])
+def _decode_resident_kernel(
+    desc_ptr,  # int64[4]                       see above
+    out_ptr,  # int16[num_weights]              BF16 bits
+    status_ptr,  # int32[num_tiles]             block b's status in word b, and what all share in others
+    num_weights,
+    salt,  # int64                              of the seal, see vllm_dfloat/codec/descriptor.py
+):
+    """Decode one block of a resident matrix per program, or copy 4096 weights of one held as BF16.
+
+    Grid (ceil(num_weights / 4096),), which is at least the number of blocks and half the number of tiles.
+    """
+    is_sound, payload, kind, sizes = _read(desc_ptr, salt)
+    program = tl.program_id(0).to(tl.int64)
+    num_weights = num_weights.to(tl.int64)
+    spare = tl.num_programs(0) + program
+    num_tiles = (num_weights + _TILE_WEIGHTS - 1) // _TILE_WEIGHTS
+    status = tl.where(is_sound, 0, STATUS_DESCRIPTOR)
+    tl.store(status_ptr + spare, status, mask=spare < num_tiles)
+    if (kind != 0) | ~is_sound:
+        at = program * _PROGRAM_WEIGHTS + tl.arange(0, _PROGRAM_WEIGHTS)
+        inside = at < num_weights
+        raw, is_there = _section(payload, 0, tl.int16), inside & _everywhere(at, is_sound)
+        tl.store(out_ptr + at, tl.load(raw + at, mask=is_there, other=_NAN), mask=inside)
+        tl.store(status_ptr + program, status)
+    else:
+        num_bytes = sizes & 0xFFFFFFFF
+        num_tables = (sizes >> 32).to(tl.int32)
+        stream, sign_mantissa, tables, positions, gaps, num_blocks = _sections(
+            payload, num_weights, num_bytes, num_tables
+        )
+        if program < num_blocks:
+            decode_block(
+                stream, sign_mantissa, tables, positions, gaps, out_ptr, status_ptr,
+                num_bytes, num_weights, num_blocks, num_tables, program, 0, num_weights,
+            )  # fmt: skip
+        else:
+            tl.store(status_ptr + program, 0)
+
+
+@triton.jit(do_not_specialize=["rows", "cols", "parts", "salt"])
+def _decode_resident_rows_kernel(
+    desc_ptr,  # int64[4]                       see above
+    ids_ptr,  # int32 or int64[num_ids]         rows asked for
+    out_ptr,  # int16[num_ids, cols]            BF16 bits
+    rows,
+    cols,
+    parts,  # blocks a row can touch
+    salt,  # int64                              of the seal, see vllm_dfloat/codec/descriptor.py
+):
+    """Decode one block that one chosen row touches, and store the part of it that is the row's.
+
+    Grid (num_ids * parts,). An id outside the matrix reads the nearest row: vLLM masks such ids out
+    afterwards.
+    """
+    is_sound, payload, kind, sizes = _read(desc_ptr, salt)
+    number = tl.program_id(0) // parts  # of the row among those asked for
+    part = tl.program_id(0) % parts
+    row = tl.minimum(tl.maximum(tl.load(ids_ptr + number).to(tl.int64), 0), rows - 1)
+    first = row * cols
+    end = first + cols
+    # Where weight 0 of the matrix would lie in the output.
+    out_ptr += number.to(tl.int64) * cols - first
+    if (kind != 0) | ~is_sound:
+        at = first + part * _ROW_PART + tl.arange(0, _ROW_PART)
+        inside = at < end
+        raw, is_there = _section(payload, 0, tl.int16), inside & _everywhere(at, is_sound)
+        tl.store(out_ptr + at, tl.load(raw + at, mask=is_there, other=_NAN), mask=inside)
+    else:
+        num_weights = rows.to(tl.int64) * cols
+        num_bytes = sizes & 0xFFFFFFFF
+        num_tables = (sizes >> 32).to(tl.int32)
+        stream, sign_mantissa, tables, positions, gaps, num_blocks = _sections(
+            payload, num_weights, num_bytes, num_tables
+        )
+        # The last block that begins at or before the row's first weight.
+        block = tl.zeros([], tl.int64)
+        for i in tl.static_range(_SEARCH_STEPS):
+            ahead = block + (_FIRST_STEP >> i)
+            begin = tl.load(positions + ahead, mask=ahead < num_blocks, other=num_weights)
+            block = tl.where(begin <= first, ahead, block)
+        block += part
+        begin = tl.load(positions + block, mask=block < num_blocks, other=num_weights)
+        if begin < end:
+            decode_block(
+                stream, sign_mantissa, tables, positions, gaps, out_ptr, None,
+                num_bytes, num_weights, num_blocks, num_tables, block, first, end,
+            )  # fmt: skip
+
+
+def decode_resident(
+    desc: torch.Tensor, num_weights: int, out: torch.Tensor, status: torch.Tensor
+) -> None:
+    """Decode the matrix that `desc` describes into `out`; allocates nothing and waits for nothing.
+
+    Args:
+        desc: int64 [4] on the device; the payload it points to was made by `resident_units.pack`.
+        num_weights: rows times columns.
+        out: BF16, flat, contiguous, at least `num_weights` elements, aligned to 16 bytes.
+        status: int32, at least one word per 2048 weights; word b becomes that of block b, all others 0.
+    """
+    if num_weights:
+        warps = config_of(out.device).dfloat11_num_warps
+        salt = descriptor.salt(desc.data_ptr(), -num_weights)
+        _decode_resident_kernel[(triton.cdiv(num_weights, PROGRAM_WEIGHTS),)](
+            desc, out.view(torch.int16), status, num_weights, salt, num_warps=warps
+        )
+
+
+def decode_resident_rows(
+    desc: torch.Tensor, ids: torch.Tensor, rows: int, cols: int, out: torch.Tensor
+) -> None:
+    """Decode rows `ids` (int32 or int64 [n]) of the matrix that `desc` describes into `out`, BF16 [n, cols]."""
+    if out.numel():
+        # A row may begin with the last weight of a block and end with the first of another.
+        parts = cols // MIN_BLOCK_WEIGHTS + 2
+        warps = config_of(out.device).dfloat11_num_warps
+        salt = descriptor.salt(desc.data_ptr(), -rows * cols)
+        _decode_resident_rows_kernel[(ids.numel() * parts,)](  # one axis: the others end at 65,535
+            desc, ids, out.view(torch.int16), rows, cols, parts, salt, num_warps=warps
+        )
+
+
+COMPILE_SPECS = [
+    CompileSpec(
+        name="decode_dfloat11",
+        fn=_decode_dfloat11_kernel,
+        signature={
+            "stream_ptr": "*u8",
+            "sign_mantissa_ptr": "*u8",
+            "tables_ptr": "*i32",
+            "positions_ptr": "*i64",
+            "gaps_ptr": "*u8",
+            "out_ptr": "*i16",
+            "status_ptr": "*i32",
+            "num_bytes": "i32",
+            "num_weights": "i32",
+            "num_blocks": "i32",
+            "num_rows": "i32",
+        },
+        aligned_args=("stream_ptr", "sign_mantissa_ptr", "tables_ptr", "out_ptr"),
+        num_warps=DEFAULT.dfloat11_num_warps,
+        weights_per_program=TYPICAL_BLOCK_WEIGHTS,
+    ),
+    CompileSpec(
+        name="decode_dfloat11_resident",
+        fn=_decode_resident_kernel,
+        signature={
+            "desc_ptr": "*i64",
+            "out_ptr": "*i16",
+            "status_ptr": "*i32",
+            "num_weights": "i32",
+            "salt": "i64",
+        },
+        aligned_args=("desc_ptr", "out_ptr", "status_ptr"),
+        num_warps=DEFAULT.dfloat11_num_warps,
+        weights_per_program=TYPICAL_BLOCK_WEIGHTS,
+    ),
+    CompileSpec(
+        name="decode_dfloat11_rows",
+        fn=_decode_resident_rows_kernel,
+        signature={
+            "desc_ptr": "*i64",
+            "ids_ptr": "*i32",
+            "out_ptr": "*i16",
+            "rows": "i32",
+            "cols": "i32",
+            "parts": "i32",
+            "salt": "i64",
+        },
+        aligned_args=("desc_ptr", "ids_ptr", "out_ptr"),
+        num_warps=DEFAULT.dfloat11_num_warps,
+        weights_per_program=TYPICAL_BLOCK_WEIGHTS,
+    ),
+]

@@ -1,0 +1,149 @@
+"""Decode all matrices of a transformer block in one launch, one behind the other.
+
+The block's matrices are described by a table whose size and content do not change when their weights do:
+
+    table  int64[num_members + 1, 4]  of each matrix: address of its descriptor, its first tile in the output, the salt
+                                      of its descriptor, seal of the row; then 0, all tiles, 0, seal
+
+The addresses are those of descriptors (kernels/tiles.py), not of payloads, so a reload that rewrites descriptors in
+place is seen by graphs captured before it.
+
+Every program checks the seals of all rows before it follows one: a wrong first tile in any of them would move the
+others. If one is wrong, the whole output becomes NaN.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_dfloat.codec import descriptor, layout
+from vllm_dfloat.kernels.compile_spec import CompileSpec
+from vllm_dfloat.kernels.configs import DEFAULT, config_of
+from vllm_dfloat.kernels.packed_decode import _decode_tiles
+from vllm_dfloat.kernels.tiles import (
+    ADDRESS_FACTOR,
+    KIND_FACTOR,
+    ROW_FACTOR,
+    SIZES_FACTOR,
+    TILE_WEIGHTS,
+    num_warps,
+)
+
+MAX_MEMBERS = 16
+ROW_WORDS = 4
+_WORDS = tl.constexpr(ROW_WORDS)
+_ROWS = tl.constexpr(
+    2 * MAX_MEMBERS
+)  # a power of two above MAX_MEMBERS, for the table and its last row
+
+
+@triton.jit
+def _member_of_program(table_ptr, num_members, num_tiles, salt, TILES: tl.constexpr):
+    """Return whether the table is sound, and the member that this program works for: its number, the address of its
+    descriptor, its first tile and number of tiles, and the program's place in it.
+
+    A program works for one member, so each member gets whole programs. Programs behind the last one get num_members.
+    Where the table is not sound, the whole output is one member, with the table in place of a descriptor.
+    """
+    index = tl.arange(0, _ROWS)
+    row = table_ptr + index * _WORDS
+    is_member = index < num_members
+    is_row = index <= num_members
+    address = tl.load(row, mask=is_row, other=0)
+    first = tl.load(row + 1, mask=is_row, other=0)
+    of_desc = tl.load(row + 2, mask=is_row, other=0)
+    seal = tl.load(row + 3, mask=is_row, other=0)
+    found = address * ADDRESS_FACTOR + first * KIND_FACTOR + of_desc * SIZES_FACTOR
+    found += index.to(tl.int64) * ROW_FACTOR + salt
+    is_sound = tl.max((is_row & (found != seal)).to(tl.int32), axis=0) == 0
+    first = first.to(tl.int32)
+    after = tl.load(row + (_WORDS + 1), mask=is_member, other=0).to(tl.int32)
+    programs = (after - first + (TILES - 1)) // TILES
+    ends = tl.cumsum(programs, axis=0)
+    pid = tl.program_id(0)
+    is_before = is_member & (ends <= pid)
+    member = tl.sum(is_before.to(tl.int32), axis=0)
+    place = pid - tl.sum(tl.where(is_before, programs, 0), axis=0)
+    is_it = index == member
+    first_tile = tl.sum(tl.where(is_it, first, 0), axis=0)
+    tiles = tl.sum(tl.where(is_it, after - first, 0), axis=0)
+    desc = tl.sum(tl.where(is_it, address, 0), axis=0)
+    desc = tl.where(is_sound, desc, table_ptr.to(tl.int64))
+    member = tl.where(is_sound, member, 0)
+    first_tile = tl.where(is_sound, first_tile, 0)
+    tiles = tl.where(is_sound, tiles, num_tiles)
+    return is_sound, member, desc, first_tile, tiles, tl.where(is_sound, place, pid)
+
+
+@triton.jit(do_not_specialize=["num_members", "num_tiles", "salt"])
+def _decode_block_kernel(
+    table_ptr,  # int64[num_members + 1, 4]       see above
+    out_ptr,  # uint32[num_tiles * 1024]        pairs of BF16, whole tiles
+    status_ptr,  # int32[num_tiles]               0, or a sum of STATUS_* bits
+    num_members,  # int32
+    num_tiles,  # int32                          of all members
+    salt,  # int64                               of the seals of the rows, see vllm_dfloat/codec/descriptor.py
+    TILES: tl.constexpr,
+):
+    """Decode TILES tiles of one member per program. Grid (at least the sum of ceil(tiles of a member / TILES),)."""
+    is_sound, member, desc, first_tile, tiles, place = _member_of_program(
+        table_ptr, num_members, num_tiles, salt, TILES
+    )
+    if member < num_members:
+        tile = (place * TILES + tl.arange(0, TILES))[:, None]
+        tile = tl.minimum(tile, tiles - 1).to(tl.int64)  # times 2048 it passes 2**31
+        start = first_tile.to(tl.int64)
+        _decode_tiles(
+            desc.to(tl.pointer_type(tl.int64)), tl.load(table_ptr + member * _WORDS + 2), tile,
+            tiles.to(tl.int64),
+            out_ptr + start * (TILE_WEIGHTS // 2), status_ptr + start,
+            TILES, is_sound,
+        )  # fmt: skip
+
+
+def decode_block(
+    table: torch.Tensor,
+    num_tiles: int,
+    out: torch.Tensor,
+    status: torch.Tensor,
+    tiles_per_program: int = 0,
+) -> None:
+    """Decode the matrices that `table` lists into `out`; allocates nothing and waits for nothing.
+
+    Args:
+        table: int64 [members + 1, 4] on the device, see above; at most MAX_MEMBERS members, none of them empty.
+        num_tiles: tiles in all, as in the table's last row.
+        out: BF16, flat, contiguous, at least `num_tiles * 2048` elements, aligned to 16 bytes.
+        status: int32 [>= num_tiles]; 0 per tile, or a sum of STATUS_* bits.
+        tiles_per_program: 0 for what configs.py says.
+    """
+    num_members = table.shape[0] - 1
+    tiles = tiles_per_program or config_of(out.device).decode_tiles_per_program
+    grid = (triton.cdiv(num_tiles, tiles) + num_members,)  # members end in the middle of a program
+    salt = descriptor.salt(table.data_ptr(), num_tiles)
+    _decode_block_kernel[grid](
+        table, out.view(torch.uint32), status, num_members, num_tiles, salt, tiles,
+        num_warps=num_warps(tiles),
+    )  # fmt: skip
+
+
+COMPILE_SPECS = [
+    CompileSpec(
+        name="decode_block",
+        fn=_decode_block_kernel,
+        signature={
+            "table_ptr": "*i64",
+            "out_ptr": "*u32",
+            "status_ptr": "*i32",
+            "num_members": "i32",
+            "num_tiles": "i32",
+            "salt": "i64",
+            "TILES": "constexpr",
+        },
+        constexprs={"TILES": DEFAULT.decode_tiles_per_program},
+        aligned_args=("table_ptr", "out_ptr", "status_ptr"),
+        num_warps=num_warps(DEFAULT.decode_tiles_per_program),
+        weights_per_program=DEFAULT.decode_tiles_per_program * layout.TILE_WEIGHTS,
+        loop_runs=layout.STEPS // 2,
+    )
+]

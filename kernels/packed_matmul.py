@@ -1,0 +1,171 @@
+"""Multiply a few rows of activations by a packed matrix whose weights go from the stream into registers only.
+
+    y[m, n] = sum over k of x[m, k] * w[n, k], + bias[n]
+
+A first kernel makes partial sums: one for each tile, each row of w that the tile touches, and each row of x; for at
+most 4 rows of x in FP32 multiply-adds (matmul_gemv.py), for up to 32 on the tensor cores (matmul_dot.py). A second one
+adds those of each row in the order of its tiles. Every order of addition is fixed, and no sum holds anything of another
+row: the result is deterministic, and a row of x gets the same bits whatever the other rows hold. The two forms add in
+different orders, so a row's bits may change with the number of rows.
+
+Error against the exact sum. The product of two BF16 numbers has 16 bits and is exact in FP32 (below 2**-126 it may lose
+up to that much, which rounding to BF16 hides unless the whole sum is as small). So what is lost is lost in additions: a
+row takes at most K + 1 of them, of numbers whose absolute values add up to S = sum |x w| + |bias|. FP32 loses at most
+2**-24 S in each; tensor cores align the addends of a group to the largest, itself at most S, and cut off below 24 bits,
+which loses at most 2**-23 S for each addend. Together |y - exact| <= (K + 1) 2**-23 S, and rounding y to BF16 adds
+2**-8 |y|.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_dfloat.codec import descriptor, layout
+from vllm_dfloat.kernels.compile_spec import CompileSpec
+from vllm_dfloat.kernels.configs import config_of
+from vllm_dfloat.kernels.packed_matmul_dot import _dot_kernel
+from vllm_dfloat.kernels.packed_matmul_gemv import _gemv_kernel
+from vllm_dfloat.kernels.packed_matmul_parts import MAX_SEGMENTS, num_segments
+from vllm_dfloat.kernels.tiles import TILE_WEIGHTS, num_warps
+
+MAX_GEMV_ROWS = 4
+MAX_ROWS = 32
+MAX_COLS = 2**31 // MAX_ROWS
+SUM_ROWS = 32  # rows of w per program of the second kernel
+
+
+def is_supported(cols: int) -> bool:
+    """Return whether `matmul` takes matrices of `cols` columns.
+
+    The 8 weights of a step must lie in one row, and places in 32 rows of x are counted with 32 bits.
+    """
+    is_whole = 0 < cols < MAX_COLS and cols % layout.STEP_WEIGHTS == 0
+    return is_whole and num_segments(cols) <= MAX_SEGMENTS
+
+
+def compiled_rows(num_x: int) -> int:
+    """Return for how many rows of x the kernel that multiplies `num_x` of them is compiled: 1, 2, 4, 16 or 32."""
+    padded = 1 << (num_x - 1).bit_length()
+    return padded if num_x <= MAX_GEMV_ROWS else max(padded, 16)
+
+
+def num_partials(num_tiles: int, cols: int, num_x: int) -> int:
+    """Return how many partial sums `matmul` makes: at most 128 for each tile of 2048 weights."""
+    return num_tiles * num_segments(cols) * compiled_rows(num_x)
+
+
+@triton.jit
+def _round(value):
+    """Return FP32 rounded to BF16, to nearest, ties to even, as bits; spelled out, as the interpreter cuts off."""
+    bits = value.to(tl.uint32, bitcast=True)
+    nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return tl.where(value == value, nearest, (bits >> 16) | 0x40).to(tl.uint16)
+
+
+@triton.jit(do_not_specialize=["rows", "cols", "num_x"])
+def _sum_kernel(
+    part_ptr,  # float32[num_tiles, SEGMENTS, ROWS]
+    bias_ptr,  # bfloat16 or float32[rows], not read unless HAS_BIAS
+    out_ptr,  # uint16[num_x, rows]                   BF16 bits
+    rows,  # int32
+    cols,  # int32
+    num_x,  # int32
+    ROWS: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    SUM_ROWS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    """Add the partial sums of SUM_ROWS rows of w, each in the order of its tiles. Grid (ceil(rows / SUM_ROWS),)."""
+    row = tl.program_id(0) * SUM_ROWS + tl.arange(0, SUM_ROWS)[:, None]
+    m = tl.arange(0, ROWS)[None, :]
+    first = row.to(tl.int64) * cols
+    first_tile = first // TILE_WEIGHTS
+    last_tile = (first + cols - 1) // TILE_WEIGHTS
+    total = tl.zeros([SUM_ROWS, ROWS], tl.float32)
+    tiles = (cols + TILE_WEIGHTS - 2) // TILE_WEIGHTS + 1
+    i = 0
+    while (
+        i < tiles
+    ):  # no range(): Triton 3.6's interpreter cannot take its bound from a tensor with NumPy 2.4
+        tile = first_tile + i
+        segment = row - tile * TILE_WEIGHTS // cols
+        at = (tile * SEGMENTS + segment) * ROWS + m
+        total += tl.load(part_ptr + at, mask=(row < rows) & (tile <= last_tile), other=0.0)
+        i += 1
+    if HAS_BIAS:
+        total += tl.load(bias_ptr + row, mask=row < rows, other=0.0).to(tl.float32)
+    tl.store(out_ptr + m.to(tl.int64) * rows + row, _round(total), mask=(row < rows) & (m < num_x))
+
+
+def matmul(
+    x: torch.Tensor,
+    desc: torch.Tensor,
+    bias: torch.Tensor | None,
+    cols: int,
+    out: torch.Tensor,
+    partials: torch.Tensor,
+    status: torch.Tensor,
+) -> None:
+    """Write x @ w.T + bias to `out`; allocates nothing and waits for nothing.
+
+    Args:
+        x: BF16 [num_x, cols], contiguous, 1 to 32 rows; `is_supported(cols)`.
+        desc: int64 [4], describes w, BF16 [rows, cols] in the packed layout; validated when it was made.
+        bias: BF16 or FP32 [rows], or None.
+        cols: columns of w.
+        out: BF16 [num_x, rows], contiguous.
+        partials: FP32, at least `num_partials(num_tiles, cols, num_x)` elements; overwritten.
+        status: int32, at least a word per tile; 0, or a sum of STATUS_* bits.
+    """
+    num_x, rows = out.shape
+    if not out.numel():
+        return
+    num_tiles = -(-rows * cols // layout.TILE_WEIGHTS)
+    compiled, segments = compiled_rows(num_x), num_segments(cols)
+    config = config_of(x.device)
+    salt = descriptor.salt(desc.data_ptr(), num_tiles)
+    if num_x <= MAX_GEMV_ROWS:
+        tiles = config.fused_gemv_tiles_per_program
+        _gemv_kernel[(triton.cdiv(num_tiles, tiles),)](
+            desc, x.view(torch.uint32), partials, status, num_tiles, cols, num_x, salt,
+            tiles, compiled, segments, num_warps=num_warps(tiles),
+        )  # fmt: skip
+    else:
+        tiles = config.fused_dot_rows
+        period = cols // math.gcd(cols, layout.TILE_WEIGHTS)
+        groups = triton.cdiv(triton.cdiv(num_tiles, period), tiles)
+        _dot_kernel[(groups * period,)](  # one axis: the others end at 65,535
+            desc, x, partials, status, num_tiles, cols, num_x, period, salt,
+            tiles, compiled, segments, tl.bfloat16 if x.is_cuda else tl.float32,
+            num_warps=config.fused_dot_num_warps,
+        )  # fmt: skip
+    _sum_kernel[(triton.cdiv(rows, SUM_ROWS),)](
+        partials, x if bias is None else bias, out.view(torch.uint16), rows, cols, num_x,
+        compiled, segments, SUM_ROWS, bias is not None,
+    )  # fmt: skip
+
+
+COMPILE_SPECS = [
+    CompileSpec(
+        name=f"sum_{rows}",
+        fn=_sum_kernel,
+        signature={
+            "part_ptr": "*fp32",
+            "bias_ptr": "*bf16",
+            "out_ptr": "*u16",
+            "rows": "i32",
+            "cols": "i32",
+            "num_x": "i32",
+            "ROWS": "constexpr",
+            "SEGMENTS": "constexpr",
+            "SUM_ROWS": "constexpr",
+            "HAS_BIAS": "constexpr",
+        },
+        constexprs={"ROWS": rows, "SEGMENTS": 1, "SUM_ROWS": SUM_ROWS, "HAS_BIAS": True},
+        aligned_args=("part_ptr", "bias_ptr", "out_ptr"),
+        weights_per_program=SUM_ROWS * 4096,
+    )
+    for rows in (1, 32)
+]

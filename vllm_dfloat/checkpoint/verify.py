@@ -1,0 +1,203 @@
+"""Compare a checkpoint with its BF16 original, bit for bit."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_dfloat.checkpoint.folder import is_dfloat11, read_config
+from vllm_dfloat.checkpoint.listing import model_files, weight_files
+from vllm_dfloat.checkpoint.manifest import file_differences, file_entry, read_manifest
+from vllm_dfloat.checkpoint.model_class import refuse_missing_parameters
+from vllm_dfloat.checkpoint.plain_model import bf16_tensors
+from vllm_dfloat.checkpoint.reader import open_checkpoint
+from vllm_dfloat.checkpoint.side_files import side_files
+from vllm_dfloat.checkpoint.weights import typed_weights
+from vllm_dfloat.errors import FormatError
+from vllm_dfloat.storage.pieces import read_pieces
+from vllm_dfloat.storage.progress import Advance, Bytes, Start, ignore, no_start
+from vllm_dfloat.storage.safetensors_read import StoredTensor
+
+Bits = npt.NDArray[Any]
+
+_PIECE_BYTES = 4 << 20
+
+
+@dataclass
+class Comparison:
+    """The outcome: how many tensors, bytes and files were compared, and one sentence per difference.
+
+    `files` is None where no manifest says what they should be; compared with an original, it counts the files of
+    weights beside the model's own. `not_sought` says why nobody could tell whether tensors are missing, nothing if that
+    was looked for. `is_compressed` tells a DFloat11 checkpoint from a plain one.
+    """
+
+    tensors: int = 0
+    num_bytes: int = 0
+    files: int | None = None
+    not_sought: str = ""
+    is_compressed: bool = True
+    differences: list[str] = field(default_factory=list)
+
+    @property
+    def is_equal(self) -> bool:
+        return not self.differences
+
+
+def compare(
+    path: Path, against: Path, start: Start = no_start, advance: Advance = ignore
+) -> Comparison:
+    """Compare every tensor of the checkpoint `path` with the tensor of the same name in `against`.
+
+    So it does with the bytes of the files that hold weights beside the model's own, as `side_weights` tells them.
+    Nothing else beside the weights is compared.
+
+    Args:
+        path: a DFloat11 or a plain safetensors folder.
+        against: a plain safetensors folder; it also gives the shapes that a DFloat11 folder does not store.
+        start: called with the bytes to be compared in all.
+        advance: called with the bytes that were compared since, all of them by the end.
+
+    Raises:
+        FormatError, UnsupportedError: one of the two cannot be read, or `against` is itself compressed.
+    """
+    if is_dfloat11(against):
+        raise FormatError(
+            f"{against}: is a DFloat11 checkpoint; --against expects the uncompressed BF16 original."
+        )
+    originals = bf16_tensors(against)
+    result = Comparison()
+    seen = set()
+    shapes = {
+        name.removesuffix(".weight"): tensor.shape
+        for name, tensor in originals.items()
+        if len(tensor.shape) > 1
+    }
+    keep_tied = any("lm_head" in name.split(".") for name in originals)
+    num_bytes, tensors = _open(path, shapes, keep_tied)
+    beside = _weights_beside(against), _weights_beside(path)
+    num_bytes += sum(file.stat().st_size for file in beside[1].values())
+    progress = Bytes(num_bytes, advance)
+    start(num_bytes, 0)
+    for name, dtype, bits in tensors:
+        seen.add(name)
+        progress.done(bits.nbytes)
+        if name not in originals:
+            result.differences.append(f"{name}: not in {against}")
+            continue
+        original = originals[name]
+        result.tensors += 1
+        result.num_bytes += bits.nbytes
+        difference = _difference(dtype, bits, original)
+        if difference:
+            result.differences.append(f"{name}: {difference}")
+    result.differences += [f"{name}: not in {path}" for name in originals if name not in seen]
+    names = sorted(beside[0].keys() | beside[1].keys())
+    result.files = len(names) or None
+    for name in names:
+        files = [place.get(name) for place in beside]
+        result.differences += _file_differences(name, files, (against, path), progress.done)
+    progress.finish()
+    return result
+
+
+def _weights_beside(path: Path) -> dict[str, Path]:
+    """Return the files of a model that hold weights beside its own, by their path below its folder."""
+    own = weight_files(path) if is_dfloat11(path) else model_files(path).files
+    return {name: path / name for name in side_files(path, [file.name for file in own]).weights}
+
+
+def _file_differences(
+    name: str, files: Sequence[Path | None], folders: Sequence[Path], advance: Advance
+) -> list[str]:
+    """Return a sentence if an original file and the one of a checkpoint differ, or one of them is missing."""
+    original, file = files
+    if original is None or file is None:
+        return [f"{name}: not in {folders[original is not None]}"]
+    entry, expected = file_entry(file, advance), file_entry(original)
+    if entry == expected:
+        return []
+    what = "bytes" if entry["bytes"] != expected["bytes"] else "sha256"
+    return [f"{name}: {what} {entry[what]} against {expected[what]}"]
+
+
+def check(path: Path, start: Start = no_start, advance: Advance = ignore) -> Comparison:
+    """Decode everything in `path`, and compare its files with its manifest where it has one.
+
+    Args:
+        path: a DFloat11 or a plain safetensors folder.
+        start: called with the bytes to be decoded and those of the manifest's files.
+        advance: called with the bytes that were decoded or read since, all of them by the end.
+
+    Returns:
+        What was decoded; its differences are those between files and manifest.
+
+    Raises:
+        FormatError, UnsupportedError: the checkpoint or its manifest is damaged; the message names file and tensor.
+    """
+    result = Comparison()
+    manifest = read_manifest(path)
+    num_bytes, tensors = _open(path, None, keep_tied=True, must_be_whole=True)
+    result.is_compressed = is_dfloat11(path)
+    if manifest is None:
+        names = open_checkpoint(path).names if result.is_compressed else bf16_tensors(path)
+        result.not_sought = refuse_missing_parameters(path, names, path)
+    if manifest is not None:
+        num_bytes += sum(entry["bytes"] for entry in manifest.files.values())
+    progress = Bytes(num_bytes, advance)
+    start(num_bytes, 0)
+    for _, _, bits in tensors:
+        result.tensors += 1
+        result.num_bytes += bits.nbytes
+        progress.done(bits.nbytes)
+    if manifest is not None:
+        result.files = len(manifest.files)
+        result.differences += file_differences(path, manifest, progress.done)
+    progress.finish()
+    return result
+
+
+def _open(
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]] | None,
+    keep_tied: bool,
+    must_be_whole: bool = False,
+) -> tuple[int, Iterator[tuple[str, str, Bits]]]:
+    """Return how many bytes the tensors of a checkpoint take when they are decoded, and (name, dtype, bits) of each."""
+    if not is_dfloat11(path):
+        stored = bf16_tensors(path)
+        if must_be_whole and read_config(path) is None:
+            raise FormatError(
+                f"{path}: has no config.json, so nothing says whether all of a model is here; expected one. Fetch it, "
+                "run the command again that was writing this folder, or compare with the original: --against."
+            )
+        # Mapped where nobody looks at them, read where they are compared.
+        load = StoredTensor.bits if must_be_whole else StoredTensor.read
+        tensors = ((name, tensor.dtype, load(tensor)) for name, tensor in stored.items())
+        return sum(tensor.num_bytes for tensor in stored.values()), tensors
+    checkpoint = open_checkpoint(path)
+    num_bytes = sum(2 * unit.num_weights for unit in checkpoint.units.values())
+    num_bytes += sum(tensor.num_bytes for tensor in checkpoint.plain.values())
+    return num_bytes, typed_weights(checkpoint, shapes, keep_tied=keep_tied)
+
+
+def _difference(dtype: str, bits: Bits, original: StoredTensor) -> str:
+    """Return what differs, or nothing; reads the original in pieces."""
+    if dtype != original.dtype or bits.shape != original.shape:
+        return f"{dtype}{list(bits.shape)} against {original.dtype}{list(original.shape)}"
+    size, at, wrong, first = bits.dtype.itemsize, 0, 0, ""
+    flat = np.ascontiguousarray(bits).reshape(-1).view(np.uint8)
+    for piece in read_pieces(original, _PIECE_BYTES):
+        right = piece.view(np.uint8)
+        left = flat[at : at + right.size]
+        if not np.array_equal(left, right):
+            found = np.flatnonzero((left != right).reshape(-1, size).any(axis=1))
+            wrong += found.size
+            begin = int(found[0]) * size
+            words = [part[begin : begin + size][::-1].tobytes().hex() for part in (left, right)]
+            first = first or f"{at // size + found[0]}: {words[0]} against {words[1]}"
+        at += right.size
+    return f"{wrong} of {bits.size} elements differ, the first at {first}" if wrong else ""

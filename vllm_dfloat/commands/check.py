@@ -1,0 +1,125 @@
+"""The commands that look at checkpoints: vllm-dfloat inspect | verify."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_dfloat.commands.output import not_sought_clause, say, say_json
+from vllm_dfloat.commands.progress import Bar
+
+if TYPE_CHECKING:
+    from vllm_dfloat.checkpoint.verify import Comparison
+
+EXIT_EQUAL, EXIT_DIFFERENT = 0, 1
+MAX_DIFFERENCES_SHOWN = 20
+
+
+def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `inspect` and `verify` to the parser."""
+    inspect = commands.add_parser(
+        "inspect",
+        help="show what is compressed, and how many bits each weight takes",
+        epilog="example: vllm-dfloat inspect ./Qwen3-8B-DF11",
+    )
+    inspect.add_argument("path", type=Path, help="folder of a checkpoint, DFloat11 or plain")
+    inspect.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    inspect.add_argument("--quiet", action="store_true", help="print errors only")
+    inspect.set_defaults(run=_inspect)
+    verify = commands.add_parser(
+        "verify",
+        help="decode everything, and compare it with the original or with its manifest",
+        description="Decode everything. With --against, compare every tensor bit for bit with the original. "
+        "Without it, compare size and SHA-256 of every file with dfloat11_manifest.json, if there is one.",
+        epilog="example: vllm-dfloat verify ./Qwen3-8B-DF11 --against ./Qwen3-8B. "
+        "Exit status: 0 equal, 1 different, 2 bad input.",
+    )
+    verify.add_argument("path", type=Path, help="folder of a checkpoint, DFloat11 or plain")
+    verify.add_argument(
+        "--against", type=Path, metavar="BF16_PATH", help="folder of the BF16 original"
+    )
+    verify.add_argument(
+        "--json", action="store_true", help="print one JSON object instead of lines"
+    )
+    verify.add_argument(
+        "--quiet", action="store_true", help="no progress; print differences and errors only"
+    )
+    verify.set_defaults(run=_verify)
+    for command in (inspect, verify):
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from vllm_dfloat.checkpoint.locate import check_checkpoint
+    from vllm_dfloat.checkpoint.summary import summarize
+
+    check_checkpoint(args.path)
+    summary = summarize(args.path)
+    if args.json:
+        say_json(summary.as_json())
+    elif not args.quiet:
+        say(summary.as_table())
+    return EXIT_EQUAL
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from vllm_dfloat.checkpoint.locate import check_checkpoint
+    from vllm_dfloat.checkpoint.verify import check, compare
+
+    check_checkpoint(args.path)
+    if args.against:
+        check_checkpoint(args.against)
+    with Bar(args.quiet) as bar:
+        if args.against:
+            result = compare(args.path, args.against, bar.start, bar.advance)
+        else:
+            result = check(args.path, bar.start, bar.advance)
+    if args.json:
+        say_json(_as_json(args, result))
+    else:
+        _say_differences(result.differences)
+        if not args.quiet:
+            say(_last_line(args, result))
+    return EXIT_EQUAL if result.is_equal else EXIT_DIFFERENT
+
+
+def _as_json(args: argparse.Namespace, result: Comparison) -> dict[str, Any]:
+    return {
+        "path": str(args.path),
+        "against": str(args.against) if args.against else None,
+        "equal": result.is_equal,
+        "tensors": result.tensors,
+        "num_bytes": result.num_bytes,
+        "files": result.files,
+        "not_sought": result.not_sought or None,
+        "differences": result.differences,
+    }
+
+
+def _say_differences(differences: list[str]) -> None:
+    for difference in differences[:MAX_DIFFERENCES_SHOWN]:
+        say(difference)
+    hidden = len(differences) - MAX_DIFFERENCES_SHOWN
+    if hidden > 0:
+        say(f"... and {hidden} more")
+
+
+def _last_line(args: argparse.Namespace, result: Comparison) -> str:
+    what = f"{result.tensors} tensors, {result.num_bytes:,} bytes"
+    missing = not_sought_clause(result.not_sought)
+    differences = len(result.differences)
+    if args.against and result.files:
+        what += f", {result.files} files of weights beside them"
+    places = "tensors or files" if result.files else "tensors"
+    if args.against and result.is_equal:
+        return f"{args.path}: equal to {args.against}, bit for bit ({what})"
+    if args.against:
+        return f"{args.path}: DIFFERENT from {args.against} in {differences} {places} ({what} compared)"
+    if differences:
+        return f"{args.path}: {what} decode, but {differences} files are not as the manifest says"
+    if not result.is_compressed:
+        return f"{args.path}: {what}, none of them compressed (give --against to compare){missing}"
+    if result.files is None:
+        return f"{args.path}: {what} decode without an error (no manifest; give --against to compare){missing}"
+    return f"{args.path}: {what} decode without an error, and {result.files} files are as the manifest says"

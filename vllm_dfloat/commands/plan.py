@@ -1,0 +1,134 @@
+"""The subcommand: vllm-dfloat plan."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from vllm_dfloat.commands.output import say
+from vllm_dfloat.errors import UnsupportedError
+from vllm_dfloat.plan.byte_sizes import parse_size
+
+EXIT_FITS, EXIT_DOES_NOT_FIT = 0, 1
+EXAMPLE = (
+    "example: vllm-dfloat plan ./Llama-3.1-405B/config.json --gpus 8 --gpu-memory 80GiB. "
+    "Exit status: 0 fits in DFloat11, 1 does not, 2 bad input. Without --max-model-len a model fits if one token does; "
+    "the longest context is printed."
+)
+
+
+def add_plan(commands: Any) -> argparse.ArgumentParser:
+    """Add the subcommand to the subparsers, and return its parser."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "plan", help="say whether a model fits, and how long a context, before anything is loaded", epilog=EXAMPLE
+    )  # fmt: skip
+    parser.add_argument("model", help="folder of a model, its config.json alone, or a hub id")
+    parser.add_argument("--gpus", type=int, help="how many GPUs (default: --tp times --pp)")
+    parser.add_argument(
+        "--gpu-memory", required=True, metavar="SIZE",
+        help="of each GPU, with a unit: 80GiB, or 81920MiB as nvidia-smi shows it; 80GB and 80G are 80 * 10**9 bytes",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tp", type=int, help="ranks of tensor parallelism (default: the GPUs / --pp)"
+    )
+    parser.add_argument("--pp", type=int, default=1, help="pipeline stages (default: 1)")
+    parser.add_argument(
+        "--max-model-len", type=int, help="tokens of the longest request that must fit"
+    )
+    parser.add_argument(
+        "--kv-cache-dtype", default="auto", help="auto, bfloat16, or fp8 (default: auto)"
+    )
+    parser.add_argument(
+        "--gpu-memory-utilization", type=float, default=0.92, help="default: 0.92, as vLLM's"
+    )
+    parser.add_argument(
+        "--block-size", type=int, help="tokens per KV block (default: vLLM's for such a model)"
+    )
+    parser.add_argument("--max-num-batched-tokens", type=int, help="default: vLLM's for such a GPU")
+    parser.add_argument("--max-num-seqs", type=int, help="default: vLLM's for such a GPU")
+    parser.add_argument(
+        "--overhead", metavar="SIZE", help="all beside weights and KV cache, such as 3GiB or 0 (default: estimated)"
+    )  # fmt: skip
+    parser.add_argument(
+        "--kv-cache-memory", metavar="SIZE",
+        help="fix the KV cache of each rank, such as 10GiB (what vLLM's --kv-cache-memory-bytes calls 10G)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--granularity", choices=("layer", "block"), default="layer", help="what is decoded at a time (default: layer)"
+    )  # fmt: skip
+    parser.add_argument(
+        "--code-bits", type=float, help="bits per exponent (default: measured, or 2.7 assumed)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="also draw it; needs matplotlib")
+    parser.add_argument("--quiet", action="store_true", help="print the last line only")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Plan, print, draw; return the exit status."""
+    from vllm_dfloat.plan.memory import Settings
+    from vllm_dfloat.plan.plan import make_plan
+    from vllm_dfloat.plan.report import as_json, as_table, summary
+
+    tp = _ranks(args)
+    _check(args)
+    gpu_memory = parse_size(args.gpu_memory, "--gpu-memory")
+    if not gpu_memory:
+        raise UnsupportedError(f"--gpu-memory {args.gpu_memory}: expected more than nothing.")
+    settings = Settings(
+        tp=tp,
+        pp=args.pp,
+        gpu_memory=gpu_memory,
+        gpu_memory_utilization=args.gpu_memory_utilization,
+        max_model_len=args.max_model_len,
+        kv_cache_dtype=args.kv_cache_dtype,
+        block_size=args.block_size,
+        max_num_batched_tokens=args.max_num_batched_tokens,
+        max_num_seqs=args.max_num_seqs,
+        overhead=parse_size(args.overhead, "--overhead") if args.overhead else None,
+        kv_cache_memory=parse_size(args.kv_cache_memory, "--kv-cache-memory") if args.kv_cache_memory else None,
+        granularity=args.granularity,
+    )  # fmt: skip
+    plan = make_plan(args.model, settings, args.code_bits)
+    if args.png:
+        from vllm_dfloat.plan.picture import draw
+
+        draw(plan, args.png)
+    if args.json:
+        say(json.dumps(as_json(plan), indent=1))
+    else:
+        say(summary(plan) if args.quiet else as_table(plan))
+    return EXIT_FITS if plan.dfloat11.fits else EXIT_DOES_NOT_FIT
+
+
+def _ranks(args: argparse.Namespace) -> int:
+    """Return the ranks of tensor parallelism.
+
+    Raises:
+        UnsupportedError: --gpus, --tp and --pp contradict each other.
+    """
+    for name in ("gpus", "tp", "pp"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UnsupportedError(f"--{name} {value}: expected at least 1.")
+    tp: int = args.tp or max(1, (args.gpus or 1) // args.pp)
+    if args.gpus is not None and tp * args.pp != args.gpus:
+        raise UnsupportedError(
+            f"--gpus {args.gpus}: --tp {tp} times --pp {args.pp} is {tp * args.pp}; expected the same number."
+        )
+    return tp
+
+
+def _check(args: argparse.Namespace) -> None:
+    for name in ("max_model_len", "block_size", "max_num_batched_tokens", "max_num_seqs"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UnsupportedError(f"--{name.replace('_', '-')} {value}: expected at least 1.")
+    if not 0 < args.gpu_memory_utilization <= 1:
+        raise UnsupportedError(
+            f"--gpu-memory-utilization {args.gpu_memory_utilization:g}: expected a fraction over 0, at most 1."
+        )
+    if args.code_bits is not None and not 1 <= args.code_bits <= 8:
+        raise UnsupportedError(f"--code-bits {args.code_bits:g}: expected 1 to 8.")

@@ -1,0 +1,149 @@
+"""A folder that is made already: the same command again compares what it was made from and what is there, cheaply.
+
+A hidden file keeps sizes and times of the source's files, size and SHA-256 of those made from them, and what the
+command said. It belongs to this machine, since times do, and is of no use to a reader of the checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from vllm_dfloat.checkpoint.folder import FINISHED_FILE
+from vllm_dfloat.checkpoint.manifest import file_entry
+from vllm_dfloat.checkpoint.side_files import visible_paths
+from vllm_dfloat.checkpoint.side_weights import is_weights
+from vllm_dfloat.convert.resume import TASKS, OccupiedError, Task
+from vllm_dfloat.convert.source_files import SourceFiles
+from vllm_dfloat.convert.work import Work
+from vllm_dfloat.errors import FormatError
+from vllm_dfloat.storage.folder_lock import locked
+from vllm_dfloat.storage.json_file import read_object
+
+_VERSION = 1
+_MAX_BYTES = 256 << 20
+
+
+def write_finished(
+    work: Work, task: Task, identity: str, source: SourceFiles, report: Mapping[str, Any]
+) -> None:
+    """Write down that the folder is finished; it counts when the journal is gone.
+
+    Args:
+        work: the folder, with everything in it.
+        task: what made it.
+        identity: of what it was made from, and how.
+        source: the files it was made from.
+        report: what `find_finished` is to give back.
+    """
+    content = {
+        "version": _VERSION,
+        "task": task.name,
+        "identity": identity,
+        "source": source.record(),
+        "files": dict(work.entries),
+        "report": dict(report),
+    }
+    work.write_text(FINISHED_FILE, json.dumps(content, sort_keys=True) + "\n")
+
+
+def find_or_make(
+    find: Callable[[], Mapping[str, Any] | None], make: Callable[[], Mapping[str, Any]]
+) -> tuple[Mapping[str, Any], bool]:
+    """Return the report of a folder, and whether it was finished before.
+
+    Args:
+        find: as `find_finished`.
+        make: makes the folder, and returns its report.
+
+    Raises:
+        OccupiedError: `make` finds another folder there, and nobody has finished it by then.
+    """
+    if known := find():
+        return known, True
+    try:
+        return make(), False
+    except OccupiedError:
+        if known := find():  # by another run, for which this one has waited
+            return known, True
+        raise
+
+
+def find_finished(
+    target: Path, task: Task, identity: str, source: SourceFiles
+) -> Mapping[str, Any] | None:
+    """Return the report of the finished folder `target`, None where no such task has finished it.
+
+    Args:
+        target: the folder.
+        task, identity, source: as for `write_finished`.
+
+    Raises:
+        FormatError: it was made from something else, or changed since; or another process is at work in it.
+    """
+    stamp = target / FINISHED_FILE
+    if not stamp.is_file() or _is_begun(target):
+        return None
+    with locked(target):
+        try:
+            content = read_object(stamp, _MAX_BYTES)
+        except FormatError:
+            return None  # damaged, so it proves nothing
+        if _is_begun(target) or content is None:
+            return None
+        if (content.get("version"), content.get("task")) != (_VERSION, task.name):
+            return None
+        try:
+            _check_source(target, task, identity, source, content)
+            _check_target(target, stamp, content["files"])
+        except (KeyError, TypeError, ValueError, AttributeError):
+            return None  # somebody has written into it
+        report: Mapping[str, Any] = content["report"]
+        return report
+
+
+def _is_begun(target: Path) -> bool:
+    return any((target / task.journal).exists() for task in TASKS)
+
+
+def _check_source(
+    target: Path, task: Task, identity: str, source: SourceFiles, content: Mapping[str, Any]
+) -> None:
+    found = source.changed_since(content["source"])
+    if found is None and content["identity"] == identity:
+        return
+    name, what = found or ("", "its options are others")
+    raise FormatError(
+        f"{source.folder / name}: is not what {target} was made from: {what}; the {task.name} there was finished "
+        "before. Give --force to make it anew, or compare the two with verify --against."
+    )
+
+
+def _check_target(target: Path, stamp: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+    """Compare the sizes of files, and where something has happened to one since, all of its bytes.
+
+    A file with weights or an index that was added may change what a reader finds; others do not, such as a README.
+    """
+    for name, _ in visible_paths(target):
+        if name not in files and (is_weights(name) or name.endswith(".index.json")):
+            raise FormatError(
+                f"{target / name}: was added since its folder was finished; expected the {len(files)} files that were "
+                "made then. Move it out of the folder."
+            )
+    finished = stamp.stat().st_mtime_ns
+    for name, entry in files.items():
+        try:
+            status = (target / name).stat()
+            is_newer = max(status.st_mtime_ns, status.st_ctime_ns) > finished
+            same = status.st_size == entry["bytes"] and (
+                not is_newer or file_entry(target / name) == entry
+            )
+        except FileNotFoundError:
+            same = False
+        if not same:
+            raise FormatError(
+                f"{target / name}: was changed or removed since its folder was finished; expected {entry['bytes']} "
+                f"bytes with the SHA-256 {entry['sha256'][:16]}... Give --force to make the folder anew."
+            )

@@ -1,0 +1,183 @@
+"""The bridge for whole transformer blocks: decode all their matrices in one launch, one behind the other."""
+
+import ctypes
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+
+from vllm_dfloat.codec import descriptor, layout
+from vllm_dfloat.codec.decode import check_status
+from vllm_dfloat.device import ops
+from vllm_dfloat.device.checks import check_tensor
+from vllm_dfloat.device.packed_weight import name_at
+from vllm_dfloat.errors import FormatError, UnsupportedError
+
+MAX_MEMBERS = 16
+ROW_WORDS = 4
+
+
+def first_tiles(shapes: Sequence[tuple[int, int]]) -> list[int]:
+    """Return where each matrix of a block begins in the decoded output, in tiles, and behind the last one the end."""
+    return list(accumulate((ops.num_tiles(*shape) for shape in shapes), initial=0))
+
+
+def block_table(descs: Sequence[torch.Tensor], shapes: Sequence[tuple[int, int]]) -> torch.Tensor:
+    """Return the table that `decode_block` reads: int64 [members + 1, ROW_WORDS] on the device of the descriptors.
+
+    It holds the addresses of the descriptors, which must stay where they are as long as the table is used; what they
+    say may change. Each row has a seal as a descriptor has.
+
+    Raises:
+        UnsupportedError: no members, too many, or an empty one.
+    """
+    if not 1 <= len(descs) <= MAX_MEMBERS or not all(rows * cols for rows, cols in shapes):
+        raise UnsupportedError(
+            f"block of {len(descs)} matrices {list(shapes)[:20]}; expected 1 to {MAX_MEMBERS}, none of them empty. "
+            "Decode them one by one."
+        )
+    shape = len(descs) + 1, ROW_WORDS
+    table = torch.empty(shape, dtype=torch.int64, device=descs[0].device)
+    rows = table_rows(table, descs, shapes)
+    return table.copy_(torch.tensor(rows, dtype=torch.int64, device="cpu"))
+
+
+def table_rows(
+    table: torch.Tensor, descs: Sequence[torch.Tensor], shapes: Sequence[tuple[int, int]]
+) -> list[list[int]]:
+    """Return what a table of these members holds as long as nothing has changed it (kernels/group_decode.py)."""
+    starts = first_tiles(shapes)
+    salts = [
+        descriptor.salt(desc.data_ptr(), ops.num_tiles(*shape))
+        for desc, shape in zip(descs, shapes, strict=True)
+    ]
+    addresses = [desc.data_ptr() for desc in descs]
+    rows = zip([*addresses, 0], starts, [*salts, 0], strict=True)
+    salt = descriptor.salt(table.data_ptr(), starts[-1])
+    return [
+        [address, first, of_desc, _seal(number, address, first, of_desc, salt)]
+        for number, (address, first, of_desc) in enumerate(rows)
+    ]
+
+
+def max_numel(device: torch.device) -> int:
+    """Return up to how many weights of a block one launch for all was measured to be faster; 0 for none.
+
+    It is a launch parameter of the device (kernels/configs.py); without Triton a launch costs nothing.
+    """
+    if not ops.uses_triton(device):
+        return 0
+    from vllm_dfloat.kernels.configs import config_of
+
+    return config_of(device).block_decode_max_numel
+
+
+def decode_block(
+    table: torch.Tensor, num_tiles: int, out: torch.Tensor, status: torch.Tensor
+) -> None:
+    """Decode the matrices that `table` lists; waits for nothing, allocates nothing on a GPU.
+
+    Args:
+        table: from `block_table`.
+        num_tiles: tiles of all of them, `first_tiles(shapes)[-1]`.
+        out: BF16, flat, contiguous, at least `num_tiles * 2048` elements, aligned to 16 bytes.
+        status: int32, at least `num_tiles`; 0 per tile, or a sum of STATUS_* bits.
+
+    Raises:
+        UnsupportedError: a tensor of another dtype, size, device or alignment.
+        FormatError: on a CPU, the table or a descriptor was changed.
+    """
+    if table.dtype != torch.int64 or table.dim() != 2 or table.shape[1] != ROW_WORDS:
+        raise UnsupportedError(
+            f"decode_block: table {table.dtype} {list(table.shape)}; expected torch.int64 [members + 1, {ROW_WORDS}]. "
+            "Make it with block_table."
+        )
+    numel = num_tiles * layout.TILE_WEIGHTS
+    check_tensor("decode_block: out", out, torch.bfloat16, numel, table.device, 16)
+    check_tensor("decode_block: status", status, torch.int32, num_tiles, table.device)
+    launch_decode_block(table, num_tiles, out, status)
+
+
+def launch_decode_block(
+    table: torch.Tensor, num_tiles: int, out: torch.Tensor, status: torch.Tensor
+) -> None:
+    """Do what `decode_block` does without its checks: for every forward pass, whose buffers the scratch arena made."""
+    if ops.uses_triton(out.device):
+        from vllm_dfloat.kernels.group_decode import decode_block as decode_block_triton
+
+        decode_block_triton(table, num_tiles, out, status)
+        return
+    for (address, first, *_), (_, after, *_) in pairwise(_sound_rows(table, num_tiles)):
+        words = (ctypes.c_int64 * ops.DESC_LENGTH).from_address(address)
+        desc = torch.frombuffer(words, dtype=torch.int64)  # at its own place, as its seal demands
+        # A matrix of as many whole tiles lies in memory as the member does.
+        shape = after - first, layout.TILE_WEIGHTS
+        ops.launch_decode(desc, *shape, out[first * layout.TILE_WEIGHTS :], status[first:])
+
+
+def _seal(number: int, address: int, first: int, of_desc: int, salt: int) -> int:
+    return descriptor.seal(address, first, of_desc, salt + number * descriptor.ROW_FACTOR)
+
+
+def _sound_rows(table: torch.Tensor, num_tiles: int) -> list[list[int]]:
+    """Return the rows of a table in CPU memory.
+
+    Raises:
+        FormatError: one of them is not what was made for this table.
+    """
+    rows, salt = table.tolist(), descriptor.salt(table.data_ptr(), num_tiles)
+    for number, (address, first, of_desc, seal) in enumerate(rows):
+        if _seal(number, address, first, of_desc, salt) != seal:
+            names = [name for name in map(name_at, (row[0] for row in rows)) if name]
+            raise FormatError(
+                f"block of {', '.join(names) or 'matrices'}: row {number} of its table is {rows[number]}; expected one "
+                "with the right seal. It was changed after loading; load the model again."
+            )
+    return rows
+
+
+def unpack(members: Sequence[ops.PackedWeight]) -> list[torch.Tensor]:
+    """Return the BF16 matrices of a block, decoded in one launch, every tile's status and all bytes checked.
+
+    Raises:
+        FormatError: a payload or descriptor is not what was made.
+        UnsupportedError: no members, too many, or an empty one.
+    """
+    shapes = [(packed.rows, packed.cols) for packed in members]
+    table = block_table([packed.desc for packed in members], shapes)
+    for packed in members:
+        packed.check_descriptor()
+    starts = first_tiles(shapes)
+    device = table.device
+    numel = starts[-1] * layout.TILE_WEIGHTS
+    out = torch.empty(numel, dtype=torch.bfloat16, device=device)
+    status = torch.full((starts[-1],), -1, dtype=torch.int32, device=device)
+    decode_block(table, starts[-1], out, status)
+    matrices = []
+    for packed, (start, end) in zip(members, pairwise(starts), strict=True):
+        check_status(status[start:end].cpu().numpy(), packed.name)
+        packed.check_payload()
+        matrix = out[start * layout.TILE_WEIGHTS :][: packed.rows * packed.cols]
+        matrices.append(matrix.view(packed.rows, packed.cols))
+    return matrices
+
+
+def _decode_block_fake(
+    table: torch.Tensor, num_tiles: int, out: torch.Tensor, status: torch.Tensor
+) -> None:
+    return None
+
+
+def _register() -> torch.library.Library:
+    library: Any = torch.library.Library("vllm_dfloat", "FRAGMENT")  # type: ignore[no-untyped-call]
+    library.define(
+        "decode_block(Tensor table, int num_tiles, Tensor(a!) out, Tensor(b!) status) -> ()"
+    )
+    for key in ("CPU", "CUDA"):
+        library.impl("decode_block", decode_block, key)
+    torch.library.register_fake("vllm_dfloat::decode_block", _decode_block_fake, lib=library)
+    return library  # type: ignore[no-any-return]
+
+
+_library = _register()

@@ -1,0 +1,152 @@
+"""Encode one BF16 matrix where it lies: kernels/packed_encode.py, and on the host the code that they write.
+
+The host waits for 256 counts, and for the number of words. Beside the matrix and its payload, which is allocated
+once and in its exact size, there are only arrays of 28 bytes per tile, which has 4096 bytes of BF16.
+"""
+
+from dataclasses import replace
+from types import ModuleType
+
+import numpy as np
+import torch
+
+from vllm_dfloat.codec.encode import filler, layout_for
+from vllm_dfloat.codec.huffman import NUM_SYMBOLS, build_lut, canonical_codes, choose_code
+from vllm_dfloat.codec.layout import (
+    ALIGNMENT,
+    LANES,
+    TILE_WEIGHTS,
+    PackedLayout,
+    U8Array,
+    U32Array,
+)
+from vllm_dfloat.errors import DeviceError
+
+
+def encode(weight: torch.Tensor, name: str = "") -> tuple[PackedLayout, torch.Tensor]:
+    """Return the packed layout and the payload of a matrix: the same bytes as from vllm_dfloat.codec.encode.
+
+    Args:
+        weight: BF16 [rows, cols] on a GPU, or on a CPU where Triton interprets its kernels. It is copied if it is not
+            contiguous or does not start on a multiple of 16 bytes.
+        name: the tensor's name, for messages.
+
+    Returns:
+        The layout, and uint8 [layout.num_bytes] on the matrix's device.
+
+    Raises:
+        DeviceError: Triton is not installed.
+        DeviceError: the device counted another number of weights.
+        UnsupportedError: over 2**31 words of code.
+    """
+    kernels = _kernels(weight.device)
+    with torch.cuda.device(weight.device if weight.is_cuda else -1):  # -1 changes nothing
+        return _encode(kernels, weight.detach(), name)
+
+
+def _encode(
+    kernels: ModuleType, weight: torch.Tensor, name: str
+) -> tuple[PackedLayout, torch.Tensor]:
+    device = weight.device
+    rows, cols = weight.shape
+    raw = PackedLayout(rows, cols, 0)
+    flat = _aligned(weight)
+    body, tail = _tiles(flat)
+    full = body.numel() // TILE_WEIGHTS
+    counts = torch.zeros(NUM_SYMBOLS, dtype=torch.int64, device=device)
+    kernels.count_exponents(body, counts)
+    kernels.count_exponents(tail, counts)
+    num_fillers = raw.padded_numel - raw.numel
+    occurrences = counts.cpu().numpy()
+    occurrences[0] -= num_fillers
+    _check_counts(occurrences, raw.numel, name)
+    code_bits, lengths = choose_code(occurrences)
+    raw = replace(raw, code_bits=code_bits)
+    if num_fillers:
+        tail[-num_fillers:] = filler(lengths)
+    table = torch.from_numpy(_table(lengths)).to(device)
+    lane_lengths = torch.empty(raw.num_tiles, LANES, dtype=torch.uint8, device=device)
+    tile_words = torch.empty(raw.num_tiles, dtype=torch.int32, device=device)
+    kernels.measure(body, 0, table, lane_lengths, tile_words)
+    kernels.measure(tail, full, table, lane_lengths, tile_words)
+    ends = tile_words.cumsum(0, dtype=torch.int64)
+    layout = layout_for(raw, int(ends[-1]) if full or tail.numel() else 0, name)
+    if layout.is_raw:
+        return layout, _raw(flat, layout)
+    payload, sections = _payload(layout, lengths, lane_lengths, ends)
+    kernels.write(body, 0, table, *sections)
+    kernels.write(tail, full, table, *sections)
+    return layout, payload
+
+
+def _check_counts(occurrences: np.ndarray, numel: int, name: str) -> None:
+    if occurrences.sum() != numel or occurrences.min() < 0:
+        raise DeviceError(
+            f"{name or 'a weight'}: the device counted {int(occurrences.sum())} exponents; expected {numel}, one of "
+            "each weight. Its kernels cannot be relied upon: run scripts/gpu_verdict.sh."
+        )
+
+
+def _kernels(device: torch.device) -> ModuleType:
+    try:
+        from vllm_dfloat.kernels import packed_encode as encode
+    except ImportError as error:
+        where = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+        raise DeviceError(
+            f"{where}: Triton cannot be imported ({error}); the GPU encoder needs it. Install triton."
+        ) from error
+    return encode
+
+
+def _aligned(weight: torch.Tensor) -> torch.Tensor:
+    """Return the bits of a matrix as int16 [numel], copied where the kernels could not load 16 bytes at once."""
+    flat = weight.contiguous().view(-1).view(torch.int16)
+    is_aligned = flat.data_ptr() % ALIGNMENT == 0 and flat.storage_offset() % 2 == 0
+    return flat if is_aligned else flat.clone()
+
+
+def _tiles(flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the whole tiles, and the last one filled up with zeros for now (or nothing)."""
+    body = flat[: flat.numel() // TILE_WEIGHTS * TILE_WEIGHTS]
+    rest = flat[body.numel() :]
+    if not rest.numel():
+        return body, rest
+    tail = torch.zeros(TILE_WEIGHTS, dtype=flat.dtype, device=flat.device)
+    tail[: rest.numel()] = rest
+    return body, tail
+
+
+def _table(lengths: U8Array) -> U32Array:
+    """Return per exponent its code, left-aligned, and its length below: what the kernels look up."""
+    bits = lengths.astype(np.uint32)
+    codes = canonical_codes(lengths).astype(np.uint32)
+    return codes << (-bits & np.uint32(31)) | bits
+
+
+def _raw(flat: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
+    payload = torch.empty(layout.num_bytes, dtype=torch.uint8, device=flat.device)
+    payload.view(flat.dtype)[: flat.numel()] = flat
+    payload[2 * flat.numel() :] = 0
+    return payload
+
+
+def _payload(
+    layout: PackedLayout, lengths: U8Array, lane_lengths: torch.Tensor, ends: torch.Tensor
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """Return a payload that lacks codes, signs and mantissas, and the sections that the write kernel takes."""
+    payload = torch.empty(layout.num_bytes, dtype=torch.uint8, device=ends.device)
+    lut, plane, units, starts, words = payload.tensor_split(
+        (
+            layout.sign_mantissa_offset,
+            layout.lane_lengths_offset,
+            layout.tile_starts_offset,
+            layout.words_offset,
+        )
+    )
+    lut.copy_(torch.from_numpy(build_lut(lengths, layout.code_bits).view(np.uint8)))
+    units.view_as(lane_lengths).copy_(lane_lengths)
+    starts.zero_()
+    words.zero_()
+    starts = starts.view(torch.int32)
+    starts[1 : 1 + ends.numel()] = ends
+    return payload, (units, starts, plane.view(torch.uint32), words.view(torch.uint32))

@@ -1,0 +1,239 @@
+"""One compressed matrix on its device, and what tells whether its bytes are still those that were made.
+
+A kernel's status word reports codes that contradict their lengths. A bit that flips in a sign, a mantissa or a symbol
+contradicts nothing, so a checksum of the payload is kept, and beside the descriptor a copy of it on the host. They are
+compared where a caller waits for a result anyway (`unpack` and the like), never in a forward pass. There every reader
+compares the seal of the descriptor (descriptor.py), which leads to everything else.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Self
+from weakref import WeakValueDictionary
+
+import torch
+
+from vllm_dfloat.codec import descriptor
+from vllm_dfloat.codec.descriptor import DESC_LENGTH as DESC_LENGTH
+from vllm_dfloat.codec.descriptor import KIND_PACKED as KIND_PACKED
+from vllm_dfloat.codec.descriptor import KIND_RAW as KIND_RAW
+from vllm_dfloat.codec.descriptor import Fields
+from vllm_dfloat.codec.layout import ALIGNMENT, PackedLayout
+from vllm_dfloat.errors import FormatError
+
+CHUNK_WORDS = 1 << 15  # fits a CPU's cache as int64: larger ones took ten times as long
+GPU_CHUNKS = 32  # chunks that a GPU sums at once: 8 MiB beside the payload, whatever its size
+_DAMAGED = "They were changed after encoding; load the model again."
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """One packed matrix on its device.
+
+    Attributes:
+        payload: uint8, all bytes of the matrix (docs/packed-layout.md).
+        desc: int64 [4], see descriptor.py.
+        rows, cols: shape of the BF16 matrix.
+        name: the tensor's name, for messages.
+        fields: kind (0 packed, 1 raw BF16), number of words, longest code; on the host.
+        checksum: of the payload, as it was made.
+    """
+
+    def __post_init__(self) -> None:
+        _weights.setdefault(self.desc.data_ptr(), self)
+
+    payload: torch.Tensor
+    desc: torch.Tensor
+    rows: int
+    cols: int
+    name: str
+    fields: Fields
+    checksum: int
+
+    @property
+    def is_raw(self) -> bool:
+        """True where coding would not have made the matrix smaller, and it is held as BF16."""
+        return self.fields[0] == KIND_RAW
+
+    @property
+    def num_bytes(self) -> int:
+        """Resident bytes, all metadata included."""
+        return self.payload.numel() + self.desc.numel() * self.desc.element_size()
+
+    @property
+    def size(self) -> int:
+        """What the seal of the descriptor covers of the shape."""
+        return PackedLayout(self.rows, self.cols, 0).num_tiles
+
+    @property
+    def words(self) -> list[int]:
+        """What the descriptor holds as long as nothing has changed it."""
+        salt = descriptor.salt(self.desc.data_ptr(), self.size)
+        return descriptor.words(self.payload.data_ptr(), self.fields, salt)
+
+    def described_in(self, desc: torch.Tensor) -> Self:
+        """Write the descriptor to `desc` too, another weight's, and return this weight with it.
+
+        So whoever follows `desc`, as a captured CUDA graph does, sees this weight from now on.
+        """
+        moved = replace(self, desc=desc)
+        desc.copy_(torch.tensor(moved.words, dtype=torch.int64, device="cpu"))
+        _weights[desc.data_ptr()] = moved
+        return moved
+
+    @cached_property
+    def expected_bytes(self) -> int:
+        """Bytes of a payload with this shape and these fields."""
+        kind, num_words, code_bits = self.fields
+        words = 0 if kind == KIND_RAW else num_words
+        return PackedLayout(self.rows, self.cols, words, code_bits).num_bytes
+
+    def to(self, device: torch.device | str) -> Self:
+        """Return it on another device, with a descriptor of its own; the payload is not copied if it is there."""
+        payload = self.payload.to(device)
+        desc = make_descriptor(payload, self.fields, self.size, self.name)
+        return replace(self, payload=payload, desc=desc)
+
+    def check_descriptor(self) -> None:
+        """Check what must hold before any kernel may follow the descriptor; waits for the device.
+
+        Raises:
+            FormatError: a payload of another size or alignment, or a descriptor that says something else.
+        """
+        where, payload, desc = self.name or "packed tensor", self.payload, self.desc
+        if payload.dtype != torch.uint8 or payload.shape != (self.expected_bytes,):
+            raise FormatError(
+                f"{where}: payload {payload.dtype} {list(payload.shape)}; a matrix [{self.rows}, {self.cols}] "
+                f"expects torch.uint8 [{self.expected_bytes}]. {_DAMAGED}"
+            )
+        _check_alignment(payload, where)
+        found, expected = desc.tolist(), self.words
+        if found != expected or desc.dtype != torch.int64 or desc.device != payload.device:
+            raise FormatError(
+                f"{where}: descriptor {desc.dtype} {found} on {desc.device}; expected torch.int64 {expected} "
+                f"on {payload.device}. {_DAMAGED}"
+            )
+
+    def check_payload(self) -> None:
+        """Check that the payload holds the bytes that were made; waits for the device.
+
+        Raises:
+            FormatError: the checksum is another one.
+        """
+        found = checksum(self.payload)
+        if found != self.checksum:
+            raise FormatError(
+                f"{self.name or 'packed tensor'}: the {self.payload.numel()} packed bytes have checksum {found}; "
+                f"expected {self.checksum}. {_DAMAGED}"
+            )
+
+
+# The weights of this process by the address of their descriptor.
+_weights: WeakValueDictionary[int, PackedWeight] = WeakValueDictionary()
+
+
+def make_descriptor(
+    payload: torch.Tensor, fields: Fields, size: int, name: str = ""
+) -> torch.Tensor:
+    """Return the descriptor, int64 [DESC_LENGTH], of a payload, on its device.
+
+    Args:
+        size: as for `descriptor.salt`.
+        name: the tensor's name, for messages.
+
+    Raises:
+        FormatError: the payload does not start on a multiple of 16 bytes.
+    """
+    _check_alignment(payload, name or "packed tensor")
+    desc = torch.empty(DESC_LENGTH, dtype=torch.int64, device=payload.device)
+    words = descriptor.words(payload.data_ptr(), fields, descriptor.salt(desc.data_ptr(), size))
+    desc.copy_(torch.tensor(words, dtype=torch.int64, device="cpu"))
+    return desc
+
+
+def _check_alignment(payload: torch.Tensor, where: str) -> None:
+    """Raise FormatError unless a payload starts where the kernels, which load 16 bytes at once, rely on it to start."""
+    if payload.data_ptr() % ALIGNMENT:
+        raise FormatError(
+            f"{where}: payload at {payload.data_ptr():#x} on {payload.device}; expected one that starts on a multiple "
+            f"of {ALIGNMENT} bytes. Give make_descriptor a clone() of it."
+        )
+
+
+def follow(desc: torch.Tensor, size: int) -> tuple[int, Fields]:
+    """Return the address of the payload and the fields that a descriptor in CPU memory holds.
+
+    Every reader on a CPU calls it before it follows a descriptor; the kernels do the same with `_read` of tiles.py.
+
+    Args:
+        size: as for `descriptor.salt`.
+
+    Raises:
+        FormatError: it does not hold what was made for its place and for this size, or its weight is gone.
+    """
+    found, place = desc.tolist(), desc.data_ptr()
+    owner = _weights.get(place)
+    if descriptor.is_sound(found, descriptor.salt(place, size)) and (
+        owner is None or owner.words == found
+    ):
+        return found[0], descriptor.fields_of(found)
+    owner = owner or _owner(found)
+    name = (owner and owner.name) or "packed tensor"
+    expected = owner.words if owner else "one made in this process, for this place and shape"
+    raise FormatError(f"{name}: descriptor {found}; expected {expected}. {_DAMAGED}")
+
+
+def name_at(place: int) -> str:
+    """Return the name of the weight whose descriptor lies at this address; empty if there is none."""
+    owner = _weights.get(place)
+    return owner.name if owner else ""
+
+
+def _owner(found: list[int]) -> PackedWeight | None:
+    """Return the weight that a descriptor at an unknown place was made for, going by its address or its seal."""
+    for weight in _weights.values():
+        address, *_, seal = weight.words
+        if found[0] == address or found[-1] == seal:
+            return weight
+    return None
+
+
+def checksum(payload: torch.Tensor) -> int:
+    """Return the sum of a payload's 32-bit words, each times an odd number of its position, modulo 2**64.
+
+    Any change within one word changes it: less than 2**32 times an odd number is no multiple of 2**64. Words that
+    changed places change it too, since their factors differ. The same on every device.
+
+    Args:
+        payload: uint8 [n], contiguous, aligned to 4 bytes; the last word is filled up with zeros.
+    """
+    if not payload.numel():
+        return 0
+    device, whole = payload.device, payload.numel() // 4 * 4
+    words = payload[:whole].view(torch.int32)
+    if whole < payload.numel():
+        last = torch.nn.functional.pad(payload[whole:], (0, 3))[:4].view(torch.int32)
+    else:
+        last = words[:0]
+    chunked = words.numel() // CHUNK_WORDS * CHUNK_WORDS
+    chunks, rest = words[:chunked].view(-1, CHUNK_WORDS), torch.cat([words[chunked:], last])
+    factors = _factors(0, max(CHUNK_WORDS if chunked else 0, rest.numel()), device)
+    step = GPU_CHUNKS if device.type == "cuda" else 1
+    sums = [_dot(chunks[at : at + step], factors) for at in range(0, len(chunks), step)]
+    sums.append(_dot(rest[None], factors))
+    all_sums = torch.cat(sums)
+    # Other factors than those within a chunk, or word i of chunk j could change places with word j of chunk i.
+    return int((all_sums * _factors(1 << 20, all_sums.numel(), device)).sum())
+
+
+def _dot(words: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    """Return int64 [n], the sums of words int32 [n, count] times the first `count` factors."""
+    return words.to(torch.int64).mul_(factors[: words.shape[1]]).sum(1)
+
+
+def _factors(first: int, count: int, device: torch.device) -> torch.Tensor:
+    """Return `count` odd numbers without a pattern, int64: a multiplicative hash of first + 1 and on, mixed twice."""
+    x = torch.arange(first + 1, first + count + 1, dtype=torch.int64, device=device)
+    for multiplier in (0x1E3779B97F4A7C15, 0x3F58476D1CE4E5B9):
+        x.mul_(multiplier).bitwise_xor_(x >> 29)
+    return x.bitwise_or_(1)

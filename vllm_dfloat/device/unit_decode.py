@@ -1,0 +1,107 @@
+"""The bridge for official DFloat11 units: decode them, or a range of weights, on the device where these are wanted.
+
+Op (namespace `vllm_dfloat`), with a CPU implementation (numba), a CUDA one (the two-phase Triton kernel) and a fake:
+
+    decode_dfloat11(stream, sign_mantissa, tables, positions, gaps, out, status)
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from vllm_dfloat.device.ops import check_device, uses_triton
+from vllm_dfloat.dfloat11.decode_loops import decode_blocks, wide_table
+from vllm_dfloat.dfloat11.unit import Unit
+from vllm_dfloat.errors import FormatError
+
+SCHEMA = (
+    "decode_dfloat11(Tensor stream, Tensor sign_mantissa, Tensor tables, Tensor positions, "
+    "Tensor gaps, Tensor(a!) out, Tensor(b!) status) -> ()"
+)
+
+
+def decode_dfloat11(
+    stream: torch.Tensor,
+    sign_mantissa: torch.Tensor,
+    tables: torch.Tensor,
+    positions: torch.Tensor,
+    gaps: torch.Tensor,
+    out: torch.Tensor,
+    status: torch.Tensor,
+) -> None:
+    """Write the weights of a unit to `out` and a status word per block of 4096 stream bytes to `status`.
+
+    A `status` with fewer words than there are blocks asks for the first blocks only.
+
+    Args:
+        stream: uint8 [n_bytes], the unit's encoded_exponent.
+        sign_mantissa: uint8 [N].
+        tables: int32 [R - 1, 256], from dfloat11/tables.py.
+        positions: int64 [B + 1], first weight of each block, then N.
+        gaps: uint8 [320 * B].
+        out: BF16 [N], contiguous.
+        status: int32 [1 to B]; 0, or what contradicts the codes.
+    """
+    if uses_triton(out.device):
+        from vllm_dfloat.kernels.dfloat11_decode import decode
+
+        decode(stream, sign_mantissa, tables, positions, gaps, out, status)
+        return
+    arrays = [tensor.numpy() for tensor in (stream, sign_mantissa, gaps, positions, tables)]
+    details = np.zeros((status.numel(), 3), np.int64)
+    table = wide_table(arrays[-1])
+    bits = out.view(torch.uint16).numpy()
+    decode_blocks(0, status.numel(), 0, *arrays, table, 0, bits, details)
+    status.copy_(torch.from_numpy(details[:, 0]))
+
+
+def _decode_dfloat11_fake(*tensors: torch.Tensor) -> None:
+    return None
+
+
+def decode_unit(
+    unit: Unit, device: torch.device, start: int = 0, stop: int | None = None
+) -> torch.Tensor:
+    """Return weights start..stop of the unit (stop excluded, default all), BF16 [stop - start] on `device`.
+
+    Only the blocks that hold them go to the device.
+
+    Raises:
+        FormatError: the codes contradict the unit's gaps, positions or tables.
+        DeviceError: the device cannot decode.
+    """
+    check_device(device)
+    stop = unit.num_weights if stop is None else stop
+    if not 0 <= start <= stop <= unit.num_weights:
+        raise ValueError(f"{unit.where}: weights {start}..{stop} of {unit.num_weights}")
+    if start == stop:
+        return torch.empty(0, dtype=torch.bfloat16, device=device)
+    first, last = unit.blocks_of(start, stop)
+    piece = unit.piece(first, last)
+    fields = (piece.stream, piece.sign_mantissa, piece.tables, piece.positions, piece.gaps)
+    tensors = [torch.from_numpy(field).to(device) for field in fields]
+    out = torch.empty(piece.num_weights, dtype=torch.bfloat16, device=device)
+    status = torch.zeros(last - first, dtype=torch.int32, device=device)
+    torch.ops.vllm_dfloat.decode_dfloat11(*tensors, out, status)
+    wrong = status.nonzero()
+    if wrong.numel():
+        block = int(wrong[0])
+        raise FormatError(
+            f"{unit.where}.encoded_exponent: block {first + block} ended with status {int(status[block])}; its codes "
+            "contradict output_positions, gaps or luts. The file is damaged; fetch it again."
+        )
+    begin = int(unit.positions[first])
+    return out[start - begin : stop - begin]
+
+
+def _register() -> torch.library.Library:
+    library: Any = torch.library.Library("vllm_dfloat", "FRAGMENT")  # type: ignore[no-untyped-call]
+    library.define(SCHEMA)
+    for key in ("CPU", "CUDA"):
+        library.impl("decode_dfloat11", decode_dfloat11, key)
+    torch.library.register_fake("vllm_dfloat::decode_dfloat11", _decode_dfloat11_fake, lib=library)
+    return library  # type: ignore[no-any-return]
+
+
+_library = _register()

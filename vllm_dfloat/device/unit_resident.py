@@ -1,0 +1,357 @@
+"""Weights held in the official DFloat11 layout while a model is served, each matrix a unit of its own.
+
+The same surface as the packed layout in ops.py, so that both can be measured in one harness. Ops (namespace
+`vllm_dfloat`), each with a CPU implementation (numba), a CUDA one (the two-phase Triton kernel) and a fake:
+
+    decode_unit(desc, rows, cols, out, status)       the whole matrix into a buffer the caller lends
+    decode_unit_rows(desc, ids, rows, cols) -> rows  chosen rows only, by decoding the blocks they touch
+"""
+
+import ctypes
+import dataclasses
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from vllm_dfloat.codec.layout import ALIGNMENT
+from vllm_dfloat.codec.threads import over_tiles
+from vllm_dfloat.device import ops
+from vllm_dfloat.device.checks import check_desc, check_ids, check_tensor
+from vllm_dfloat.device.packed_weight import checksum, follow, make_descriptor
+from vllm_dfloat.dfloat11.decode_loops import decode_blocks, wide_table
+from vllm_dfloat.dfloat11.encode import as_unit, encode_unit
+from vllm_dfloat.dfloat11.tables import LENGTH_SHIFT, MAX_CODE_BITS, POINTER
+from vllm_dfloat.dfloat11.unit import BLOCK_GAP_BYTES, Unit, num_blocks
+from vllm_dfloat.errors import FormatError, UnsupportedError
+
+KIND_CODED = ops.KIND_PACKED
+
+U8Array = npt.NDArray[np.uint8]
+
+
+class UnitWeight(ops.PackedWeight):
+    """One matrix in the official layout on its device.
+
+    Attributes:
+        payload: uint8, the sections of a `UnitLayout`, or the BF16 bits, filled up with zeros to whole tiles.
+        fields: kind (0 coded, 1 raw BF16), bytes of the stream, number of tables.
+        desc, rows, cols, name, checksum: as in PackedWeight.
+    """
+
+    @property
+    def size(self) -> int:
+        """What the seal of the descriptor covers of the shape; below 0, unlike a number of tiles."""
+        return -self.rows * self.cols
+
+    @cached_property
+    def expected_bytes(self) -> int:
+        """Bytes of a payload with this shape and these fields."""
+        kind, stream_bytes, num_tables = self.fields
+        if kind == ops.KIND_RAW:
+            return 2 * ops.padded_numel(self.rows, self.cols)
+        return UnitLayout(self.rows * self.cols, stream_bytes, num_tables).num_bytes
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
+
+
+@dataclass(frozen=True)
+class UnitLayout:
+    """Byte offsets of the sections of a payload; everything follows from these three numbers."""
+
+    num_weights: int
+    stream_bytes: int
+    num_tables: int
+
+    @property
+    def num_blocks(self) -> int:
+        return num_blocks(self.stream_bytes)
+
+    @property
+    def positions_offset(self) -> int:
+        return 1024 * self.num_tables
+
+    @property
+    def gaps_offset(self) -> int:
+        return self.positions_offset + _aligned(8 * (self.num_blocks + 1))
+
+    @property
+    def sign_mantissa_offset(self) -> int:
+        return self.gaps_offset + BLOCK_GAP_BYTES * self.num_blocks
+
+    @property
+    def stream_offset(self) -> int:
+        return self.sign_mantissa_offset + _aligned(self.num_weights)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.stream_offset + self.stream_bytes
+
+
+@dataclass(frozen=True)
+class _Sections:
+    """Views of a payload in CPU memory, in the order in which decode_blocks takes them."""
+
+    stream: U8Array
+    sign_mantissa: U8Array
+    gaps: U8Array
+    positions: npt.NDArray[np.int64]
+    tables: npt.NDArray[np.int32]
+
+
+def _sections(payload: U8Array, lay: UnitLayout) -> _Sections:
+    tables = payload[: lay.positions_offset].view(np.int32).reshape(lay.num_tables, 256)
+    positions = payload[lay.positions_offset :][: 8 * (lay.num_blocks + 1)].view(np.int64)
+    gaps = payload[lay.gaps_offset : lay.sign_mantissa_offset]
+    sign_mantissa = payload[lay.sign_mantissa_offset :][: lay.num_weights]
+    return _Sections(payload[lay.stream_offset :], sign_mantissa, gaps, positions, tables)
+
+
+def pack(weight: torch.Tensor, name: str = "") -> UnitWeight:
+    """Encode a BF16 matrix; the result lies on the matrix's device and does not keep the matrix.
+
+    A matrix that the format cannot hold, or that it would not make smaller, is held as BF16. So a coded one has at most
+    one stream byte per weight, on which the kernel's launch relies.
+
+    Args:
+        weight: BF16 [rows, cols] on a CPU or an NVIDIA GPU.
+        name: the tensor's name, for messages.
+
+    Raises:
+        UnsupportedError: not a BF16 matrix.
+        DeviceError: the device cannot decode.
+    """
+    if weight.dtype != torch.bfloat16 or weight.dim() != 2:
+        raise UnsupportedError(
+            f"{name or 'weight'}: {weight.dtype} {list(weight.shape)}; expected a BF16 matrix. "
+            "Name this layer in `ignore`, or load the model with dtype bfloat16."
+        )
+    ops.check_device(weight.device)
+    bits = weight.detach().contiguous().view(torch.uint16).cpu().numpy().reshape(-1)
+    rows, cols = weight.shape
+    payload, fields = _encode(bits, ops.padded_numel(rows, cols), name)
+    held = torch.from_numpy(payload).to(weight.device)
+    desc = make_descriptor(held, fields, -rows * cols, name)
+    return UnitWeight(held, desc, rows, cols, name, fields, checksum(held))
+
+
+def _encode(
+    bits: npt.NDArray[np.uint16], padded_numel: int, name: str
+) -> tuple[U8Array, tuple[int, int, int]]:
+    """Return the payload, and what a descriptor says of it beside its address."""
+    try:
+        unit = as_unit(encode_unit([bits], name or "weight"), name or "weight")
+    except UnsupportedError:
+        return _raw(bits, padded_numel)
+    lay = UnitLayout(bits.size, unit.stream.size, len(unit.tables))
+    if lay.num_bytes >= 2 * bits.size:
+        return _raw(bits, padded_numel)
+    payload = np.zeros(lay.num_bytes, np.uint8)
+    _fill(_sections(payload, lay), unit)
+    return payload, (KIND_CODED, lay.stream_bytes, lay.num_tables)
+
+
+def _fill(sections: _Sections, unit: Unit) -> None:
+    sections.stream[:] = unit.stream
+    sections.sign_mantissa[:] = unit.sign_mantissa
+    sections.gaps[:] = unit.gaps
+    sections.positions[:] = unit.positions
+    sections.tables[:] = unit.tables
+
+
+def _raw(bits: npt.NDArray[np.uint16], padded_numel: int) -> tuple[U8Array, tuple[int, int, int]]:
+    payload = np.zeros(2 * padded_numel, np.uint8)
+    payload.view(np.uint16)[: bits.size] = bits
+    return payload, (ops.KIND_RAW, 0, 0)
+
+
+def _payload_at(address: int, num_bytes: int) -> U8Array:
+    """Return a view of CPU memory."""
+    if not num_bytes:
+        return np.empty(0, np.uint8)
+    return np.ctypeslib.as_array((ctypes.c_uint8 * num_bytes).from_address(address))
+
+
+def _sound(sections: _Sections, num_weights: int) -> _Sections:
+    """Return the sections with nothing in them that leads decode_blocks out of its arrays, whatever was in memory."""
+    tables, lengths = sections.tables, sections.tables >> LENGTH_SHIFT
+    is_code = (tables & POINTER == 0) & (lengths > 0) & (lengths <= MAX_CODE_BITS)
+    is_pointer = (tables & POINTER != 0) & (tables & 0xFF < len(tables))
+    positions = np.clip(sections.positions, 0, num_weights)
+    positions[0] = 0
+    positions = np.maximum.accumulate(positions)
+    positions[-1] = num_weights
+    return dataclasses.replace(
+        sections,
+        positions=positions,
+        tables=np.where(is_code | is_pointer, tables, 0).astype(np.int32),
+    )
+
+
+def _decode_range(
+    held: _Sections, wide: npt.NDArray[np.uint64], start: int, out: npt.NDArray[np.uint16]
+) -> npt.NDArray[np.int64]:
+    """Write weights from `start` on to `out`; return the status of every block, 0 where it holds none of them."""
+    status = np.zeros((len(held.positions) - 1, 3), np.int64)
+    first = int(np.searchsorted(held.positions[1:-1], start, "right"))
+    last = int(np.searchsorted(held.positions[:-1], start + out.size, "left"))
+    over_tiles(
+        decode_blocks, last - first, first, held.stream, held.sign_mantissa, held.gaps,
+        held.positions, held.tables, wide, start, out, status[first:],
+    )  # fmt: skip
+    return status[:, 0]
+
+
+def _check_status(status: npt.NDArray[Any], name: str) -> None:
+    wrong = np.flatnonzero(status)
+    if wrong.size:
+        raise FormatError(
+            f"{name or 'weight'}: block {wrong[0]} ended with status {status[wrong[0]]}; its codes contradict its "
+            "gaps, positions or tables. The bytes in memory were changed after encoding; load the model again."
+        )
+
+
+def _open(desc: torch.Tensor, rows: int, cols: int) -> _Sections | U8Array:
+    """Return the sections that a descriptor in CPU memory points to, or the bytes of a raw payload."""
+    address, (kind, stream_bytes, num_tables) = follow(desc, -rows * cols)
+    if kind == ops.KIND_RAW:
+        return _payload_at(address, 2 * ops.padded_numel(rows, cols))
+    lay = UnitLayout(rows * cols, stream_bytes, num_tables)
+    return _sound(_sections(_payload_at(address, lay.num_bytes), lay), lay.num_weights)
+
+
+def decode(
+    desc: torch.Tensor, rows: int, cols: int, out: torch.Tensor, status: torch.Tensor
+) -> None:
+    """Decode the matrix [rows, cols] that `desc` describes; waits for nothing, allocates nothing on a GPU.
+
+    Args:
+        desc: int64 [4], from a UnitWeight.
+        rows, cols: its shape.
+        out: BF16, flat, contiguous, at least rows * cols elements, aligned to 16 bytes.
+        status: int32, at least `ops.num_tiles(rows, cols)` words: word b for block b of the stream, 0 or a sum of
+            STATUS_* bits; words that no block has become 0.
+
+    Raises:
+        UnsupportedError: a tensor of another dtype, size, device or alignment.
+        FormatError: on a CPU, the descriptor was changed.
+    """
+    check_desc("decode_unit", desc)
+    check_tensor("decode_unit: out", out, torch.bfloat16, rows * cols, desc.device, ALIGNMENT)
+    tiles = ops.num_tiles(rows, cols)
+    check_tensor("decode_unit: status", status, torch.int32, tiles, desc.device)
+    launch_decode(desc, rows, cols, out, status)
+
+
+def launch_decode(
+    desc: torch.Tensor, rows: int, cols: int, out: torch.Tensor, status: torch.Tensor
+) -> None:
+    """Do what `decode` does without its checks: for every forward pass, whose buffers the scratch arena made."""
+    numel = rows * cols
+    if not numel:
+        return
+    if ops.uses_triton(out.device):
+        from vllm_dfloat.kernels.dfloat11_decode import decode_resident
+
+        decode_resident(desc, numel, out, status)
+        return
+    held, bits = _open(desc, rows, cols), out.view(torch.uint16).numpy()[:numel]
+    status[: ops.num_tiles(rows, cols)] = 0
+    if isinstance(held, _Sections):
+        found = _decode_range(held, wide_table(held.tables), 0, bits)
+        status[: found.size] = torch.from_numpy(found)
+    else:
+        bits[:] = held.view(np.uint16)[:numel]
+
+
+def decode_rows(desc: torch.Tensor, ids: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
+    """Return rows `ids` (int32 or int64 [n]) of the matrix that `desc` describes: BF16 [n, cols].
+
+    Raises:
+        UnsupportedError: ids of another dtype, shape or device.
+        FormatError: on a CPU, the descriptor was changed, or the codes contradict what is stored beside them.
+    """
+    check_desc("decode_unit_rows", desc)
+    check_ids("decode_unit_rows", ids, desc.device)
+    if ops.uses_triton(ids.device):
+        from vllm_dfloat.kernels.dfloat11_decode import decode_resident_rows
+
+        out = torch.empty(ids.numel(), cols, dtype=torch.bfloat16, device=ids.device)
+        decode_resident_rows(desc, ids, rows, cols, out)
+        return out
+    if ids.numel() and not (ids.min() >= 0 and ids.max() < rows):
+        raise IndexError(f"rows {ids.min()} to {ids.max()} asked for; the matrix has {rows}")
+    held, bits = _open(desc, rows, cols), np.empty((ids.numel(), cols), np.uint16)
+    if isinstance(held, _Sections):
+        wide = wide_table(held.tables)
+        for target, row in zip(bits, ids.tolist(), strict=True):
+            _check_status(_decode_range(held, wide, row * cols, target), "")
+    else:
+        bits[:] = held.view(np.uint16)[: rows * cols].reshape(rows, cols)[ids.numpy()]
+    return torch.from_numpy(bits).view(torch.bfloat16)
+
+
+def unpack(packed: ops.PackedWeight) -> torch.Tensor:
+    """Return the BF16 matrix [rows, cols] on the weight's device, every block's status and all bytes checked.
+
+    Raises:
+        FormatError: the payload or the descriptor is not what was made.
+    """
+    packed.check_descriptor()
+    rows, cols, device = packed.rows, packed.cols, packed.desc.device
+    out = torch.empty(ops.padded_numel(rows, cols), dtype=torch.bfloat16, device=device)
+    status = torch.empty(ops.num_tiles(rows, cols), dtype=torch.int32, device=device)
+    decode(packed.desc, rows, cols, out, status)
+    _check_status(status.cpu().numpy(), packed.name)
+    packed.check_payload()
+    return out[: rows * cols].view(rows, cols)
+
+
+def unpack_rows(packed: ops.PackedWeight, ids: torch.Tensor) -> torch.Tensor:
+    """Return rows `ids`, int64 [n], as BF16 [n, cols], all bytes checked.
+
+    Raises:
+        UnsupportedError: ids of another dtype, shape or device.
+        IndexError: a row outside the matrix.
+        FormatError: the payload or the descriptor is not what was made.
+    """
+    ops.check_rows(packed.name, ids, packed.rows, packed.desc.device)
+    packed.check_descriptor()
+    packed.check_payload()  # before decoding: rows have no status
+    return decode_rows(packed.desc, ids, packed.rows, packed.cols)
+
+
+_library = torch.library.Library("vllm_dfloat", "FRAGMENT")  # type: ignore[no-untyped-call]
+_SCHEMAS = (
+    "decode_unit(Tensor desc, int rows, int cols, Tensor(a!) out, Tensor(b!) status) -> ()",
+    "decode_unit_rows(Tensor desc, Tensor ids, int rows, int cols) -> Tensor",
+)
+
+
+def _decode_fake(
+    desc: torch.Tensor, rows: int, cols: int, out: torch.Tensor, status: torch.Tensor
+) -> None:
+    return None
+
+
+def _decode_rows_fake(desc: torch.Tensor, ids: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
+    return torch.empty(ids.numel(), cols, dtype=torch.bfloat16, device=ids.device)
+
+
+def _register() -> None:
+    library: Any = _library  # its methods carry no annotations
+    for schema in _SCHEMAS:
+        library.define(schema)
+    for key in ("CPU", "CUDA"):
+        library.impl("decode_unit", decode, key)
+        library.impl("decode_unit_rows", decode_rows, key)
+    torch.library.register_fake("vllm_dfloat::decode_unit", _decode_fake, lib=library)
+    torch.library.register_fake("vllm_dfloat::decode_unit_rows", _decode_rows_fake, lib=library)
+
+
+_register()

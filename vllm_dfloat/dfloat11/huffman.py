@@ -1,0 +1,105 @@
+"""The code book of the official DFloat11 encoder: which exponent gets which bits, and the tables that say so.
+
+Followed to the bit, so that units written here equal the official ones. Codes are not canonical: they follow from the
+order in which the tree is built, and a reader finds them in the tables (code_tables.py).
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_dfloat.dfloat11.tables import MAX_CODE_BITS
+
+EOF = -1  # the end marker: weight 1, ordered before every exponent
+
+Codes = dict[int, tuple[int, int]]  # exponent or EOF -> (code, its length in bits)
+
+
+def build_codes(counts: npt.NDArray[np.int64]) -> Codes:
+    """Return the code of every exponent that occurs and of EOF, none longer than 32 bits.
+
+    Where codes would get longer (not below 9 million weights), the k rarest exponents are counted once instead, with
+    the least k that helps. The official encoder does so too, but leaves to NumPy which of equals are the rarest; here
+    the smaller exponents are.
+
+    Args:
+        counts: how often each of the 256 exponents occurs.
+    """
+    codes = _tree_codes(counts)
+    used = np.flatnonzero(counts)
+    rarest = used[np.argsort(counts[used], kind="stable")]
+    k = 2
+    while max(length for _, length in codes.values()) > MAX_CODE_BITS:
+        flattened = counts.copy()
+        flattened[rarest[:k]] = 1
+        codes = _tree_codes(flattened)
+        k += 1
+    return codes
+
+
+def _tree_codes(counts: npt.NDArray[np.int64]) -> Codes:
+    """Return the codes of a Huffman tree: the smaller of two nodes is the 0 branch.
+
+    Nodes are ordered by weight and then by their first leaf, that at the end of the 0 branches.
+    """
+    leaves = [(int(counts[symbol]), int(symbol)) for symbol in np.flatnonzero(counts)]
+    heap: list[tuple[int, int, Any]] = [
+        (weight, leaf, leaf) for weight, leaf in [(1, EOF), *leaves]
+    ]
+    heapq.heapify(heap)
+    while len(heap) > 1:
+        zero, one = heapq.heappop(heap), heapq.heappop(heap)
+        heapq.heappush(heap, (zero[0] + one[0], zero[1], (zero[2], one[2])))
+    codes: Codes = {}
+    stack = [(heap[0][2], 0, 0)]
+    while stack:
+        node, code, length = stack.pop()
+        if isinstance(node, tuple):
+            stack += [(node[0], code << 1, length + 1), (node[1], code << 1 | 1, length + 1)]
+        else:
+            codes[node] = code, length
+    return codes
+
+
+def build_luts(codes: Codes) -> npt.NDArray[np.uint8]:
+    """Return the tables of a code book and the row of code lengths, uint8 [tables + 1, 256].
+
+    There may be more tables than pointers can name (MAX_ROWS): the caller must look. Slots that belong to EOF repeat
+    their left neighbour, across rows too, as in official files. Where EOF has the very first slot, which the official
+    encoder cannot write, that slot is 0.
+    """
+    slots = _tables(codes)
+    order = sorted(slots, key=lambda at: (at[0], at[1] << (MAX_CODE_BITS - 8 * at[0])))
+    for row, (depth, prefix) in enumerate(order[1:], 1):
+        # Too many tables end in values that are no pointers here, and in an error in the caller.
+        slots[depth - 1, prefix >> 8][prefix & 0xFF] = (256 - row) % 256
+    luts = np.zeros((len(order) + 1, 256), np.uint8)
+    value = 0
+    for row, at in enumerate(order):
+        for slot in range(256):
+            value = slots[at].get(slot, value)
+            luts[row, slot] = value
+    for symbol, (_, length) in codes.items():
+        if symbol != EOF:
+            luts[-1, symbol] = length
+    return luts
+
+
+def _tables(codes: Mapping[int, tuple[int, int]]) -> dict[tuple[int, int], dict[int, int]]:
+    """Return (depth, the 8 * depth bits before) -> slot -> exponent, for every table that owns a code."""
+    slots: dict[tuple[int, int], dict[int, int]] = {}
+    for symbol, (code, length) in codes.items():
+        if symbol == EOF:
+            continue
+        depth = (length - 1) // 8
+        rest = length - 8 * depth
+        first = (code & ((1 << rest) - 1)) << (8 - rest)
+        table = slots.setdefault((depth, code >> rest), {})
+        table.update(dict.fromkeys(range(first, first + (1 << (8 - rest))), symbol))
+    slots.setdefault((0, 0), {})
+    return slots

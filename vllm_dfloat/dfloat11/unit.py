@@ -1,0 +1,269 @@
+"""One DFloat11 unit: its six tensors, and every check that can be made before decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import cast
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_dfloat.dfloat11.tables import MAX_ROWS, build_tables
+from vllm_dfloat.errors import FormatError
+from vllm_dfloat.storage.safetensors_read import StoredTensor
+
+U8Array = npt.NDArray[np.uint8]
+I64Array = npt.NDArray[np.int64]
+
+BLOCK_BYTES = 4096  # stream bytes per thread block of the official kernel
+WINDOW_BYTES = 8  # stream bytes per thread
+BLOCK_WINDOWS = BLOCK_BYTES // WINDOW_BYTES
+BLOCK_GAP_BYTES = BLOCK_WINDOWS * 5 // 8
+MAX_BLOCK_WEIGHTS = BLOCK_BYTES * 8  # a code has at least one bit
+
+FIELDS = {  # field -> (dtype, dimensions)
+    "encoded_exponent": ("U8", 1),
+    "sign_mantissa": ("U8", 1),
+    "luts": ("U8", 2),
+    "output_positions": ("U8", 1),
+    "gaps": ("U8", 1),
+    "split_positions": ("I64", 1),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Unit:
+    """The checked contents of one unit; the big arrays are mapped from the file.
+
+    Attributes:
+        name: module path, such as "model.layers.0".
+        where: "file: module path", for messages.
+        stream: uint8 [n_bytes], the exponents' codes.
+        sign_mantissa: uint8 [N].
+        gaps: uint8 [320 * B], five bits per window.
+        positions: int64 [B + 1], first weight of each block, then N.
+        splits: int64 [m + 1], 0, first weight of each further member, N.
+        luts: uint8 [R, 256] as stored.
+        tables: int32 [R - 1, 256], the same codes without stale slots (code_tables.py).
+        first_block: of the stored unit that the first block is, if this is a piece of it.
+    """
+
+    name: str
+    where: str
+    stream: U8Array
+    sign_mantissa: U8Array
+    gaps: U8Array
+    positions: I64Array
+    splits: I64Array
+    luts: U8Array
+    tables: npt.NDArray[np.int32]
+    first_block: int = 0
+
+    @property
+    def num_weights(self) -> int:
+        return len(self.sign_mantissa)
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.positions) - 1
+
+    def blocks_of(self, start: int, stop: int) -> tuple[int, int]:
+        """Return the first block that holds weights start..stop - 1 (start < stop), and the one behind the last."""
+        first = int(np.searchsorted(self.positions, start, "right")) - 1
+        return first, int(np.searchsorted(self.positions, stop, "left"))
+
+    def piece(self, first: int, last: int) -> Unit:
+        """Return blocks first..last - 1 as a unit of its own, views of this one's arrays.
+
+        Unless `last` is the end, one more block follows, of which the stream has only the window into which codes of
+        the last block may reach. It is there for the checks at the seam and cannot be decoded.
+        """
+        behind = min(last + 1, self.num_blocks)
+        end = BLOCK_BYTES * last + (WINDOW_BYTES if behind > last else 0)
+        begin, stop = self.positions[first], self.positions[behind]
+        return replace(
+            self,
+            stream=self.stream[BLOCK_BYTES * first : end],
+            sign_mantissa=self.sign_mantissa[begin:stop],
+            gaps=self.gaps[BLOCK_GAP_BYTES * first : BLOCK_GAP_BYTES * behind],
+            positions=self.positions[first : behind + 1] - begin,
+            splits=np.array([0, stop - begin]),
+            first_block=self.first_block + first,
+        )
+
+
+class _StoredBytes:
+    """The bytes of a tensor that stay in their file: a range of them is read when it is asked for."""
+
+    def __init__(self, tensor: StoredTensor) -> None:
+        self._tensor = tensor
+
+    def __len__(self) -> int:
+        return self._tensor.num_bytes
+
+    def __getitem__(self, part: slice) -> U8Array:
+        begin, end, _ = part.indices(len(self))
+        bytes_ = replace(
+            self._tensor,
+            begin=self._tensor.begin + begin,
+            num_bytes=max(0, end - begin),
+            shape=(max(0, end - begin),),
+        )
+        return bytes_.read()
+
+
+@dataclass(frozen=True)
+class UnitEntry:
+    """A unit as the headers describe it, sizes checked, contents not yet read.
+
+    Attributes:
+        name: module path of the unit.
+        members: attribute paths of its weights; empty if the module itself is the weight.
+        fields: the six tensors by field name.
+        parameters: paths that are tensors themselves, not modules with a `weight` (experts stored as one tensor).
+    """
+
+    name: str
+    members: tuple[str, ...]
+    fields: Mapping[str, StoredTensor]
+    parameters: frozenset[str] = frozenset()
+
+    @property
+    def num_weights(self) -> int:
+        return self.fields["sign_mantissa"].shape[0]
+
+    @property
+    def num_bytes(self) -> int:
+        """Return what the six tensors take together."""
+        return sum(tensor.num_bytes for tensor in self.fields.values())
+
+    @property
+    def num_members(self) -> int:
+        return self.fields["split_positions"].shape[0] + 1
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Return the tensor name of each weight. Of a list with more than the one weight that there is, nothing is
+        meant: the module is itself the weight."""
+        listed = self.members if self.num_members == len(self.members) else ("",)
+        paths = (f"{self.name}.{member}" if member else self.name for member in listed)
+        return tuple(path if path in self.parameters else f"{path}.weight" for path in paths)
+
+    @cached_property
+    def splits(self) -> I64Array:
+        """Return 0, the stored split positions and N.
+
+        Raises:
+            FormatError: they do not rise strictly from 0 to N.
+        """
+        tensor = self.fields["split_positions"]
+        splits = np.concatenate(([0], tensor.read(), [self.num_weights])).astype(np.int64)
+        if not (splits[1:] > splits[:-1]).all():
+            raise FormatError(
+                f"{tensor.where}: found {splits[1:-1].tolist()[:20]}; positions that rise "
+                f"strictly between 0 and {self.num_weights} are expected."
+            )
+        return splits
+
+    def load(self) -> Unit:
+        """Map the tensors and check everything that needs no decoding.
+
+        Raises:
+            FormatError: the contents contradict the format.
+        """
+        return self._unit(StoredTensor.bits)
+
+    def open(self) -> Unit:
+        """Do as `load`, but map nothing: only pieces of the unit can be decoded, and are read when they are cut.
+
+        For long jobs: a mapped file that is cut meanwhile ends the process, and pages of a mapping count as its memory.
+        """
+        return self._unit(lambda tensor: cast(U8Array, _StoredBytes(tensor)))
+
+    def _unit(self, large: Callable[[StoredTensor], U8Array]) -> Unit:
+        luts = self.fields["luts"]
+        table = luts.read()
+        first = self.fields["encoded_exponent"]
+        return Unit(
+            name=self.name,
+            where=f"{first.file.name}: {self.name}",
+            stream=large(first),
+            sign_mantissa=large(self.fields["sign_mantissa"]),
+            gaps=large(self.fields["gaps"]),
+            positions=self._positions(),
+            splits=self.splits,
+            luts=table,
+            tables=build_tables(table, luts.where),
+        )
+
+    def _positions(self) -> I64Array:
+        tensor = self.fields["output_positions"]
+        numbers = self.num_weights
+        stored = tensor.read().view("<u4").astype(np.int64)
+        if stored[0] != 0 or stored[-1] != numbers:
+            raise FormatError(
+                f"{tensor.where}: runs from {stored[0]} to {stored[-1]}; "
+                f"0 to {numbers} is expected, the length of sign_mantissa."
+            )
+        # One entry short: the last code spills into a block in which no code starts.
+        short = len(stored) == num_blocks(self.fields["encoded_exponent"].shape[0])
+        positions = np.append(stored, numbers) if short else stored
+        counts = np.diff(positions)
+        if counts.min() < 0 or counts.max() > MAX_BLOCK_WEIGHTS:
+            worst = int(np.argmax((counts < 0) | (counts > MAX_BLOCK_WEIGHTS)))
+            raise FormatError(
+                f"{tensor.where}: block {worst} has {counts[worst]} weights; "
+                f"0 to {MAX_BLOCK_WEIGHTS} are expected."
+            )
+        return positions
+
+
+def num_blocks(num_bytes: int) -> int:
+    """Return how many blocks a stream of `num_bytes` bytes has."""
+    return -(-num_bytes // BLOCK_BYTES)
+
+
+def check_entry(entry: UnitEntry) -> None:
+    """Check dtypes and sizes against each other; reads no tensor.
+
+    Raises:
+        FormatError: a tensor has a dtype or shape that does not fit the others.
+    """
+    for field, (dtype, dims) in FIELDS.items():
+        tensor = entry.fields[field]
+        if tensor.dtype != dtype or len(tensor.shape) != dims:
+            raise FormatError(
+                f"{tensor.where}: {tensor.dtype} {list(tensor.shape)}; "
+                f"{dtype} with {dims} dimension(s) is expected."
+            )
+    size = {field: entry.fields[field].shape[0] for field in FIELDS}
+    stream, weights = size["encoded_exponent"], size["sign_mantissa"]
+    blocks = num_blocks(stream)
+    rows, width = entry.fields["luts"].shape
+    _expect(entry, "encoded_exponent", stream, 0 < stream < 1 << 31, "1 to 2**31 - 1 bytes")
+    fits = 0 < weights <= min(8 * stream, (1 << 32) - 1)
+    _expect(entry, "sign_mantissa", weights, fits, f"1 to {8 * stream} bytes for that stream")
+    _expect(entry, "luts", width, width == 256, "rows of 256 entries")
+    rows_fit = 2 <= rows <= MAX_ROWS
+    _expect(entry, "luts", rows, rows_fit, f"2 to {MAX_ROWS} rows (more cannot be addressed)")
+    want = BLOCK_GAP_BYTES * blocks
+    _expect(entry, "gaps", size["gaps"], size["gaps"] == want, f"{want} bytes")
+    stored = size["output_positions"]
+    wants = (4 * blocks, 4 * blocks + 4)
+    _expect(entry, "output_positions", stored, stored in wants, f"{wants[1]} (or {wants[0]}) bytes")
+    count, listed = entry.num_members, max(1, len(entry.members))
+    # One weight with a longer list is a module that is itself the weight; the list is then ignored.
+    _expect(
+        entry,
+        "split_positions",
+        count - 1,
+        count in (1, listed),
+        f"{listed - 1} for {listed} weights",
+    )
+
+
+def _expect(entry: UnitEntry, field: str, found: int, good: bool, expected: str) -> None:
+    if not good:
+        raise FormatError(f"{entry.fields[field].where}: found {found}; expected {expected}.")

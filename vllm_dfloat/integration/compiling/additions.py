@@ -1,0 +1,84 @@
+"""What Inductor does to BF16 vLLM's matmuls on a GPU, done to compressed layers too.
+
+Inductor takes an addition to the result of `aten.mm`, say of a residual stream, into the GEMM (`addmm` in
+torch/_inductor/fx_passes/post_grad.py), unless all that follows is pointwise: the sum is rounded once then, not twice.
+It does not know our op for a matmul, so this pattern stands beside its own, under the same conditions. It matters for
+models that add in BF16 to a linear layer without a bias (Nemotron, StableLM); most add in float32, inside a norm.
+"""
+
+import functools
+from typing import Any
+
+import torch
+
+from vllm_dfloat.integration.layers import linear_op
+from vllm_dfloat.integration.seam.names import logger
+
+
+@functools.cache
+def install() -> None:
+    """Teach Inductor the pattern, once per process. If its inside has changed, say in one line what that costs."""
+    try:
+        _install()
+    except Exception as error:
+        logger.warning(
+            "dfloat11: torch %s: no addition can be taken into compressed layers as Inductor does it in BF16 vLLM "
+            "(%s: %s); compiled models that add to a linear layer without a bias may answer otherwise than compiled "
+            "BF16 vLLM in the last bits. Use --enforce-eager for equal answers",
+            torch.__version__,
+            type(error).__name__,
+            error,
+        )
+
+
+def _install() -> None:
+    from torch._inductor.fx_passes import post_grad
+    from torch._inductor.pattern_matcher import CallFunction, KeywordArg, register_graph_pattern
+
+    names = ("rows", "cols", "gemm", "layout", "fused_rows", "block", "first_tile", "block_tiles")
+    no_bias = None
+    product = CallFunction(
+        linear_op.op, KeywordArg("x"), KeywordArg("desc"), no_bias, *map(KeywordArg, names)
+    )
+    for operands in ((product, KeywordArg("inp")), (KeywordArg("inp"), product)):
+        register_graph_pattern(
+            CallFunction(torch.ops.aten.add, *operands),
+            pass_dict=post_grad.pass_patterns[2],
+            extra_check=_is_taken_in,
+        )(_take_in)
+
+
+def _is_taken_in(match: Any) -> bool:
+    """Return whether Inductor would take the addition into BF16 vLLM's matmul on this device."""
+    from torch._inductor.fx_passes import post_grad
+    from torch._inductor.utils import is_gpu
+    from torch._prims_common import is_expandable_to
+
+    given = match.kwargs
+    inp, x = given["inp"], given["x"].meta["val"]
+    value = inp.meta.get("val") if isinstance(inp, torch.fx.Node) else None
+    return bool(
+        isinstance(value, torch.Tensor)
+        and is_gpu(value.device.type)
+        and value.dtype == x.dtype
+        and x.dim() == 2
+        and is_expandable_to(value.shape, (x.shape[0], given["rows"]))
+        and given["fused_rows"] == 0
+        and linear_op.is_traced_as_matmul(given["gemm"])
+        and not post_grad.should_prefer_unfused_addmm(match)  # type: ignore[no-untyped-call]
+    )
+
+
+def _take_in(match: Any, **given: Any) -> None:
+    """Replace the two nodes by the op with the addend for a bias, which is what addmm is."""
+    literals = [given[name] for name in ("rows", "cols", "gemm", "layout", "fused_rows")]
+    place = [given[name] for name in ("first_tile", "block_tiles")]
+    tensors = [given[name] for name in ("inp", "x", "desc", "block") if given[name] is not None]
+
+    def alone(inp: Any, x: Any, desc: Any) -> Any:
+        return linear_op.op(x, desc, inp, *literals, None, *place)
+
+    def in_block(inp: Any, x: Any, desc: Any, block: Any) -> Any:
+        return linear_op.op(x, desc, inp, *literals, block, *place)
+
+    match.replace_by_example(alone if len(tensors) == 3 else in_block, tensors)

@@ -1,0 +1,94 @@
+"""Compressed vocabulary embeddings and LM heads; a tied pair is one matrix, held once."""
+
+import weakref
+from typing import Any
+
+import torch
+from torch.nn import Parameter
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+from vllm.model_executor.utils import set_weight_attrs
+
+from vllm_dfloat.device import ops
+from vllm_dfloat.integration.layers import lookup, tying
+from vllm_dfloat.integration.layers.method import PackedMethod
+from vllm_dfloat.integration.seam import compat, layerwise
+from vllm_dfloat.integration.seam.names import logger
+
+# vLLM's cache of compiled models knows this file's text and not the ops': count up when they mean something else.
+OP_REVISION = 4
+
+
+class DFloat11EmbeddingMethod(PackedMethod, QuantizeMethodBase):  # type: ignore[misc]  # vLLM is untyped
+    """Looks rows up by decoding only them; as an LM head multiplies by the whole matrix.
+
+    Attributes:
+        twin: the embedding of this LM head, or the reverse, where a stored copy may be equal (tying.py).
+        may_be_empty: vLLM puts another layer in its place if the checkpoint of a draft model has nothing for it.
+    """
+
+    twin: "weakref.ref[torch.nn.Module] | None" = None
+    may_be_empty = False
+
+    def create_weights(
+        self,
+        layer: torch.nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        self.rows, self.cols = sum(output_partition_sizes), input_size_per_partition
+        data = torch.empty(self.rows, self.cols, dtype=params_dtype, device="meta")
+        weight = Parameter(data, requires_grad=False)
+        set_weight_attrs(weight, {"input_dim": 1, "output_dim": 0, **extra_weight_attrs})
+        layer.register_parameter("weight", weight)
+        compat.process_when_complete(layer)
+
+    def apply(
+        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return self.multiply(layer, x, bias)
+
+    def embedding(self, layer: Any, input_: torch.Tensor) -> torch.Tensor:
+        self.check_in_place(layer)
+        ids = input_.reshape(-1)
+        rows = lookup.look_up(layer.dfloat11_desc, ids, self.rows, self.cols, self.layout)
+        return rows.view(*input_.shape, self.cols)
+
+    def tie_weights(self, layer: torch.nn.Module, embed_tokens: torch.nn.Module) -> torch.nn.Module:
+        """Return the embedding, which serves as the LM head too: sharing `weight` would share an empty one."""
+        return embed_tokens
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        if (
+            self.may_be_empty
+            and layer.weight is not self.placeholder
+            and layerwise.has_nothing(layer)
+        ):
+            device = layer.get_parameter("weight").device
+            del layer.weight
+            self._put_placeholder(layer, device)
+            return
+        super().process_weights_after_loading(layer)
+
+    def _replace_weight(self, layer: torch.nn.Module, packed: ops.PackedWeight) -> None:
+        super()._replace_weight(layer, tying.shared(packed, self.twin() if self.twin else None))
+
+    def _backend(self, config: object) -> str:
+        return "auto"  # as in vLLM, where --linear-backend does not reach LM heads
+
+
+class IgnoredLMHeadMethod(UnquantizedEmbeddingMethod):  # type: ignore[misc]  # vLLM is untyped
+    """An LM head left in BF16. If it is tied, the embedding decides how their one matrix is held."""
+
+    twin: "weakref.ref[torch.nn.Module] | None" = None  # the embedding, if both are stored
+
+    def tie_weights(self, layer: torch.nn.Module, embed_tokens: torch.nn.Module) -> torch.nn.Module:
+        if self.twin is not None:
+            # vLLM offers to share the parameter of an equal copy. An update that makes them differ would end in both.
+            return layer
+        logger.info("dfloat11: ignore: the LM head is the embedding, and is held as that is")
+        return embed_tokens

@@ -1,0 +1,65 @@
+"""Which linear layers form a transformer block that is decoded in one launch."""
+
+import re
+from collections import defaultdict
+from typing import Any
+
+import torch
+
+from vllm_dfloat.codec.layout import TILE_WEIGHTS
+from vllm_dfloat.device import groups
+from vllm_dfloat.device.scratch import scratch
+from vllm_dfloat.integration.layers import method as packed
+from vllm_dfloat.integration.layers.linear import DFloat11LinearMethod
+
+# "model.layers.3.mlp.down_proj" belongs to "model.layers.3"; a layer whose name has no number to no block.
+BLOCK_NAME = re.compile(r"(.*\.|)\d+(?=\.)")
+
+
+def group_blocks(model: torch.nn.Module) -> None:
+    """Let the compressed linear layers of each transformer block be decoded together, where that was asked for.
+
+    Called once the whole model is loaded. Blocks of one layer, or of more than a launch takes, are left as they are.
+    """
+    found: dict[str, list[Any]] = defaultdict(list)
+    for name, layer in model.named_modules():
+        match = BLOCK_NAME.match(name)
+        if match and _can_be_grouped(layer):
+            found[match.group()].append(layer)
+    for layers in found.values():
+        if _is_wanted(layers):
+            _group(layers)
+
+
+def _can_be_grouped(layer: Any) -> bool:
+    method = getattr(layer, "quant_method", None)
+    weight = packed.packed_of(layer)
+    return (
+        isinstance(method, DFloat11LinearMethod)
+        and method.layout == "packed"
+        and weight is not None
+        and weight.rows * weight.cols > 0
+    )
+
+
+def _is_wanted(layers: list[Any]) -> bool:
+    if not 2 <= len(layers) <= groups.MAX_MEMBERS:
+        return False
+    granularity = layers[0].quant_method.granularity
+    if granularity != "auto":
+        return bool(granularity == "block")
+    numel = sum(layer.quant_method.rows * layer.quant_method.cols for layer in layers)
+    return bool(numel <= groups.max_numel(layers[0].weight.device))
+
+
+def _group(layers: list[Any]) -> None:
+    device = layers[0].weight.device
+    shapes = [(layer.quant_method.rows, layer.quant_method.cols) for layer in layers]
+    starts = groups.first_tiles(shapes)
+    table = groups.block_table([layer.dfloat11_desc for layer in layers], shapes)
+    for layer, start in zip(layers, starts, strict=False):
+        layer.__dict__[packed.BLOCK] = table  # no buffer, which strangers could write
+        layer.quant_method.place_in_block = start, starts[-1]
+        layer.quant_method.block_table = table.cpu()
+    scratch.require(device, starts[-1] * TILE_WEIGHTS)
+    layers[0].quant_method.reserve_scratch(device)

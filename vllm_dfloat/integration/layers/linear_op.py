@@ -1,0 +1,169 @@
+"""The op `vllm_dfloat::linear`: decode a weight into the scratch and run on it the GEMM that BF16 vLLM would run.
+
+One opaque op, because a decode op of its own would be hoisted: Inductor would decode all layers of a block before the
+first GEMM. By choice it decodes a whole transformer block for the first of its layers, or multiplies a small batch
+straight from the packed weight.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import torch
+
+from vllm_dfloat.codec.layout import TILE_WEIGHTS
+from vllm_dfloat.device import fused, groups, ops
+from vllm_dfloat.device.scratch import scratch
+from vllm_dfloat.integration.layers.layouts import BY_NAME
+from vllm_dfloat.integration.seam import compat
+
+# Names of GEMMs beside the values of vLLM's --linear-backend.
+BATCH_INVARIANT = "batch_invariant"
+PLAIN = "plain"
+
+Gemm = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+
+
+@functools.cache
+def find_gemm(name: str) -> Gemm:
+    """Return the function (x, weight, bias) that BF16 vLLM calls under this name on this platform."""
+    from vllm.platforms import current_platform
+
+    if name == PLAIN:
+        return torch.nn.functional.linear
+    if name == BATCH_INVARIANT:
+        return compat.batch_invariant_gemm()
+    if current_platform.is_cpu():
+        return _cpu_gemm
+    gemm = compat.unquantized_gemm(name)
+    return lambda x, weight, bias: gemm(None, x, weight, bias)
+
+
+def is_traced_as_matmul(name: str) -> bool:
+    """Return whether torch.compile sees BF16 vLLM's GEMM of this name as a matmul, and may rewrite it."""
+    if name == BATCH_INVARIANT:
+        return False
+    return name == PLAIN or compat.is_plain_gemm(compat.unquantized_gemm(name))
+
+
+def _cpu_gemm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Do what BF16 vLLM does on a CPU: pack the weight for oneDNN or sgl, then multiply; other kernels, other bits."""
+    # A bias of its own for the packing: 0.28 takes it from the layer, later versions change the layer's.
+    layer = _packed_for_cpu(weight, None if bias is None else bias.detach())
+    return layer.cpu_linear(x, weight, layer.bias)  # type: ignore[no-any-return]
+
+
+def _packed_for_cpu(weight: torch.Tensor, bias: torch.Tensor | None) -> SimpleNamespace:
+    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+
+    layer = SimpleNamespace(weight=weight, bias=bias, cpu_linear=None)
+    dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
+    return layer
+
+
+def settle_bias(layer: torch.nn.Module) -> None:
+    """Bring a loaded layer's bias into the form that the platform's GEMM wants, as BF16 vLLM does after loading."""
+    from vllm.platforms import current_platform
+
+    bias = getattr(layer, "bias", None)
+    if current_platform.is_cpu() and bias is not None:
+        # One of its kernels wants, and makes it, float32.
+        _packed_for_cpu(layer.get_parameter("weight").data, bias)
+
+
+def linear(
+    x: torch.Tensor,
+    desc: torch.Tensor,
+    bias: torch.Tensor | None,
+    rows: int,
+    cols: int,
+    gemm: str,
+    layout: str,
+    fused_rows: int,
+    block: torch.Tensor | None,
+    first_tile: int,
+    block_tiles: int,
+) -> torch.Tensor:
+    """Return x @ weight.T + bias for the weight [rows, cols] that `desc` describes.
+
+    Waits for nothing and allocates nothing but the result, once the scratch is reserved.
+
+    Args:
+        gemm: name of the GEMM, for `find_gemm`.
+        layout: how the weight is held, a name in layouts.py.
+        fused_rows: up to this many rows of x are multiplied without decoding the weight.
+        block: table of the transformer block that is decoded as a whole (blocks.py), or None.
+        first_tile, block_tiles: where the weight lies in the decoded block, and the size of all, in tiles.
+    """
+    lane = compat.lane(x.device)
+    if 0 < x.numel() <= fused_rows * cols:
+        memory = scratch.take(x.device, ops.padded_numel(rows, cols), lane)
+        y = fused.launch_matmul(x.reshape(-1, cols), desc, rows, cols, bias, memory)
+        return y.view(*x.shape[:-1], rows)
+    if block is None:
+        out, status = scratch.take(x.device, ops.padded_numel(rows, cols), lane)
+        BY_NAME[layout].decode(desc, rows, cols, out, status)
+    else:
+        numel = block_tiles * TILE_WEIGHTS
+        (out, status), is_stale = scratch.take_for_block(
+            x.device, numel, block.data_ptr(), first_tile, lane
+        )
+        if is_stale:
+            groups.launch_decode_block(block, block_tiles, out, status)
+        out = out[first_tile * TILE_WEIGHTS :]
+    return find_gemm(gemm)(x, out[: rows * cols].view(rows, cols), bias)
+
+
+_compiled: set[tuple[object, ...]] = set()
+
+
+def compile_fused(packed: ops.PackedWeight | None, bias: torch.Tensor | None, rows: int) -> None:
+    """Compile what a layer will need for up to `rows` rows of activations, and for more, on a GPU.
+
+    vLLM's own warm-up may not come across every number of rows, and nothing compiles while requests wait.
+    """
+    if packed is None or packed.desc.device.type != "cuda":
+        return
+    device, shape = packed.desc.device, (packed.rows, packed.cols)
+    memory = scratch.take(device, ops.padded_numel(*shape))  # reserved by now
+    if rows and (device,) not in _compiled:
+        # An LM head may see few rows in the whole warm-up, and as many as a prompt has when prompt_logprobs are wanted.
+        _compiled.add((device,))
+        ops.decode(packed.desc, *shape, *memory)
+    # A layer with a bias may multiply without it: with skip_bias_add, and row-parallel ones on all ranks but the first.
+    biases = [None] if bias is None else [bias, None]
+    for num_x, given in itertools.product(fused.compiled_for(rows), biases):
+        key = (device, fused.num_segments(packed.cols), given is None, num_x)
+        if key not in _compiled:
+            _compiled.add(key)
+            x = torch.zeros(num_x, packed.cols, dtype=torch.bfloat16, device=device)
+            fused.matmul(x, packed.desc, *shape, given, memory)
+
+
+def _linear_fake(
+    x: torch.Tensor,
+    desc: torch.Tensor,
+    bias: torch.Tensor | None,
+    rows: int,
+    cols: int,
+    gemm: str,
+    layout: str,
+    fused_rows: int,
+    block: torch.Tensor | None,
+    first_tile: int,
+    block_tiles: int,
+) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], rows))
+
+
+_library = torch.library.Library("vllm_dfloat", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define(  # type: ignore[no-untyped-call]
+    "linear(Tensor x, Tensor desc, Tensor? bias, int rows, int cols, str gemm, str layout, int fused_rows, "
+    "Tensor? block, int first_tile, int block_tiles) -> Tensor"
+)
+for _key in ("CPU", "CUDA"):
+    _library.impl("linear", linear, _key)  # type: ignore[no-untyped-call]
+torch.library.register_fake("vllm_dfloat::linear", _linear_fake, lib=_library)
+
+op: Callable[..., torch.Tensor] = torch.ops.vllm_dfloat.linear.default

@@ -1,0 +1,148 @@
+"""What linear layers and embeddings have in common: a weight that vLLM loads as BF16 and we hold compressed."""
+
+import functools
+
+import torch
+
+from vllm_dfloat.device import fused, ops
+from vllm_dfloat.device.scratch import MAIN_LANE, scratch
+from vllm_dfloat.errors import UnsupportedError
+from vllm_dfloat.integration.layers import linear_op
+from vllm_dfloat.integration.layers.layouts import BY_NAME
+from vllm_dfloat.integration.layers.placeholder import HOW, WeightPlaceholder
+from vllm_dfloat.integration.seam import arrivals, compat, layerwise
+from vllm_dfloat.integration.seam.options import Options
+
+PACKED = "dfloat11"  # the attribute of a compressed layer that holds its PackedWeight
+DESC = "dfloat11_desc"  # and the tensor that tells the ops where it lies; no parameter, which strangers could write
+BLOCK = "dfloat11_block"  # and the table of a layer that is decoded with its whole block
+PROCESSED = "_already_called_process_weights_after_loading"  # vLLM's flag; it deletes it on reload
+
+
+def packed_of(layer: torch.nn.Module) -> ops.PackedWeight | None:
+    """Return the layer's compressed weight, or None if the layer has none."""
+    return layer.__dict__.get(PACKED)
+
+
+def hold(layer: torch.nn.Module, packed: ops.PackedWeight) -> None:
+    """Let a layer hold a compressed weight, under the descriptor tensor it has had from its first one on.
+
+    Compiled graphs, captured CUDA graphs and block tables know the address of that tensor.
+    """
+    desc = layer.__dict__.setdefault(DESC, packed.desc)
+    if desc is not packed.desc:
+        packed = packed.described_in(desc)
+    layer.__dict__[PACKED] = packed
+
+
+class PackedMethod:
+    """A mixin for vLLM's quantization methods: `weight` arrives on the meta device and ends packed.
+
+    vLLM materializes the layer when its last weight has arrived, calls process_weights_after_loading and frees the
+    BF16 copy before the next layer. After the whole model is loaded it calls once more for every layer.
+    """
+
+    uses_meta_device = True
+    rows: int
+    cols: int
+
+    def __init__(self, name: str, options: Options) -> None:
+        compat.let_numba_be_scanned()
+        config = compat.current_config()
+        self.name = name
+        self.layout = options.layout
+        self.mode = options.mode
+        self.granularity = options.granularity
+        self.fused_rows = 0
+        self.placeholder: WeightPlaceholder | None = None
+        self.place_in_block = 0, 0  # first tile, tiles of the whole block
+        self.block_table: torch.Tensor | None = None  # of the block, on the host
+        self.gemm = (
+            linear_op.BATCH_INVARIANT if compat.is_batch_invariant() else self._backend(config)
+        )
+        self.lanes = compat.lanes(config)
+        load_config = getattr(config, "load_config", None)
+        self.makes_up_weights = getattr(load_config, "load_format", None) == "dummy"
+
+    def _backend(self, config: object) -> str:
+        return compat.linear_backend(config)
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        if getattr(layer, PROCESSED, False):
+            self._finish(layer)
+            return
+        weight = layer.get_parameter("weight").data
+        is_update = self.placeholder is not None
+        if (is_update or not self.makes_up_weights) and not layerwise.keeps_rest(layer):
+            arrivals.check_weight(layer, self.name)
+        if getattr(layer, "_cpu_skip_gemm_dispatch", False):  # vLLM's wish for MLA's kv_b_proj
+            self.gemm = linear_op.PLAIN
+        else:
+            linear_op.settle_bias(layer)
+        packed = BY_NAME[self.layout].pack(weight, self.name)
+        del weight
+        self._replace_weight(layer, packed)
+
+    def _replace_weight(self, layer: torch.nn.Module, packed: ops.PackedWeight) -> None:
+        device = layer.get_parameter("weight").device
+        del layer.weight
+        hold(layer, packed)
+        self._put_placeholder(layer, device)
+        scratch.require(device, ops.padded_numel(self.rows, self.cols))
+
+    def _put_placeholder(self, layer: torch.nn.Module, device: torch.device) -> None:
+        if self.placeholder is None:
+            decode = functools.partial(self.dequantize_weight, layer)
+            self.placeholder = WeightPlaceholder(self.name, self.rows, self.cols, device, decode)
+        layer.register_parameter("weight", self.placeholder)
+        if self.block_table is not None:  # sleep level 2 takes what lies on a GPU
+            layer.__dict__[BLOCK].copy_(self.block_table)
+        layer.__dict__[PROCESSED] = True
+
+    def _finish(self, layer: torch.nn.Module) -> None:
+        # Now all layers are known; later vLLM measures what is left for the KV cache.
+        device = layer.get_parameter("weight").device
+        self.reserve_scratch(device)
+        if (
+            self.mode == "fused" and self.gemm != linear_op.PLAIN
+        ):  # PLAIN: the result must be the weight itself
+            self.fused_rows = fused.max_rows(device, self.cols)
+            bias = getattr(layer, "bias", None)
+            linear_op.compile_fused(packed_of(layer), bias, self.fused_rows)
+
+    def reserve_scratch(self, device: torch.device) -> None:
+        """Allocate the buffers of all lanes for the largest layer or block noted."""
+        scratch.reserve(device, self.lanes if device.type == "cuda" else (MAIN_LANE,))
+
+    def multiply(
+        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return x @ weight.T + bias."""
+        self.check_in_place(layer)
+        return linear_op.op(
+            x, layer.dfloat11_desc, bias, self.rows, self.cols, self.gemm, self.layout,
+            self.fused_rows, getattr(layer, BLOCK, None), *self.place_in_block,
+        )  # fmt: skip
+
+    def check_in_place(self, layer: torch.nn.Module) -> None:
+        """Check that nobody has put another weight in the placeholder's place; compiled code does not look.
+
+        Raises:
+            UnsupportedError: somebody has, or vLLM is about to, in the middle of an update.
+        """
+        if torch.compiler.is_compiling():
+            return
+        weight = layer._parameters.get("weight")
+        if weight is not self.placeholder:
+            what = "is being updated" if weight is not None and weight.is_meta else "was replaced"
+            raise UnsupportedError(
+                f"{self.name}: its weight {what} from outside, which has no effect on the compressed one; expected "
+                f"{self.placeholder}. Finish the update, or put that back. {HOW}"
+            )
+
+    def dequantize_weight(self, layer: torch.nn.Module) -> torch.Tensor:
+        """Return the BF16 weight, for vLLM's callers that must see it."""
+        packed = packed_of(layer)
+        if packed is None:
+            raise UnsupportedError(f"{self.name}: its weights have not been loaded yet.")
+        return BY_NAME[self.layout].unpack(packed)

@@ -1,0 +1,64 @@
+"""An LM head that a checkpoint stores although its config ties it to the embedding.
+
+vLLM then takes the two apart, and makes one of them again if they turn out equal, but only where both are unquantized.
+Compressed ones stay two layers that share one payload, so that an update which makes them differ is served as it is.
+"""
+
+import dataclasses
+import weakref
+from typing import Any
+
+import torch
+
+from vllm_dfloat.device import ops
+from vllm_dfloat.integration.layers.method import packed_of
+from vllm_dfloat.integration.seam import layer_kinds
+from vllm_dfloat.integration.seam.names import logger
+
+
+def prepare(model: torch.nn.Module, vllm_config: Any, model_config: Any) -> None:
+    """Before weights arrive: tell embedding and LM head of each other, if vLLM took them apart, and of a target's."""
+    layers: list[Any] = [layer for layer in model.modules() if layer_kinds.is_vocabulary(layer)]
+    for layer in layers:
+        if hasattr(layer.quant_method, "may_be_empty"):
+            given = layer_kinds.may_be_the_targets(layer, vllm_config, model_config)
+            layer.quant_method.may_be_empty = given
+    if not layer_kinds.is_untied_by_checkpoint(model_config):
+        return
+    heads = [layer for layer in layers if layer_kinds.is_lm_head(layer)]
+    embeddings = [layer for layer in layers if not layer_kinds.is_lm_head(layer)]
+    if len(heads) == len(embeddings) == 1:  # as vLLM; a model with more, such as MTP, is left alone
+        for layer, twin in ((heads[0], embeddings[0]), (embeddings[0], heads[0])):
+            if hasattr(layer.quant_method, "twin"):
+                layer.quant_method.twin = weakref.ref(twin)
+
+
+def shared(packed: ops.PackedWeight, twin: torch.nn.Module | None) -> ops.PackedWeight:
+    """Return the same weight, on the payload of `twin` if that holds the same bits. Payloads are never written to."""
+    other = packed_of(twin) if twin is not None else None
+    if other is None or not _is_same(packed, other):
+        return packed
+    return dataclasses.replace(other, name=packed.name).described_in(packed.desc)
+
+
+def _is_same(left: ops.PackedWeight, right: ops.PackedWeight) -> bool:
+    facts = [
+        (type(w), w.rows, w.cols, w.fields, w.checksum, w.payload.shape) for w in (left, right)
+    ]
+    return facts[0] == facts[1] and torch.equal(left.payload, right.payload)
+
+
+def warn_if_different(model: torch.nn.Module, model_config: Any) -> None:
+    """After loading: say, as vLLM does, that an LM head is used though config.json says that it is the embedding."""
+    for name, layer in model.named_modules():
+        twin = getattr(getattr(layer, "quant_method", None), "twin", None)
+        if twin is None or not layer_kinds.is_lm_head(layer):
+            continue
+        head, embedding = packed_of(layer), packed_of(twin())
+        if head and embedding and head.payload is not embedding.payload:
+            logger.warning(
+                "dfloat11: config.json of %s says that the LM head is the embedding, but the checkpoint has another "
+                "%s, which is used. Set tie_word_embeddings to false to silence this.",
+                model_config.model,
+                name,
+            )

@@ -1,0 +1,73 @@
+"""A check of a live server: are the compressed weights in memory still those that were made?
+
+    llm.collective_rpc("check_dfloat11_weights")        # one report per rank
+
+A forward pass compares no checksum, so a bit that flips in a payload while serving changes answers in silence. This
+finds it. It reads all payloads once; requests wait meanwhile.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from vllm_dfloat.device.ops import PackedWeight
+from vllm_dfloat.errors import FormatError
+from vllm_dfloat.integration.layers.method import packed_of
+from vllm_dfloat.integration.seam import compat
+
+METHOD_NAME = "check_dfloat11_weights"
+
+
+def install() -> None:
+    """Give the method to vLLM's workers, where `collective_rpc` looks it up. A second call changes nothing."""
+    setattr(compat.worker_class(), METHOD_NAME, check_worker)
+
+
+def check_worker(worker: Any) -> dict[str, Any]:
+    """Compare every compressed weight of a rank, its draft model's too, with its checksum and descriptor.
+
+    Returns:
+        Plain data: `rank`; `tensors` and `bytes` that were compared; `damaged`, a sentence for each tensor that is not
+        as it was made, with its name; `not_compared`, the bytes of parameters held as BF16, which have no checksum:
+        trainers may write to them.
+    """
+    report: dict[str, Any] = {"rank": int(getattr(worker, "rank", 0)), "tensors": 0, "bytes": 0}
+    report |= {"damaged": [], "not_compared": 0}
+    seen: set[int] = set()
+    for model in compat.models_of(worker):
+        for weight in _weights_of(model, seen):
+            report["tensors"] += 1
+            report["bytes"] += weight.num_bytes
+            report["damaged"] += _damage(weight)
+        report["not_compared"] += _plain_bytes(model, seen)
+    return report
+
+
+def _weights_of(model: torch.nn.Module, seen: set[int]) -> Iterator[PackedWeight]:
+    """Yield the compressed weights of a model that are not in `seen`, tied ones once."""
+    for layer in model.modules():
+        weight = packed_of(layer)
+        if weight is not None and id(weight) not in seen:
+            seen.add(id(weight))
+            yield weight
+
+
+def _damage(weight: PackedWeight) -> list[str]:
+    try:
+        weight.check_descriptor()
+        weight.check_payload()
+    except FormatError as error:
+        return [str(error)]
+    return []
+
+
+def _plain_bytes(model: torch.nn.Module, seen: set[int]) -> int:
+    total = 0
+    for layer in model.modules():
+        for name, parameter in layer.named_parameters(recurse=False):
+            is_ours = name == "weight" and packed_of(layer) is not None
+            if not is_ours and id(parameter) not in seen:
+                seen.add(id(parameter))
+                total += parameter.nbytes
+    return total

@@ -1,0 +1,202 @@
+"""Model loaders: vLLM's own, which also read official DFloat11 checkpoints and report what was compressed."""
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm.model_executor import model_loader
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
+
+from vllm_dfloat.checkpoint.folder import is_dfloat11
+from vllm_dfloat.checkpoint.plain_model import each_once, repeated
+from vllm_dfloat.errors import DFloatError, UnsupportedError
+from vllm_dfloat.integration.seam import compat, layer_kinds
+from vllm_dfloat.integration.seam.arrivals import EXPECTED, Arrivals
+from vllm_dfloat.integration.seam.names import METHOD
+from vllm_dfloat.integration.updating.rehearsal import StoredWeights
+from vllm_dfloat.storage.read_ahead import read_ahead
+from vllm_dfloat.storage.safetensors_read import StoredTensor, read_header
+
+Weights = Iterator[tuple[str, torch.Tensor]]
+
+
+def install() -> None:
+    """Put our loaders where vLLM looks them up by load format. A second call changes nothing.
+
+    vLLM's register_model_loader would do the same, with two lines of log per format.
+    """
+    ours = {DefaultModelLoader: DFloat11ModelLoader, DummyModelLoader: DFloat11DummyLoader}
+    formats = model_loader._LOAD_FORMAT_TO_MODEL_LOADER
+    for load_format, loader in list(formats.items()):
+        formats[load_format] = ours.get(loader, loader)
+
+
+def reads_official(load_format: str) -> bool:
+    """Return whether official checkpoints can be read with this --load-format."""
+    loader = model_loader._LOAD_FORMAT_TO_MODEL_LOADER.get(load_format)
+    return loader in (DFloat11ModelLoader, DFloat11DummyLoader)
+
+
+class _Reporting:
+    """A mixin for vLLM's loaders: after loading, say what was compressed."""
+
+    _vllm_config: Any = None
+
+    def load_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> torch.nn.Module:
+        self._vllm_config = vllm_config
+        model: torch.nn.Module = super().load_model(  # type: ignore[misc]  # the loader beside this mixin
+            vllm_config=vllm_config, model_config=model_config, prefix=prefix
+        )
+        if model_config.quantization == METHOD:
+            from vllm_dfloat.integration.layers import grouping, tying
+            from vllm_dfloat.integration.loading import live_check, report
+            from vllm_dfloat.integration.updating import update, worker
+
+            live_check.install()
+            grouping.group_blocks(model)
+            tying.warn_if_different(model, model_config)
+            report.log_summary(model)
+            update.keep(model, vllm_config, model_config)
+            worker.install()
+            if not layer_kinds.is_draft(
+                model_config
+            ):  # whose layers the same options need not mean
+                num_stages = vllm_config.parallel_config.pipeline_parallel_size
+                vllm_config.quant_config.log_unused_ignore(num_stages)
+        return model
+
+
+class DFloat11DummyLoader(_Reporting, DummyModelLoader):  # type: ignore[misc]  # vLLM is untyped
+    """Made-up weights, compressed like real ones."""
+
+
+class DFloat11ModelLoader(_Reporting, DefaultModelLoader):  # type: ignore[misc]  # vLLM is untyped
+    """Hands (name, BF16 tensor) pairs to vLLM's weight loaders, whatever the checkpoint holds, and misses none."""
+
+    enable_weights_track: bool | None
+    _arrivals: Arrivals | None = None
+
+    def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
+        if model_config.quantization != METHOD:
+            return super().load_weights(model, model_config)  # type: ignore[no-any-return]
+        if self.enable_weights_track is None:  # by the user
+            self.enable_weights_track = True  # vLLM does so for unquantized models only
+        from vllm_dfloat.integration.layers import tying
+
+        tying.prepare(model, self._vllm_config, model_config)
+        self._arrivals, self._model_config = Arrivals(model), model_config
+        try:
+            with self._arrivals:
+                super().load_weights(model, model_config)
+        finally:
+            self._arrivals = None
+
+    def track_weights_loading(
+        self, model: torch.nn.Module, loaded_weights: set[str] | None, **version: Any
+    ) -> None:
+        """Refuse what BF16 vLLM refuses, and whatever else never arrived.
+
+        Raises:
+            UnsupportedError: names of the missing weights.
+        """
+        if self._arrivals is None:
+            return super().track_weights_loading(model, loaded_weights, **version)  # type: ignore[no-any-return]
+        where = str(self._model_config.model)
+        try:
+            super().track_weights_loading(model, loaded_weights)  # as for an unquantized model
+        except ValueError as error:
+            raise UnsupportedError(f"{where}: {error}. {EXPECTED}") from error
+        configs = self._vllm_config, self._model_config
+        self._arrivals.check(
+            model, where, lambda layer: layer_kinds.may_be_the_targets(layer, *configs)
+        )
+
+    def get_all_weights(self, model_config: Any, model: torch.nn.Module) -> Weights:
+        if model_config.quantization != METHOD:
+            return super().get_all_weights(model_config, model)  # type: ignore[no-any-return]
+        # Asked of the files, not of model_config: vLLM reloads from other folders too. vLLM's own choice of files is
+        # no guide to a DFloat11 folder, in which an index is that of the original.
+        folder = Path(model_config.model)
+        if not folder.is_dir():
+            folder, _ = compat.checkpoint_files(self, model_config, model)
+        if is_dfloat11(folder):
+            self.counter_before_loading_weights = time.perf_counter()  # for vLLM's log
+            pairs = official_weights(folder, model_config.hf_config, model)
+            # Of other files beside it, or of other models, as vLLM reads them; of their tensors no header is read.
+            others = [
+                self._get_weights_iterator(s) for s in getattr(model, "secondary_weights", ())
+            ]
+            if others:
+                return StoredWeights(chain(pairs, *others), str(folder), ())
+            return pairs
+        stored = stored_in(compat.checkpoint_files(self, model_config, model)[1])
+        is_all_read = compat.reads_all_files(self, model)
+        # A layer counts what arrives for it, so nothing may arrive twice.
+        pairs = each_once(super().get_all_weights(model_config, model), repeated(stored))
+        if compat.reads_lazily(self.load_config):
+            pairs = read_ahead(pairs, wanted(stored, model))
+        shapes = list({tensor.name: tensor.shape for tensor in stored if is_all_read}.items())
+        return StoredWeights(biases_after_weights(pairs), str(model_config.model), shapes)
+
+
+def official_weights(folder: Path, hf_config: Any, model: torch.nn.Module) -> Weights:
+    """Return the weights of an official checkpoint; each is decoded, on the model's device, where vLLM copies it to.
+
+    Their shapes come from the model that config.json describes; where it describes none, from `hf_config`.
+    """
+    from vllm_dfloat.checkpoint.reader import open_checkpoint
+    from vllm_dfloat.checkpoint.shapes import module_shapes
+    from vllm_dfloat.checkpoint.weights import lazy_weights, plan, spans
+    from vllm_dfloat.device.ops import uses_triton
+    from vllm_dfloat.device.unit_decode import decode_unit
+
+    checkpoint = open_checkpoint(folder)
+    shapes = module_shapes(folder if "model_type" in checkpoint.config else hf_config)
+    device = compat.model_device()
+    on_device = lambda unit, *weights: decode_unit(unit, device, *weights)  # noqa: E731
+    decode = on_device if uses_triton(device) else None
+    pairs = lazy_weights(checkpoint, shapes, decode=decode)
+    items = plan(checkpoint, shapes)
+    return StoredWeights(
+        read_ahead(pairs, wanted(spans(items), model)),
+        str(folder),
+        [(item.name, item.shape) for item in items],
+    )
+
+
+def wanted(tensors: Iterable[StoredTensor], model: torch.nn.Module) -> list[StoredTensor]:
+    """Return the tensors without those of layers that another pipeline stage has."""
+    return [tensor for tensor in tensors if not compat.is_elsewhere(tensor.name, model)]
+
+
+def stored_in(files: Sequence[Path]) -> list[StoredTensor]:
+    """Return the tensors of safetensors files in the order in which vLLM reads them; none if that is not known."""
+    try:
+        return [tensor for file in files for tensor in read_header(file).values()]
+    except DFloatError:
+        return []  # vLLM itself says what is wrong, or knows a dtype that we do not
+
+
+def biases_after_weights(pairs: Iterable[tuple[str, torch.Tensor]]) -> Weights:
+    """Yield the same pairs, each bias after the weight of its layer.
+
+    vLLM counts a layer's elements from its first weight on. A bias that came before would be missed, and the layer
+    would wait, uncompressed, for the end of the checkpoint.
+    """
+    waiting: dict[str, torch.Tensor] = {}
+    seen: set[str] = set()
+    for name, tensor in pairs:
+        layer, _, kind = name.rpartition(".")
+        if kind == "bias" and layer not in seen:
+            waiting[layer] = tensor
+            continue
+        yield name, tensor
+        if kind == "weight":
+            seen.add(layer)
+            if layer in waiting:
+                yield f"{layer}.bias", waiting.pop(layer)
+    yield from ((f"{layer}.bias", tensor) for layer, tensor in waiting.items())

@@ -1,0 +1,114 @@
+"""The line that says, after loading, what compression gave."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vllm_dfloat.device.scratch import scratch
+from vllm_dfloat.integration.layers.method import packed_of
+from vllm_dfloat.integration.layers.placeholder import WeightPlaceholder
+from vllm_dfloat.integration.seam.names import logger
+from vllm_dfloat.integration.seam.options import Options
+
+GIB = 1 << 30
+DEFAULT_LAYOUT = Options().layout
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What one rank's model holds.
+
+    Attributes:
+        num_layers: linear and embedding layers, ignored ones included.
+        num_compressed: how many of them are held compressed.
+        layout: how, a name in layouts.py.
+        is_fused: whether mode "fused" was asked for.
+        fused_rows: of the layers that use it, up to how many rows of activations.
+        raw_names: layers that coding would not have made smaller, held as BF16.
+        weights, packed_bytes: of the compressed layers.
+        bf16_bytes: all parameters as BF16 vLLM would hold them.
+        held_bytes: all parameters as held now.
+        scratch_bytes: the buffer that layers are decoded into.
+    """
+
+    num_layers: int
+    num_compressed: int
+    layout: str
+    is_fused: bool
+    fused_rows: tuple[int, ...]
+    raw_names: tuple[str, ...]
+    weights: int
+    packed_bytes: int
+    bf16_bytes: int
+    held_bytes: int
+    scratch_bytes: int
+
+    @property
+    def freed_bytes(self) -> int:
+        """Memory left over for the KV cache; 0 for a model so small that the scratch outweighs the gain."""
+        return max(0, self.bf16_bytes - self.held_bytes - self.scratch_bytes)
+
+    def __str__(self) -> str:
+        layout = "" if self.layout == DEFAULT_LAYOUT else f" in the {self.layout} layout"
+        bits = 8 * self.packed_bytes / self.weights if self.weights else 16.0
+        return (
+            f"compressed {self.num_compressed} of {self.num_layers} layers{layout}, {bits:.3f} bits per weight, "
+            f"{self.bf16_bytes / GIB:.3f} GiB in BF16 -> {self.held_bytes / GIB:.3f} GiB, "
+            f"{self.freed_bytes / GIB:.3f} GiB freed for the KV cache "
+            f"({self.bf16_bytes} -> {self.held_bytes} bytes)"
+        )
+
+
+def summarize(model: torch.nn.Module) -> Summary:
+    """Return what a loaded model holds. Tied layers count once, and so does the matrix of two equal ones."""
+    layers: list[Any] = [module for module in model.modules() if is_weight_layer(module)]
+    of_layers = [w for layer in layers if (w := packed_of(layer)) is not None]
+    held = list({id(weight.payload): weight for weight in of_layers}.values())
+    methods = [layer.quant_method for layer in layers if packed_of(layer) is not None]
+    layouts = {method.layout for method in methods}
+    packed = [weight for weight in held if not weight.is_raw]
+    plain_bytes = sum(
+        parameter.nbytes
+        for parameter in model.parameters()
+        if not isinstance(parameter, WeightPlaceholder)  # which has the size of the BF16 weight
+    )
+    devices = {weight.payload.device for weight in held}
+    return Summary(
+        num_layers=len(layers),
+        num_compressed=sum(not weight.is_raw for weight in of_layers),
+        layout=layouts.pop() if layouts else DEFAULT_LAYOUT,
+        is_fused=any(method.mode == "fused" for method in methods),
+        fused_rows=tuple(method.fused_rows for method in methods if method.fused_rows),
+        raw_names=tuple(weight.name for weight in of_layers if weight.is_raw),
+        weights=sum(weight.rows * weight.cols for weight in packed),
+        packed_bytes=sum(weight.num_bytes for weight in packed),
+        bf16_bytes=plain_bytes + sum(2 * w.rows * w.cols for w in held),
+        held_bytes=plain_bytes
+        + sum(weight.payload.nbytes for weight in held)
+        + sum(weight.desc.nbytes for weight in of_layers),
+        scratch_bytes=sum(scratch.num_bytes(device) for device in devices),
+    )
+
+
+def is_weight_layer(module: torch.nn.Module) -> bool:
+    """Return whether the module is of a kind that can be compressed."""
+    from vllm.model_executor.layers.linear import LinearBase
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    return isinstance(module, LinearBase | VocabParallelEmbedding)
+
+
+def log_summary(model: torch.nn.Module) -> None:
+    """Log what was compressed, one line per rank, and a line naming layers that would not shrink, if any."""
+    summary = summarize(model)
+    logger.info("dfloat11: %s", summary)
+    if summary.is_fused:
+        logger.info(
+            "dfloat11: fused for up to %d rows of activations in %d of %d layers",
+            max(summary.fused_rows, default=0),
+            len(summary.fused_rows),
+            summary.num_layers,
+        )
+    if summary.raw_names:
+        logger.info("dfloat11: held as BF16, would not shrink: %s", ", ".join(summary.raw_names))

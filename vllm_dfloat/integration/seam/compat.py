@@ -1,0 +1,362 @@
+"""Everything that differs between the supported vLLM versions, and every private name of vLLM that we need."""
+
+import inspect
+import re
+import sys
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_dfloat.device.scratch import MAIN_LANE
+from vllm_dfloat.integration.seam.names import logger
+
+OLDEST = (0, 28)
+NEWEST_EXCLUDED = (0, 34)
+
+
+def warn_if_untested_version() -> None:
+    """Log one line if this vLLM is outside the range that the plugin was tested with."""
+    import vllm
+    from packaging.version import InvalidVersion, Version
+
+    try:
+        release = Version(vllm.__version__).release[:2]
+    except InvalidVersion:
+        release = (0, 0)
+    if not OLDEST <= release < NEWEST_EXCLUDED:
+        logger.warning(
+            "dfloat11: vLLM %s is outside the tested range >=%d.%d,<%d.%d",
+            vllm.__version__,
+            *OLDEST,
+            *NEWEST_EXCLUDED,
+        )
+
+
+def let_numba_be_scanned() -> None:
+    """Spare the next engine in this process a crash that numba, once imported, causes in vLLM's CPU worker.
+
+    The worker (0.32) calls vars() on every attribute of every module. llvmlite's library handle answers any attribute
+    with a function, `__dict__` too, unless its table of functions already has an entry.
+    """
+    ffi = sys.modules.get("llvmlite.binding.ffi")
+    table = getattr(getattr(ffi, "lib", None), "_fntab", None)
+    if isinstance(table, dict):
+        table.setdefault("__dict__", {})
+
+
+def current_config() -> Any | None:
+    """Return the VllmConfig of the model under construction, if there is one."""
+    from vllm.config import get_current_vllm_config_or_none
+
+    return get_current_vllm_config_or_none()
+
+
+def as_current(config: Any) -> AbstractContextManager[Any]:
+    """Return a context in which vLLM's layers find this VllmConfig."""
+    from vllm.config import set_current_vllm_config
+
+    return set_current_vllm_config(config)  # type: ignore[no-any-return]
+
+
+def is_ignored(name: str, ignore: Iterable[str], fused: Mapping[str, list[str]]) -> bool:
+    """Return whether `ignore` covers the layer, as vLLM's online quantization would say.
+
+    Raises:
+        ValueError: it covers some parts of a fused layer, and not the others.
+    """
+    from vllm.model_executor.layers.quantization.compressed_tensors.utils import (
+        should_ignore_layer,
+    )
+
+    known = inspect.signature(should_ignore_layer).parameters
+    globs = {"use_fnmatch": True} if "use_fnmatch" in known else {}
+    return bool(should_ignore_layer(name, ignore=tuple(ignore), fused_mapping=fused, **globs))
+
+
+def touches(name: str, entry: str, fused: Mapping[str, list[str]]) -> bool:
+    """Return whether an entry of `ignore` covers the layer or, if it is a fused one, a part of it."""
+    try:
+        return is_ignored(name, [entry], fused)
+    except ValueError:  # some parts, and not the others
+        return True
+
+
+def refusal(config: Any) -> str | None:
+    """Return why a run with this VllmConfig cannot work with weights compressed while loading, or None."""
+    load_format = str(config.load_config.load_format)
+    if load_format in ("sharded_state", "runai_streamer_sharded", "tensorizer", "ipc_cache"):
+        return (
+            f"--load-format {load_format}: it restores a model's parameters as they were saved; expected a format "
+            "that reads a checkpoint. Use auto, hf or safetensors."
+        )
+    offload = getattr(config, "offload_config", None)
+    uva = getattr(offload, "uva", None) or config.cache_config
+    if getattr(uva, "cpu_offload_gb", 0) or getattr(uva, "cpu_offload_params", None):
+        return (
+            "--cpu-offload-gb: it moves parameters to the host before their weights have arrived; expected 0. "
+            "Remove it: compressed weights take about 0.68 of the memory."
+        )
+    prefetch = getattr(offload, "prefetch", None)
+    if getattr(prefetch, "offload_group_size", 0):
+        return (
+            "--offload-group-size: it moves parameters to the host before their weights have arrived; expected 0. "
+            "Remove it."
+        )
+    return None
+
+
+def linear_backend(config: Any | None) -> str:
+    """Return the user's --linear-backend; vLLM has it since 0.30."""
+    return str(getattr(getattr(config, "kernel_config", None), "linear_backend", "auto"))
+
+
+def unquantized_gemm(backend: str) -> Callable[..., torch.Tensor]:
+    """Return vLLM's GEMM (layer, x, weight, bias) for BF16 weights on this platform."""
+    from vllm.model_executor.layers.utils import dispatch_unquantized_gemm
+
+    if inspect.signature(dispatch_unquantized_gemm).parameters:
+        return dispatch_unquantized_gemm(backend)  # type: ignore[no-any-return]
+    return dispatch_unquantized_gemm()  # type: ignore[no-any-return]
+
+
+def is_compiled_for_gpu(config: Any) -> bool:
+    """Return whether Inductor will compile the model of this VllmConfig for a GPU."""
+    from vllm.platforms import current_platform
+
+    compilation = config.compilation_config
+    is_eager = int(compilation.mode or 0) == 0 or compilation.backend not in ("", "inductor")
+    return bool(current_platform.is_cuda_alike()) and not is_eager
+
+
+def inductor_times_kernels(options: Mapping[str, Any]) -> bool:
+    """Return whether Inductor with these options lets its stopwatch choose between kernels of other bits."""
+    from torch._inductor import config
+
+    if not options.get("deterministic", getattr(config, "deterministic", False)):
+        return True
+    return bool(options.get("combo_kernels") and options.get("benchmark_combo_kernel"))
+
+
+def inductor_keeps_biases(options: Mapping[str, Any]) -> bool:
+    """Return whether Inductor with these options leaves a bias in the GEMM that eager mode puts it in."""
+    from torch._inductor import config
+
+    name = "keep_addmm_fused_for_half_dtypes"
+    return bool(options.get(name, getattr(config, name, False)))
+
+
+def tunes_single_sizes() -> bool:
+    """Return whether vLLM lets Inductor tune what it compiles for one batch size."""
+    from vllm import envs
+
+    return bool(
+        envs.VLLM_ENABLE_INDUCTOR_MAX_AUTOTUNE
+        or envs.VLLM_ENABLE_INDUCTOR_COORDINATE_DESCENT_TUNING
+    )
+
+
+def is_plain_gemm(gemm: Callable[..., torch.Tensor]) -> bool:
+    """Return whether this GEMM of vLLM's for BF16 weights is F.linear, which torch.compile sees through."""
+    from vllm.model_executor.layers.utils import default_unquantized_gemm
+
+    return gemm is default_unquantized_gemm
+
+
+def batch_invariant_gemm() -> Callable[..., torch.Tensor]:
+    """Return vLLM's GEMM (x, weight, bias) under VLLM_BATCH_INVARIANT."""
+    try:
+        from vllm.model_executor.determinism.batch_invariant import linear_batch_invariant
+    except ImportError:  # before it moved
+        from vllm.model_executor.layers.batch_invariant import linear_batch_invariant
+    return linear_batch_invariant  # type: ignore[no-any-return]
+
+
+def is_batch_invariant() -> bool:
+    """Return whether BF16 vLLM would call `batch_invariant_gemm`."""
+    from vllm import envs
+    from vllm.platforms import current_platform
+
+    on_gpu = current_platform.is_cuda_alike() or current_platform.is_xpu()
+    return bool(on_gpu and envs.VLLM_BATCH_INVARIANT)
+
+
+def process_when_complete(layer: torch.nn.Module) -> None:
+    """Ask vLLM to hand the layer to process_weights_after_loading as soon as its last weight has arrived."""
+    from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
+
+    initialize_online_processing(layer)
+
+
+def model_device() -> torch.device:
+    """Return the device that vLLM runs models on in this process."""
+    from vllm.platforms import current_platform
+
+    return torch.device(current_platform.device_type)
+
+
+def lane(device: torch.device) -> Hashable:
+    """Return which of vLLM's concurrent streams of work is running: microbatch, and whether beside the main one.
+
+    Shared experts run on `aux_stream` while the routed ones run; two microbatches overlap under --enable-dbo. The
+    streams for warm-up and for graph capture never overlap, so they share.
+    """
+    if device.type != "cuda":
+        return MAIN_LANE
+    from vllm.utils.torch_utils import aux_stream
+    from vllm.v1.worker import ubatching
+
+    try:
+        ubatch = int(ubatching.dbo_current_ubatch_id())
+    except KeyError:  # microbatches run, but this thread is none of theirs
+        ubatch = 0
+    return _lane(ubatch, torch.cuda.current_stream() == aux_stream())
+
+
+def _lane(ubatch: int, is_beside: bool) -> Hashable:
+    return (ubatch, is_beside) if ubatch or is_beside else MAIN_LANE
+
+
+def lanes(config: Any | None) -> list[Hashable]:
+    """Return every value that `lane` can take with this VllmConfig."""
+    model = getattr(config, "model_config", None)
+    parallel = getattr(config, "parallel_config", None)
+    overlaps = getattr(parallel, "use_ubatching", False)
+    num_ubatches = int(getattr(parallel, "num_ubatches", 1)) if overlaps else 1
+    beside = (False, True) if getattr(model, "is_moe", False) else (False,)
+    return [_lane(ubatch, side) for ubatch in range(num_ubatches) for side in beside]
+
+
+def checkpoint_files(
+    loader: Any, model_config: Any, model: torch.nn.Module
+) -> tuple[Path, list[Path]]:
+    """Return the local folder, downloaded by vLLM if need be, and the files of weights in the order of reading."""
+    from vllm.model_executor.model_loader.weight_utils import download_weights_from_hf
+
+    wanted = {
+        "model_name_or_path": model_config.model,
+        "subfolder": None,
+        "revision": model_config.revision,
+        "fall_back_to_pt": getattr(model, "fall_back_to_pt_during_load", True),
+        "allow_patterns_overrides": getattr(model, "allow_patterns_overrides", None),
+    }
+    known = inspect.signature(loader._prepare_weights).parameters
+    folder, files, *_ = loader._prepare_weights(**{k: v for k, v in wanted.items() if k in known})
+    if not (Path(folder) / "config.json").exists() and not Path(model_config.model).exists():
+        download_dir = loader.load_config.download_dir
+        patterns = ["config.json"]
+        download_weights_from_hf(model_config.model, download_dir, patterns, model_config.revision)
+    return Path(folder), sorted(map(Path, files), key=lambda file: natural(file.name))
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """Return the key by which vLLM sorts files before it reads them: model-2 before model-10."""
+    parts = re.split(r"(\d+)", name)
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
+
+
+def reads_lazily(load_config: Any) -> bool:
+    """Return whether vLLM maps safetensors files and leaves the reading to the first touch."""
+    if str(load_config.load_format) not in ("auto", "hf", "safetensors"):
+        return False
+    if (load_config.model_loader_extra_config or {}).get("enable_multithread_load"):
+        return False
+    return getattr(load_config, "safetensors_load_strategy", None) in (None, "lazy")
+
+
+def reads_all_files(loader: Any, model: torch.nn.Module) -> bool:
+    """Return whether vLLM reads every tensor of the files of `checkpoint_files`, and of no others."""
+    filters = (
+        getattr(loader, "_encoder_only_lm_prefixes", None),
+        getattr(model, "is_unused_checkpoint_weight", None),
+        getattr(model, "secondary_weights", None),
+    )
+    return not any(filters)
+
+
+def is_elsewhere(name: str, model: torch.nn.Module) -> bool:
+    """Return whether a tensor of the checkpoint belongs to a layer of another pipeline stage."""
+    from vllm.model_executor.models.utils import is_pp_missing_parameter
+
+    return bool(is_pp_missing_parameter(name, model))
+
+
+def is_gate(layer: torch.nn.Module) -> bool:
+    """Return whether the layer is a router with GEMMs of its own, which it keeps only if unquantized."""
+    return any(cls.__name__ == "GateLinear" for cls in type(layer).__mro__)
+
+
+def worker_class() -> Any:
+    """Return the class of vLLM's workers, whose methods `collective_rpc` calls by name."""
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    return WorkerBase
+
+
+def executor_class() -> Any:
+    """Return the base of what vLLM's engine talks to its ranks through."""
+    from vllm.v1.executor.abstract import Executor
+
+    return Executor
+
+
+def models_of(worker: Any) -> list[torch.nn.Module]:
+    """Return the model of a worker, and that of its drafter, if it has one of its own."""
+    runner = worker.model_runner
+    drafter = getattr(runner, "drafter", None) or getattr(runner, "speculator", None)
+    draft = getattr(drafter, "model", None)
+    models = (
+        [worker.get_model(), draft] if isinstance(draft, torch.nn.Module) else [worker.get_model()]
+    )
+    return models
+
+
+def holds_a_matrix(layer: torch.nn.Module) -> bool:
+    """Return whether the layer is one of vLLM's linear layers, vocabulary embeddings or LM heads."""
+    from vllm.model_executor.layers.linear import LinearBase
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    return isinstance(layer, LinearBase | VocabParallelEmbedding)
+
+
+def keeps_form_of_experts(layer: Any) -> bool:
+    """Return whether the kernel of these unquantized experts takes their weights in the form of a checkpoint.
+
+    Others swap or shuffle them into tensors of the same shape.
+    """
+    backend = getattr(layer.quant_method, "unquantized_backend", None)
+    return getattr(backend, "name", "") in ("TRITON", "BATCHED_TRITON")
+
+
+def renew_cpu_kernel(experts: Any) -> None:
+    """Have vLLM's CPU kernel pack the weights that an update brings: one that exists takes them for packed already."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu() and getattr(experts.quant_method, "moe_kernel", None) is not None:
+        experts.quant_method.moe_kernel = None
+
+
+def kernel_of_experts(experts: Any) -> dict[str, Any]:
+    """Return the attributes of an experts' method that hold vLLM's kernel."""
+    names = ("moe_kernel", "moe_quant_config")
+    return {
+        name: getattr(experts.quant_method, name)
+        for name in names
+        if hasattr(experts.quant_method, name)
+    }
+
+
+def num_padding(layer: torch.nn.Module, weight: torch.Tensor) -> int:
+    """Return how many elements of a layer's weight no checkpoint has: the rows that pad a vocabulary."""
+    shard: Any = getattr(layer, "shard_indices", None)
+    return 0 if shard is None else (weight.shape[0] - shard.num_org_elements) * weight.shape[1]
+
+
+def check_loaded(model: torch.nn.Module, loaded: set[str] | None, config: Any) -> None:
+    """Raise ValueError if parameters have not been loaded that vLLM misses in an unquantized model."""
+    from vllm.model_executor.model_loader import get_model_loader
+
+    if loaded is not None:
+        get_model_loader(config.load_config).track_weights_loading(model, loaded)

@@ -1,0 +1,77 @@
+"""What a model was before its weights changed, as far as they have changed, to put it back."""
+
+from typing import Any
+
+import torch
+
+from vllm_dfloat.device.ops import PackedWeight
+from vllm_dfloat.integration.layers import method
+from vllm_dfloat.integration.layers.placeholder import WeightPlaceholder
+from vllm_dfloat.integration.seam import compat, layer_kinds, layerwise
+
+# Attributes of a module that are put back otherwise, or never change.
+_OTHERS = frozenset(
+    ["_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", method.PACKED]
+)
+
+
+class SavedWeights:
+    """Old values of what is about to be changed, on the host: a GPU has no room for two models.
+
+    On a CPU a compressed weight is kept by reference, and only while the change lasts.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        """Note what can be noted for nothing, and the small tensors that a reload writes in place."""
+        self._attributes = {layer: _attributes(layer) for layer in model.modules()}
+        self._packed: dict[torch.nn.Module, PackedWeight | None] = {}
+        self._kernels: dict[torch.nn.Module, dict[str, Any]] = {}
+        self._tensors: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        for layer in model.modules():
+            for tensor in layerwise.written_in_place(layer).values():
+                self.save_tensor(tensor)
+
+    def save_tensor(self, tensor: torch.Tensor) -> None:
+        """Keep the values of a tensor that is about to be written; the first time counts."""
+        has_values = not isinstance(tensor, WeightPlaceholder) and not tensor.is_meta
+        if has_values and id(tensor) not in self._tensors:
+            self._tensors[id(tensor)] = tensor, tensor.detach().to("cpu", copy=True)
+
+    def save_layer(self, layer: torch.nn.Module) -> None:
+        """Keep all that a layer holds, before a reload changes it; the first time counts."""
+        if layer in self._packed:
+            return
+        held = method.packed_of(layer)
+        self._packed[layer] = None if held is None else held.to("cpu")
+        if layer_kinds.is_experts(layer):
+            self._kernels[layer] = compat.kernel_of_experts(layer)
+        for tensor in layerwise.set_aside(layer).values():
+            self.save_tensor(tensor)
+
+    @torch.no_grad()
+    def put_back(self, model: torch.nn.Module, model_config: Any) -> None:
+        """Give every layer back what it held."""
+        for tensor, values in self._tensors.values():
+            tensor.data.copy_(values)
+        for layer, held in self._packed.items():
+            _set_attributes(layer, self._attributes.get(layer))
+            if held is not None:
+                method.hold(layer, held.to(layer.__dict__[method.DESC].device))
+        for experts, kernel in self._kernels.items():
+            for name, value in kernel.items():
+                setattr(experts.quant_method, name, value)
+        if self._packed:
+            layerwise.process_attention(model, model_config)
+
+
+def _attributes(layer: torch.nn.Module) -> dict[str, Any]:
+    return {name: value for name, value in layer.__dict__.items() if name not in _OTHERS}
+
+
+def _set_attributes(layer: torch.nn.Module, before: dict[str, Any] | None) -> None:
+    """Undo what processing a layer set beside its tensors: a packed copy for a CPU's kernel, flags."""
+    if before is None:
+        return
+    for name in _attributes(layer).keys() - before.keys():
+        del layer.__dict__[name]
+    layer.__dict__.update(before)

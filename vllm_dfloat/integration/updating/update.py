@@ -1,0 +1,247 @@
+"""Changes of a loaded model's weights: each takes effect as a whole, or not at all.
+
+BF16 vLLM that fails in the middle of a reload is left with layers without memory. Here the engine goes on with the
+weights that it had, and the caller gets a sentence.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from vllm_dfloat.errors import DFloatError, FormatError, UnsupportedError
+from vllm_dfloat.integration.layers import method
+from vllm_dfloat.integration.seam import compat, layer_kinds, layerwise, loader_calls
+from vllm_dfloat.integration.seam.incoming import AS_BEFORE, Incoming
+from vllm_dfloat.integration.seam.names import logger
+from vllm_dfloat.integration.updating import guards
+from vllm_dfloat.integration.updating.rehearsal import (
+    StoredWeights,
+    needs_data,
+    rehearse,
+    what_is_short,
+)
+from vllm_dfloat.integration.updating.saved import SavedWeights
+
+Pairs = Iterable[tuple[str, torch.Tensor]]
+LoadWeights = Callable[..., Any]
+
+_COPY = torch.Tensor.copy_  # vLLM's sparse patches put another one in its place
+
+
+class Updates:
+    """All changes of one model's weights, one after the other.
+
+    Attributes:
+        model: a loaded model with compressed layers.
+        counts: a checkpoint is being compared with the model, and nothing is loaded.
+        fills_in: the current update was given parts of layers; the rest of these layers keeps its values.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, load_weights: LoadWeights, vllm_config: Any, model_config: Any
+    ) -> None:
+        self.model = model
+        self.counts = False
+        self.fills_in = False
+        self._load_weights = load_weights
+        self._vllm_config, self._model_config = vllm_config, model_config
+        self._saved: SavedWeights | None = None
+        self._names: set[str] = set()
+        self._is_partial = self._keeps_rest = False
+        self._depth = 0
+
+    # What vLLM's layerwise reload tells us.
+
+    def begins(self) -> None:
+        self._saved = SavedWeights(self.model)
+        self._names = set()
+        self.counts = self.fills_in = False
+
+    def changes(self, layer: torch.nn.Module) -> None:
+        if self._saved is not None:
+            self._saved.save_layer(layer)
+
+    def is_about_to_load(self, layer: torch.nn.Module) -> None:
+        found, expected = layerwise.arrived(layer)
+        short = what_is_short(layer, self._name_of(layer)) if found < expected else ""
+        is_matrix = layer_kinds.is_experts(layer) or compat.holds_a_matrix(layer)
+        self._is_partial = bool(short) if layer_kinds.is_experts(layer) else found < expected
+        self._keeps_rest = self.fills_in or not is_matrix
+        if short and not self.fills_in:
+            raise UnsupportedError(
+                f"{short}; expected all, or none. {AS_BEFORE} "
+                "Give all tensors of the layer to the same update, or to load_weights, which may be given parts."
+            )
+
+    def materialized(self, layer: torch.nn.Module) -> None:
+        if self._is_partial and self._keeps_rest:
+            _fill_in(layer, needs_all=self.fills_in)
+        if layer_kinds.is_experts(layer):
+            compat.renew_cpu_kernel(layer)
+
+    def _name_of(self, layer: torch.nn.Module) -> str:
+        names = [name for name, module in self.model.named_modules() if module is layer]
+        return names[0] if names else type(layer).__name__
+
+    @contextmanager
+    def finishing(self) -> Iterator[None]:
+        with self.undone_on_error():
+            yield
+
+    # What callers do.
+
+    @contextmanager
+    def undone_on_error(self) -> Iterator[None]:
+        """Undo the current update if what is enclosed fails. Of nested ones the outermost makes an update final."""
+        self._depth += 1
+        try:
+            yield
+        except BaseException:
+            self.undo()
+            raise
+        finally:
+            self._depth -= 1
+        if not self._depth and not layerwise.is_open(self.model):
+            self._saved = None
+
+    def undo(self) -> None:
+        """Put back whatever the current update has changed."""
+        saved, self._saved = self._saved, None
+        if saved is not None:
+            layerwise.abandon(self.model)
+            saved.put_back(self.model, self._model_config)
+            logger.warning("dfloat11: an update of the weights failed; all weights are as before")
+
+    def save_tensor(self, tensor: torch.Tensor) -> None:
+        """Keep a tensor's values, which something outside a reload is about to write."""
+        if self._saved is None:
+            self._saved = SavedWeights(self.model)
+        self._saved.save_tensor(tensor)
+
+    def load_weights(self, weights: Pairs, *args: Any, **kwargs: Any) -> Any:
+        """Do what the model's load_weights does, in a reload or by itself.
+
+        By itself it has vLLM reload the layers that are named. A layer of which only a part is given (q_proj of
+        qkv_proj) keeps the rest, as if it were written in place.
+
+        Raises:
+            UnsupportedError: a tensor does not fit the model.
+        """
+        if torch.Tensor.copy_ is not _COPY:
+            raise UnsupportedError(_NO_PATCHES)
+        if layerwise.is_open(self.model):
+            with self.undone_on_error():
+                if isinstance(weights, StoredWeights):
+                    self._rehearse(weights)
+                return self._receive(weights, *args, **kwargs)
+        with (
+            self.undone_on_error(),
+            layerwise.without_warnings(),
+            compat.as_current(self._vllm_config),
+        ):
+            layerwise.begin(self.model)
+            self.fills_in = True
+            loaded = self._receive(weights, *args, **kwargs)
+            layerwise.finish(self.model, self._model_config)
+            return loaded
+
+    def _rehearse(self, stored: StoredWeights) -> None:
+        self.counts = True
+        try:
+            rehearse(self.model, self._receive, stored, self._vllm_config)
+        finally:
+            self.counts = False
+            self._names.clear()
+
+    def _receive(self, weights: Pairs, *args: Any, **kwargs: Any) -> Any:
+        current = Incoming(weights, self._names, isinstance(weights, StoredWeights) or self.counts)
+        try:
+            with loader_calls.told_to(current.called):
+                loaded = self._load_weights(current, *args, **kwargs)
+            current.copy_kept()
+            self._check_heard(loaded or ())
+            return loaded
+        except DFloatError:
+            raise
+        except Exception as error:
+            if error is current.error:
+                raise  # the caller's own
+            if self.counts and needs_data(error):
+                raise NotImplementedError(str(error)) from error
+            raise UnsupportedError(
+                f"{current}: could not be loaded into this model ({type(error).__name__}: {error}); expected names and "
+                f"shapes of the checkpoint that it was started from. {AS_BEFORE} Give such tensors."
+            ) from error
+
+    def _check_heard(self, loaded: Iterable[str]) -> None:
+        """Refuse what a model says it has loaded while nothing has arrived: it wrote to a tensor without memory."""
+        modules = dict(self.model.named_modules())
+        for name in loaded:
+            path, _, leaf = name.rpartition(".")
+            layer = modules.get(path)
+            if layer is not None and layerwise.is_deaf(layer, leaf):
+                raise UnsupportedError(
+                    f"{name}: this model writes it past vLLM's weight loaders, which an update needs, so what was "
+                    f"given would be lost; expected layers other than this. {AS_BEFORE} Give the others alone, or "
+                    "start the engine with the new checkpoint."
+                )
+
+
+_NO_PATCHES = (
+    "sparse weight patches: they change single values in place, which compressed layers do not have; expected whole "
+    "tensors. Nothing was changed. Use another backend of vLLM's weight transfer, reload_weights or load_weights."
+)
+
+
+def _fill_in(layer: torch.nn.Module, needs_all: bool) -> None:
+    """Fill a layer that is about to be loaded, with a part of its weights, with the values it had.
+
+    Raises:
+        UnsupportedError: they are gone, or in another form than a checkpoint's, and all are needed.
+    """
+    before, stays = layerwise.set_aside(layer), layerwise.written_in_place(layer)
+    has_its_form = not layer_kinds.is_experts(layer) or compat.keeps_form_of_experts(layer)
+    for name, tensor in [*layer._parameters.items(), *layer._buffers.items()]:
+        if tensor is None or name in stays:
+            continue
+        if name == "weight" and method.packed_of(layer) is not None:
+            tensor.data.copy_(_values(layer))
+        elif name in before and before[name].shape == tensor.shape and has_its_form:
+            tensor.data.copy_(before[name])
+        elif needs_all:
+            raise UnsupportedError(
+                f"{type(layer).__name__}.{name}: only a part of it was given, and what the layer has is in the form of "
+                f"a kernel; expected the whole layer. {AS_BEFORE} Give all tensors of the layer in one call."
+            )
+
+
+def _values(layer: Any) -> torch.Tensor:
+    try:
+        return layer.quant_method.dequantize_weight(layer)  # type: ignore[no-any-return]
+    except FormatError as error:
+        raise UnsupportedError(
+            f"only a part of this layer was given, and the rest is gone, as after sleep level 2 ({error}); expected "
+            "the whole layer. Give all its tensors in one call, or all weights to reload_weights."
+        ) from error
+
+
+def keep(model: torch.nn.Module, vllm_config: Any, model_config: Any) -> None:
+    """Let the weights of a loaded model change as a whole or not at all, by whatever way."""
+    load_weights: LoadWeights | None = getattr(model, "load_weights", None)
+    if load_weights is None or not any(map(method.packed_of, model.modules())):
+        return
+    updates = Updates(model, load_weights, vllm_config, model_config)
+    model.__dict__["load_weights"] = functools.wraps(load_weights)(
+        lambda *args, **kwargs: updates.load_weights(*args, **kwargs)
+    )
+    layerwise.watch(model, updates)
+    guards.guard(model)
+
+
+def updates_of(model: torch.nn.Module) -> Updates | None:
+    """Return what keeps a model's weights whole, if it has compressed layers."""
+    watcher = layerwise.watcher_of(model)
+    return watcher if isinstance(watcher, Updates) else None

@@ -1,0 +1,174 @@
+"""Where vLLM's model runner and worker take new weights: what fails on one rank is undone on all of them."""
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from vllm_dfloat.errors import UnsupportedError
+from vllm_dfloat.integration.layers.method import DESC
+from vllm_dfloat.integration.layers.placeholder import decoded_by_detach
+from vllm_dfloat.integration.updating import guards
+from vllm_dfloat.integration.updating.update import Updates, updates_of
+
+_RUNNERS = (
+    ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner"),
+    ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner"),
+)
+_WORKER = ("vllm.v1.worker.gpu_worker", "Worker")
+_SOURCE = (
+    "model",
+    "model_weights",
+    "revision",
+)  # what a reload from a path changes in the ModelConfig
+
+Method = Callable[..., Any]
+Pairs = Iterable[tuple[str, torch.Tensor]]
+
+
+def install() -> None:
+    """Guard the classes that run in this process. A second call changes nothing."""
+    for place in _RUNNERS:
+        _wrap(place, "reload_weights", _reload_weights)
+    for name in ("update_weights", "finish_weight_update"):
+        _wrap(_WORKER, name, _of_transfer)
+    for name in ("start_weight_update", "start_draft_weight_update"):
+        _wrap(_WORKER, name, _start_of_transfer)
+    _wrap(_WORKER, "reset_weights", _reset_weights)
+    _wrap(_WORKER, "compute_weight_checksums", _checksums)
+
+
+def _wrap(place: tuple[str, str], name: str, guard: Callable[..., Any]) -> None:
+    cls = getattr(sys.modules.get(place[0]), place[1], None)
+    method = vars(cls).get(name) if cls is not None else None
+    if method is None or hasattr(method, "_dfloat11_guard"):
+        return
+
+    @functools.wraps(method)
+    def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return guard(self, method, *args, **kwargs)
+
+    vars(guarded)["_dfloat11_guard"] = True
+    setattr(cls, name, guarded)
+
+
+def _reload_weights(runner: Any, method: Method, *args: Any, **kwargs: Any) -> Any:
+    updates = updates_of(runner.get_model())
+    if updates is None:
+        return method(runner, *args, **kwargs)
+    given = inspect.signature(method).bind(runner, *args, **kwargs)
+    iterator = given.arguments.get("weights_iterator")
+    if iterator is not None and not given.arguments.get("is_checkpoint_format", True):
+        given.arguments["weights_iterator"] = _saving(updates, iterator)
+    with _on_all_ranks(updates), _same_source_on_error(runner.vllm_config.model_config):
+        return method(*given.args, **given.kwargs)
+
+
+def _saving(updates: Updates, pairs: Pairs) -> Iterator[tuple[str, torch.Tensor]]:
+    """Pass on weights in a kernel's format, each after the tensor that it will be written to was saved.
+
+    Raises:
+        UnsupportedError: it is a compressed layer's.
+    """
+    for name, weight in pairs:
+        path, _, leaf = name.rpartition(".")
+        layer: Any = updates.model.get_submodule(path)
+        layer = getattr(layer, "base_layer", layer)  # under LoRA
+        target = getattr(layer, leaf, None)
+        placeholder = guards.placeholder_of(layer)
+        if placeholder is not None and leaf in ("weight", DESC):
+            placeholder.refuse(f"{leaf} in kernel format")
+        if isinstance(target, torch.Tensor):
+            updates.save_tensor(target)
+        yield name, weight
+
+
+def _of_transfer(worker: Any, method: Method, *args: Any, **kwargs: Any) -> Any:
+    updates = _receiver(worker)
+    if updates is None:
+        return method(worker, *args, **kwargs)
+    try:
+        with _on_all_ranks(updates):
+            return method(worker, *args, **kwargs)
+    except BaseException:
+        # As vLLM does if update_weights itself fails on this rank; else nobody could begin again.
+        worker._weight_update_active = False
+        worker.weight_transfer_engine.reset_weight_update_target()
+        raise
+
+
+def _start_of_transfer(worker: Any, method: Method) -> Any:
+    updates, engine = _receiver(worker), type(worker.weight_transfer_engine).__name__
+    if updates is not None and engine.startswith("Sparse"):
+        guards.refuse(updates.model, f"{engine}, which changes single values in place,")
+    if worker._weight_update_active:
+        return method(worker)  # which refuses, and leaves the update that has begun alone
+    return _of_transfer(worker, method)
+
+
+def _reset_weights(worker: Any, method: Method) -> Any:
+    guards.refuse(worker.model_runner.get_model(), "reset_weights")
+    return method(worker)
+
+
+def _checksums(worker: Any, method: Method) -> Any:
+    with decoded_by_detach():
+        return method(worker)
+
+
+def _receiver(worker: Any) -> Updates | None:
+    """Return what keeps the weights of the model that the worker's transfer engine writes to: target or draft."""
+    model = getattr(worker.weight_transfer_engine, "model", None)
+    return None if model is None else updates_of(model)
+
+
+@contextmanager
+def _on_all_ranks(updates: Updates) -> Iterator[None]:
+    """Undo an update on every rank if it failed on one: else some would serve new weights, and some old ones.
+
+    Raises:
+        UnsupportedError: it failed on others only; the sentence has theirs, since vLLM passes on that of one rank.
+    """
+    with updates.undone_on_error():
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as raised:
+            error = raised
+        reasons = _from_all_ranks([] if error is None else [f"{type(error).__name__}: {error}"])
+        if error is not None:
+            raise error
+        if reasons:
+            raise UnsupportedError(
+                "an update of the weights failed on another rank; all weights are as before, on this rank too. "
+                f"The other says: {'; '.join(reasons)}"
+            )
+
+
+def _from_all_ranks(sentences: list[str]) -> list[str]:
+    """Return what the ranks of this engine have to say, each sentence once; each of them asks once."""
+    from vllm.distributed import parallel_state
+
+    for kind in ("tp", "pp", "pcp"):
+        group = getattr(parallel_state, f"get_{kind}_group")()
+        if group.world_size > 1:
+            heard: list[Any] = [None] * group.world_size
+            torch.distributed.all_gather_object(heard, sentences, group=group.cpu_group)
+            sentences = list(dict.fromkeys(sentence for said in heard for sentence in said))
+    return sentences
+
+
+@contextmanager
+def _same_source_on_error(model_config: Any) -> Iterator[None]:
+    """Let a later reload without a path read what it would have read before one with a path failed."""
+    before = {name: getattr(model_config, name) for name in _SOURCE if hasattr(model_config, name)}
+    try:
+        yield
+    except BaseException:
+        for name, value in before.items():
+            setattr(model_config, name, value)
+        raise
