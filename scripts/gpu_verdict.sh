@@ -116,9 +116,9 @@ run_times() { # NAME MOST_SECONDS FILE SECTION...
 run_tests() { # NAME MOST_SECONDS EXPRESSION OPTION...
   local name=$1 most=$2 which=$3 files
   shift 3
-  mapfile -t files < <(grep -lE 'NEEDS_GPU|mark\.gpu' tests/test_*.py)
+  mapfile -t files < <(grep -lE 'NEEDS_GPU|mark\.gpu' tests/*/test_*.py)
   if [[ $device == cpu ]]; then
-    files=(tests/test_gpu_block.py)
+    files=(tests/gpu/test_gpu_block.py)
     export VLLM_DFLOAT_GPU_REHEARSAL=1
   fi
   # Interrupted as from the keyboard, pytest still says what failed so far.

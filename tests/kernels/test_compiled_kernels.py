@@ -1,0 +1,149 @@
+"""What Triton's compiler makes of the kernels for four GPU generations, without a GPU, and with two versions of Triton.
+
+GPU hosts have either: PyTorch 2.11 brings Triton 3.6, and it compiles otherwise than 3.9. The one that is installed is
+asked here. With --full the other one too, in a folder of its own, where it also interprets the kernels.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import triton
+
+Rows = dict[tuple[str, str], dict[str, Any]]
+
+ROOT = Path(__file__).parents[2]
+TARGETS = (80, 89, 90, 100)
+OTHER_TRITON = "3.9.0" if triton.__version__.startswith("3.6.") else "3.6.0"
+OTHER_NUMPY = "numpy>=2.4,<2.5"  # Triton 3.6's interpreter meets it on hosts of today
+
+# What every target compiles here: one of each form. All others are compiled for sm_90 here, and for every target by the
+# kernel report.
+FORMS = (
+    "decode", "decode_block", "decode_rows", "decode_dfloat11", "decode_dfloat11_resident", "decode_dfloat11_rows",
+    "encode_count", "encode_measure", "encode_write", "encode_dfloat11_measure", "encode_dfloat11_write",
+    "encode_dfloat11_split", "gemv_1", "dot_16", "sum_1",
+)  # fmt: skip
+
+# Where the threads of a program must wait for each other in every turn, whoever compiles: operands go to the tensor
+# cores through shared memory; a block of the official layout ends when its last lane does; a histogram is shared.
+WAITING = ("dot_", "decode_dfloat11", "encode_count")
+
+
+def kernel_report(*arguments: str, packages: Path | None = None) -> list[dict[str, Any]]:
+    """Return the rows of the report, made with the Triton in `packages` or the installed one."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, ROOT / "scripts/kernel_report.py", "--json", *arguments]
+    run = subprocess.run(
+        command, env=env | with_packages(packages), capture_output=True, text=True, timeout=1800
+    )
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout)
+    assert found["triton"] == (OTHER_TRITON if packages else triton.__version__)
+    return found["kernels"]
+
+
+def with_packages(packages: Path | None) -> dict[str, str]:
+    """Return the variables that put a folder of packages before the installed ones."""
+    if packages is None:
+        return {}
+    path = os.pathsep.join([str(packages), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return {"PYTHONPATH": path, "TRITON_CACHE_DIR": str(packages / "triton-cache")}
+
+
+def by_name(rows: list[dict[str, Any]]) -> Rows:
+    return {(row["kernel"], row["target"]): row for row in rows}
+
+
+def assert_no_spills(rows: Rows, most: int = 16) -> None:
+    # ptxas puts a few words aside during a loop where that saves the registers for one more warp; not in the loop.
+    assert [key for key, row in rows.items() if row["spilled_bytes"] > most] == []
+    assert [key for key, row in rows.items() if row["spills_in_loops"]] == []
+
+
+def assert_no_barriers_in_loops(rows: Rows) -> None:
+    # Bug caught: a conversion through shared memory in every turn, where each thread has what it needs.
+    waiting = {key for key, row in rows.items() if row["barriers_in_loops"]}
+    assert {key for key in waiting if not key[0].startswith(WAITING)} == set()
+
+
+@pytest.fixture(scope="module")
+def report() -> Rows:
+    others = [f"--target={target}" for target in TARGETS if target != 90]
+    rows = kernel_report("--target=90")
+    rows += kernel_report(*others, *(f"--kernel={name}" for name in FORMS))
+    return by_name(rows)
+
+
+@pytest.mark.parametrize("target", [f"sm_{target}" for target in TARGETS])
+def test_every_kernel_compiles_without_spills_and_loops_without_barriers(
+    target: str, report: Rows
+) -> None:
+    rows = {key: row for key, row in report.items() if key[1] == target}
+    assert {name for name, _ in rows} >= {*FORMS}
+    assert_no_spills(rows)
+    assert_no_barriers_in_loops(rows)
+
+
+def test_decode_kernel_keeps_to_its_instruction_budget(report: Rows) -> None:
+    row = report["decode", "sm_90"]
+    assert row["instructions_per_weight"] <= (15 if triton.__version__.startswith("3.6.") else 14)
+    assert row["spilled_bytes"] == 0
+    assert row["barriers"] <= (10 if triton.__version__.startswith("3.6.") else 1)
+    assert row["widest_store_bits"] == 128
+
+
+@pytest.fixture(scope="module")
+def other_packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with the other Triton and a NumPy of today."""
+    folder = tmp_path_factory.mktemp("packages")
+    wanted = [f"triton=={OTHER_TRITON}", OTHER_NUMPY]
+    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--target", folder, *wanted]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+    if run.returncode:
+        reason = (run.stderr.strip() or "pip said nothing").splitlines()[-1]
+        pytest.skip(f"no index gave {' and '.join(wanted)}: {reason}")
+    return folder
+
+
+@pytest.mark.on_demand
+def test_the_other_triton_compiles_every_kernel_for_every_target_as_well(
+    other_packages: Path,
+) -> None:
+    rows = by_name(kernel_report(packages=other_packages))
+    assert {name for name, _ in rows} >= {*FORMS}
+    assert len(rows) == len(TARGETS) * len({name for name, _ in rows})
+    assert_no_spills(rows, 40)  # all kernels on sm_80 too: dot_16_segments_2 has 40 there
+    assert_no_barriers_in_loops(rows)
+
+
+@pytest.mark.on_demand
+@pytest.mark.parametrize(
+    "file",
+    [
+        "test_kernels.py", "test_matmul_kernel.py", "test_decode_block.py", "test_decode_dfloat11_kernel.py",
+        "test_encode_kernel.py", "test_encode_dfloat11_kernel.py",
+    ],
+)  # fmt: skip
+def test_the_other_triton_interprets_the_kernels_to_the_same_bits(
+    file: str, other_packages: Path
+) -> None:
+    # Bug caught: a form that one version's interpreter, or a newer NumPy, does not take.
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        ROOT / "tests" / file,
+    ]
+    env = {**os.environ, **with_packages(other_packages), "TRITON_INTERPRET": "1"}
+    run = subprocess.run(
+        command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=3600, check=False
+    )
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-1000:]

@@ -1,0 +1,82 @@
+"""Launch parameters: which entry a device gets, and that every entry can be launched."""
+
+import contextlib
+import os
+import subprocess
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from vllm_dfloat.kernels import configs
+from vllm_dfloat.kernels.configs import (
+    CONFIGS,
+    DEFAULT,
+    INTERPRETED,
+    LaunchConfig,
+    config_for,
+    config_of,
+    override,
+)
+
+ROOT = Path(__file__).parents[2]
+WARPS = ("dfloat11_num_warps", "fused_dot_num_warps")
+LAUNCHED = ("decode_tiles_per_program", "fused_gemv_tiles_per_program", "fused_dot_rows", *WARPS)
+
+
+def test_a_name_goes_before_a_capability_and_a_longer_name_before_a_shorter_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Bug caught: "H100" found in "H100 PCIe", whose memory is slower.
+    by_name, longer, by_capability = (replace(DEFAULT, fused_max_rows=n) for n in (1, 2, 3))
+    table = {"H100": by_name, "H100 PCIe": longer, (9, 0): by_capability}
+    monkeypatch.setattr(configs, "CONFIGS", table)
+    assert config_for("NVIDIA H100 80GB HBM3", (9, 0)) is by_name
+    assert config_for("NVIDIA H100 PCIe", (9, 0)) is longer
+    assert config_for("NVIDIA H200", (9, 0)) is by_capability
+    assert config_for("NVIDIA of tomorrow", (12, 3)) is DEFAULT
+
+
+def test_a_device_that_is_not_cuda_gets_what_suits_the_interpreter() -> None:
+    assert config_of(torch.device("cpu")) is INTERPRETED
+    assert config_of(torch.device("meta")) is INTERPRETED
+
+
+def test_overriding_ends_with_its_block_whatever_happens_in_it() -> None:
+    # Bug caught: a candidate that cannot be launched, and whose parameters stay for the rest of the process.
+    outer, inner = replace(DEFAULT, fused_max_rows=1), replace(DEFAULT, fused_max_rows=2)
+    with override(outer):
+        with contextlib.suppress(ZeroDivisionError), override(inner):
+            assert config_of(torch.device("cpu")) is inner
+            _ = 1 / 0
+        assert config_of(torch.device("cpu")) is outer
+    assert config_of(torch.device("cpu")) is INTERPRETED
+
+
+def test_asking_for_a_cpu_initialises_no_cuda() -> None:
+    code = (
+        "import torch; from vllm_dfloat.kernels.configs import config_of; config_of(torch.device('cpu'));"
+        "assert not torch.cuda.is_initialized()"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    assert subprocess.run([sys.executable, "-c", code], env=env, timeout=300).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "config",
+    [DEFAULT, INTERPRETED, *CONFIGS.values()],
+    ids=["default", "interpreted", *map(str, CONFIGS)],
+)
+def test_every_entry_can_be_launched(config: LaunchConfig) -> None:
+    # Triton takes powers of two for shapes and warps, and 32 warps at most.
+    for name in LAUNCHED:
+        value = getattr(config, name)
+        assert value > 0, name
+        assert value & (value - 1) == 0, name
+    assert max(getattr(config, name) for name in WARPS) <= 32
+    assert config.decode_tiles_per_program <= 64
+    assert 0 <= config.fused_max_rows <= 32  # what the fused kernel takes
+    assert config.block_decode_max_numel >= 0
+    assert all(type(getattr(config, f.name)) in (int, bool) for f in fields(config))

@@ -1,0 +1,126 @@
+"""No kernel of the packed layout touches a byte outside its tensors, whatever the payload says.
+
+In a process of its own, with a page that may not be touched before and behind every tensor: in Triton's interpreter an
+access beyond them ends the process instead of reading what lies there by chance.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+_GUARDED = """
+import ctypes, mmap, sys
+import numpy as np, torch
+from helpers import gaussian, to_torch
+from vllm_dfloat.device import groups as blocks, ops
+from vllm_dfloat.codec import layout
+from vllm_dfloat.codec.encode import encode
+from vllm_dfloat.kernels import group_decode as decode_block, packed_decode as decode, packed_matmul as matmul
+from vllm_dfloat.kernels import packed_rows as decode_rows
+
+PAGE, keep = mmap.PAGESIZE, []
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+def guarded(array, at_end=True):
+    size = max(1, -(-array.nbytes // PAGE)) * PAGE
+    memory = mmap.mmap(-1, size + 2 * PAGE)
+    keep.append(memory)
+    base = np.frombuffer(memory, np.uint8)
+    for guard in (0, size + PAGE):
+        assert libc.mprotect(base.ctypes.data + guard, PAGE, 0) == 0
+    first = PAGE + (size - array.nbytes if at_end else 0)
+    view = base[first : first + array.nbytes].view(array.dtype).reshape(array.shape)
+    view[...] = array
+    return torch.from_numpy(view)
+
+ROWS, COLS = 3, 3072  # 5 tiles, the last one partly filled; rows begin within tiles
+weight = gaussian(ROWS, COLS)
+packed = encode(weight)
+lay = packed.layout
+tiles = lay.num_tiles
+
+def run(kernel, payload, at_end):
+    memory = guarded(payload, at_end)
+    desc = guarded(np.zeros(4, np.int64))
+    held = ops.PackedWeight(memory, desc, ROWS, COLS, "w", (0, lay.num_words, lay.code_bits), 0)
+    desc.copy_(torch.tensor(held.words))
+    out = guarded(np.full(lay.padded_numel, 0x7FC1, np.uint16), at_end).view(torch.bfloat16)
+    status = guarded(np.full(tiles, -1, np.int32), at_end)
+    if kernel == "decode":
+        decode.decode(desc, tiles, out, status)
+    elif kernel == "decode_block":
+        table = guarded(np.zeros((2, blocks.ROW_WORDS), np.int64))
+        table.copy_(torch.tensor(blocks.table_rows(table, [desc], [(ROWS, COLS)])))
+        decode_block.decode_block(table, tiles, out, status)
+    elif kernel == "decode_rows":
+        ids = guarded(np.array([2, ROWS - 1, -1, 1 << 62]))  # vLLM masks ids outside afterwards
+        rows = guarded(np.full((4, COLS), 0x7FC1, np.uint16), at_end).view(torch.bfloat16)
+        status = guarded(np.full((4, decode_rows.statuses_per_row(COLS)), -1, np.int32), at_end)
+        decode_rows.decode_rows(desc, ids, ROWS, COLS, rows, status)
+        out = rows[:2].reshape(-1)
+    else:
+        num_x = {"gemv": 3, "dot": 6}[kernel]
+        x = guarded(np.full((num_x, COLS), 0x3F80, np.uint16), at_end).view(torch.bfloat16)
+        bias = guarded(np.full(ROWS, 0x3F80, np.uint16), at_end).view(torch.bfloat16)
+        partials = guarded(np.full(matmul.num_partials(tiles, COLS, num_x), np.nan, np.float32), at_end)
+        out = guarded(np.full((num_x, ROWS), 0x7FC1, np.uint16), at_end).view(torch.bfloat16)
+        matmul.matmul(x, desc, bias, COLS, out, partials, status)
+    assert (status >= 0).all(), "a status word was not written"
+    return out.clone(), status.clone()
+
+SECTIONS = {
+    "lut": (0, lay.sign_mantissa_offset),
+    "sign_mantissa": (lay.sign_mantissa_offset, lay.lane_lengths_offset),
+    "lane_lengths": (lay.lane_lengths_offset, lay.tile_starts_offset),
+    "tile_starts": (lay.tile_starts_offset, lay.words_offset),
+    "words": (lay.words_offset, lay.num_bytes),
+}
+kernel = sys.argv[1]
+for at_end in (True, False):
+    sound, status = run(kernel, packed.payload, at_end)
+    assert not status.any()
+    assert not (sound.view(torch.uint16) == 0x7FC1).any()
+rng = np.random.default_rng(0)
+for name, (first, last) in SECTIONS.items():
+    reported = 0
+    for kind in range(3):  # a few bits; random bytes; all ones
+        payload = packed.payload.copy()
+        part = payload[first:last]
+        if kind == 0:
+            for at in rng.integers(0, part.size, 8):
+                part[at] ^= 1 << rng.integers(0, 8)
+        else:
+            part[:] = rng.integers(0, 256, part.size) if kind == 1 else 255
+        out, status = run(kernel, payload, bool(kind % 2))
+        reported += bool(status.any())
+    # Signs and mantissas stand for themselves: any bytes are weights.
+    assert (reported == 0) if name == "sign_mantissa" else (reported >= 2), (name, reported)
+print("done")
+"""
+
+
+# They share the code that reads a tile; the two that also take ids, activations and a bias run always.
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        "decode_rows",
+        "dot",
+        *(pytest.param(k, marks=pytest.mark.on_demand) for k in ("decode", "decode_block", "gemv")),
+    ],
+)
+def test_no_access_leaves_the_tensors_whatever_the_bytes_say(kernel: str) -> None:
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", _GUARDED, kernel],
+        env={**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, f"exit {done.returncode}: {done.stderr}"
+    assert done.stdout == "done\n"

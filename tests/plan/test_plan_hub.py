@@ -1,0 +1,136 @@
+"""Models by hub id: from the cache, from a server that speaks as the hub does, and what is said where there is none."""
+
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tiny_models import SHIPPED
+
+CONFIGS = Path(__file__).parents[1] / "data" / "configs"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+CONFIG = (CONFIGS / "Llama-3.1-8B.json").read_bytes()
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Knows org/model and its config.json; org/gated must be asked for, org/empty has no config."""
+
+    asked: list[str]
+
+    def do_HEAD(self) -> None:
+        self.asked.append(self.path)
+        if self.path == "/org/model/resolve/main/config.json":
+            self.send_response(200)
+            self.send_header("X-Repo-Commit", COMMIT)
+            self.send_header("ETag", '"1234"')
+            self.send_header("Content-Length", str(len(CONFIG)))
+        else:
+            gated, empty = ("/org/gated/" in self.path), ("/org/empty/" in self.path)
+            self.send_response(403 if gated else 404)
+            code = "GatedRepo" if gated else "EntryNotFound" if empty else "RepoNotFound"
+            self.send_header("X-Error-Code", code)
+            self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        self.do_HEAD()
+        if "/org/model/" in self.path:
+            self.wfile.write(CONFIG)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub() -> Iterator[tuple[str, list[str]]]:
+    """Give the address of a hub, and the list of paths that it was asked for."""
+    asked: list[str] = []
+    handler = type("OneHub", (Hub,), {"asked": asked})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", asked
+    server.shutdown()
+    server.server_close()
+
+
+def plan(model: str, cache: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "vllm_dfloat.cli", "plan", model, "--gpu-memory", "24GiB", "--json"]  # fmt: skip
+    variables = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_HUB_CACHE": str(cache), **environment}
+    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
+
+
+def test_only_the_config_is_fetched_and_then_the_cache_needs_no_network(
+    hub: tuple[str, list[str]], tmp_path: Path
+) -> None:
+    address, asked = hub
+    first = plan("org/model", tmp_path, HF_ENDPOINT=address)
+    assert first.returncode == 0, first.stderr
+    assert json.loads(first.stdout)["parameters"] == 8_030_261_248
+    # Of the model; huggingface_hub asks for a list of its own besides.
+    assert {path for path in asked if "/org/" in path} == {"/org/model/resolve/main/config.json"}
+    cached = plan("org/model", tmp_path, HF_HUB_OFFLINE="1")
+    assert json.loads(cached.stdout) == json.loads(first.stdout)
+
+
+@pytest.mark.parametrize(
+    ("model", "sentence"),
+    [
+        ("org/unknown", "knows no such model, or keeps it private"),
+        ("org/gated", "its licence must be accepted first"),
+        ("org/empty", "the model has no config.json"),
+    ],
+)
+def test_what_the_hub_refuses_is_one_sentence(
+    model: str, sentence: str, hub: tuple[str, list[str]], tmp_path: Path
+) -> None:
+    result = plan(model, tmp_path, HF_ENDPOINT=hub[0])
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"vllm-dfloat: {model}: no such folder, and no config.json")
+    assert sentence in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("environment", "sentence"),
+    [
+        ({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE forbids fetching it"),
+        ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "Check the network"),
+    ],
+)
+def test_without_a_network_an_absent_model_is_one_sentence(
+    environment: dict[str, str], sentence: str, tmp_path: Path
+) -> None:
+    # Bug caught: six tries, a warning line for each.
+    result = plan("org/model", tmp_path, **environment)
+    assert result.returncode == 2
+    assert sentence in result.stderr
+    assert str(tmp_path) in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_weights_in_the_cache_count_where_they_are_whole(is_whole: bool, tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--org--tiny" / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    (tmp_path / "models--org--tiny" / "refs").mkdir()
+    (tmp_path / "models--org--tiny" / "refs" / "main").write_text(COMMIT)
+    (snapshot / "config.json").write_bytes((SHIPPED / "config.json").read_bytes())
+    name = "model.safetensors" if is_whole else "model-00001-of-00002.safetensors"
+    (snapshot / name).symlink_to(SHIPPED / "model.safetensors")
+    result = plan("org/tiny", tmp_path, HF_HUB_OFFLINE="1")
+    assert result.returncode == 0, result.stderr
+    notes = json.loads(result.stdout)["notes"]
+    assert any("checked against the files" in note for note in notes) is is_whole
+    assert any("a part of the weights only" in note for note in notes) is not is_whole
+
+
+def test_a_name_that_is_no_hub_id_says_what_one_looks_like(tmp_path: Path) -> None:
+    result = plan("Llama-3.1-405B", tmp_path)
+    assert result.returncode == 2
+    assert "no such file or folder" in result.stderr
+    assert "a hub id, such as meta-llama/Llama-3.1-405B" in result.stderr

@@ -1,0 +1,237 @@
+"""The scripts that measure and tune kernels, rehearsed in Triton's interpreter; and that wrong bits mark the times."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_dfloat.device import ops
+from vllm_dfloat.kernels.configs import INTERPRETED, config_of
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let scripts be imported, and undo what they set for their process."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    monkeypatch.setenv("VLLM_DFLOAT_BACKEND", "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+def test_rehearsal_measures_decode_beside_a_copy_and_says_what_its_times_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import bench_kernels
+
+    path = tmp_path / "new" / "kernels.json"
+    arguments = ["--device", "cpu", "--only", "decode", "--output", str(path)]
+    assert bench_kernels.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "interpreter" in printed.splitlines()[0]
+    found = json.loads(path.read_text())
+    names = {row["name"]: row for row in found["rows"]}
+    assert names["pinned host to device"]["not_measured"] == "needs a GPU"
+    decode = names["decode"]
+    assert decode["us"] > 0
+    assert decode["of_copy"] == pytest.approx(1 / decode["ratio"], rel=1e-2)
+    assert decode["bits_per_weight"] > 8
+    assert set(found["environment"]) >= {"driver", "torch", "triton", "date", "command", "commit"}
+    assert list(path.parent.iterdir()) == [path]
+
+
+def spoiled(*arguments: Any) -> None:
+    """Decode, and flip the lowest bit of one weight."""
+    REAL_DECODE(*arguments)
+    arguments[3].view(torch.int16)[7] ^= 1
+
+
+REAL_DECODE = ops.decode
+
+
+@pytest.mark.parametrize("section", ["decode", "encode"])
+def test_wrong_bits_mark_the_times_of_their_case_and_end_with_status_1(
+    section: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import bench_kernels
+
+    monkeypatch.setattr(ops, "decode", spoiled)
+    path = tmp_path / "kernels.json"
+    arguments = ["--device", "cpu", "--only", section, "decode_rows", "--output", str(path)]
+    assert bench_kernels.main(arguments) == 1
+    printed = capsys.readouterr()
+    sentence = " weights differ from the original ones"
+    assert sentence in printed.err
+    found = json.loads(path.read_text())
+    assert len(found["environment"]["wrong_bits"]) == 1
+    measured = {row["section"]: row for row in found["rows"] if "us" in row}
+    assert sentence in measured[section]["wrong_bits"]
+    assert "wrong_bits" not in measured["decode_rows"]  # the mark ends with its case
+    assert any("WRONG BITS" in line and sentence in line for line in printed.out.splitlines())
+
+
+def test_each_row_is_printed_and_in_the_file_before_the_next_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Bug caught: a run that was cut short left nothing, because all rows were printed at the end.
+    import bench_decode
+    import bench_kernels
+
+    path = tmp_path / "kernels.json"
+    seen: list[Any] = []
+
+    def look(bench: Any) -> None:
+        seen.append((capsys.readouterr().out, json.loads(path.read_text())["rows"]))
+
+    monkeypatch.setattr(bench_decode, "run_encode", look)
+    arguments = ["--device", "cpu", "--only", "decode", "encode", "--output", str(path)]
+    assert bench_kernels.main(arguments) == 0
+    ((printed, rows),) = seen
+    assert [row["name"] for row in rows if "us" in row] == [
+        "copy of the bytes read and written",
+        "decode",
+    ]
+    assert all(row["name"] in printed for row in rows)
+
+
+def test_part_that_fails_costs_its_own_numbers_only(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import bench_blocks
+    import bench_kernels
+
+    def fail(bench: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(bench_blocks, "run", fail)
+    assert bench_kernels.main(["--device", "cpu", "--only", "block", "decode"]) == 1
+    printed = capsys.readouterr()
+    assert "failed: block: RuntimeError: out of memory" in printed.err
+    assert "copy of the bytes read and written" in printed.out
+
+
+def test_cases_for_which_no_time_is_left_are_named_and_not_measured(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import bench_kernels
+
+    assert bench_kernels.main(["--device", "cpu", "--seconds", "0"]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if "not measured" in line]
+    assert len(rows) >= len(bench_kernels.SECTIONS)
+    assert all("out of time" in row for row in rows)
+
+
+@pytest.mark.parametrize("script", ["bench_kernels", "tune_kernels", "sanitize_kernels"])
+def test_without_a_gpu_scripts_end_with_status_2_and_a_sentence(
+    script: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    module = __import__(script)
+    assert module.main([]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "cannot run: torch" in error
+    assert "--device cpu" in error
+
+
+def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    import bench_setup
+
+    monkeypatch.setattr(bench_setup, "NEEDED", ("torch", "no_such_package"))
+    with pytest.raises(bench_setup.CannotRunError, match="no package no_such_package; needed"):
+        bench_setup.prepare("cpu")
+
+
+def test_tuning_prints_an_entry_that_can_be_pasted_and_leaves_no_parameter_behind(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import tune_kernels
+
+    assert tune_kernels.main(["--device", "cpu", "--only", "dfloat11_num_warps"]) == 0
+    from vllm_dfloat.kernels.configs import LaunchConfig
+
+    lines = capsys.readouterr().out.splitlines()
+    table = eval("{" + lines[-1] + "}", {"LaunchConfig": LaunchConfig})
+    (config,) = table.values()
+    assert config.measured
+    assert config.dfloat11_num_warps in tune_kernels.CANDIDATES["dfloat11_num_warps"]
+    assert config_of(torch.device("cpu")) is INTERPRETED
+
+
+def test_tuning_prints_no_choice_where_a_candidate_changes_bits(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import tune_kernels
+
+    def spoiled_where_small(*arguments: Any) -> None:
+        is_small = config_of(torch.device("cpu")).decode_tiles_per_program < 4
+        (spoiled if is_small else REAL_DECODE)(*arguments)
+
+    monkeypatch.setattr(ops, "decode", spoiled_where_small)
+    assert tune_kernels.main(["--device", "cpu", "--only", "decode_tiles_per_program"]) == 1
+    printed = capsys.readouterr()
+    assert "LaunchConfig" not in printed.out
+    assert "wrong bits" in printed.err
+
+
+def test_every_launch_parameter_is_tuned_or_derived() -> None:
+    import tune_kernels
+
+    tuned = {*tune_kernels.CANDIDATES, *tune_kernels.DERIVED}
+    assert tuned == set(vars(INTERPRETED)) - {
+        "measured",
+    }  # no launcher reads that
+
+
+def test_shares_of_the_small_checks_cover_all_of_them_once() -> None:
+    import sanitize_kernels
+
+    names = list(sanitize_kernels.checks(torch.device("cpu")))
+    shares = [sanitize_kernels.share(f"{i}/3") for i in range(3)]
+    assert sorted(name for i, n in shares for name in names[i::n]) == sorted(names)
+    for text in ("3/3", "1", "a/b", "-1/2"):
+        with pytest.raises(sanitize_kernels.argparse.ArgumentTypeError, match=text):
+            sanitize_kernels.share(text)
+
+
+def test_small_check_that_fails_is_named_and_does_not_end_the_others(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sanitize_kernels
+
+    monkeypatch.setattr(ops, "decode", spoiled)
+    arguments = ["--device", "cpu", "packed_decode", "official_unit"]
+    assert sanitize_kernels.main(arguments) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("WRONG: packed_decode: WrongBitsError: decode: 1 of ")
+    assert lines[1].startswith("right bits: official_unit")
+
+
+def test_small_checks_that_do_not_exist_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    import sanitize_kernels
+
+    with pytest.raises(SystemExit, match="2"):
+        sanitize_kernels.main(["--device", "cpu", "packed_decod"])
+    assert "no check packed_decod; there are fused" in capsys.readouterr().err
+
+
+def test_commit_can_be_told_where_there_is_no_git(monkeypatch: pytest.MonkeyPatch) -> None:
+    import bench_setup
+
+    monkeypatch.setenv("VLLM_DFLOAT_COMMIT", "0123abcd")
+    assert bench_setup.commit() == "0123abcd"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_scripts() -> Iterator[None]:
+    yield
+    for name in list(sys.modules):
+        if name.startswith(("bench_", "tune_", "sanitize_")):
+            del sys.modules[name]

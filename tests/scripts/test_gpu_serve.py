@@ -1,0 +1,64 @@
+"""The end-to-end run on a GPU, rehearsed without one, and what it refuses."""
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", **environment}
+    command = [ROOT / "scripts/gpu_serve.sh", *arguments]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
+
+
+@pytest.mark.on_demand  # two minutes: before a GPU is used, and in the nightly run
+def test_rehearsal_serves_every_variant_and_leaves_four_files(tmp_path: Path) -> None:
+    arguments = [
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path),
+        "--limit",
+        "600",
+        "--commit",
+        "0123abcd",
+    ]
+    result = run(*arguments)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.splitlines()[-1].startswith("verdict: tokens of exact are those of BF16")
+    files = ["logs.tar.gz", "serve.json", "serve.log", "serve.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == files
+    found = json.loads((tmp_path / "serve.json").read_text())
+    assert found["machine"]["commit"] == "0123abcd"
+    with tarfile.open(tmp_path / "logs.tar.gz") as logs:
+        names = {Path(name).name for name in logs.getnames()}
+    assert {f"{variant}-1.log" for variant in ("bf16", "exact", "official")} <= names
+
+
+def test_without_a_gpu_it_says_that_it_cannot_run() -> None:
+    result = run()
+    assert result.returncode == 2
+    assert "no CUDA device is available" in result.stderr
+    assert result.stdout.splitlines()[-1].startswith("verdict: it cannot run here")
+
+
+def test_site_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    result = run("--site", str(tmp_path / "none"))
+    assert result.returncode == 2
+    assert f"--site {tmp_path}/none: no such folder" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--device", "tpu"), ("--limit", "soon"), ("--out",), ("--site",)]
+)
+def test_arguments_that_it_does_not_know_are_refused(arguments: tuple[str, ...]) -> None:
+    result = run(*arguments)
+    assert result.returncode == 2
+    assert result.stderr.startswith("usage: ")

@@ -1,0 +1,105 @@
+"""The verdict of a GPU, rehearsed without one: the whole flow on tiny sizes, and what it refuses."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "scripts/results"
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
+    command = [ROOT / "scripts/gpu_verdict.sh", *arguments]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
+
+
+@pytest.mark.on_demand  # minutes: before a GPU is used, and in the nightly run
+def test_rehearsal_goes_through_its_parts_and_leaves_results_only_where_it_was_told(
+    tmp_path: Path,
+) -> None:
+    before = sorted(RESULTS.rglob("*"))
+    result = run(
+        "--device", "cpu", "--out", str(tmp_path), "--limit", "900", "--commit", "0123abcd"
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[-1] == "verdict: the rehearsal went well; nothing was measured."
+    compared = next(i for i, line in enumerate(lines) if line.startswith("right bits: encoder"))
+    timed = next(i for i, line in enumerate(lines) if line.startswith("section "))
+    tested = next(i for i, line in enumerate(lines) if " passed" in line)
+    assert compared < timed < tested
+    sections = set()
+    for name in ("times1.json", "times2.json"):
+        found = json.loads((tmp_path / name).read_text())
+        assert "interpreter" in found["environment"]["device"]
+        assert found["environment"]["commit"] == "0123abcd"
+        assert found["environment"]["failures"] == found["environment"]["wrong_bits"] == []
+        sections |= {row["section"] for row in found["rows"]}
+    assert sections == {"decode", "fused", "layouts", "block", "overlap", "encode", "decode_rows"}
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert files == [
+        "bits.log",
+        "tests.log",
+        "times.log",
+        "times1.json",
+        "times2.json",
+        "verdict.log",
+    ]
+    assert sorted(RESULTS.rglob("*")) == before
+
+
+def test_time_that_is_up_ends_the_parts_and_names_those_that_did_not_run(tmp_path: Path) -> None:
+    result = run("--device", "cpu", "--out", str(tmp_path), "--limit", "1")
+    assert result.returncode == 1  # nothing was found right
+    assert "note: no time was left for tests marked gpu" in result.stdout
+    assert "problem: no kernel's bits were found right" in result.stdout
+
+
+def test_without_a_gpu_it_says_in_a_sentence_that_it_cannot_run() -> None:
+    result = run()
+    assert result.returncode == 2
+    assert "no CUDA device is available" in result.stderr
+    assert result.stdout.splitlines()[-1].startswith("verdict: it cannot run here")
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--device",), ("--device", "tpu"), ("--fast", "yes"), ("--limit", "soon")]
+)
+def test_arguments_that_it_does_not_know_are_refused(arguments: tuple[str, ...]) -> None:
+    result = run(*arguments)
+    assert result.returncode == 2
+    assert result.stderr.startswith("usage: ")
+
+
+ONE_TEST = """
+import pytest
+
+@pytest.mark.gpu
+def test_on_a_gpu():
+    {body}
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "status"), [("pytest.skip('no GPU')", 1), ("pass", 0), ("raise ValueError", 1)]
+)
+def test_run_that_was_to_prove_something_about_a_gpu_fails_if_it_ran_no_test_on_one(
+    body: str, status: int, tmp_path: Path
+) -> None:
+    # Bug caught: every test skipped, exit status 0, and a verdict that says all is well.
+    shutil.copy(ROOT / "tests/conftest.py", tmp_path)
+    (tmp_path / "test_one.py").write_text(ONE_TEST.format(body=body))
+    env = {**os.environ, "VLLM_DFLOAT_REQUIRE_GPU": "1"}
+    options = ["-c", os.devnull, "--rootdir", str(tmp_path), "-p", "no:cacheprovider"]
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-m", "gpu", *options, str(tmp_path)],
+        env=env, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert result.returncode == status, result.stdout
+    assert ("proves nothing" in result.stdout) == ("skip" in body)
