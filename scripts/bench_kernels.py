@@ -23,15 +23,15 @@ import bench_report
 from bench_setup import CannotRunError, environment, prepare
 
 if TYPE_CHECKING:
-    from bench_timing import Bench
+    from bench.kernels.timing import Bench
 
 SECTIONS = {  # what is wanted most comes first: time may run out
-    "decode": ("bench_decode", "run"),
-    "encode": ("bench_decode", "run_encode"),
-    "fused": ("bench_fused", "run"),
-    "block": ("bench_blocks", "run"),
-    "decode_rows": ("bench_decode", "run_rows"),
-    "layouts": ("bench_units", "run"),
+    "decode": ("bench.kernels.decode", "run"),
+    "encode": ("bench.kernels.decode", "run_encode"),
+    "fused": ("bench.kernels.fused", "run"),
+    "block": ("bench.kernels.blocks", "run"),
+    "decode_rows": ("bench.kernels.decode", "run_rows"),
+    "layouts": ("bench.kernels.units", "run"),
 }
 ROUNDS = 21
 
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CannotRunError as error:
         print(f"bench_kernels: cannot run: {error}", file=sys.stderr)
         return 2
-    from bench_timing import Bench
+    from bench.kernels.timing import Bench
 
     is_gpu = device.type == "cuda"
     facts: dict[str, Any] = environment(device)

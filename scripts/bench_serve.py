@@ -22,11 +22,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import bench_serve_launch
-import bench_serve_report as report
+from bench.serve import launch as bench_serve_launch
+from bench.serve import report
+from bench.serve.options import COMPARED, VARIANTS, Options, parse
 from bench_serve_engine import tokens
 from bench_serve_model import BenchError
-from bench_serve_options import COMPARED, VARIANTS, Options, parse
 
 GIB = 1 << 30
 BATCHED_TOKENS = 8192  # at least; a prompt whose prefill is timed goes through in one step

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench_serve_points import Json, one_line, prompts, run_point, sampling
+from bench.serve.points import Json, one_line, prompts, run_point, sampling
 
 COMPARED_PROMPTS = 8
 COMPARED_TOKENS = 32

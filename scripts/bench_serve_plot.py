@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench_serve_report import count_runs, memory_unit, point_of
+from bench.serve.report import count_runs, memory_unit, point_of
 
 # Distinct in greyscale and for the colour-blind (Okabe and Ito).
 COLOURS = {

@@ -22,11 +22,11 @@ from typing import Any
 
 os.environ["VLLM_DFLOAT_THREADS"] = "1"  # children are forks, and one core is each one's share
 
-from fuzz_bases import make_bases
-from fuzz_case import damaged, run_case, self_check
-from fuzz_folder import write_folder
-from fuzz_mutations import MUTATIONS
-from fuzz_supervise import Report, supervise
+from fuzz.bases import make_bases
+from fuzz.case import damaged, run_case, self_check
+from fuzz.folder import write_folder
+from fuzz.mutations import MUTATIONS
+from fuzz.supervise import Report, supervise
 
 WALL_SECONDS = 60
 EVERY = 5000  # cases per line of progress

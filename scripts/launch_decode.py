@@ -8,7 +8,7 @@ from bench_setup import normal, prepare
 
 def main() -> None:
     device = prepare("cuda")
-    from bench_decode import buffers
+    from bench.kernels.decode import buffers
 
     from vllm_dfloat.device import ops
 

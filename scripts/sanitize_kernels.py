@@ -37,7 +37,7 @@ def some_rows(weight: torch.Tensor) -> torch.Tensor:
 
 
 def packed_decode(device: torch.device) -> None:
-    from bench_decode import check_decode
+    from bench.kernels.decode import check_decode
 
     from vllm_dfloat.device import ops
 
@@ -47,9 +47,9 @@ def packed_decode(device: torch.device) -> None:
 
 def packed_rows(device: torch.device) -> None:
     """Without a status, as the embedding look-up asks for rows, and with a status word per tile."""
-    from bench_decode import check_rows
+    from bench.kernels.decode import check_rows
+    from bench.kernels.timing import expect_same_bits
     from bench_setup import nan_memory
-    from bench_timing import expect_same_bits
 
     from vllm_dfloat.device import ops
 
@@ -63,14 +63,14 @@ def packed_rows(device: torch.device) -> None:
 
 def packed_block(device: torch.device) -> None:
     """Members that end within a program, one of a single weight."""
-    from bench_blocks import Block
+    from bench.kernels.blocks import Block
 
     shapes = [(ROWS, COLS), (1, 1), (12, 700)]
     Block([normal(*shape, device, seed=i) for i, shape in enumerate(shapes)]).check("decode_block")
 
 
 def encoder(device: torch.device) -> None:
-    from bench_decode import check_decode, device_encoded
+    from bench.kernels.decode import check_decode, device_encoded
 
     from vllm_dfloat.device import ops
 
@@ -80,7 +80,7 @@ def encoder(device: torch.device) -> None:
 
 def official_unit(device: torch.device) -> None:
     import torch
-    from bench_timing import expect_same_bits
+    from bench.kernels.timing import expect_same_bits
 
     from vllm_dfloat.device import unit_decode
     from vllm_dfloat.dfloat11.encode import as_unit, encode_unit
@@ -93,7 +93,7 @@ def official_unit(device: torch.device) -> None:
 def official_encoder(device: torch.device) -> None:
     """As `compress` encodes: two members, pieces of which the last lane is partly filled."""
     import torch
-    from bench_timing import WrongBitsError
+    from bench.kernels.timing import WrongBitsError
 
     from vllm_dfloat.device.unit_coder import DeviceCoder
     from vllm_dfloat.dfloat11.encode import encode_unit
@@ -107,7 +107,7 @@ def official_encoder(device: torch.device) -> None:
 
 
 def official_held(device: torch.device) -> None:
-    from bench_decode import check_decode, check_rows
+    from bench.kernels.decode import check_decode, check_rows
 
     from vllm_dfloat.device import unit_resident as units
 
@@ -118,7 +118,7 @@ def official_held(device: torch.device) -> None:
 
 
 def fused_product(device: torch.device, cols: int, num_x: int) -> None:
-    from bench_fused import check_fused
+    from bench.kernels.fused import check_fused
 
     from vllm_dfloat.device import ops
 

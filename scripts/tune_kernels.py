@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 from bench_setup import CannotRunError, environment, prepare
 
 if TYPE_CHECKING:
-    from bench_timing import Bench
-    from tune_cases import Case
+    from bench.kernels.timing import Bench
+    from bench.kernels.tune_cases import Case
 
 WORTH = 0.98  # of the time that the present value takes
 CANDIDATES: dict[str, tuple[int, ...]] = {  # Triton takes powers of two
@@ -72,7 +72,7 @@ def best_of(bench: Bench, field: str, case: Case, config: Any) -> Any:
 
 def tune(bench: Bench, names: Sequence[str]) -> Any:
     """Return the best parameters found for the bench's device."""
-    import tune_cases
+    from bench.kernels import tune_cases
 
     from vllm_dfloat.kernels import configs
 
@@ -118,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"tune_kernels: cannot run: {error}", file=sys.stderr)
         return 2
     import bench_report
-    from bench_timing import Bench, WrongBitsError
+    from bench.kernels.timing import Bench, WrongBitsError
 
     print(bench_report.HEAD, flush=True)
     report = lambda row: print(bench_report.line(row), flush=True)  # noqa: E731

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from fuzz_folder import Stored, pack
+from fuzz.folder import Stored, pack
 from helpers import gaussian
 
 from vllm_dfloat.cli import main

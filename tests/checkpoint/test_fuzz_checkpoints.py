@@ -11,14 +11,14 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import fuzz_case
 import numpy as np
 import pytest
-from fuzz_bases import Base, make_bases
-from fuzz_case import ROOM, damaged, run_case, self_check
-from fuzz_folder import Folder, Special, unpack, weight_files
-from fuzz_mutations import MUTATIONS
-from fuzz_supervise import supervise
+from fuzz import case as fuzz_case
+from fuzz.bases import Base, make_bases
+from fuzz.case import ROOM, damaged, run_case, self_check
+from fuzz.folder import Folder, Special, unpack, weight_files
+from fuzz.mutations import MUTATIONS
+from fuzz.supervise import supervise
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "fuzz_checkpoints.py"
 CASES, SEED = 2000, 0

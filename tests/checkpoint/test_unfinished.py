@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from cli_commands import only_line
 from dfloat11_helpers import VECTORS, config, stored_unit, write_checkpoint
-from fuzz_folder import pack, unpack
+from fuzz.folder import pack, unpack
 from safetensors.numpy import load_file, save_file
 
 from vllm_dfloat.checkpoint.folder import CONFIG_KEY

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from dfloat11_helpers import config
-from fuzz_folder import Stored, pack
+from fuzz.folder import Stored, pack
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from weight_strategies import BLOCK_BITS, REACHED, Spec, features, specs

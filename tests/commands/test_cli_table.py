@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cli_commands import COMMANDS, CONFIG, make_places, only_line
-from fuzz_folder import pack
+from fuzz.folder import pack
 
 from vllm_dfloat.cli import main
 

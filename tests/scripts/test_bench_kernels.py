@@ -81,8 +81,8 @@ def test_each_row_is_printed_and_in_the_file_before_the_next_is_measured(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Bug caught: a run that was cut short left nothing, because all rows were printed at the end.
-    import bench_decode
     import bench_kernels
+    from bench.kernels import decode as bench_decode
 
     path = tmp_path / "kernels.json"
     seen: list[Any] = []
@@ -104,8 +104,8 @@ def test_each_row_is_printed_and_in_the_file_before_the_next_is_measured(
 def test_part_that_fails_costs_its_own_numbers_only(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import bench_blocks
     import bench_kernels
+    from bench.kernels import blocks as bench_blocks
 
     def fail(bench: Any) -> None:
         raise RuntimeError("out of memory")

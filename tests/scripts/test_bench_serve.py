@@ -10,9 +10,9 @@ from typing import Any
 
 import bench_serve
 import bench_serve_engine
-import bench_serve_launch
 import pytest
 import tiny_models
+from bench.serve import launch as bench_serve_launch
 from conftest import Checkpoint
 
 SCRIPT = Path(bench_serve.__file__)

@@ -7,7 +7,7 @@ from typing import Any
 import bench_serve_model
 import pytest
 import torch
-from bench_serve_report import RESULTS, default_output, merge
+from bench.serve.report import RESULTS, default_output, merge
 from safetensors.torch import load_file
 
 
@@ -74,7 +74,7 @@ def test_results_of_a_gpu_never_overwrite_each_other(
 ) -> None:
     name, date = "NVIDIA H100 80GB HBM3", "2026-01-02T03:04:05+00:00"
     assert default_output(name, date).parent == RESULTS / "h100-80gb-hbm3"
-    monkeypatch.setattr("bench_serve_report.RESULTS", tmp_path)
+    monkeypatch.setattr("bench.serve.report.RESULTS", tmp_path)
     for expected in ("serve-2026-01-02.json", "serve-2026-01-02-2.json"):
         path = default_output(name, date)
         assert path.name == expected

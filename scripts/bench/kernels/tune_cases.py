@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from bench_blocks import Block, captured, ignoring
-from bench_decode import buffers, check_decode
-from bench_fused import LLAMA_8B, check_fused, scratch_for
+from bench.kernels.blocks import Block, captured, ignoring
+from bench.kernels.decode import buffers, check_decode
+from bench.kernels.fused import LLAMA_8B, check_fused, scratch_for
+from bench.kernels.timing import Bench, Call
 from bench_setup import copy_of, normal
-from bench_timing import Bench, Call
 from torch.nn import functional
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from bench_decode import buffers, check_decode
-from bench_peers import NVCOMP_ALGORITHMS, NotHereError, Nvcomp, OfficialKernel
+from bench.kernels.decode import buffers, check_decode
+from bench.kernels.peers import NVCOMP_ALGORITHMS, NotHereError, Nvcomp, OfficialKernel
+from bench.kernels.timing import Bench, Call, expect_no_status, expect_same_bits
 from bench_setup import copy_of, normal, poisoned
-from bench_timing import Bench, Call, expect_no_status, expect_same_bits
 
 from vllm_dfloat.device import ops, unit_decode, unit_resident
 from vllm_dfloat.dfloat11.encode import as_unit, encode_unit

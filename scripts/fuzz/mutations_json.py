@@ -7,9 +7,9 @@ from collections.abc import Callable
 from random import Random
 from typing import Any
 
-from fuzz_folder import Folder, pack, with_header
-from fuzz_mutations import mutation, some_file, some_tensors
-from fuzz_values import PATHS, REGEXES, TENSOR_NAMES, absurd
+from fuzz.folder import Folder, pack, with_header
+from fuzz.mutations import mutation, some_file, some_tensors
+from fuzz.values import PATHS, REGEXES, TENSOR_NAMES, absurd
 
 
 def change_somewhere(content: Any, rng: Random) -> None:

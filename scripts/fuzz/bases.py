@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from fuzz_folder import Folder, Stored, pack, read_folder, unpack
+from fuzz.folder import Folder, Stored, pack, read_folder, unpack
 
 from vllm_dfloat.checkpoint.manifest import MANIFEST_FILE
 from vllm_dfloat.convert.compress import compress
 from vllm_dfloat.convert.decompress import decompress
 from vllm_dfloat.convert.source import open_source
 
-VECTORS = Path(__file__).parents[1] / "tests" / "data" / "vectors"
+VECTORS = Path(__file__).parents[2] / "tests" / "data" / "vectors"
 # Units of the vectors: short ones, one with three members, and one of two thread blocks.
 _SHORT = (
     "two_elements",

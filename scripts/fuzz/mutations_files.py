@@ -6,8 +6,8 @@ import json
 import os
 from random import Random
 
-from fuzz_folder import Folder, Special, pack, unpack, weight_files
-from fuzz_mutations import mutation
+from fuzz.folder import Folder, Special, pack, unpack, weight_files
+from fuzz.mutations import mutation
 
 
 @mutation

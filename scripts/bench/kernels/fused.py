@@ -6,9 +6,9 @@ Weights rotate; the scratch that a layer is decoded into does not, as in serving
 from __future__ import annotations
 
 import torch
-from bench_decode import check_decode
+from bench.kernels.decode import check_decode
+from bench.kernels.timing import Bench, Call, WrongBitsError, expect_no_status, expect_same_bits
 from bench_setup import copy_of, nan_memory, normal
-from bench_timing import Bench, Call, WrongBitsError, expect_no_status, expect_same_bits
 from torch.nn import functional
 
 from vllm_dfloat.codec import layout

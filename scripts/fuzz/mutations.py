@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from random import Random
 
-from fuzz_folder import Folder, Special, Stored, pack, unpack, weight_files
+from fuzz.folder import Folder, Special, Stored, pack, unpack, weight_files
 
 # Changes the folder; False where it has nothing to work on.
 Mutation = Callable[[Folder, Random], bool]

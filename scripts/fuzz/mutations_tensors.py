@@ -5,8 +5,8 @@ from __future__ import annotations
 from random import Random
 
 import numpy as np
-from fuzz_folder import Folder, Stored, pack
-from fuzz_mutations import mutation, some_field, some_tensors
+from fuzz.folder import Folder, Stored, pack
+from fuzz.mutations import mutation, some_field, some_tensors
 
 
 @mutation

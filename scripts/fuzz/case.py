@@ -15,13 +15,13 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import fuzz_mutations_files  # noqa: F401  # each registers its mutations
-import fuzz_mutations_json  # noqa: F401
-import fuzz_mutations_tensors  # noqa: F401
-from fuzz_bases import Base
-from fuzz_folder import Folder, write_folder
-from fuzz_mutations import MUTATIONS
-from fuzz_oracle import StoredTwice, Tensors, expected_tensors, manifest_holds, original_tensors
+import fuzz.mutations_files  # each registers its mutations
+import fuzz.mutations_json
+import fuzz.mutations_tensors  # noqa: F401
+from fuzz.bases import Base
+from fuzz.folder import Folder, write_folder
+from fuzz.mutations import MUTATIONS
+from fuzz.oracle import StoredTwice, Tensors, expected_tensors, manifest_holds, original_tensors
 
 from vllm_dfloat.checkpoint.folder import is_dfloat11
 from vllm_dfloat.checkpoint.plain_model import bf16_tensors

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from bench.kernels.timing import FLOOR, Bench, Call, expect_no_status, expect_same_bits
 from bench_setup import copy_of, nan_memory, normal, poisoned
-from bench_timing import FLOOR, Bench, Call, expect_no_status, expect_same_bits
 
 from vllm_dfloat.device import ops, packed_encode
 from vllm_dfloat.device.packed_weight import checksum, make_descriptor

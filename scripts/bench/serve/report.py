@@ -8,9 +8,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from bench_serve_options import VARIANTS
+from bench.serve.options import VARIANTS
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[2] / "results"
 GIB = 1 << 30
 METHOD = (
     "One LLM per process, the engine stepped in that process, the same random prompts for all, greedy, no prefix "
