@@ -15,9 +15,11 @@ from small_models import bf16, make_model
 from vllm_dfloat.checkpoint.manifest import MANIFEST_FILE, file_entry, read_manifest
 from vllm_dfloat.checkpoint.side_files import side_files
 from vllm_dfloat.cli import main
+from vllm_dfloat.convert import compress
 from vllm_dfloat.convert.source import NOT_FETCHED, open_source
 from vllm_dfloat.errors import FormatError
 
+Capture = pytest.CaptureFixture[str]
 TENSORS = {
     "model.layers.0.mlp.up_proj.weight": bf16(64, 64),
     "model.norm.weight": bf16(1, 64)[0],
@@ -25,6 +27,7 @@ TENSORS = {
 COPIED = (
     "2_Dense/config.json",
     "2_Dense/model.safetensors",
+    "2_Dense/pytorch_model.bin",  # which vLLM reads where the other holds no layer
     "3_Dense/pytorch_model.bin",
     "adapters/retrieval/adapter_model.safetensors",
     "colbert_linear.pt",
@@ -37,7 +40,6 @@ COPIED = (
 )
 COPY = "holds the model's weights once more"
 LEFT_OUT = {
-    "2_Dense/pytorch_model.bin": COPY,
     "checkpoint-5/model.safetensors": COPY,
     "checkpoint-5/optimizer.pt": "is the state of a training, of no use to serve",
     "consolidated.00.pth": COPY,
@@ -110,7 +112,7 @@ def test_what_vllm_may_read_is_copied_and_in_the_manifest_and_all_else_named(
         assert (back / name).read_bytes() == (embedder / name).read_bytes(), name
     for folder in (there, back):
         assert main(["verify", str(folder), "--against", str(embedder)]) == 0
-        assert ", 7 files of weights beside them)" in capsys.readouterr().out
+        assert ", 8 files of weights beside them)" in capsys.readouterr().out
     # Where nothing says what belongs to the checkpoint, as in those of others, the same holds.
     (there / MANIFEST_FILE).unlink()
     put(there / "original/consolidated.00.pth", b"x")
@@ -201,6 +203,7 @@ def test_a_layer_that_is_a_git_lfs_pointer_is_refused(embedder: Path) -> None:
     "modules", ["[", "{}", "[1]", '[{"path": 5}]', '[{"path": "."}, {"path": "../x"}]', "null"]
 )
 def test_modules_that_say_nothing_change_nothing(modules: str, embedder: Path) -> None:
+    (embedder / "2_Dense/pytorch_model.bin").unlink()  # copied where it is a layer's
     before = side_files(embedder)
     (embedder / "modules.json").write_text(modules)
     os.utime(embedder / "modules.json", ns=(0, 0))
@@ -231,3 +234,92 @@ def test_of_a_hub_model_all_is_fetched_that_is_copied() -> None:
         "gguf/m.gguf",
     }
     assert not fetched & passed_over
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> Path:
+    return make_model(tmp_path / "plain", TENSORS, tie_word_embeddings=False)
+
+
+def test_forced_run_leaves_nothing_of_the_model_that_was_there(
+    embedder: Path, plain: Path, tmp_path: Path
+) -> None:
+    # Bug caught: layers of the model before stayed, and vLLM served the new one through them.
+    out, back = tmp_path / "out", tmp_path / "back"
+    assert main(["compress", str(embedder), str(out)]) == 0
+    assert main(["decompress", str(out), str(back)]) == 0
+    (out / "mine.txt").write_text("mine")
+    assert main(["compress", str(plain), str(out), "--force"]) == 0
+    assert main(["decompress", str(out), str(back), "--force"]) == 0
+    for folder in (out, back):
+        left = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+        assert not left & set(COPIED)
+    assert (out / "mine.txt").exists()
+    assert main(["verify", str(out), "--against", str(plain)]) == 0
+    assert main(["compress", str(plain), str(out)]) == 0
+
+
+@pytest.mark.parametrize("name", ["9_Dense/model.safetensors", "stale.pt", "modules.json"])
+def test_what_an_interrupted_run_has_left_and_the_source_has_not_is_named(
+    name: str, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    out = tmp_path / "out"
+    real = compress.read_back
+
+    def leave(target: Path, tensors: Any) -> None:
+        put(target / name, b"{}")
+        real(target, tensors)
+
+    monkeypatch.setattr(compress, "read_back", leave)
+    assert main(["compress", str(plain), str(out)]) == 2
+    assert f"{out / name}: is no part of the model that was made here" in capsys.readouterr().err
+    assert main(["verify", str(out)]) == 2  # unfinished
+    monkeypatch.undo()
+    (out / name).unlink()
+    assert main(["compress", str(plain), str(out)]) == 0
+
+
+@pytest.mark.parametrize("name", ["3_Dense/pytorch_model.bin", "sparse_linear.pt"])
+@pytest.mark.parametrize("cut", [False, True])
+def test_other_weights_that_are_missing_or_cut_are_seen_when_the_folder_is_opened(
+    name: str, cut: bool, embedder: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    out = tmp_path / "out"
+    assert main(["compress", str(embedder), str(out)]) == 0
+    content = (out / name).read_bytes()
+    (out / name).unlink()
+    if cut:
+        (out / name).write_bytes(content[:-1])
+    assert main(["inspect", str(out)]) == 2
+    assert name in capsys.readouterr().err
+
+
+def test_listed_weights_that_are_a_link_to_elsewhere_are_refused_not_left_out(
+    embedder: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    out = tmp_path / "out"
+    assert main(["compress", str(embedder), str(out)]) == 0
+    (out / "sparse_linear.pt").rename(tmp_path / "elsewhere.pt")
+    (out / "sparse_linear.pt").symlink_to(tmp_path / "elsewhere.pt")
+    assert main(["decompress", str(out), str(tmp_path / "back")]) == 2
+    assert f"{out / 'sparse_linear.pt'}: is a link to" in capsys.readouterr().err
+
+
+def test_hidden_layer_is_refused_not_left_out(plain: Path, tmp_path: Path, capsys: Capture) -> None:
+    put(plain / ".dense/model.safetensors", {"linear.weight": bf16(8, 64)})
+    put(plain / "modules.json", json.dumps([dict(path="x/../.dense")]).encode())
+    assert main(["compress", str(plain), str(tmp_path / "out")]) == 2
+    assert f"{plain / '.dense'}: is hidden" in capsys.readouterr().err
+
+
+def test_nothing_is_written_or_removed_through_a_link_out_of_the_folder(
+    embedder: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    assert main(["compress", str(embedder), str(out)]) == 0
+    (out / "2_Dense").rename(elsewhere)
+    (out / "2_Dense").symlink_to(elsewhere)
+    before = {file.name: file.read_bytes() for file in elsewhere.iterdir()}
+    assert main(["compress", str(embedder), str(out), "--force"]) == 2
+    assert f"{out / '2_Dense'}: is a link out of the folder" in capsys.readouterr().err
+    assert {file.name: file.read_bytes() for file in elsewhere.iterdir()} == before

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from vllm_dfloat.checkpoint.listing import weight_files
+from vllm_dfloat.checkpoint.side_weights import is_weights
 from vllm_dfloat.errors import FormatError, one_line, shown
 from vllm_dfloat.storage.json_file import read_object, regular_size
 from vllm_dfloat.storage.progress import Advance, ignore
@@ -125,15 +126,15 @@ def refuse_other_files(folder: Path, manifest: Manifest) -> None:
 
     Their names, sizes and headers: that finds a file that was removed, renamed, added, cut or exchanged for one with
     other tensors, not one whose tensors have other values; for that `file_differences` reads all of it. Of
-    safetensors in folders below it those that are listed; any others may be there.
+    weights in other files those that are listed; any others may be there.
 
     Raises:
         FormatError: a weight file is missing, too many, or another one.
     """
-    listed = {name for name in manifest.files if name.endswith(".safetensors")}
+    listed = {name for name in manifest.files if is_weights(name)}
     files = {file.name: file for file in weight_files(folder)}
     added = sorted(files.keys() - listed)
-    files |= {name: folder / name for name in listed if "/" in name and (folder / name).exists()}
+    files |= {name: folder / name for name in listed if (folder / name).exists()}
     found = [f"{one_line(name)} is missing" for name in sorted(listed - files.keys())]
     found += [f"{one_line(name)} is not listed" for name in added]
     for name in sorted(listed & files.keys()):

@@ -66,9 +66,11 @@ def side_files(folder: Path, own: Collection[str] | None = None) -> SideFiles:
     roots, modules = _roots(folder), module_folders(folder)
     own = {file.name for file in weight_files(folder)} if own is None else set(own)
     own |= {file.name for file in visible_files(folder, "*.safetensors.index.json")}
+    listed = _listed(folder)
+    _refuse_hidden(folder, modules)
     found = dict(visible_paths(folder))
     files = [name for name, is_folder in found.items() if not is_folder]
-    left_out = reasons_to_leave(folder, files, own, _listed(folder))
+    left_out = reasons_to_leave(folder, files, own, listed)
     names = []
     for name, is_folder in found.items():
         if name in own or name in left_out:
@@ -81,7 +83,9 @@ def side_files(folder: Path, own: Collection[str] | None = None) -> SideFiles:
             refuse_pointer(folder / name)
         reason = "is a link to a folder" if is_folder else _reason_to_leave(folder / name, roots)
         if reason and is_layer:
-            _refuse_layer(folder, name, reason)
+            _refuse_weights(folder, name, reason, MODULES_FILE)
+        if reason and name in listed and is_weights(name):
+            _refuse_weights(folder, name, reason, MANIFEST_FILE)
         if reason:
             left_out[name] = reason
         else:
@@ -98,11 +102,20 @@ def _listed(folder: Path) -> Collection[str]:
     return manifest.files.keys() if manifest else ()
 
 
-def _refuse_layer(folder: Path, name: str, reason: str) -> None:
+def _refuse_weights(folder: Path, name: str, reason: str, named_by: str) -> None:
     raise FormatError(
-        f"{folder / name}: {reason}; {MODULES_FILE} says that a layer of the model is there, which vLLM would serve "
+        f"{folder / name}: {reason}; {named_by} says that a part of the model is there, which vLLM would serve "
         "without its weights. Put a copy in place of the link."
     )
+
+
+def _refuse_hidden(folder: Path, modules: Collection[str]) -> None:
+    for path in sorted(modules):
+        if path.startswith(".") and not path.startswith("..") and (folder / path).is_dir():
+            raise FormatError(
+                f"{folder / path}: is hidden, and {MODULES_FILE} says that a layer of the model is there; hidden files "
+                "are not copied. Give the folder a name without a dot, in modules.json too."
+            )
 
 
 def leads_outside(file: Path, folder: Path) -> bool:

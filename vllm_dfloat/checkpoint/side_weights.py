@@ -6,6 +6,7 @@ not surely a copy, or of no use to vLLM, belongs to the model. It is copied byte
 
 from __future__ import annotations
 
+import posixpath
 import re
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path, PurePosixPath
@@ -40,6 +41,11 @@ def is_weights(name: str) -> bool:
     return name.endswith(_FORMS)
 
 
+def changes_answers(name: str) -> bool:
+    """Return whether a file of this name, beside a model's own, may change what vLLM makes of the model."""
+    return is_weights(name) or name.endswith(_INDEX) or name == MODULES_FILE
+
+
 def module_folders(folder: Path) -> frozenset[str]:
     """Return the folders that modules.json names, relative to a model's; none if it is missing or damaged."""
     try:
@@ -52,7 +58,7 @@ def module_folders(folder: Path) -> frozenset[str]:
         for module in (modules if isinstance(modules, list) else [])
         if isinstance(module, dict)
     ]
-    folders = {PurePosixPath(path).as_posix() for path in paths if isinstance(path, str)}
+    folders = {posixpath.normpath(path) for path in paths if isinstance(path, str)}
     return frozenset(folders - {"."})
 
 
@@ -109,11 +115,13 @@ def _by_name(name: str, beside: Collection[str], is_module: bool) -> str:
         return OTHER_FORM
     if _TRAINING.fullmatch(file.name):
         return TRAINING
+    if is_module:
+        return ""  # vLLM reads its pickle too, where its safetensors hold something else
     of = file.name.removesuffix(_INDEX)
     is_pickle = of.endswith(_PICKLES)
     if is_pickle and _COPIES.fullmatch(of) and _folder(name) in beside:
         return SECOND_COPY
-    if is_module or not (is_pickle or of.endswith(SAFETENSORS)):
+    if not (is_pickle or of.endswith(SAFETENSORS)):
         return ""
     if file.parts[0] == _COPY_FOLDER and len(file.parts) > 1:
         return SECOND_COPY

@@ -14,7 +14,7 @@ from typing import Any
 from vllm_dfloat.checkpoint.folder import FINISHED_FILE
 from vllm_dfloat.checkpoint.manifest import file_entry
 from vllm_dfloat.checkpoint.side_files import visible_paths
-from vllm_dfloat.checkpoint.side_weights import is_weights
+from vllm_dfloat.checkpoint.side_weights import changes_answers
 from vllm_dfloat.convert.resume import TASKS, OccupiedError, Task
 from vllm_dfloat.convert.source_files import SourceFiles
 from vllm_dfloat.convert.work import Work
@@ -37,7 +37,11 @@ def write_finished(
         identity: of what it was made from, and how.
         source: the files it was made from.
         report: what `find_finished` is to give back.
+
+    Raises:
+        FormatError: the folder holds more that a reader would take for a part of the model.
     """
+    _refuse_leftovers(work)
     content = {
         "version": _VERSION,
         "task": task.name,
@@ -47,6 +51,15 @@ def write_finished(
         "report": dict(report),
     }
     work.write_text(FINISHED_FILE, json.dumps(content, sort_keys=True) + "\n")
+
+
+def _refuse_leftovers(work: Work) -> None:
+    for name, _ in visible_paths(work.folder):
+        if name not in work.entries and changes_answers(name):
+            raise FormatError(
+                f"{work.folder / name}: is no part of the model that was made here, and would change it; an earlier "
+                "run or another program has left it. Move it out of the folder, and run the same command again."
+            )
 
 
 def find_or_make(
@@ -127,7 +140,7 @@ def _check_target(target: Path, stamp: Path, files: Mapping[str, Mapping[str, An
     A file with weights or an index that was added may change what a reader finds; others do not, such as a README.
     """
     for name, _ in visible_paths(target):
-        if name not in files and (is_weights(name) or name.endswith(".index.json")):
+        if name not in files and changes_answers(name):
             raise FormatError(
                 f"{target / name}: was added since its folder was finished; expected the {len(files)} files that were "
                 "made then. Move it out of the folder."

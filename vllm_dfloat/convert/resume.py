@@ -16,8 +16,10 @@ from vllm_dfloat.convert.work import Work
 from vllm_dfloat.errors import DFloatError, FormatError
 from vllm_dfloat.storage.folder_lock import locked
 from vllm_dfloat.storage.journal import discard_journal, open_journal
+from vllm_dfloat.storage.json_file import read_object
 from vllm_dfloat.storage.safetensors_write import TEMPORARY
 
+_MAX_BYTES = 256 << 20  # of a list of files
 _CHECKPOINT_FILES = ("*.safetensors", "*.safetensors.index.json", MANIFEST_FILE, FINISHED_FILE)
 
 
@@ -121,10 +123,29 @@ def _check_content(target: Path, task: Task) -> None:
 
 
 def _clear(target: Path, task: Task) -> None:
-    """Remove the checkpoint in the folder, and the beginning of another task."""
+    """Remove the checkpoint in the folder, with all that was made with it, and the beginning of another task."""
+    made = _made_before(target)
     for other in TASKS:
         if other != task:
             discard_journal(target / other.journal)
     for pattern in _CHECKPOINT_FILES:
         for file in visible_files(target, pattern):
             file.unlink()
+    for name in made:
+        file = target / name
+        is_inside = file.parent.resolve().is_relative_to(target.resolve())
+        if is_inside and (file.is_file() or file.is_symlink()):
+            file.unlink()
+
+
+def _made_before(target: Path) -> set[str]:
+    """Return the files that a manifest or a finished run lists, nothing of damaged ones."""
+    names: set[str] = set()
+    for file in (MANIFEST_FILE, FINISHED_FILE):
+        try:
+            content = read_object(target / file, _MAX_BYTES) or {}
+        except FormatError:
+            continue
+        listed = content.get("files")
+        names.update(name for name in (listed if isinstance(listed, dict) else ()))
+    return names

@@ -85,9 +85,14 @@ class Work:
 
         Raises:
             ChangedError: it is not the same any more.
+            FormatError: it would be written outside of the folder, through a link.
         """
         file, digest, size = self.folder / name, hashlib.sha256(), 0
         file.parent.mkdir(parents=True, exist_ok=True)
+        if not file.parent.resolve().is_relative_to(self.folder.resolve()):
+            raise FormatError(
+                f"{file.parent}: is a link out of the folder that is made; expected a folder. Remove the link."
+            )
         with (
             replacing(file) as temporary,
             (source / name).open("rb", buffering=0) as stream,
