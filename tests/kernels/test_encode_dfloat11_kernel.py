@@ -201,6 +201,6 @@ def test_a_device_that_is_not_there_and_a_missing_triton_are_refused_in_one_sent
     with pytest.raises(DeviceError, match=r"cuda:7: torch .* sees \d+ GPUs, counted from 0"):
         unit_coder.coder_of("cuda:7")
     monkeypatch.setitem(sys.modules, "vllm_dfloat.kernels.dfloat11_encode", None)
-    monkeypatch.delattr(vllm_dfloat.kernels, "encode_dfloat11")
+    monkeypatch.delattr(vllm_dfloat.kernels, "dfloat11_encode")
     with pytest.raises(DeviceError, match=r"cpu: Triton cannot be imported .* --device cpu"):
         unit_coder.DeviceCoder(torch.device("cpu"))
