@@ -140,7 +140,7 @@ def test_the_other_triton_interprets_the_kernels_to_the_same_bits(
         "-q",
         "-p",
         "no:cacheprovider",
-        ROOT / "tests" / file,
+        Path(__file__).with_name(file),
     ]
     env = {**os.environ, **with_packages(other_packages), "TRITON_INTERPRET": "1"}
     run = subprocess.run(
