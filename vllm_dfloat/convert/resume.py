@@ -20,7 +20,7 @@ from vllm_dfloat.storage.json_file import read_object
 from vllm_dfloat.storage.safetensors_write import TEMPORARY
 
 _MAX_BYTES = 256 << 20  # of a list of files
-_CHECKPOINT_FILES = ("*.safetensors", "*.safetensors.index.json", MANIFEST_FILE, FINISHED_FILE)
+_CHECKPOINT_FILES = ("*.safetensors", "*.safetensors.index.json", MANIFEST_FILE)
 
 
 class OccupiedError(FormatError):
@@ -128,14 +128,16 @@ def _clear(target: Path, task: Task) -> None:
     for other in TASKS:
         if other != task:
             discard_journal(target / other.journal)
-    for pattern in _CHECKPOINT_FILES:
-        for file in visible_files(target, pattern):
-            file.unlink()
-    for name in made:
+    for name in made - {MANIFEST_FILE, FINISHED_FILE}:
         file = target / name
         is_inside = file.parent.resolve().is_relative_to(target.resolve())
         if is_inside and (file.is_file() or file.is_symlink()):
             file.unlink()
+    # The lists of what was made come last: after a kill the next run finds them again.
+    for pattern in _CHECKPOINT_FILES:
+        for file in visible_files(target, pattern):
+            file.unlink()
+    (target / FINISHED_FILE).unlink(missing_ok=True)
 
 
 def _made_before(target: Path) -> set[str]:
