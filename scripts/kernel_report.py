@@ -3,10 +3,11 @@
     python scripts/kernel_report.py            # a table
     python scripts/kernel_report.py --json     # the same as JSON
 
-Per kernel and target: registers per thread, spilled bytes, shared memory, barriers, SASS instructions, and how many of
-them run per weight: those of a loop as often as it runs, all others once, on both sides of a branch; times the threads
-of a program, divided by its weights. For the official layout, whose loops run as often as the data says, each is
-counted once, so there it is the size of the code.
+Per kernel and target: registers per thread, spilled bytes, shared memory, barriers, SASS instructions, and how many
+of them run per weight: those of a loop as often as it runs, all others once, on both sides of a branch; times the
+threads of a program, divided by its weights; and those of each loop alone, in the order of the code (that over packed
+weights comes before that over weights held as BF16). For the official layout, whose loops run as often as the data
+says, each is counted once, so there it is the size of the code.
 """
 
 import argparse
@@ -64,19 +65,18 @@ def instructions(sass: str) -> list[tuple[int, str, str]]:
     return [(int(address, 16), name, number) for address, name, number in found if name != "NOP"]
 
 
-def loop_addresses(code: list[tuple[int, str, str]]) -> set[int]:
-    """Return the addresses inside loops: from where a branch leads back to, up to the branch.
+def loops_of(code: list[tuple[int, str, str]]) -> list[tuple[int, int]]:
+    """Return the first and last address of each loop: from where a branch leads back to, up to the branch.
 
     Where threads of a warp may have parted, BRA.DIV leads to the end of the code and a branch from there back: no loop.
     """
     tails = [int(target, 16) for _, name, target in code if name == "BRA.DIV" and target]
     end = min(tails, default=code[-1][0] + 1)
-    loops = [
+    return [
         (int(target, 16), address)
         for address, name, target in code
         if name.startswith("BRA") and target and int(target, 16) < address < end
     ]
-    return {address for address, _, _ in code if any(a <= address <= b for a, b in loops)}
 
 
 def measure(spec: CompileSpec, capability: int) -> dict[str, Any]:
@@ -88,9 +88,10 @@ def measure(spec: CompileSpec, capability: int) -> dict[str, Any]:
         resources = dict(RESOURCE.findall(dump("--dump-resource-usage", cubin)))
         code = instructions(dump("-sass", cubin))
     kinds = Counter(name.split(".")[0] for _, name, _ in code)
-    in_loops = loop_addresses(code)
+    loops = [{address for address, _, _ in code if a <= address <= b} for a, b in loops_of(code)]
+    in_loops: set[int] = set().union(*loops)
     runs = sum(spec.loop_runs if address in in_loops else 1 for address, _, _ in code)
-    threads = 32 * spec.num_warps
+    per_weight = 32 * spec.num_warps / spec.weights_per_program
     return {
         "kernel": spec.name,
         "target": f"sm_{capability}",
@@ -105,7 +106,8 @@ def measure(spec: CompileSpec, capability: int) -> dict[str, Any]:
             name.startswith("BAR") for address, name, _ in code if address in in_loops
         ),
         "instructions": kinds.total(),
-        "instructions_per_weight": round(runs * threads / spec.weights_per_program, 2),
+        "instructions_per_weight": round(runs * per_weight, 2),
+        "of_each_loop": [round(len(loop) * spec.loop_runs * per_weight, 2) for loop in loops],
         "widest_store_bits": max(
             int(name.split(".")[2]) if re.match(r"STG\.E\.\d+", name) else 32 for _, name, _ in code
         ),
