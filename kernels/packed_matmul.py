@@ -3,10 +3,11 @@
     y[m, n] = sum over k of x[m, k] * w[n, k], + bias[n]
 
 A first kernel makes partial sums: one for each tile, each row of w that the tile touches, and each row of x; for at
-most 4 rows of x in FP32 multiply-adds (matmul_gemv.py), for up to 32 on the tensor cores (matmul_dot.py). A second one
-adds those of each row in the order of its tiles. Every order of addition is fixed, and no sum holds anything of another
-row: the result is deterministic, and a row of x gets the same bits whatever the other rows hold. The two forms add in
-different orders, so a row's bits may change with the number of rows.
+most 4 rows of x in FP32 multiply-adds (packed_matmul_gemv.py), for up to 32 on the tensor cores
+(packed_matmul_dot.py). A second one adds those of each row in the order of its tiles. Every order of addition is
+fixed, and no sum holds anything of another row: the result is deterministic, and a row of x gets the same bits
+whatever the other rows hold. The two forms add in different orders, so a row's bits may change with the number of
+rows.
 
 Error against the exact sum. The product of two BF16 numbers has 16 bits and is exact in FP32 (below 2**-126 it may lose
 up to that much, which rounding to BF16 hides unless the whole sum is as small). So what is lost is lost in additions: a

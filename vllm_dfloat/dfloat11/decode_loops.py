@@ -1,4 +1,4 @@
-"""The numba code under decode_unit.py: decodes blocks of 4096 stream bytes and checks them.
+"""The numba code under decode.py: decodes blocks of 4096 stream bytes and checks them.
 
 The exponents of a block go to a small buffer first, several codes per table look-up, and are merged
 with the sign and mantissa bytes in a loop that the compiler vectorises. Nothing here checks array

@@ -2,7 +2,7 @@
 
 Three passes, each over the members in bounded pieces: count the exponents, which settles the code and the sizes of all
 tensors; write the codes; take signs and mantissas. So a unit of any size is encoded while its file is written, and
-only its gaps and positions, 1.3 % of the weights' bytes, are held. encode_pieces.py works on the pieces.
+only its gaps and positions, 1.3 % of the weights' bytes, are held. coder.py works on the pieces.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The code book of the official DFloat11 encoder: which exponent gets which bits, and the tables that say so.
 
 Followed to the bit, so that units written here equal the official ones. Codes are not canonical: they follow from the
-order in which the tree is built, and a reader finds them in the tables (code_tables.py).
+order in which the tree is built, and a reader finds them in the tables (tables.py).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Decode a DFloat11 unit slowly and obviously: the oracle for decode_unit.py and the kernel.
+"""Decode a DFloat11 unit slowly and obviously: the oracle for decode.py and the kernel.
 
 Follows the format's description word by word: the stored `luts` with their row of lengths, one
 window after the other, one code after the other. No speed, no tables of our own.

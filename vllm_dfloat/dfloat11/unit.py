@@ -46,7 +46,7 @@ class Unit:
         positions: int64 [B + 1], first weight of each block, then N.
         splits: int64 [m + 1], 0, first weight of each further member, N.
         luts: uint8 [R, 256] as stored.
-        tables: int32 [R - 1, 256], the same codes without stale slots (code_tables.py).
+        tables: int32 [R - 1, 256], the same codes without stale slots (tables.py).
         first_block: of the stored unit that the first block is, if this is a piece of it.
     """
 

@@ -93,7 +93,7 @@ def linear(
         gemm: name of the GEMM, for `find_gemm`.
         layout: how the weight is held, a name in layouts.py.
         fused_rows: up to this many rows of x are multiplied without decoding the weight.
-        block: table of the transformer block that is decoded as a whole (blocks.py), or None.
+        block: table of the transformer block that is decoded as a whole (groups.py), or None.
         first_tile, block_tiles: where the weight lies in the decoded block, and the size of all, in tiles.
     """
     lane = compat.lane(x.device)
