@@ -3,8 +3,7 @@
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,116 +11,35 @@ import pytest
 import tiny_models
 import torch
 from conftest import Checkpoint
-from engines import ask, bf16_answers, engine
+from engines import bf16_answers, engine
+from refused_updates import REFUSED, shape
 from safetensors.torch import load_file
-from torch.nn import Parameter
+from served import (
+    AS_BEFORE,
+    ATTENTION,
+    EMBEDDING,
+    MLP,
+    NORM,
+    NUM_TOKENS,
+    O_PROJ,
+    QKV,
+    Change,
+    InProcessTransfer,
+    K,
+    Served,
+    Tensors,
+    from_one_buffer,
+)
 from vllm.config import WeightTransferConfig
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
-from vllm.distributed.weight_transfer.base import WeightTransferEngine
-from vllm.model_executor.model_loader import reload
 
 from vllm_dfloat.checkpoint.reader import open_checkpoint
 from vllm_dfloat.convert.compress import compress
 from vllm_dfloat.convert.source import open_source
-from vllm_dfloat.errors import FormatError, UnsupportedError
-from vllm_dfloat.integration.layers.method import DESC, PackedMethod
-from vllm_dfloat.integration.layers.placeholder import WeightPlaceholder
+from vllm_dfloat.errors import FormatError
+from vllm_dfloat.integration.layers.method import PackedMethod
 
 pytestmark = pytest.mark.engine
-
-ATTENTION = "model.layers.0.self_attn"
-QKV, O_PROJ, DOWN = f"{ATTENTION}.qkv_proj", f"{ATTENTION}.o_proj", "model.layers.0.mlp.down_proj"
-NORM, EMBEDDING = "model.norm.weight", "model.embed_tokens"
-MLP = "model.layers.1.mlp"
-K = f"{ATTENTION}.k_proj.weight"
-AS_BEFORE = "All weights are as before"
-HOW = "held compressed; nothing was read or changed. To change it, .*reload_weights"
-
-Tensors = dict[str, torch.Tensor]
-Pairs = list[tuple[str, torch.Tensor]]
-Change = Callable[[Tensors, Tensors], Tensors]  # (first checkpoint, second) -> what is written
-
-NUM_TOKENS = 4
-
-
-@dataclass
-class TransferInfo:
-    """What a trainer sends: nothing to begin with, then weights."""
-
-    weights: Pairs = field(default_factory=list)
-
-
-class InProcessTransfer(WeightTransferEngine):
-    """A backend of vLLM's weight transfer whose trainer is this process; the life cycle is that of the NCCL backend."""
-
-    init_info_cls = update_info_cls = TransferInfo
-
-    def init_transfer_engine(self, init_info: TransferInfo) -> None:
-        pass
-
-    def start_weight_update(self) -> None:
-        reload.initialize_layerwise_reload(self.model)
-
-    def receive_weights(self, update_info: TransferInfo) -> None:
-        self.model.load_weights(update_info.weights)
-
-    def finish_weight_update(self) -> None:
-        reload.finalize_layerwise_reload(self.model, self.model_config)
-
-    def shutdown(self) -> None:
-        pass
-
-
-class Served:
-    """A running engine and two checkpoints: the one it was started from, and another one."""
-
-    def __init__(self, llm: Any, first: Path, second: Path) -> None:
-        self.llm = llm
-        self.first, self.second = first, second
-        self.worker = llm.llm_engine.model_executor.driver_worker.worker
-        self.model = self.worker.model_runner.get_model()
-        self.old: Tensors = load_file(first / "model.safetensors")
-        self.new: Tensors = load_file(second / "model.safetensors")
-        self.answers = self.ask()
-
-    def ask(self) -> Any:
-        return ask(self.llm, num_tokens=NUM_TOKENS)
-
-    @torch.no_grad()  # vLLM itself leaves it out where it copies a kernel's format
-    def reload(self, **arguments: Any) -> None:
-        self.llm.collective_rpc("reload_weights", kwargs=arguments)
-
-    def iterate(self, pairs: Any, **arguments: Any) -> None:
-        self.reload(weights_iterator=iter(pairs), **arguments)
-
-    def transfer(self, *chunks: Pairs) -> None:
-        self.send(chunks)
-
-    def send(self, chunks: Iterable[Pairs]) -> None:
-        """Send chunks of weights from start to finish; after a failure nothing more is sent."""
-        self.llm.collective_rpc("start_weight_update")
-        for chunk in chunks:
-            self.llm.collective_rpc("update_weights", kwargs={"update_info": {"weights": chunk}})
-        self.llm.collective_rpc("finish_weight_update")
-
-    def some(self, part: str) -> Pairs:
-        return [(name, tensor) for name, tensor in self.new.items() if part in name]
-
-    def layer(self, name: str) -> Any:
-        return self.model.get_submodule(name)
-
-    def parameter(self, name: str) -> Any:
-        return dict(self.model.named_parameters())[name]
-
-    def bits(self) -> Tensors:
-        """Return every weight as it is served."""
-        found = {}
-        for name, parameter in self.model.named_parameters():
-            layer = self.layer(name.rpartition(".")[0])
-            is_packed = isinstance(parameter, WeightPlaceholder)
-            value = layer.quant_method.dequantize_weight(layer) if is_packed else parameter
-            found[name] = value.detach().clone()
-        return found
 
 
 @pytest.fixture(scope="module")
@@ -175,212 +93,6 @@ def changed_answers(both: tuple[Path, Path], change: Change, folder: Path) -> An
         }
         for answer in bf16_answers(path)
     ]
-
-
-def fails_after(pairs: Pairs) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from pairs
-    raise OSError("the trainer is gone")
-
-
-def from_one_buffer(pairs: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield pairs whose tensors lie in the same memory, one after the other."""
-    pairs = list(pairs)
-    buffer = torch.empty(max(tensor.numel() for _, tensor in pairs), dtype=torch.bfloat16)
-    for name, tensor in pairs:
-        yield name, buffer[: tensor.numel()].view(tensor.shape).copy_(tensor)
-    buffer.fill_(torch.nan)
-
-
-def larger(served: Served, name: str, dim: int) -> Pairs:
-    """Return a tensor with as much again beside it."""
-    return [(name, torch.cat([served.new[name]] * 2, dim).contiguous())]
-
-
-def write_norm_then(served: Served, name: str) -> Pairs:
-    return [(NORM, served.new[NORM]), (name, torch.zeros(4))]
-
-
-def put_parameter(served: Served) -> None:
-    served.layer(O_PROJ).weight = Parameter(served.new[f"{O_PROJ}.weight"], requires_grad=False)
-
-
-def replace(served: Served) -> None:
-    from vllm.model_executor.utils import replace_parameter
-
-    replace_parameter(served.layer(O_PROJ), "weight", served.new[f"{O_PROJ}.weight"])
-
-
-def shape(name: str, *size: int) -> Pairs:
-    return [(name, torch.zeros(*size, dtype=torch.bfloat16))]
-
-
-# name: (what is done, the error, its words)
-Refused = tuple[Callable[[Served], Any], type[BaseException], str]
-REFUSED: dict[str, Refused] = {
-    "reload of q alone": (
-        lambda s: s.iterate(s.some("layers.0.self_attn.q_proj")),
-        UnsupportedError,
-        rf"{QKV}: .* weights arrived",
-    ),
-    "reload of a part of a layer that is BF16": (
-        lambda s: s.iterate(s.some("layers.0.") + s.some(f"{MLP}.gate_proj")),
-        UnsupportedError,
-        rf"{MLP}\.gate_up_proj: [0-9]+ of [0-9]+ weights arrived; .* {AS_BEFORE}",
-    ),
-    "load_weights of a part of a layer that is BF16, which a CPU packs": (
-        lambda s: s.model.load_weights(s.some(f"{MLP}.gate_proj")),
-        UnsupportedError,
-        f"only a part of it was given, .* {AS_BEFORE}",
-    ),
-    "reload, the source raises": (
-        lambda s: s.iterate(fails_after(s.some("layers.0."))),
-        OSError,
-        "the trainer is gone",
-    ),
-    "reload, another shape": (
-        lambda s: s.iterate(s.some("layers.1.") + shape(f"{O_PROJ}.weight", 3, 3)),
-        UnsupportedError,
-        rf"{O_PROJ}.weight \[3, 3\]: could not be loaded .*{AS_BEFORE}",
-    ),
-    "reload, a norm of another shape": (
-        lambda s: s.iterate([*s.some("layers.1."), (NORM, torch.zeros(3))]),
-        UnsupportedError,
-        rf"{NORM} \[3\]: could not be loaded .*{AS_BEFORE}",
-    ),
-    "reload, an unknown name": (
-        lambda s: s.iterate(s.some("layers.1.") + shape("model.layers.7.mlp.up_proj.weight", 8, 8)),
-        UnsupportedError,
-        rf"layers\.7\.mlp\.up_proj\.weight \[8, 8\]: .*{AS_BEFORE}",
-    ),
-    "reload, a name twice": (
-        lambda s: s.iterate(s.some(O_PROJ) + shape(f"{O_PROJ}.weight", 256, 256)),
-        UnsupportedError,
-        rf"{O_PROJ}\.weight: given twice",
-    ),
-    "load_weights, another shape": (
-        lambda s: s.model.load_weights(s.some("layers.1.") + shape(f"{O_PROJ}.weight", 3, 3)),
-        UnsupportedError,
-        rf"{O_PROJ}.weight \[3, 3\]: could not be loaded .*{AS_BEFORE}",
-    ),
-    "load_weights, q with twice the rows": (
-        lambda s: s.model.load_weights(larger(s, f"{ATTENTION}.q_proj.weight", 0)),
-        UnsupportedError,
-        rf"q_proj.weight \[512, 256\]: 131072 weights; expected 65536, as many .*{AS_BEFORE}",
-    ),
-    "load_weights, a bias of k with twice the rows": (
-        lambda s: s.model.load_weights(larger(s, f"{ATTENTION}.k_proj.bias", 0)),
-        UnsupportedError,
-        rf"k_proj.bias \[256\]: 256 weights; expected 128, as many .*{AS_BEFORE}",
-    ),
-    "load_weights, down with twice the columns": (
-        lambda s: s.model.load_weights(larger(s, f"{DOWN}.weight", 1)),
-        UnsupportedError,
-        rf"down_proj.weight \[256, 3072\]: 786432 weights; expected 393216, as many .*{AS_BEFORE}",
-    ),
-    "reload, gate of a layer that is BF16 with twice the rows": (
-        lambda s: s.iterate(s.some("layers.0.") + larger(s, f"{MLP}.gate_proj.weight", 0)),
-        UnsupportedError,
-        rf"gate_proj.weight \[3072, 256\]: 786432 weights; expected 393216, as many .*{AS_BEFORE}",
-    ),
-    "load_weights, the source raises": (
-        lambda s: s.model.load_weights(fails_after(s.some("layers.0."))),
-        OSError,
-        "the trainer is gone",
-    ),
-    "load_weights of a submodule": (
-        lambda s: s.model.model.load_weights([("layers.0.self_attn.o_proj.weight", s.new[f"{O_PROJ}.weight"])]),
-        UnsupportedError,
-        f"{O_PROJ}: weight_loader on its weight, which is {HOW}",
-    ),
-    "transfer, another shape": (
-        lambda s: s.transfer(s.some("layers.1."), shape(f"{O_PROJ}.weight", 3, 3)),
-        UnsupportedError,
-        rf"{O_PROJ}.weight \[3, 3\]: could not be loaded .*{AS_BEFORE}",
-    ),
-    "transfer that ends early": (
-        lambda s: s.transfer(s.some("layers.1."), s.some("layers.0.self_attn.q_proj")),
-        UnsupportedError,
-        rf"{QKV}: .* weights arrived",
-    ),
-    "transfer that breaks off": (
-        lambda s: s.transfer(s.some("layers.1."), fails_after(s.some("layers.0.self_attn.q_proj"))),
-        OSError,
-        "the trainer is gone",
-    ),
-    "kernel format": (
-        lambda s: s.iterate(write_norm_then(s, f"{O_PROJ}.weight"), is_checkpoint_format=False),
-        UnsupportedError,
-        f"{O_PROJ}: weight in kernel format on its weight, which is {HOW}",
-    ),
-    "kernel format, a descriptor": (
-        lambda s: s.iterate(write_norm_then(s, f"{O_PROJ}.{DESC}"), is_checkpoint_format=False),
-        UnsupportedError,
-        f"{O_PROJ}: {DESC} in kernel format on its weight, which is {HOW}",
-    ),
-    "param.weight_loader": (
-        lambda s: s.parameter(f"{QKV}.weight").weight_loader(
-            s.parameter(f"{QKV}.weight"), s.new[f"{ATTENTION}.q_proj.weight"], "q"
-        ),
-        UnsupportedError,
-        f"{QKV}: weight_loader on its weight, which is {HOW}",
-    ),
-    "layer.weight_loader": (
-        lambda s: s.layer(O_PROJ).weight_loader(s.parameter(f"{O_PROJ}.weight"), s.new[f"{O_PROJ}.weight"]),
-        UnsupportedError,
-        f"{O_PROJ}: .* on its weight, which is {HOW}",
-    ),
-    "layer.weight_loader_v2": (
-        lambda s: s.layer(O_PROJ).weight_loader_v2(s.parameter(f"{O_PROJ}.weight"), s.new[f"{O_PROJ}.weight"]),
-        UnsupportedError,
-        f"{O_PROJ}: weight_loader on its weight, which is {HOW}",
-    ),
-    "embedding.weight_loader": (
-        lambda s: s.layer(EMBEDDING).weight_loader(
-            s.parameter(f"{EMBEDDING}.weight"), s.new[f"{EMBEDDING}.weight"]
-        ),
-        UnsupportedError,
-        f"model.embed_tokens: .* on its weight, which is {HOW}",
-    ),
-    "named_parameters, mul_": (
-        lambda s: s.parameter(f"{DOWN}.weight").data.mul_(2),
-        UnsupportedError,
-        f"{DOWN}: mul_ on its weight, which is {HOW}",
-    ),
-    "state_dict, copy_": (
-        lambda s: s.model.state_dict()[f"{O_PROJ}.weight"].copy_(s.new[f"{O_PROJ}.weight"]),
-        UnsupportedError,
-        f"{O_PROJ}: copy_ on its weight, which is {HOW}",
-    ),
-    "load_state_dict": (
-        lambda s: s.model.load_state_dict(
-            {name: s.new[name] for name in (NORM, f"{O_PROJ}.weight")}, strict=False
-        ),
-        UnsupportedError,
-        f"{O_PROJ}: load_state_dict on its weight, which is {HOW}",
-    ),
-    "load_state_dict, strict": (
-        lambda s: s.model.load_state_dict({NORM: s.new[NORM]}),
-        UnsupportedError,
-        f"model.embed_tokens: load_state_dict on its weight, which is {HOW}",
-    ),
-    "load_state_dict of a layer": (
-        lambda s: s.layer(O_PROJ).load_state_dict({"weight": s.new[f"{O_PROJ}.weight"]}, assign=True),
-        UnsupportedError,
-        f"{O_PROJ}: load_state_dict on its weight, which is {HOW}",
-    ),
-    "setattr": (put_parameter, UnsupportedError, f"{O_PROJ}: another parameter .* on its weight, which is {HOW}"),
-    "replace_parameter": (replace, UnsupportedError, f"{O_PROJ}: .* on its weight, which is {HOW}"),
-    "save_sharded_state": (
-        lambda s: s.llm.collective_rpc("save_sharded_state", kwargs={"path": str(s.second / "sharded")}),
-        UnsupportedError,
-        f"untyped_storage on its weight, which is {HOW}",
-    ),
-    "reset_weights": (
-        lambda s: s.llm.collective_rpc("reset_weights"),
-        UnsupportedError,
-        f"{EMBEDDING}: reset_weights on its weight, which is {HOW}",
-    ),
-}  # fmt: skip
 
 
 @pytest.mark.parametrize(("write", "error", "words"), REFUSED.values(), ids=REFUSED)
