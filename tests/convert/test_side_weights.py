@@ -294,6 +294,20 @@ def test_other_weights_that_are_missing_or_cut_are_seen_when_the_folder_is_opene
     assert name in capsys.readouterr().err
 
 
+def test_other_weights_that_a_hub_cache_has_not_fetched_yet_may_be_missing(
+    embedder: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    # Bug caught: a snapshot of json and safetensors only, as vLLM fetches them, was called damaged.
+    (tmp_path / "models--org--name/blobs").mkdir(parents=True)
+    out = tmp_path / "models--org--name/snapshots/abc"
+    assert main(["compress", str(embedder), str(out)]) == 0
+    (out / "sparse_linear.pt").unlink()
+    assert main(["inspect", str(out)]) == 0
+    (out / "2_Dense/model.safetensors").unlink()
+    assert main(["inspect", str(out)]) == 2
+    assert "2_Dense/model.safetensors is missing" in capsys.readouterr().err
+
+
 def test_listed_weights_that_are_a_link_to_elsewhere_are_refused_not_left_out(
     embedder: Path, tmp_path: Path, capsys: Capture
 ) -> None:

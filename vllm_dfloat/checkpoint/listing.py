@@ -43,6 +43,16 @@ def visible_files(folder: Path, pattern: str) -> list[Path]:
     return sorted(file for file in folder.glob(pattern) if not file.name.startswith("."))
 
 
+def blobs_of(folder: Path) -> Path | None:
+    """Return the folder that the links of a snapshot in a Hugging Face cache lead into, None for any other folder.
+
+    models--org--name/snapshots/REVISION/ links into models--org--name/blobs/.
+    """
+    blobs = folder.parent.parent / "blobs"
+    is_one = folder.parent.name == "snapshots" and blobs.is_dir() and not blobs.is_symlink()
+    return blobs if is_one else None
+
+
 def weight_files(folder: Path) -> list[Path]:
     """Return every *.safetensors file directly in a folder but the hidden ones, by name."""
     return visible_files(folder, "*.safetensors")

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from vllm_dfloat.checkpoint.listing import weight_files
+from vllm_dfloat.checkpoint.listing import blobs_of, weight_files
 from vllm_dfloat.checkpoint.side_weights import is_weights
 from vllm_dfloat.errors import FormatError, one_line, shown
 from vllm_dfloat.storage.json_file import read_object, regular_size
@@ -126,7 +126,8 @@ def refuse_other_files(folder: Path, manifest: Manifest) -> None:
 
     Their names, sizes and headers: that finds a file that was removed, renamed, added, cut or exchanged for one with
     other tensors, not one whose tensors have other values; for that `file_differences` reads all of it. Of
-    weights in other files those that are listed; any others may be there.
+    weights in other files those that are listed; any others may be there. In a snapshot of a Hugging Face cache those
+    that are no safetensors may be missing.
 
     Raises:
         FormatError: a weight file is missing, too many, or another one.
@@ -135,7 +136,10 @@ def refuse_other_files(folder: Path, manifest: Manifest) -> None:
     files = {file.name: file for file in weight_files(folder)}
     added = sorted(files.keys() - listed)
     files |= {name: folder / name for name in listed if (folder / name).exists()}
-    found = [f"{one_line(name)} is missing" for name in sorted(listed - files.keys())]
+    missing = listed - files.keys()
+    if blobs_of(folder):  # vLLM fetches these when it reads them
+        missing = {name for name in missing if name.endswith(".safetensors")}
+    found = [f"{one_line(name)} is missing" for name in sorted(missing)]
     found += [f"{one_line(name)} is not listed" for name in added]
     for name in sorted(listed & files.keys()):
         size, expected = regular_size(files[name]), manifest.files[name]["bytes"]

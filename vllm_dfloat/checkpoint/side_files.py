@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_dfloat.checkpoint.folder import CONFIG_FILE
-from vllm_dfloat.checkpoint.listing import visible_files, weight_files
+from vllm_dfloat.checkpoint.listing import blobs_of, visible_files, weight_files
 from vllm_dfloat.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from vllm_dfloat.checkpoint.side_weights import (
     MODULES_FILE,
@@ -144,13 +144,10 @@ def visible_paths(folder: Path) -> Iterator[tuple[str, bool]]:
 def _roots(folder: Path) -> list[str]:
     """Return where files of the model may lie."""
     real = folder.resolve()
-    roots = [str(real)]
-    for place in (real, *real.parents):
-        # models--org--name/snapshots/REVISION/, whose files are links into models--org--name/blobs/
-        blobs = place.parent.parent / "blobs"
-        if place.parent.name == "snapshots" and blobs.is_dir() and not blobs.is_symlink():
-            roots.append(str(blobs))
-    return roots
+    return [
+        str(real),
+        *(str(blobs) for place in (real, *real.parents) if (blobs := blobs_of(place))),
+    ]
 
 
 def _reason_to_leave(file: Path, roots: list[str]) -> str:
