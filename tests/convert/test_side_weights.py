@@ -279,6 +279,18 @@ def test_what_an_interrupted_run_has_left_and_the_source_has_not_is_named(
     assert main(["compress", str(plain), str(out)]) == 0
 
 
+def test_foreign_weights_in_a_folder_that_is_forced_are_named_before_anything_is_encoded(
+    plain: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    out = tmp_path / "out"
+    put(out / "adapter/adapter_model.bin", b"x")
+    assert main(["compress", str(plain), str(out), "--force"]) == 2
+    assert "adapter_model.bin: is no part of the model" in capsys.readouterr().err
+    assert not list(out.rglob("*.safetensors"))
+    (out / "adapter/adapter_model.bin").unlink()
+    assert main(["compress", str(plain), str(out)]) == 0
+
+
 @pytest.mark.parametrize("name", ["3_Dense/pytorch_model.bin", "sparse_linear.pt"])
 @pytest.mark.parametrize("cut", [False, True])
 def test_other_weights_that_are_missing_or_cut_are_seen_when_the_folder_is_opened(

@@ -13,7 +13,12 @@ from vllm_dfloat.checkpoint.folder import CONFIG_FILE
 from vllm_dfloat.checkpoint.manifest import MANIFEST_FILE, Manifest
 from vllm_dfloat.codec.threads import num_threads
 from vllm_dfloat.convert.compress_file import FileJob, FileResult, compress_file
-from vllm_dfloat.convert.finished import find_finished, find_or_make, write_finished
+from vllm_dfloat.convert.finished import (
+    find_finished,
+    find_or_make,
+    refuse_leftovers,
+    write_finished,
+)
 from vllm_dfloat.convert.read_back import read_back, refuse_unit_names
 from vllm_dfloat.convert.resume import COMPRESSION, resumable
 from vllm_dfloat.convert.source import Source, config_text
@@ -104,6 +109,7 @@ def compress(
         with begun as work, source.files.unchanged():
             jobs = plan_files(plan, source)
             sizes = {job.file: _num_bytes(source, job) for job in jobs}
+            refuse_leftovers(target, {*sizes, *source.files.side.names})
             done = work.resume(set(sizes))
             results = {file: FileResult.from_json(line) for file, line in done.items()}
             start(sum(sizes.values()), sum(sizes[file] for file in results))

@@ -17,7 +17,12 @@ from vllm_dfloat.checkpoint.shapes import Shapes, module_shapes, original_shapes
 from vllm_dfloat.checkpoint.weights import Member, plan
 from vllm_dfloat.codec.threads import num_threads
 from vllm_dfloat.convert.decompress_file import Shard, decompress_file, num_bytes
-from vllm_dfloat.convert.finished import find_finished, find_or_make, write_finished
+from vllm_dfloat.convert.finished import (
+    find_finished,
+    find_or_make,
+    refuse_leftovers,
+    write_finished,
+)
 from vllm_dfloat.convert.listed_files import others, refuse_other_weights, weight_bytes
 from vllm_dfloat.convert.resume import DECOMPRESSION, check_place, resumable
 from vllm_dfloat.convert.source import config_text, identity_of
@@ -110,6 +115,7 @@ def decompress(
                 refuse_other_weights(path, manifest, advance)
         begun = resumable(path, out, DECOMPRESSION, identity, force)
         with begun as work, files.unchanged():
+            refuse_leftovers(out, {*sizes, *files.side.names, INDEX_FILE})
             done = work.resume(set(sizes))
             done_bytes = sum(sizes[file] for file in done)
             if manifest:

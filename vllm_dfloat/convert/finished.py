@@ -7,7 +7,7 @@ command said. It belongs to this machine, since times do, and is of no use to a 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ def write_finished(
     Raises:
         FormatError: the folder holds more that a reader would take for a part of the model.
     """
-    _refuse_leftovers(work)
+    refuse_leftovers(work.folder, work.entries)
     content = {
         "version": _VERSION,
         "task": task.name,
@@ -53,11 +53,20 @@ def write_finished(
     work.write_text(FINISHED_FILE, json.dumps(content, sort_keys=True) + "\n")
 
 
-def _refuse_leftovers(work: Work) -> None:
-    for name, _ in visible_paths(work.folder):
-        if name not in work.entries and changes_answers(name):
+def refuse_leftovers(folder: Path, made: Collection[str]) -> None:
+    """Refuse a folder that holds more than is made in it, where a reader would take that for a part of the model.
+
+    Args:
+        folder: where a model is made.
+        made: the files of it, relative to the folder.
+
+    Raises:
+        FormatError: it does; the message names the file.
+    """
+    for name, _ in visible_paths(folder):
+        if name not in made and changes_answers(name):
             raise FormatError(
-                f"{work.folder / name}: is no part of the model that was made here, and would change it; an earlier "
+                f"{folder / name}: is no part of the model that was made here, and would change it; an earlier "
                 "run or another program has left it. Move it out of the folder, and run the same command again."
             )
 
