@@ -25,6 +25,14 @@ class LaunchConfig:
         fused_dot_num_warps: warps of such a program.
         fused_max_rows: largest number of input rows for which the fused kernel is used; beyond it, decode then GEMM.
         block_decode_max_numel: transformer blocks of up to this many weights are decoded in one launch; 0: per layer.
+        count_window_tiles_per_program: tiles that a program counts in a window (encode_count.py) before it adds its
+            counts to the matrix's; at most `MAX_WINDOW_TILES`.
+        count_tiles_per_program: the same for the other form.
+        count_num_warps: warps of such a program, in both forms.
+        encode_tiles_per_program: tiles of a program that encodes the packed layout, two a warp.
+        dfloat11_encode_tiles_per_program: groups of 16 lanes of a program that encodes the official layout.
+        dfloat11_encode_num_warps: warps of such a program; with 4 and 8 groups of lanes, a thread has one lane.
+        dfloat11_split_weights: weights of which a program takes signs and mantissas.
         measured: False where the values are reasoned.
     """
 
@@ -35,12 +43,26 @@ class LaunchConfig:
     fused_dot_num_warps: int = 4
     fused_max_rows: int = 16
     block_decode_max_numel: int = 0
+    count_window_tiles_per_program: int = 16
+    count_tiles_per_program: int = 32
+    count_num_warps: int = 4
+    encode_tiles_per_program: int = 8
+    dfloat11_encode_tiles_per_program: int = 8
+    dfloat11_encode_num_warps: int = 4
+    dfloat11_split_weights: int = 4096
     measured: bool = False
 
 
 DEFAULT = LaunchConfig()
 # Triton's interpreter runs a program at a time, each as NumPy calls: few large programs.
-INTERPRETED = LaunchConfig(decode_tiles_per_program=64, fused_gemv_tiles_per_program=64)
+INTERPRETED = LaunchConfig(
+    decode_tiles_per_program=64,
+    fused_gemv_tiles_per_program=64,
+    dfloat11_encode_tiles_per_program=128,
+)
+# The same on every device: the first is part of a shape, the second was never tried otherwise.
+ROWS_TILES_PER_PROGRAM = 2  # of a program that decodes chosen rows: one warp
+SUM_ROWS = 32  # output rows of a program that adds the partial sums of the fused kernel
 
 # A part of the device's name, or its compute capability -> parameters. A name goes before a capability, the longest
 # name before the others, the default last.

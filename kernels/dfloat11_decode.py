@@ -26,8 +26,7 @@ import triton
 import triton.language as tl
 
 from vllm_dfloat.codec import descriptor, layout
-from vllm_dfloat.kernels.compile_spec import CompileSpec
-from vllm_dfloat.kernels.configs import DEFAULT, config_of
+from vllm_dfloat.kernels.configs import config_of
 from vllm_dfloat.kernels.dfloat11_block import BLOCK_BYTES, MIN_BLOCK_WEIGHTS, decode_block
 from vllm_dfloat.kernels.tiles import STATUS_DESCRIPTOR, _everywhere, _read, _section
 
@@ -42,8 +41,6 @@ _ROW_PART = tl.constexpr(1024)  # weights of a raw row that one program copies; 
 _NAN = tl.constexpr(0x7FC0)
 _SEARCH_STEPS = tl.constexpr(19)  # a stream of less than 2**31 bytes has at most 2**19 blocks
 _FIRST_STEP = tl.constexpr(1 << 18)
-
-TYPICAL_BLOCK_WEIGHTS = 12_400  # at 2.64 bits per code
 
 
 def decode(
@@ -269,57 +266,3 @@ def decode_resident_rows(
         _decode_resident_rows_kernel[(ids.numel() * parts,)](  # one axis: the others end at 65,535
             desc, ids, out.view(torch.int16), rows, cols, parts, salt, num_warps=warps
         )
-
-
-COMPILE_SPECS = [
-    CompileSpec(
-        name="decode_dfloat11",
-        fn=_decode_dfloat11_kernel,
-        signature={
-            "stream_ptr": "*u8",
-            "sign_mantissa_ptr": "*u8",
-            "tables_ptr": "*i32",
-            "positions_ptr": "*i64",
-            "gaps_ptr": "*u8",
-            "out_ptr": "*i16",
-            "status_ptr": "*i32",
-            "num_bytes": "i32",
-            "num_weights": "i32",
-            "num_blocks": "i32",
-            "num_rows": "i32",
-        },
-        aligned_args=("stream_ptr", "sign_mantissa_ptr", "tables_ptr", "out_ptr"),
-        num_warps=DEFAULT.dfloat11_num_warps,
-        weights_per_program=TYPICAL_BLOCK_WEIGHTS,
-    ),
-    CompileSpec(
-        name="decode_dfloat11_resident",
-        fn=_decode_resident_kernel,
-        signature={
-            "desc_ptr": "*i64",
-            "out_ptr": "*i16",
-            "status_ptr": "*i32",
-            "num_weights": "i32",
-            "salt": "i64",
-        },
-        aligned_args=("desc_ptr", "out_ptr", "status_ptr"),
-        num_warps=DEFAULT.dfloat11_num_warps,
-        weights_per_program=TYPICAL_BLOCK_WEIGHTS,
-    ),
-    CompileSpec(
-        name="decode_dfloat11_rows",
-        fn=_decode_resident_rows_kernel,
-        signature={
-            "desc_ptr": "*i64",
-            "ids_ptr": "*i32",
-            "out_ptr": "*i16",
-            "rows": "i32",
-            "cols": "i32",
-            "parts": "i32",
-            "salt": "i64",
-        },
-        aligned_args=("desc_ptr", "ids_ptr", "out_ptr"),
-        num_warps=DEFAULT.dfloat11_num_warps,
-        weights_per_program=TYPICAL_BLOCK_WEIGHTS,
-    ),
-]

@@ -18,13 +18,10 @@ import triton
 import triton.language as tl
 
 from vllm_dfloat.codec import layout
-from vllm_dfloat.kernels.compile_spec import CompileSpec
+from vllm_dfloat.kernels.configs import config_of
 from vllm_dfloat.kernels.tiles import LANES, _four_words
 
 LANE_WEIGHTS = 32
-TILES_PER_PROGRAM = 8  # of 16 lanes each: one lane a thread with 4 warps
-NUM_WARPS = 4
-SPLIT_AT_ONCE = 4096
 
 _LANE_WEIGHTS = tl.constexpr(LANE_WEIGHTS)
 _LANE_PAIRS = tl.constexpr(LANE_WEIGHTS // 2)
@@ -144,7 +141,7 @@ def measure(
     num_weights: int,
     lengths: torch.Tensor,
     lane_bits: torch.Tensor,
-    tiles_per_program: int = TILES_PER_PROGRAM,
+    tiles_per_program: int = 0,
 ) -> None:
     """Measure the codes of each lane of 32 weights.
 
@@ -153,12 +150,15 @@ def measure(
         num_weights: how many of them count, fewer than 2**31.
         lengths: uint8 [256], see above.
         lane_bits: int32 [lanes], all written.
+        tiles_per_program: groups of 16 lanes; 0 for what configs.py says.
     """
     lanes = lane_bits.numel()
-    lanes_at_once = tiles_per_program * layout.LANES
+    config = config_of(weights.device)
+    tiles = tiles_per_program or config.dfloat11_encode_tiles_per_program
+    lanes_at_once = tiles * layout.LANES
     _measure_kernel[(triton.cdiv(lanes, lanes_at_once),)](
         weights.view(torch.uint32), lengths, lane_bits, num_weights, lanes, lanes_at_once,
-        num_warps=NUM_WARPS,
+        num_warps=config.dfloat11_encode_num_warps,
     )  # fmt: skip
 
 
@@ -171,7 +171,7 @@ def write(
     words: torch.Tensor,
     first_bits: torch.Tensor,
     begins: torch.Tensor,
-    tiles_per_program: int = TILES_PER_PROGRAM,
+    tiles_per_program: int = 0,
 ) -> None:
     """Write the codes of all lanes, and where windows and blocks begin.
 
@@ -183,72 +183,30 @@ def write(
         words: int32 [2 * windows], zeros; bits of the stream are set, as 64-bit windows with the first bit uppermost.
         first_bits: uint8 [windows]; written for every window that begins behind the first bit, up to the last bit's.
         begins: int64 [blocks]; written for the blocks likewise.
+        tiles_per_program: as above.
     """
     lanes = starts.numel()
-    _write_kernel[(triton.cdiv(lanes, tiles_per_program * layout.LANES),)](
+    config = config_of(weights.device)
+    tiles = tiles_per_program or config.dfloat11_encode_tiles_per_program
+    _write_kernel[(triton.cdiv(lanes, tiles * layout.LANES),)](
         weights.view(torch.uint32), codes, lengths, starts, words.view(torch.uint32), first_bits, begins,
-        num_weights, lanes, tiles_per_program, num_warps=NUM_WARPS,
+        num_weights, lanes, tiles, num_warps=config.dfloat11_encode_num_warps,
     )  # fmt: skip
 
 
-def split(weights: torch.Tensor, out: torch.Tensor, at_once: int = SPLIT_AT_ONCE) -> None:
-    """Write sign and mantissa of each weight (16-bit words, at least as many) to `out`, uint8 [num_weights]."""
+def split(weights: torch.Tensor, out: torch.Tensor, at_once: int = 0) -> None:
+    """Write sign and mantissa of each weight (16-bit words, at least as many) to `out`, uint8 [num_weights].
+
+    Args:
+        at_once: weights of a program; 0 for what configs.py says.
+    """
     num_weights = out.numel()
+    config = config_of(weights.device)
+    at_once = at_once or config.dfloat11_split_weights
     _split_kernel[(triton.cdiv(num_weights, at_once),)](
-        weights.view(torch.int16), out, num_weights, at_once, num_warps=NUM_WARPS
+        weights.view(torch.int16),
+        out,
+        num_weights,
+        at_once,
+        num_warps=config.dfloat11_encode_num_warps,
     )
-
-
-_SIZES = {"num_weights": "i32", "num_lanes": "i32"}
-_PROGRAM_WEIGHTS = TILES_PER_PROGRAM * layout.LANES * LANE_WEIGHTS
-COMPILE_SPECS = [
-    CompileSpec(
-        name="encode_dfloat11_measure",
-        fn=_measure_kernel,
-        signature={
-            "weights_ptr": "*u32",
-            "lengths_ptr": "*u8",
-            "lane_bits_ptr": "*i32",
-            **_SIZES,
-            "LANES_AT_ONCE": "constexpr",
-        },
-        constexprs={"LANES_AT_ONCE": TILES_PER_PROGRAM * layout.LANES},
-        aligned_args=("weights_ptr", "lengths_ptr", "lane_bits_ptr"),
-        num_warps=NUM_WARPS,
-        weights_per_program=_PROGRAM_WEIGHTS,
-    ),
-    CompileSpec(
-        name="encode_dfloat11_write",
-        fn=_write_kernel,
-        signature={
-            "weights_ptr": "*u32",
-            "codes_ptr": "*u32",
-            "lengths_ptr": "*u8",
-            "starts_ptr": "*i64",
-            "words_ptr": "*u32",
-            "first_bits_ptr": "*u8",
-            "begins_ptr": "*i64",
-            **_SIZES,
-            "TILES": "constexpr",
-        },
-        constexprs={"TILES": TILES_PER_PROGRAM},
-        aligned_args=("weights_ptr", "codes_ptr", "lengths_ptr", "starts_ptr", "words_ptr"),
-        num_warps=NUM_WARPS,
-        weights_per_program=_PROGRAM_WEIGHTS,
-        loop_runs=LANE_WEIGHTS // 8,
-    ),
-    CompileSpec(
-        name="encode_dfloat11_split",
-        fn=_split_kernel,
-        signature={
-            "weights_ptr": "*i16",
-            "out_ptr": "*u8",
-            "num_weights": "i32",
-            "AT_ONCE": "constexpr",
-        },
-        constexprs={"AT_ONCE": SPLIT_AT_ONCE},
-        aligned_args=("weights_ptr", "out_ptr"),
-        num_warps=NUM_WARPS,
-        weights_per_program=SPLIT_AT_ONCE,
-    ),
-]

@@ -10,18 +10,15 @@ import triton
 import triton.language as tl
 
 from vllm_dfloat.codec import layout
-from vllm_dfloat.kernels.compile_spec import CompileSpec
+from vllm_dfloat.kernels.configs import config_of
 
 TILE_PAIRS = tl.constexpr(layout.TILE_WEIGHTS // 2)
 SYMBOL_SHIFT = tl.constexpr(layout.SYMBOL_SHIFT)
 NUM_SYMBOLS = tl.constexpr(256)
 
 BY_WINDOW = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9)
-# Tiles that one program counts before it adds what it has to the counts of the matrix. In a window at most 31: a thread
-# counts up to 8 weights a tile in a byte, and 256 such bytes are added up in 16 bits.
-TILES_PER_COUNT = 16 if BY_WINDOW else 32
+# A thread counts up to 8 weights a tile in a byte, and 256 such bytes are added up in 16 bits.
 MAX_WINDOW_TILES = 31
-COUNT_WARPS = 4
 
 _WINDOW = tl.constexpr(16)
 _LOW_NIBBLES = tl.constexpr(0x0F0F0F0F0F0F0F0F)
@@ -113,7 +110,7 @@ def _count_four(symbol, nearest, counts_ptr):
 def count_exponents(
     tiles: torch.Tensor,
     counts: torch.Tensor,
-    tiles_per_program: int = TILES_PER_COUNT,
+    tiles_per_program: int = 0,
     by_window: bool = BY_WINDOW,
 ) -> None:
     """Add to `counts`, int64 [256], how often each exponent occurs.
@@ -121,34 +118,18 @@ def count_exponents(
     Args:
         tiles: BF16 (or other 16-bit words), flat, whole tiles, aligned to 16 bytes.
         counts: int64 [256], added to.
-        tiles_per_program: at most `MAX_WINDOW_TILES` in a window.
+        tiles_per_program: 0 for what configs.py says; at most `MAX_WINDOW_TILES` count in a window.
         by_window: see above.
     """
     num_tiles = tiles.numel() // layout.TILE_WEIGHTS
     if num_tiles:
+        config = config_of(tiles.device)
         if by_window:
-            tiles_per_program = min(tiles_per_program, MAX_WINDOW_TILES)
+            wanted = tiles_per_program or config.count_window_tiles_per_program
+            tiles_per_program = min(wanted, MAX_WINDOW_TILES)
+        else:
+            tiles_per_program = tiles_per_program or config.count_tiles_per_program
         _count_kernel[(triton.cdiv(num_tiles, tiles_per_program),)](
             tiles.view(torch.uint32), counts, num_tiles, tiles_per_program, by_window,
-            num_warps=COUNT_WARPS,
+            num_warps=config.count_num_warps,
         )  # fmt: skip
-
-
-COMPILE_SPECS = [
-    CompileSpec(
-        name="encode_count",
-        fn=_count_kernel,
-        signature={
-            "weights_ptr": "*u32",
-            "counts_ptr": "*i64",
-            "num_tiles": "i32",
-            "TILES": "constexpr",
-            "BY_WINDOW": "constexpr",
-        },
-        constexprs={"TILES": TILES_PER_COUNT, "BY_WINDOW": BY_WINDOW},
-        aligned_args=("weights_ptr", "counts_ptr"),
-        num_warps=COUNT_WARPS,
-        weights_per_program=TILES_PER_COUNT * layout.TILE_WEIGHTS,
-        loop_runs=TILES_PER_COUNT,
-    )
-]

@@ -16,9 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_dfloat.codec import descriptor, layout
-from vllm_dfloat.kernels.compile_spec import CompileSpec
-from vllm_dfloat.kernels.configs import DEFAULT, config_of
+from vllm_dfloat.codec import descriptor
+from vllm_dfloat.kernels.configs import config_of
 from vllm_dfloat.kernels.packed_decode import _decode_tiles
 from vllm_dfloat.kernels.tiles import (
     ADDRESS_FACTOR,
@@ -125,25 +124,3 @@ def decode_block(
         table, out.view(torch.uint32), status, num_members, num_tiles, salt, tiles,
         num_warps=num_warps(tiles),
     )  # fmt: skip
-
-
-COMPILE_SPECS = [
-    CompileSpec(
-        name="decode_block",
-        fn=_decode_block_kernel,
-        signature={
-            "table_ptr": "*i64",
-            "out_ptr": "*u32",
-            "status_ptr": "*i32",
-            "num_members": "i32",
-            "num_tiles": "i32",
-            "salt": "i64",
-            "TILES": "constexpr",
-        },
-        constexprs={"TILES": DEFAULT.decode_tiles_per_program},
-        aligned_args=("table_ptr", "out_ptr", "status_ptr"),
-        num_warps=num_warps(DEFAULT.decode_tiles_per_program),
-        weights_per_program=DEFAULT.decode_tiles_per_program * layout.TILE_WEIGHTS,
-        loop_runs=layout.STEPS // 2,
-    )
-]

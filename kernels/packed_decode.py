@@ -8,9 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_dfloat.codec import descriptor, layout
-from vllm_dfloat.kernels.compile_spec import CompileSpec
-from vllm_dfloat.kernels.configs import DEFAULT, config_of
+from vllm_dfloat.codec import descriptor
+from vllm_dfloat.kernels.configs import config_of
 from vllm_dfloat.kernels.tiles import (
     LANES,
     NAN_PAIR,
@@ -112,24 +111,3 @@ def decode(
         _decode_kernel[(triton.cdiv(num_tiles, tiles),)](
             desc, out.view(torch.uint32), status, num_tiles, salt, tiles, num_warps=num_warps(tiles)
         )
-
-
-COMPILE_SPECS = [
-    CompileSpec(
-        name="decode",
-        fn=_decode_kernel,
-        signature={
-            "desc_ptr": "*i64",
-            "out_ptr": "*u32",
-            "status_ptr": "*i32",
-            "num_tiles": "i32",
-            "salt": "i64",
-            "TILES": "constexpr",
-        },
-        constexprs={"TILES": DEFAULT.decode_tiles_per_program},
-        aligned_args=("desc_ptr", "out_ptr", "status_ptr"),
-        num_warps=num_warps(DEFAULT.decode_tiles_per_program),
-        weights_per_program=DEFAULT.decode_tiles_per_program * layout.TILE_WEIGHTS,
-        loop_runs=layout.STEPS // 2,
-    )
-]

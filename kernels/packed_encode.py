@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from vllm_dfloat.codec import layout
-from vllm_dfloat.kernels.compile_spec import CompileSpec
+from vllm_dfloat.kernels.configs import config_of
 from vllm_dfloat.kernels.encode_count import SYMBOL_SHIFT, TILE_PAIRS
 from vllm_dfloat.kernels.encode_count import count_exponents as count_exponents
 from vllm_dfloat.kernels.tiles import (
@@ -30,8 +30,6 @@ from vllm_dfloat.kernels.tiles import (
     _interleave,
     num_warps,
 )
-
-TILES_PER_PROGRAM = 8
 
 
 @triton.jit
@@ -168,7 +166,7 @@ def measure(
     table: torch.Tensor,
     lane_lengths: torch.Tensor,
     tile_words: torch.Tensor,
-    tiles_per_program: int = TILES_PER_PROGRAM,
+    tiles_per_program: int = 0,
 ) -> None:
     """Measure the codes of each lane and tile.
 
@@ -178,12 +176,14 @@ def measure(
         table: uint32 [256], see above.
         lane_lengths: uint8 [all tiles, 16]; written for these tiles: bits in units of 8, rounded up.
         tile_words: int32 [all tiles]; written for these tiles: words of the tile's codes.
+        tiles_per_program: 0 for what configs.py says.
     """
     num_tiles = tiles.numel() // layout.TILE_WEIGHTS
     if num_tiles:
-        _measure_kernel[(triton.cdiv(num_tiles, tiles_per_program),)](
+        at_once = tiles_per_program or config_of(tiles.device).encode_tiles_per_program
+        _measure_kernel[(triton.cdiv(num_tiles, at_once),)](
             tiles.view(torch.uint32), table, lane_lengths, tile_words,
-            first_tile, num_tiles, tiles_per_program, num_warps=num_warps(tiles_per_program),
+            first_tile, num_tiles, at_once, num_warps=num_warps(at_once),
         )  # fmt: skip
 
 
@@ -195,7 +195,7 @@ def write(
     tile_starts: torch.Tensor,
     sign_mantissa: torch.Tensor,
     words: torch.Tensor,
-    tiles_per_program: int = TILES_PER_PROGRAM,
+    tiles_per_program: int = 0,
 ) -> None:
     """Write the codes, signs and mantissas of whole tiles into their sections of a payload.
 
@@ -207,42 +207,12 @@ def write(
         tile_starts: int32 [all tiles + 1], first word of each tile.
         sign_mantissa: uint32 [all tiles * 512], written for these tiles.
         words: uint32 [num_words], zeros where these tiles write.
+        tiles_per_program: 0 for what configs.py says.
     """
     num_tiles = tiles.numel() // layout.TILE_WEIGHTS
     if num_tiles:
-        _write_kernel[(triton.cdiv(num_tiles, tiles_per_program),)](
+        at_once = tiles_per_program or config_of(tiles.device).encode_tiles_per_program
+        _write_kernel[(triton.cdiv(num_tiles, at_once),)](
             tiles.view(torch.uint32), table, lane_lengths, tile_starts, sign_mantissa, words,
-            first_tile, num_tiles, tiles_per_program, num_warps=num_warps(tiles_per_program),
+            first_tile, num_tiles, at_once, num_warps=num_warps(at_once),
         )  # fmt: skip
-
-
-_TABLE = {"weights_ptr": "*u32", "table_ptr": "*u32", "lane_lengths_ptr": "*u8"}
-_SIZES = {"first_tile": "i32", "num_tiles": "i32", "TILES": "constexpr"}
-COMPILE_SPECS = [
-    CompileSpec(
-        name="encode_measure",
-        fn=_measure_kernel,
-        signature={**_TABLE, "tile_words_ptr": "*i32", **_SIZES},
-        constexprs={"TILES": TILES_PER_PROGRAM},
-        aligned_args=(*_TABLE, "tile_words_ptr"),
-        num_warps=num_warps(TILES_PER_PROGRAM),
-        weights_per_program=TILES_PER_PROGRAM * layout.TILE_WEIGHTS,
-        loop_runs=layout.STEPS,
-    ),
-    CompileSpec(
-        name="encode_write",
-        fn=_write_kernel,
-        signature={
-            **_TABLE,
-            "tile_starts_ptr": "*i32",
-            "sign_mantissa_ptr": "*u32",
-            "words_ptr": "*u32",
-            **_SIZES,
-        },
-        constexprs={"TILES": TILES_PER_PROGRAM},
-        aligned_args=(*_TABLE, "tile_starts_ptr", "sign_mantissa_ptr", "words_ptr"),
-        num_warps=num_warps(TILES_PER_PROGRAM),
-        weights_per_program=TILES_PER_PROGRAM * layout.TILE_WEIGHTS,
-        loop_runs=layout.STEPS // 2,
-    ),
-]

@@ -24,8 +24,7 @@ import triton
 import triton.language as tl
 
 from vllm_dfloat.codec import descriptor, layout
-from vllm_dfloat.kernels.compile_spec import CompileSpec
-from vllm_dfloat.kernels.configs import config_of
+from vllm_dfloat.kernels.configs import SUM_ROWS, config_of
 from vllm_dfloat.kernels.packed_matmul_dot import _dot_kernel
 from vllm_dfloat.kernels.packed_matmul_gemv import _gemv_kernel
 from vllm_dfloat.kernels.packed_matmul_parts import MAX_SEGMENTS, num_segments
@@ -34,7 +33,6 @@ from vllm_dfloat.kernels.tiles import TILE_WEIGHTS, num_warps
 MAX_GEMV_ROWS = 4
 MAX_ROWS = 32
 MAX_COLS = 2**31 // MAX_ROWS
-SUM_ROWS = 32  # rows of w per program of the second kernel
 
 
 def is_supported(cols: int) -> bool:
@@ -146,27 +144,3 @@ def matmul(
         partials, x if bias is None else bias, out.view(torch.uint16), rows, cols, num_x,
         compiled, segments, SUM_ROWS, bias is not None,
     )  # fmt: skip
-
-
-COMPILE_SPECS = [
-    CompileSpec(
-        name=f"sum_{rows}",
-        fn=_sum_kernel,
-        signature={
-            "part_ptr": "*fp32",
-            "bias_ptr": "*bf16",
-            "out_ptr": "*u16",
-            "rows": "i32",
-            "cols": "i32",
-            "num_x": "i32",
-            "ROWS": "constexpr",
-            "SEGMENTS": "constexpr",
-            "SUM_ROWS": "constexpr",
-            "HAS_BIAS": "constexpr",
-        },
-        constexprs={"ROWS": rows, "SEGMENTS": 1, "SUM_ROWS": SUM_ROWS, "HAS_BIAS": True},
-        aligned_args=("part_ptr", "bias_ptr", "out_ptr"),
-        weights_per_program=SUM_ROWS * 4096,
-    )
-    for rows in (1, 32)
-]

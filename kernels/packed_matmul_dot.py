@@ -8,7 +8,6 @@ import triton
 import triton.language as tl
 
 from vllm_dfloat.codec import layout
-from vllm_dfloat.kernels.compile_spec import CompileSpec
 from vllm_dfloat.kernels.packed_matmul_parts import _store_sums, _wrap
 from vllm_dfloat.kernels.tiles import (
     LANES,
@@ -27,7 +26,6 @@ from vllm_dfloat.kernels.tiles import (
 
 STEP_WEIGHTS = tl.constexpr(layout.STEP_WEIGHTS)
 STEP_COLUMNS = tl.constexpr(layout.LANES * layout.STEP_WEIGHTS)  # weights of a tile in one step
-DOT_TILES = 16  # an instruction of the tensor cores takes 16 rows
 
 
 @triton.jit
@@ -157,38 +155,3 @@ def _dot_kernel(
         _store_sums(part_ptr, tile, exists, acc2, 2, ROWS, SEGMENTS)
     if SEGMENTS > 3:
         _store_sums(part_ptr, tile, exists, acc3, 3, ROWS, SEGMENTS)
-
-
-def _spec(rows: int, segments: int) -> CompileSpec:
-    return CompileSpec(
-        name=f"dot_{rows}" + ("" if segments == 1 else f"_segments_{segments}"),
-        fn=_dot_kernel,
-        signature={
-            "desc_ptr": "*i64",
-            "x_ptr": "*bf16",
-            "part_ptr": "*fp32",
-            "status_ptr": "*i32",
-            "num_tiles": "i32",
-            "cols": "i32",
-            "num_x": "i32",
-            "period": "i32",
-            "salt": "i64",
-            "TILES": "constexpr",
-            "ROWS": "constexpr",
-            "SEGMENTS": "constexpr",
-            "OPERAND": "constexpr",
-        },
-        constexprs={
-            "TILES": DOT_TILES,
-            "ROWS": rows,
-            "SEGMENTS": segments,
-            "OPERAND": tl.bfloat16,
-        },
-        aligned_args=("desc_ptr", "x_ptr", "part_ptr", "status_ptr"),
-        num_warps=4,
-        weights_per_program=DOT_TILES * layout.TILE_WEIGHTS,
-        loop_runs=layout.STEPS // 2,
-    )
-
-
-COMPILE_SPECS = [_spec(16, 1), _spec(32, 1), _spec(16, 2)]

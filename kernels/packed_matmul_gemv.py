@@ -8,8 +8,6 @@ import triton
 import triton.language as tl
 
 from vllm_dfloat.codec import layout
-from vllm_dfloat.kernels.compile_spec import CompileSpec
-from vllm_dfloat.kernels.configs import DEFAULT
 from vllm_dfloat.kernels.packed_matmul_parts import _store_sums, _wrap
 from vllm_dfloat.kernels.tiles import (
     LANES,
@@ -24,11 +22,9 @@ from vllm_dfloat.kernels.tiles import (
     _read,
     _section,
     _tile_status,
-    num_warps,
 )
 
 STEP_WEIGHTS = tl.constexpr(layout.STEP_WEIGHTS)
-TILES = DEFAULT.fused_gemv_tiles_per_program
 
 
 @triton.jit
@@ -179,31 +175,3 @@ def _gemv_kernel(
         _store_sums(part_ptr, tile, everywhere, _sum_of_lanes(acc2, ROWS), 2, ROWS, SEGMENTS)
     if SEGMENTS > 3:
         _store_sums(part_ptr, tile, everywhere, _sum_of_lanes(acc3, ROWS), 3, ROWS, SEGMENTS)
-
-
-def _spec(rows: int, segments: int) -> CompileSpec:
-    return CompileSpec(
-        name=f"gemv_{rows}" + ("" if segments == 1 else f"_segments_{segments}"),
-        fn=_gemv_kernel,
-        signature={
-            "desc_ptr": "*i64",
-            "x_ptr": "*u32",
-            "part_ptr": "*fp32",
-            "status_ptr": "*i32",
-            "num_tiles": "i32",
-            "cols": "i32",
-            "num_x": "i32",
-            "salt": "i64",
-            "TILES": "constexpr",
-            "ROWS": "constexpr",
-            "SEGMENTS": "constexpr",
-        },
-        constexprs={"TILES": TILES, "ROWS": rows, "SEGMENTS": segments},
-        aligned_args=("desc_ptr", "x_ptr", "part_ptr", "status_ptr"),
-        num_warps=num_warps(TILES),
-        weights_per_program=TILES * layout.TILE_WEIGHTS,
-        loop_runs=layout.STEPS // 2,
-    )
-
-
-COMPILE_SPECS = [_spec(1, 1), _spec(2, 1), _spec(4, 1), _spec(1, 2), _spec(4, 2)]

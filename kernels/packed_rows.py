@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from vllm_dfloat.codec import descriptor, layout
-from vllm_dfloat.kernels.compile_spec import CompileSpec
+from vllm_dfloat.kernels.configs import ROWS_TILES_PER_PROGRAM as TILES
 from vllm_dfloat.kernels.tiles import (
     LANES,
     NAN_PAIR,
@@ -23,7 +23,6 @@ from vllm_dfloat.kernels.tiles import (
 )
 
 STEP_WEIGHTS = tl.constexpr(layout.STEP_WEIGHTS)
-TILES = 32 // layout.LANES  # a program is one warp
 
 
 @triton.jit
@@ -141,31 +140,3 @@ def decode_rows(
             TILES,
             num_warps=num_warps(TILES),
         )
-
-
-COMPILE_SPECS = [
-    CompileSpec(
-        name=name,
-        fn=_decode_rows_kernel,
-        signature={
-            "desc_ptr": "*i64",
-            "ids_ptr": "*i32",  # what vLLM passes on a GPU
-            "out_ptr": "*u16",
-            "status_ptr": status_type,
-            "rows": "i32",
-            "cols": "i32",
-            "parts": "i32",
-            "salt": "i64",
-            "TILES": "constexpr",
-        },
-        constexprs={"TILES": TILES, **absent},
-        aligned_args=("desc_ptr", "ids_ptr", "out_ptr"),
-        num_warps=num_warps(TILES),
-        weights_per_program=TILES * layout.TILE_WEIGHTS,
-        loop_runs=layout.STEPS,
-    )
-    for name, status_type, absent in (
-        ("decode_rows", "constexpr", {"status_ptr": None}),
-        ("decode_rows_status", "*i32", {}),
-    )
-]

@@ -19,7 +19,6 @@ import sys
 import tempfile
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
-from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -27,21 +26,9 @@ from typing import Any
 os.environ.pop("TRITON_INTERPRET", None)  # interpreted functions cannot be compiled
 
 import triton
+from compile_specs import decode, encode, matmul
+from compile_specs.spec import TARGETS, CompileSpec
 
-from vllm_dfloat.kernels.compile_spec import TARGETS, CompileSpec
-
-MODULES = (
-    "packed_decode",
-    "group_decode",
-    "packed_rows",
-    "dfloat11_decode",
-    "encode_count",
-    "packed_encode",
-    "dfloat11_encode",
-    "packed_matmul_gemv",
-    "packed_matmul_dot",
-    "packed_matmul",
-)
 TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 INSTRUCTION = re.compile(
     r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(?:.*?\b(0x[0-9a-f]+)\s*;)?",
@@ -51,8 +38,10 @@ RESOURCE = re.compile(r"(REG|STACK|SHARED|LOCAL):(\d+)")
 
 
 def specs() -> list[CompileSpec]:
-    modules = (import_module(f"vllm_dfloat.kernels.{name}") for name in MODULES)
-    return [spec for module in modules for spec in module.COMPILE_SPECS]
+    return [
+        *decode.PACKED, *decode.ROWS, *decode.OFFICIAL, *encode.COUNT, *encode.PACKED, *encode.OFFICIAL,
+        *matmul.GEMV, *matmul.DOT, *matmul.SUM,
+    ]  # fmt: skip
 
 
 def dump(option: str, cubin: Path) -> str:

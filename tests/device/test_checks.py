@@ -232,6 +232,7 @@ def test_a_missing_triton_is_one_sentence_wherever_it_is_needed() -> None:
     lines = done.stdout.splitlines()
     assert len(lines) == 10
     assert set(lines) == {
-        "Triton cannot be imported (import of triton halted; None in sys.modules); dfloat11's GPU kernels need it. "
-        "Install triton."
+        f"{device}: Triton cannot be imported (import of triton halted; None in sys.modules); dfloat11's GPU kernels "
+        "need it. Install triton."
+        for device in ("cpu", "cuda")
     }

@@ -153,7 +153,7 @@ def test_a_cpu_matrix_is_packed_by_the_cpu_encoder_whatever_the_backend(
 ) -> None:
     # Bug caught: loading on a CPU through the interpreter, minutes per layer.
     monkeypatch.setenv("VLLM_DFLOAT_BACKEND", "triton")
-    monkeypatch.setattr(packed_encode, "_kernels", None)
+    monkeypatch.setattr(packed_encode, "encode", None)
     weight = gaussian(64, 96)
     assert np.array_equal(ops.pack(to_torch(weight)).payload.numpy(), encode(weight).payload)
 
@@ -180,6 +180,6 @@ def test_without_triton_one_sentence_names_the_device_and_says_what_to_install()
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert run.stdout.strip() == (
-        "cpu: Triton cannot be imported (import of triton halted; None in sys.modules); the GPU encoder needs it. "
-        "Install triton."
+        "cpu: Triton cannot be imported (import of triton halted; None in sys.modules); dfloat11's GPU kernels "
+        "need it. Install triton."
     ), run.stderr

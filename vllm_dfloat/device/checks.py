@@ -2,6 +2,8 @@
 
 import functools
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -50,7 +52,7 @@ def uses_triton(device: torch.device) -> bool:
 
 def require_triton(device: torch.device) -> None:
     """Raise DeviceError if Triton cannot be imported, or could not run on `device`."""
-    _import_triton()
+    _import_triton(device)
     if (
         device.type != "cuda"
         and os.environ.get("TRITON_INTERPRET", "").lower() not in _INTERPRETER_ON
@@ -62,13 +64,25 @@ def require_triton(device: torch.device) -> None:
 
 
 @functools.cache
-def _import_triton() -> None:
+def _import_triton(device: torch.device) -> None:
     """Raise DeviceError if Triton cannot be imported; remember only that it could."""
+    with needing_triton(device):
+        from vllm_dfloat.kernels import tiles  # noqa: F401  (the smallest module that imports it)
+
+
+@contextmanager
+def needing_triton(device: torch.device, otherwise: str = "") -> Iterator[None]:
+    """Raise DeviceError if an import in the block fails, as those of kernels do without Triton.
+
+    Args:
+        device: where the kernels are to run, for the message.
+        otherwise: what else the user can do, such as ", or compress with --device cpu".
+    """
     try:
-        from vllm_dfloat.kernels import compile_spec  # noqa: F401  (the smallest module that imports it)
+        yield
     except ImportError as error:
         raise DeviceError(
-            f"Triton cannot be imported ({error}); dfloat11's GPU kernels need it. Install triton."
+            f"{device}: Triton cannot be imported ({error}); dfloat11's GPU kernels need it. Install triton{otherwise}."
         ) from error
 
 

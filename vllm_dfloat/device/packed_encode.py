@@ -20,6 +20,7 @@ from vllm_dfloat.codec.layout import (
     U8Array,
     U32Array,
 )
+from vllm_dfloat.device.checks import needing_triton
 from vllm_dfloat.errors import DeviceError
 
 
@@ -39,7 +40,8 @@ def encode(weight: torch.Tensor, name: str = "") -> tuple[PackedLayout, torch.Te
         DeviceError: the device counted another number of weights.
         UnsupportedError: over 2**31 words of code.
     """
-    kernels = _kernels(weight.device)
+    with needing_triton(weight.device):
+        from vllm_dfloat.kernels import packed_encode as kernels
     with torch.cuda.device(weight.device if weight.is_cuda else -1):  # -1 changes nothing
         return _encode(kernels, weight.detach(), name)
 
@@ -85,17 +87,6 @@ def _check_counts(occurrences: np.ndarray, numel: int, name: str) -> None:
             f"{name or 'a weight'}: the device counted {int(occurrences.sum())} exponents; expected {numel}, one of "
             "each weight. Its kernels cannot be relied upon: run scripts/gpu_verdict.sh."
         )
-
-
-def _kernels(device: torch.device) -> ModuleType:
-    try:
-        from vllm_dfloat.kernels import packed_encode as encode
-    except ImportError as error:
-        where = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-        raise DeviceError(
-            f"{where}: Triton cannot be imported ({error}); the GPU encoder needs it. Install triton."
-        ) from error
-    return encode
 
 
 def _aligned(weight: torch.Tensor) -> torch.Tensor:

@@ -9,13 +9,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from types import ModuleType
 
 import numpy as np
 import torch
 
 from vllm_dfloat.codec.layout import SYMBOL_SHIFT, TILE_WEIGHTS
-from vllm_dfloat.device.checks import MIN_CAPABILITY, check_device
+from vllm_dfloat.device.checks import MIN_CAPABILITY, check_device, needing_triton
 from vllm_dfloat.device.unit_decode import decode_unit
 from vllm_dfloat.dfloat11.coder import Book, Coder, Codes64, I64Array, U8Array, U16Array, U32Array
 from vllm_dfloat.dfloat11.encode import as_unit, encode_unit
@@ -33,16 +32,17 @@ class DeviceCoder:
         DeviceError: Triton is not installed, or the device has too little memory.
     """
 
-    def __init__(self, device: torch.device, tiles_per_program: int | None = None) -> None:
+    def __init__(self, device: torch.device, tiles_per_program: int = 0) -> None:
         """
         Args:
             device: where to work.
-            tiles_per_program: of the kernels that encode; by default theirs, or many where they are interpreted.
+            tiles_per_program: of the kernels that encode; 0 for what kernels/configs.py says.
         """
         self._device = device
-        self._packed, self._kernels = _kernels(device)
-        default = self._kernels.TILES_PER_PROGRAM if device.type == "cuda" else 128
-        self._tiles = tiles_per_program or default
+        with needing_triton(device, ", or compress with --device cpu"):
+            from vllm_dfloat.kernels import dfloat11_encode, packed_encode
+        self._packed, self._kernels = packed_encode, dfloat11_encode
+        self._tiles = tiles_per_program
         self._cached = _Cached()
 
     def count(self, weights: U16Array) -> I64Array:
@@ -176,14 +176,3 @@ def _checked(device: torch.device) -> DeviceCoder:
 def _left_aligned(book: Book) -> U32Array:
     shift = (32 - book.lengths.astype(np.uint64)) % 64
     return (book.values.astype(np.uint64) << shift).astype(np.uint32)
-
-
-def _kernels(device: torch.device) -> tuple[ModuleType, ModuleType]:
-    try:
-        from vllm_dfloat.kernels import dfloat11_encode, packed_encode
-    except ImportError as error:
-        raise DeviceError(
-            f"{device}: Triton cannot be imported ({error}); compressing on a GPU needs it. Install triton, or "
-            "compress with --device cpu."
-        ) from error
-    return packed_encode, dfloat11_encode

@@ -1,8 +1,8 @@
 """How to compile one kernel without a GPU: the signature and constants that its launcher uses.
 
-Each kernel module lists its kernels in `COMPILE_SPECS`; tests compile them for several GPUs and the
-kernel report counts their registers and instructions. Works only where TRITON_INTERPRET is unset:
-under the interpreter `triton.jit` makes functions that cannot be compiled.
+The other modules here list every kernel; the kernel report compiles them for several GPUs and counts their registers
+and instructions. Works only where TRITON_INTERPRET is unset: under the interpreter `triton.jit` makes functions that
+cannot be compiled.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 TARGETS = (80, 89, 90, 100)  # compute capability times ten
+CONSTANT = "constexpr"
 _ALIGNMENT = 16  # bytes; what Triton's launcher finds out about pointers and sizes by itself
 
 

@@ -1,0 +1,91 @@
+"""The kernels that decode: whole matrices, groups of them and chosen rows of the packed layout, and official units."""
+
+from compile_specs.spec import CONSTANT, CompileSpec
+
+from vllm_dfloat.codec import layout
+from vllm_dfloat.kernels import dfloat11_decode, group_decode, packed_decode, packed_rows
+from vllm_dfloat.kernels.configs import DEFAULT, ROWS_TILES_PER_PROGRAM
+from vllm_dfloat.kernels.tiles import num_warps
+
+TYPICAL_BLOCK_WEIGHTS = 12_400  # at 2.64 bits per code
+
+_TILES = DEFAULT.decode_tiles_per_program
+_ROWS_TILES = ROWS_TILES_PER_PROGRAM
+_WHOLE = dict(
+    constexprs={"TILES": _TILES},
+    num_warps=num_warps(_TILES),
+    weights_per_program=_TILES * layout.TILE_WEIGHTS,
+    loop_runs=layout.STEPS // 2,
+)
+_OFFICIAL = dict(num_warps=DEFAULT.dfloat11_num_warps, weights_per_program=TYPICAL_BLOCK_WEIGHTS)
+
+PACKED = [
+    CompileSpec(
+        name="decode",
+        fn=packed_decode._decode_kernel,
+        signature=dict(
+            desc_ptr="*i64", out_ptr="*u32", status_ptr="*i32", num_tiles="i32", salt="i64", TILES=CONSTANT
+        ),
+        aligned_args=("desc_ptr", "out_ptr", "status_ptr"),
+        **_WHOLE,
+    ),
+    CompileSpec(
+        name="decode_block",
+        fn=group_decode._decode_block_kernel,
+        signature=dict(
+            table_ptr="*i64", out_ptr="*u32", status_ptr="*i32", num_members="i32", num_tiles="i32", salt="i64",
+            TILES=CONSTANT,
+        ),
+        aligned_args=("table_ptr", "out_ptr", "status_ptr"),
+        **_WHOLE,
+    ),
+]  # fmt: skip
+ROWS = [
+    CompileSpec(
+        name=name,
+        fn=packed_rows._decode_rows_kernel,
+        signature=dict(
+            desc_ptr="*i64",
+            ids_ptr="*i32",  # what vLLM passes on a GPU
+            out_ptr="*u16", status_ptr=status_type, rows="i32", cols="i32", parts="i32", salt="i64", TILES=CONSTANT,
+        ),
+        constexprs={"TILES": _ROWS_TILES, **absent},
+        aligned_args=("desc_ptr", "ids_ptr", "out_ptr"),
+        num_warps=num_warps(_ROWS_TILES),
+        weights_per_program=_ROWS_TILES * layout.TILE_WEIGHTS,
+        loop_runs=layout.STEPS,
+    )
+    for name, status_type, absent in (
+        ("decode_rows", CONSTANT, {"status_ptr": None}),
+        ("decode_rows_status", "*i32", {}),
+    )
+]  # fmt: skip
+OFFICIAL = [
+    CompileSpec(
+        name="decode_dfloat11",
+        fn=dfloat11_decode._decode_dfloat11_kernel,
+        signature=dict(
+            stream_ptr="*u8", sign_mantissa_ptr="*u8", tables_ptr="*i32", positions_ptr="*i64", gaps_ptr="*u8",
+            out_ptr="*i16", status_ptr="*i32",
+            num_bytes="i32", num_weights="i32", num_blocks="i32", num_rows="i32",
+        ),
+        aligned_args=("stream_ptr", "sign_mantissa_ptr", "tables_ptr", "out_ptr"),
+        **_OFFICIAL,
+    ),
+    CompileSpec(
+        name="decode_dfloat11_resident",
+        fn=dfloat11_decode._decode_resident_kernel,
+        signature=dict(desc_ptr="*i64", out_ptr="*i16", status_ptr="*i32", num_weights="i32", salt="i64"),
+        aligned_args=("desc_ptr", "out_ptr", "status_ptr"),
+        **_OFFICIAL,
+    ),
+    CompileSpec(
+        name="decode_dfloat11_rows",
+        fn=dfloat11_decode._decode_resident_rows_kernel,
+        signature=dict(
+            desc_ptr="*i64", ids_ptr="*i32", out_ptr="*i16", rows="i32", cols="i32", parts="i32", salt="i64"
+        ),
+        aligned_args=("desc_ptr", "ids_ptr", "out_ptr"),
+        **_OFFICIAL,
+    ),
+]  # fmt: skip
