@@ -1,4 +1,4 @@
-"""Decode one block of an official DFloat11 stream: the body that the kernels in decode_dfloat11.py share.
+"""Decode one block of an official DFloat11 stream: the body that the kernels in dfloat11_decode.py share.
 
 A block is 4096 stream bytes; each of its 512 windows of 8 bytes belongs to one lane. Codes are not aligned to weights,
 so a first pass counts the codes of every window, a scan gives each window its first weight, and a second pass decodes
@@ -11,26 +11,20 @@ steps fixed here and no access leaves the given tensors.
 import triton
 import triton.language as tl
 
-# Status of a block, a sum of bits; the CPU decoder in dfloat11/decode_loops.py uses the same.
-STATUS_OK = 0
-STATUS_BAD_CODE = 1  # bits that are no code, or a code beyond the end of the stream
-STATUS_COUNT = 2  # the number of codes differs from the positions
-STATUS_GAP = 4  # a window does not end where the next one starts
+from vllm_dfloat.dfloat11 import format
 
-BLOCK_BYTES = 4096
-MIN_BLOCK_WEIGHTS = 1023  # codes of 32 bits that start in a block which is not the last
-WINDOWS = tl.constexpr(512)
-_WINDOW_BITS = tl.constexpr(64)  # a code has at least one bit: at most 64 codes per window
+WINDOWS = tl.constexpr(format.BLOCK_WINDOWS)
+# A code has at least one bit: at most so many codes start in a window.
+_WINDOW_BITS = tl.constexpr(format.WINDOW_BITS)
 _STRIDE = tl.constexpr(8)  # codes between two looks at whether any lane is still busy
-_LEVELS = tl.constexpr(4)
+_LEVELS = tl.constexpr(format.MAX_DEPTH + 1)
 
-# An entry of the tables: 0 (no code), `symbol | length << 8`, or `_POINTER | row`.
-_POINTER = tl.constexpr(1 << 15)
-_LENGTH_SHIFT = tl.constexpr(8)
-_LENGTH_MASK = tl.constexpr(0x3F)
-_BAD_CODE = tl.constexpr(STATUS_BAD_CODE)
-_COUNT = tl.constexpr(STATUS_COUNT)
-_GAP = tl.constexpr(STATUS_GAP)
+_POINTER = tl.constexpr(format.POINTER)
+_LENGTH_SHIFT = tl.constexpr(format.LENGTH_SHIFT)
+_LENGTH_MASK = tl.constexpr(format.LENGTH_MASK)
+_BAD_CODE = tl.constexpr(format.STATUS_BAD_CODE)
+_COUNT = tl.constexpr(format.STATUS_COUNT)
+_GAP = tl.constexpr(format.STATUS_GAP)
 
 
 @triton.jit

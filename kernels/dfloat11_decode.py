@@ -26,15 +26,14 @@ import triton
 import triton.language as tl
 
 from vllm_dfloat.codec import descriptor, layout
+from vllm_dfloat.dfloat11.format import BLOCK_BYTES, BLOCK_GAP_BYTES, MIN_BLOCK_WEIGHTS
 from vllm_dfloat.kernels.configs import config_of
-from vllm_dfloat.kernels.dfloat11_block import BLOCK_BYTES, MIN_BLOCK_WEIGHTS, decode_block
+from vllm_dfloat.kernels.dfloat11_block import decode_block
 from vllm_dfloat.kernels.tiles import STATUS_DESCRIPTOR, _everywhere, _read, _section
 
-PROGRAM_WEIGHTS = (
-    BLOCK_BYTES  # weights for which one program is launched, and which it copies if raw
-)
+PROGRAM_WEIGHTS = BLOCK_BYTES  # for so many one program is launched, and copies them if raw
 _BLOCK_BYTES = tl.constexpr(BLOCK_BYTES)
-_BLOCK_GAP_BYTES = tl.constexpr(320)
+_BLOCK_GAP_BYTES = tl.constexpr(BLOCK_GAP_BYTES)
 _PROGRAM_WEIGHTS = tl.constexpr(PROGRAM_WEIGHTS)
 _TILE_WEIGHTS = tl.constexpr(layout.TILE_WEIGHTS)
 _ROW_PART = tl.constexpr(1024)  # weights of a raw row that one program copies; >= MIN_BLOCK_WEIGHTS
@@ -75,7 +74,7 @@ def decode(
     _check("sign_mantissa", sign_mantissa, torch.uint8, sign_mantissa.numel())
     _check("tables", tables, torch.int32, 256 * max(1, tables.numel() // 256))
     _check("positions", positions, torch.int64, num_blocks + 1)
-    _check("gaps", gaps, torch.uint8, 320 * num_blocks)
+    _check("gaps", gaps, torch.uint8, BLOCK_GAP_BYTES * num_blocks)
     _check("out", out, out.dtype, sign_mantissa.numel())
     _check("status", status, torch.int32, min(max(status.numel(), 1), num_blocks))
     if out.element_size() != 2:

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from vllm_dfloat.codec import layout
+from vllm_dfloat.dfloat11.format import BLOCK_BITS, WINDOW_BITS
 from vllm_dfloat.kernels.configs import config_of
 from vllm_dfloat.kernels.tiles import LANES, _four_words
 
@@ -28,8 +29,8 @@ _LANE_PAIRS = tl.constexpr(LANE_WEIGHTS // 2)
 _STEPS = tl.constexpr(LANE_WEIGHTS // 8)
 _SYMBOL_SHIFT = tl.constexpr(layout.SYMBOL_SHIFT)
 _WORD_LOG = tl.constexpr(5)
-_WINDOW_LOG = tl.constexpr(6)
-_BLOCK_LOG = tl.constexpr(15)
+_WINDOW_LOG = tl.constexpr(WINDOW_BITS.bit_length() - 1)
+_BLOCK_LOG = tl.constexpr(BLOCK_BITS.bit_length() - 1)
 
 
 # Pieces differ in size: one compiled kernel serves all of them.

@@ -19,7 +19,8 @@ from vllm_dfloat.codec.layout import MAX_CODE_BITS, validate
 from vllm_dfloat.dfloat11 import reference as reference_unit
 from vllm_dfloat.dfloat11.decode import decode_unit
 from vllm_dfloat.dfloat11.encode import encode_unit
-from vllm_dfloat.dfloat11.unit import FIELDS, Unit
+from vllm_dfloat.dfloat11.format import FIELDS
+from vllm_dfloat.dfloat11.unit import Unit
 from vllm_dfloat.errors import UnsupportedError
 
 BATCH = (

@@ -12,7 +12,7 @@ from vllm_dfloat.checkpoint.reader import open_checkpoint
 from vllm_dfloat.checkpoint.verify import compare
 from vllm_dfloat.cli import main
 from vllm_dfloat.convert import compress as module
-from vllm_dfloat.dfloat11.unit import FIELDS
+from vllm_dfloat.dfloat11.format import FIELDS
 from vllm_dfloat.errors import FormatError
 
 BASE = {

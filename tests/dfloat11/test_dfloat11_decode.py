@@ -20,7 +20,8 @@ from hypothesis.extra import numpy as hnp
 from vllm_dfloat.checkpoint.reader import open_checkpoint
 from vllm_dfloat.dfloat11 import reference
 from vllm_dfloat.dfloat11.decode import decode_unit
-from vllm_dfloat.dfloat11.tables import LENGTH_SHIFT, POINTER, build_tables
+from vllm_dfloat.dfloat11.format import LENGTH_SHIFT, POINTER
+from vllm_dfloat.dfloat11.tables import build_tables
 from vllm_dfloat.dfloat11.unit import Unit
 from vllm_dfloat.errors import FormatError
 

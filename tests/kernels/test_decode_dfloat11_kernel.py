@@ -10,11 +10,10 @@ from guard_pages import run_python
 from helpers import unlike
 
 from vllm_dfloat.checkpoint.reader import open_checkpoint
-from vllm_dfloat.dfloat11 import decode_loops
+from vllm_dfloat.dfloat11 import format
 from vllm_dfloat.dfloat11.decode import decode_unit
 from vllm_dfloat.dfloat11.unit import Unit
 from vllm_dfloat.errors import FormatError
-from vllm_dfloat.kernels import dfloat11_block as block
 from vllm_dfloat.kernels import dfloat11_decode as kernel
 
 EDGE_UNITS = vector_units("edge-good")
@@ -71,16 +70,11 @@ def first_blocks(unit: Unit, count: int) -> Unit:
     )  # fmt: skip
 
 
-def test_status_bits_of_kernel_and_cpu_decoder_are_the_same() -> None:
-    for name in ("STATUS_OK", "STATUS_BAD_CODE", "STATUS_COUNT", "STATUS_GAP"):
-        assert getattr(block, name) == getattr(decode_loops, name)
-
-
 def test_missing_code_gap_and_count_each_end_with_their_status_bit() -> None:
     unit = EDGE_UNITS["edge-good/prime4099"]
     for index, change, bit in (
-        (2, lambda tables: tables[0].fill_(0), block.STATUS_BAD_CODE),
-        (4, lambda gaps: gaps[1].bitwise_xor_(0x20), block.STATUS_GAP),
+        (2, lambda tables: tables[0].fill_(0), format.STATUS_BAD_CODE),
+        (4, lambda gaps: gaps[1].bitwise_xor_(0x20), format.STATUS_GAP),
     ):
         inputs = device_tensors(unit)
         change(inputs[index])
@@ -91,14 +85,14 @@ def test_missing_code_gap_and_count_each_end_with_their_status_bit() -> None:
         inputs = device_tensors(unit)
         inputs[3][1] += shift
         # Weights of the next block are then misplaced as well.
-        assert run(inputs, 0xFFFF)[1].tolist() == [block.STATUS_COUNT, block.STATUS_COUNT, 0]
+        assert run(inputs, 0xFFFF)[1].tolist() == [format.STATUS_COUNT, format.STATUS_COUNT, 0]
 
 
 def test_stream_cut_within_its_last_code_ends_with_a_status_bit() -> None:
     # The code starts in byte 239 and ends in byte 240, which is missing.
     inputs = device_tensors(EDGE_UNITS["edge-good/tail_straddle_window_aligned"])
     inputs[0] = inputs[0][:240].clone()
-    assert run(inputs, 0xFFFF)[1].tolist() == [block.STATUS_BAD_CODE + block.STATUS_COUNT]
+    assert run(inputs, 0xFFFF)[1].tolist() == [format.STATUS_BAD_CODE + format.STATUS_COUNT]
 
 
 @pytest.mark.parametrize(("name", "flips"), [("odd77", 6), ("prime4099", 4), ("all_0_to_239", 4)])

@@ -11,6 +11,7 @@ from vllm_dfloat.checkpoint.listing import (
     visible_files,
     weight_files,
 )
+from vllm_dfloat.dfloat11.format import FIELDS
 from vllm_dfloat.errors import DFloatError, FormatError, UnsupportedError
 from vllm_dfloat.storage.json_file import read_object
 from vllm_dfloat.storage.safetensors_read import StoredTensor, read_header, read_names
@@ -24,9 +25,7 @@ FINISHED_FILE = (
 )
 CONFIG_FILE = "config.json"
 CONFIG_KEY = "dfloat11_config"
-_UNIT_FIELDS = frozenset(
-    ("encoded_exponent", "sign_mantissa", "output_positions", "split_positions")
-)
+_UNIT_FIELDS = frozenset(FIELDS) - {"luts", "gaps"}  # other models may name tensors so
 MAX_CONFIG_BYTES = 16 << 20
 
 

@@ -18,7 +18,8 @@ from vllm_dfloat.checkpoint.manifest import (
 )
 from vllm_dfloat.checkpoint.patterns import Patterns
 from vllm_dfloat.checkpoint.settings import read_settings
-from vllm_dfloat.dfloat11.unit import FIELDS, UnitEntry, check_entry
+from vllm_dfloat.dfloat11.format import FIELDS
+from vllm_dfloat.dfloat11.unit import UnitEntry, check_entry
 from vllm_dfloat.errors import FormatError
 from vllm_dfloat.storage.safetensors_read import StoredTensor
 

@@ -3,10 +3,8 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from vllm_dfloat.checkpoint.folder import is_dfloat11, read_config
 from vllm_dfloat.checkpoint.listing import model_files, weight_files
@@ -16,12 +14,11 @@ from vllm_dfloat.checkpoint.plain_model import bf16_tensors
 from vllm_dfloat.checkpoint.reader import open_checkpoint
 from vllm_dfloat.checkpoint.side_files import side_files
 from vllm_dfloat.checkpoint.weights import typed_weights
+from vllm_dfloat.codec.arrays import Bits
 from vllm_dfloat.errors import FormatError
 from vllm_dfloat.storage.pieces import read_pieces
 from vllm_dfloat.storage.progress import Advance, Bytes, Start, ignore, no_start
 from vllm_dfloat.storage.safetensors_read import StoredTensor
-
-Bits = npt.NDArray[Any]
 
 _PIECE_BYTES = 4 << 20
 

@@ -9,10 +9,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from vllm_dfloat.checkpoint.reader import Dfloat11Checkpoint
 from vllm_dfloat.checkpoint.shapes import Shapes, module_shapes, resolve_shape
+from vllm_dfloat.codec.arrays import Bits
 from vllm_dfloat.dfloat11.decode import decode_range, decode_unit
 from vllm_dfloat.dfloat11.unit import Unit, UnitEntry
 from vllm_dfloat.errors import FormatError
@@ -22,7 +22,6 @@ from vllm_dfloat.storage.safetensors_read import StoredTensor
 if TYPE_CHECKING:
     import torch
 
-Bits = npt.NDArray[Any]
 Decode = Callable[[Unit, int, int], "torch.Tensor"]
 
 _TORCH_DTYPES = {

@@ -4,9 +4,9 @@ Four lanes of a tile are decoded side by side, since one lane alone would wait f
 """
 
 import numpy as np
-import numpy.typing as npt
 from numba import njit
 
+from vllm_dfloat.codec.arrays import I32Array, I64Array, U16Array
 from vllm_dfloat.codec.layout import (
     LANE_LENGTH_UNIT,
     LANES,
@@ -17,7 +17,6 @@ from vllm_dfloat.codec.layout import (
     STEPS,
     TILE_WEIGHTS,
     PackedTensor,
-    U16Array,
 )
 from vllm_dfloat.codec.threads import over_tiles
 from vllm_dfloat.errors import FormatError
@@ -43,7 +42,7 @@ def decode(packed: PackedTensor) -> U16Array:
     return out[: lay.numel].reshape(lay.rows, lay.cols)
 
 
-def decode_into(packed: PackedTensor, out: U16Array, status: npt.NDArray[np.int32]) -> None:
+def decode_into(packed: PackedTensor, out: U16Array, status: I32Array) -> None:
     """Write all whole tiles of `packed` to `out` and a status word per tile to `status`.
 
     Args:
@@ -63,7 +62,7 @@ def decode_into(packed: PackedTensor, out: U16Array, status: npt.NDArray[np.int3
     )  # fmt: skip
 
 
-def decode_rows(packed: PackedTensor, rows: npt.NDArray[np.int64]) -> U16Array:
+def decode_rows(packed: PackedTensor, rows: I64Array) -> U16Array:
     """Return the chosen rows, uint16 [len(rows), cols]; only the tiles they touch are decoded.
 
     Raises:
@@ -89,7 +88,7 @@ def decode_rows(packed: PackedTensor, rows: npt.NDArray[np.int64]) -> U16Array:
     return out
 
 
-def check_status(status: npt.NDArray[np.int32], name: str, what: str = "tile") -> None:
+def check_status(status: I32Array, name: str, what: str = "tile") -> None:
     """Raise FormatError if a decoder reported a contradiction."""
     wrong = np.flatnonzero(status)
     if wrong.size:

@@ -7,9 +7,9 @@ the codes. The same bits come out for the same weights, whatever the number of t
 from dataclasses import replace
 
 import numpy as np
-import numpy.typing as npt
 from numba import njit
 
+from vllm_dfloat.codec.arrays import I64Array, U8Array, U16Array, U32Array
 from vllm_dfloat.codec.huffman import NUM_SYMBOLS, build_lut, canonical_codes, choose_code
 from vllm_dfloat.codec.layout import (
     LANE_LENGTH_UNIT,
@@ -23,9 +23,6 @@ from vllm_dfloat.codec.layout import (
     TILE_WEIGHTS,
     PackedLayout,
     PackedTensor,
-    U8Array,
-    U16Array,
-    U32Array,
 )
 from vllm_dfloat.codec.threads import over_tiles
 from vllm_dfloat.errors import UnsupportedError
@@ -79,7 +76,7 @@ def encode(weight: U16Array, name: str = "") -> PackedTensor:
     return packed
 
 
-def count_exponents(flat: U16Array) -> npt.NDArray[np.int64]:
+def count_exponents(flat: U16Array) -> I64Array:
     """Return how often each exponent occurs in `flat`, BF16 bits: int64 [256]."""
     body = flat[: flat.size // TILE_WEIGHTS * TILE_WEIGHTS]
     partial = over_tiles(_count_tiles, body.size // TILE_WEIGHTS, body)

@@ -5,22 +5,15 @@ Codes are canonical: numbered by (length, symbol), so the lengths alone are the 
 """
 
 import numpy as np
-import numpy.typing as npt
 
-from vllm_dfloat.codec.layout import (
-    LENGTH_MASK,
-    MAX_CODE_BITS,
-    MIN_CODE_BITS,
-    SYMBOL_SHIFT,
-    U8Array,
-    U16Array,
-)
+from vllm_dfloat.codec.arrays import I64Array, U8Array, U16Array
+from vllm_dfloat.codec.layout import LENGTH_MASK, MAX_CODE_BITS, MIN_CODE_BITS, SYMBOL_SHIFT
 
 NUM_SYMBOLS = 256
 WORTH_A_LARGER_LUT = 0.1  # bits per weight
 
 
-def choose_code(counts: npt.NDArray[np.int64]) -> tuple[int, U8Array]:
+def choose_code(counts: I64Array) -> tuple[int, U8Array]:
     """Return the longest code to allow, and the code lengths under that limit.
 
     It is the smallest limit that costs less than WORTH_A_LARGER_LUT over the largest: about 0.05 where 30 symbols
@@ -38,7 +31,7 @@ def choose_code(counts: npt.NDArray[np.int64]) -> tuple[int, U8Array]:
     return limit, candidates[limit]
 
 
-def code_lengths(counts: npt.NDArray[np.int64], limit: int) -> U8Array:
+def code_lengths(counts: I64Array, limit: int) -> U8Array:
     """Return the optimal code length of each symbol, none longer than `limit` bits.
 
     Args:

@@ -18,8 +18,8 @@ or, where coding would not make it smaller, the BF16 bits themselves, padded to 
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from vllm_dfloat.codec.arrays import U8Array, U16Array, U32Array
 from vllm_dfloat.errors import FormatError, UnsupportedError
 
 LAYOUT_VERSION = 2
@@ -43,10 +43,6 @@ MAX_WORDS = 1 << 31
 # Words a lane can read beyond its first one whatever the bytes say: the longest codes a LUT can state, and a window.
 PAD_WORDS = LANE_WEIGHTS * LENGTH_MASK // 32 + 2
 ALIGNMENT = 16
-
-U16Array = npt.NDArray[np.uint16]
-U8Array = npt.NDArray[np.uint8]
-U32Array = npt.NDArray[np.uint32]
 
 
 def _aligned(num_bytes: int) -> int:

@@ -5,6 +5,7 @@ It follows docs/packed-layout.md line by line, one bit string per lane, and shar
 
 import numpy as np
 
+from vllm_dfloat.codec.arrays import U16Array
 from vllm_dfloat.codec.layout import (
     LANE_LENGTH_UNIT,
     LANES,
@@ -12,7 +13,6 @@ from vllm_dfloat.codec.layout import (
     STEPS,
     TILE_WEIGHTS,
     PackedTensor,
-    U16Array,
 )
 from vllm_dfloat.errors import FormatError
 

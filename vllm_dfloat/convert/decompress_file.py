@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from vllm_dfloat.checkpoint.weights import Member
+from vllm_dfloat.codec.arrays import Bits, U16Array
 from vllm_dfloat.dfloat11.decode import decode_range
 from vllm_dfloat.dfloat11.unit import Unit, UnitEntry
 from vllm_dfloat.storage.file_identity import unchanged
@@ -74,10 +72,10 @@ class _Reader:
     def item(self, tensor: Member | StoredTensor) -> Item:
         if isinstance(tensor, StoredTensor):
             return copy_item(tensor, self._advance)
-        pieces: Callable[[], Iterable[npt.NDArray[Any]]] = lambda: self._decode(tensor)  # noqa: E731
+        pieces: Callable[[], Iterable[Bits]] = lambda: self._decode(tensor)  # noqa: E731
         return Item(tensor.name, "BF16", tensor.shape, pieces)
 
-    def _decode(self, member: Member) -> Iterator[npt.NDArray[np.uint16]]:
+    def _decode(self, member: Member) -> Iterator[U16Array]:
         step = piece_weights()
         for first in range(member.start, member.stop, step):
             stop = min(first + step, member.stop)

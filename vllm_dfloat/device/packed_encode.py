@@ -10,16 +10,10 @@ from types import ModuleType
 import numpy as np
 import torch
 
+from vllm_dfloat.codec.arrays import U8Array, U32Array
 from vllm_dfloat.codec.encode import filler, layout_for
 from vllm_dfloat.codec.huffman import NUM_SYMBOLS, build_lut, canonical_codes, choose_code
-from vllm_dfloat.codec.layout import (
-    ALIGNMENT,
-    LANES,
-    TILE_WEIGHTS,
-    PackedLayout,
-    U8Array,
-    U32Array,
-)
+from vllm_dfloat.codec.layout import ALIGNMENT, LANES, TILE_WEIGHTS, PackedLayout
 from vllm_dfloat.device.checks import needing_triton
 from vllm_dfloat.errors import DeviceError
 

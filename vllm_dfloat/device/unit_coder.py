@@ -13,16 +13,15 @@ from contextlib import contextmanager, suppress
 import numpy as np
 import torch
 
+from vllm_dfloat.codec.arrays import I64Array, U8Array, U16Array, U32Array
 from vllm_dfloat.codec.layout import SYMBOL_SHIFT, TILE_WEIGHTS
 from vllm_dfloat.device.checks import MIN_CAPABILITY, check_device, needing_triton
 from vllm_dfloat.device.unit_decode import decode_unit
-from vllm_dfloat.dfloat11.coder import Book, Coder, Codes64, I64Array, U8Array, U16Array, U32Array
+from vllm_dfloat.dfloat11.coder import Book, Coder, Codes64
 from vllm_dfloat.dfloat11.encode import as_unit, encode_unit
-from vllm_dfloat.dfloat11.encode_stream import BLOCK_BITS
-from vllm_dfloat.dfloat11.unit import WINDOW_BYTES, Unit
+from vllm_dfloat.dfloat11.format import BLOCK_BITS, WINDOW_BITS
+from vllm_dfloat.dfloat11.unit import Unit
 from vllm_dfloat.errors import DeviceError, FormatError
-
-WINDOW_BITS = 8 * WINDOW_BYTES
 
 
 class DeviceCoder:

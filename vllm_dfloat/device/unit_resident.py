@@ -14,9 +14,9 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from vllm_dfloat.codec.arrays import Bits, I32Array, I64Array, U8Array, U16Array, U64Array
 from vllm_dfloat.codec.layout import ALIGNMENT
 from vllm_dfloat.codec.threads import over_tiles
 from vllm_dfloat.device import ops
@@ -24,13 +24,11 @@ from vllm_dfloat.device.checks import check_desc, check_ids, check_tensor
 from vllm_dfloat.device.packed_weight import checksum, follow, make_descriptor
 from vllm_dfloat.dfloat11.decode_loops import decode_blocks, wide_table
 from vllm_dfloat.dfloat11.encode import as_unit, encode_unit
-from vllm_dfloat.dfloat11.tables import LENGTH_SHIFT, MAX_CODE_BITS, POINTER
-from vllm_dfloat.dfloat11.unit import BLOCK_GAP_BYTES, Unit, num_blocks
+from vllm_dfloat.dfloat11.format import BLOCK_GAP_BYTES, LENGTH_SHIFT, MAX_CODE_BITS, POINTER
+from vllm_dfloat.dfloat11.unit import Unit, num_blocks
 from vllm_dfloat.errors import FormatError, UnsupportedError
 
 KIND_CODED = ops.KIND_PACKED
-
-U8Array = npt.NDArray[np.uint8]
 
 
 class UnitWeight(ops.PackedWeight):
@@ -100,8 +98,8 @@ class _Sections:
     stream: U8Array
     sign_mantissa: U8Array
     gaps: U8Array
-    positions: npt.NDArray[np.int64]
-    tables: npt.NDArray[np.int32]
+    positions: I64Array
+    tables: I32Array
 
 
 def _sections(payload: U8Array, lay: UnitLayout) -> _Sections:
@@ -140,9 +138,7 @@ def pack(weight: torch.Tensor, name: str = "") -> UnitWeight:
     return UnitWeight(held, desc, rows, cols, name, fields, checksum(held))
 
 
-def _encode(
-    bits: npt.NDArray[np.uint16], padded_numel: int, name: str
-) -> tuple[U8Array, tuple[int, int, int]]:
+def _encode(bits: U16Array, padded_numel: int, name: str) -> tuple[U8Array, tuple[int, int, int]]:
     """Return the payload, and what a descriptor says of it beside its address."""
     try:
         unit = as_unit(encode_unit([bits], name or "weight"), name or "weight")
@@ -164,7 +160,7 @@ def _fill(sections: _Sections, unit: Unit) -> None:
     sections.tables[:] = unit.tables
 
 
-def _raw(bits: npt.NDArray[np.uint16], padded_numel: int) -> tuple[U8Array, tuple[int, int, int]]:
+def _raw(bits: U16Array, padded_numel: int) -> tuple[U8Array, tuple[int, int, int]]:
     payload = np.zeros(2 * padded_numel, np.uint8)
     payload.view(np.uint16)[: bits.size] = bits
     return payload, (ops.KIND_RAW, 0, 0)
@@ -193,9 +189,7 @@ def _sound(sections: _Sections, num_weights: int) -> _Sections:
     )
 
 
-def _decode_range(
-    held: _Sections, wide: npt.NDArray[np.uint64], start: int, out: npt.NDArray[np.uint16]
-) -> npt.NDArray[np.int64]:
+def _decode_range(held: _Sections, wide: U64Array, start: int, out: U16Array) -> I64Array:
     """Write weights from `start` on to `out`; return the status of every block, 0 where it holds none of them."""
     status = np.zeros((len(held.positions) - 1, 3), np.int64)
     first = int(np.searchsorted(held.positions[1:-1], start, "right"))
@@ -207,7 +201,7 @@ def _decode_range(
     return status[:, 0]
 
 
-def _check_status(status: npt.NDArray[Any], name: str) -> None:
+def _check_status(status: Bits, name: str) -> None:
     wrong = np.flatnonzero(status)
     if wrong.size:
         raise FormatError(

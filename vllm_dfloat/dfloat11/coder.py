@@ -10,21 +10,16 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 from numba import njit
 
+from vllm_dfloat.codec.arrays import I64Array, U8Array, U16Array, U32Array, U64Array
 from vllm_dfloat.codec.encode import count_exponents
 from vllm_dfloat.codec.layout import SYMBOL_SHIFT
 from vllm_dfloat.codec.threads import num_threads, over_tiles
 from vllm_dfloat.dfloat11.decode import decode_range
+from vllm_dfloat.dfloat11.format import BLOCK_WINDOWS
 from vllm_dfloat.dfloat11.huffman import EOF, Codes
-from vllm_dfloat.dfloat11.unit import BLOCK_WINDOWS, Unit
-
-U8Array = npt.NDArray[np.uint8]
-U16Array = npt.NDArray[np.uint16]
-U32Array = npt.NDArray[np.uint32]
-U64Array = npt.NDArray[np.uint64]
-I64Array = npt.NDArray[np.int64]
+from vllm_dfloat.dfloat11.unit import Unit
 
 CHUNK = 2048  # weights that a thread takes at once
 

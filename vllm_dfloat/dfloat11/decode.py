@@ -7,21 +7,16 @@ Equal bit for bit to reference_unit.decode.
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
+from vllm_dfloat.codec.arrays import I64Array, U16Array
 from vllm_dfloat.codec.threads import over_tiles
-from vllm_dfloat.dfloat11.decode_loops import (
-    STATUS_COUNT,
-    STATUS_GAP,
-    decode_blocks,
-    load_gap,
-    wide_table,
-)
-from vllm_dfloat.dfloat11.unit import BLOCK_WINDOWS, Unit
+from vllm_dfloat.dfloat11.decode_loops import decode_blocks, load_gap, wide_table
+from vllm_dfloat.dfloat11.format import BLOCK_WINDOWS, STATUS_COUNT, STATUS_GAP
+from vllm_dfloat.dfloat11.unit import Unit
 from vllm_dfloat.errors import FormatError
 
 
-def decode_unit(unit: Unit, start: int = 0, stop: int | None = None) -> npt.NDArray[np.uint16]:
+def decode_unit(unit: Unit, start: int = 0, stop: int | None = None) -> U16Array:
     """Return weights start..stop of the unit (stop excluded, default all) as BF16 bits.
 
     Raises:
@@ -43,7 +38,7 @@ def decode_unit(unit: Unit, start: int = 0, stop: int | None = None) -> npt.NDAr
     return out
 
 
-def decode_range(unit: Unit, start: int, stop: int) -> npt.NDArray[np.uint16]:
+def decode_range(unit: Unit, start: int, stop: int) -> U16Array:
     """Do as `decode_unit` for a unit that may stay in its file (`UnitEntry.open`): read no more than it needs."""
     if not 0 <= start < stop <= unit.num_weights:
         raise ValueError(f"{unit.where}: weights {start}..{stop} of {unit.num_weights}")
@@ -52,7 +47,7 @@ def decode_range(unit: Unit, start: int, stop: int) -> npt.NDArray[np.uint16]:
     return decode_unit(unit.piece(first, last), start - base, stop - base)
 
 
-def _check_status(unit: Unit, first: int, status: npt.NDArray[np.int64]) -> None:
+def _check_status(unit: Unit, first: int, status: I64Array) -> None:
     bad = np.flatnonzero(status[:, 0])
     if bad.size == 0:
         return

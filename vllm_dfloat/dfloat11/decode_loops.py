@@ -10,17 +10,19 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from numba import njit
 
-from vllm_dfloat.dfloat11.tables import LENGTH_SHIFT, POINTER
-from vllm_dfloat.dfloat11.unit import BLOCK_WINDOWS, MAX_BLOCK_WEIGHTS
-
-# Status of a block; the kernel in kernels/dfloat11_decode.py uses the same bits.
-STATUS_OK = 0
-STATUS_BAD_CODE = 1  # bits that are no code, or a code beyond the end of the stream
-STATUS_COUNT = 2  # the number of codes differs from output_positions
-STATUS_GAP = 4  # a window does not end where the next one starts
+from vllm_dfloat.codec.arrays import I32Array, I64Array, U8Array, U16Array, U64Array
+from vllm_dfloat.dfloat11.format import (
+    BLOCK_WINDOWS,
+    LENGTH_SHIFT,
+    MAX_BLOCK_WEIGHTS,
+    POINTER,
+    STATUS_BAD_CODE,
+    STATUS_COUNT,
+    STATUS_GAP,
+    STATUS_OK,
+)
 
 _WIDE_BITS = 12  # 4096 entries of 8 bytes fit the first-level cache
 _WIDE_CODES = 4  # codes per entry at most
@@ -30,7 +32,7 @@ _ALL_BITS, _NUMBER, _FIRST_BITS = 32, 40, 48
 
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def wide_table(tables: npt.NDArray[np.int32]) -> npt.NDArray[np.uint64]:  # pragma: no cover
+def wide_table(tables: I32Array) -> U64Array:  # pragma: no cover
     """Return for each 12 bits the codes they begin with, up to four; 0 if the first is longer."""
     wide = np.zeros(1 << _WIDE_BITS, np.uint64)
     for prefix in range(1 << _WIDE_BITS):
@@ -52,7 +54,7 @@ def wide_table(tables: npt.NDArray[np.int32]) -> npt.NDArray[np.uint64]:  # prag
 
 
 @njit(cache=True, nogil=True, inline="always")  # type: ignore[untyped-decorator]
-def _look_up(tables: npt.NDArray[np.int32], peek: Any) -> Any:  # pragma: no cover
+def _look_up(tables: I32Array, peek: Any) -> Any:  # pragma: no cover
     """Return `symbol | length << LENGTH_SHIFT` for the code that starts 32 bits, 0 if none."""
     row: Any = 0
     for level in range(4):
@@ -64,7 +66,7 @@ def _look_up(tables: npt.NDArray[np.int32], peek: Any) -> Any:  # pragma: no cov
 
 
 @njit(cache=True, nogil=True, inline="always")  # type: ignore[untyped-decorator]
-def _load_word(stream: npt.NDArray[np.uint8], window: int) -> Any:  # pragma: no cover
+def _load_word(stream: U8Array, window: int) -> Any:  # pragma: no cover
     """Return the 64 bits of a window, most significant first, zeros beyond the end."""
     at = 8 * window
     word = np.uint64(0)
@@ -79,7 +81,7 @@ def _load_word(stream: npt.NDArray[np.uint8], window: int) -> Any:  # pragma: no
 
 
 @njit(cache=True, nogil=True, inline="always")  # type: ignore[untyped-decorator]
-def load_gap(gaps: npt.NDArray[np.uint8], window: int) -> Any:  # pragma: no cover
+def load_gap(gaps: U8Array, window: int) -> Any:  # pragma: no cover
     bit = 5 * window
     byte = bit >> 3
     pair = np.int64(gaps[byte]) << 8
@@ -100,9 +102,9 @@ def _decode_window(
     word: Any,
     following: Any,
     at: Any,
-    tables: npt.NDArray[np.int32],
-    wide: npt.NDArray[np.uint64],
-    symbols: npt.NDArray[np.uint8],
+    tables: I32Array,
+    wide: U64Array,
+    symbols: U8Array,
     count: Any,
 ) -> tuple[Any, Any]:  # pragma: no cover
     """Decode all codes that start in a window; return the end bit (-1 if bad) and the count.
@@ -143,8 +145,8 @@ def _decode_end(
     at: Any,
     end: int,
     want: int,
-    tables: npt.NDArray[np.int32],
-    symbols: npt.NDArray[np.uint8],
+    tables: I32Array,
+    symbols: U8Array,
     count: Any,
 ) -> tuple[Any, Any]:  # pragma: no cover
     """Do the same one code at a time: stop after `want` codes, refuse a code beyond bit `end`."""
@@ -163,11 +165,11 @@ def _decode_block(
     block: int,
     want: int,
     is_last: bool,
-    stream: npt.NDArray[np.uint8],
-    gaps: npt.NDArray[np.uint8],
-    tables: npt.NDArray[np.int32],
-    wide: npt.NDArray[np.uint64],
-    symbols: npt.NDArray[np.uint8],
+    stream: U8Array,
+    gaps: U8Array,
+    tables: I32Array,
+    wide: U64Array,
+    symbols: U8Array,
 ) -> tuple[Any, Any, Any]:  # pragma: no cover
     """Decode the `want` codes that start in a block to `symbols`.
 
@@ -207,15 +209,15 @@ def decode_blocks(
     begin: int,
     end: int,
     first: int,
-    stream: npt.NDArray[np.uint8],
-    sign_mantissa: npt.NDArray[np.uint8],
-    gaps: npt.NDArray[np.uint8],
-    positions: npt.NDArray[np.int64],
-    tables: npt.NDArray[np.int32],
-    wide: npt.NDArray[np.uint64],
+    stream: U8Array,
+    sign_mantissa: U8Array,
+    gaps: U8Array,
+    positions: I64Array,
+    tables: I32Array,
+    wide: U64Array,
     start: int,
-    out: npt.NDArray[np.uint16],
-    status: npt.NDArray[np.int64],
+    out: U16Array,
+    status: I64Array,
 ) -> None:  # pragma: no cover
     """Decode blocks first + begin .. first + end; write what falls into out, weights from `start`."""
     # No block has room for more codes than this; a look-up may write 3 symbols too many.
@@ -241,9 +243,9 @@ def decode_blocks(
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
 def _merge(
-    symbols: npt.NDArray[np.uint8],
-    sign_mantissa: npt.NDArray[np.uint8],
-    out: npt.NDArray[np.uint16],
+    symbols: U8Array,
+    sign_mantissa: U8Array,
+    out: U16Array,
 ) -> None:  # pragma: no cover
     for i in range(out.size):
         rest = np.uint16(sign_mantissa[i])

@@ -14,24 +14,28 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from vllm_dfloat.codec.arrays import I64Array, U8Array, U16Array
 from vllm_dfloat.codec.layout import SYMBOL_SHIFT
 from vllm_dfloat.dfloat11.coder import Coder, CpuCoder, make_book
-from vllm_dfloat.dfloat11.encode_stream import BLOCK_BITS, StreamEncoder
+from vllm_dfloat.dfloat11.encode_stream import StreamEncoder
+from vllm_dfloat.dfloat11.format import (
+    BLOCK_BITS,
+    BLOCK_GAP_BYTES,
+    FIRST_POINTER,
+    MAX_ROWS,
+    MAX_STREAM_BYTES,
+    MAX_WEIGHTS,
+)
 from vllm_dfloat.dfloat11.huffman import Codes, build_codes, build_luts
-from vllm_dfloat.dfloat11.tables import FIRST_POINTER, MAX_ROWS, build_tables
-from vllm_dfloat.dfloat11.unit import BLOCK_GAP_BYTES, Unit, num_blocks
+from vllm_dfloat.dfloat11.tables import build_tables
+from vllm_dfloat.dfloat11.unit import Unit, num_blocks
 from vllm_dfloat.errors import UnsupportedError
 from vllm_dfloat.storage.pieces import ArrayWeights, Weights
 from vllm_dfloat.storage.progress import Advance, ignore
 
-U8Array = npt.NDArray[np.uint8]
-U16Array = npt.NDArray[np.uint16]
-I64Array = npt.NDArray[np.int64]
 Tensors = dict[str, npt.NDArray[np.generic]]
 Pieces = Callable[[], Iterator[npt.NDArray[np.generic]]]
 
-MAX_WEIGHTS = (1 << 32) - 1
-MAX_STREAM_BYTES = (1 << 31) - 1
 CPU = CpuCoder()
 
 

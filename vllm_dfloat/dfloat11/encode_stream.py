@@ -9,16 +9,15 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
+from vllm_dfloat.codec.arrays import U8Array, U32Array, U64Array
 from vllm_dfloat.dfloat11.coder import Book, Coder, Codes64
-from vllm_dfloat.dfloat11.unit import BLOCK_BYTES, BLOCK_GAP_BYTES, BLOCK_WINDOWS, num_blocks
+from vllm_dfloat.dfloat11.format import BLOCK_BITS, BLOCK_GAP_BYTES, BLOCK_WINDOWS
+from vllm_dfloat.dfloat11.unit import num_blocks
 from vllm_dfloat.errors import FormatError
 from vllm_dfloat.storage.pieces import Weights, piece_weights
 from vllm_dfloat.storage.progress import Advance
 
-U8Array = npt.NDArray[np.uint8]
 Number = TypeVar("Number", bound=np.generic)
-
-BLOCK_BITS = 8 * BLOCK_BYTES
 
 
 class StreamEncoder:
@@ -38,13 +37,13 @@ class StreamEncoder:
         self._coder = coder
         self._advance = advance
         self._gaps: U8Array | None = None
-        self._positions: npt.NDArray[np.uint32] | None = None
+        self._positions: U32Array | None = None
 
     def gaps(self) -> U8Array:
         """Return uint8 [320 * B]; the stream must have been made."""
         return _made(self._gaps)
 
-    def positions(self) -> npt.NDArray[np.uint32]:
+    def positions(self) -> U32Array:
         """Return the first weight of each block and the number of weights, little-endian uint32 [B + 1]."""
         return _made(self._positions)
 
@@ -119,7 +118,7 @@ def _take_gaps(out: Codes64, blocks: int, gaps: U8Array) -> None:
     _pack_gaps(BLOCK_WINDOWS // 8 * blocks, out.first_bits, gaps)
 
 
-def _big_endian(words: npt.NDArray[np.uint64]) -> U8Array:
+def _big_endian(words: U64Array) -> U8Array:
     """Return the bytes of windows, which are turned round where they lie."""
     return words.byteswap(inplace=True).view(np.uint8)
 

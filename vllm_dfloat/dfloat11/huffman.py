@@ -11,16 +11,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from vllm_dfloat.dfloat11.tables import MAX_CODE_BITS
+from vllm_dfloat.codec.arrays import I64Array, U8Array
+from vllm_dfloat.dfloat11.format import MAX_CODE_BITS
 
 EOF = -1  # the end marker: weight 1, ordered before every exponent
 
 Codes = dict[int, tuple[int, int]]  # exponent or EOF -> (code, its length in bits)
 
 
-def build_codes(counts: npt.NDArray[np.int64]) -> Codes:
+def build_codes(counts: I64Array) -> Codes:
     """Return the code of every exponent that occurs and of EOF, none longer than 32 bits.
 
     Where codes would get longer (not below 9 million weights), the k rarest exponents are counted once instead, with
@@ -42,7 +42,7 @@ def build_codes(counts: npt.NDArray[np.int64]) -> Codes:
     return codes
 
 
-def _tree_codes(counts: npt.NDArray[np.int64]) -> Codes:
+def _tree_codes(counts: I64Array) -> Codes:
     """Return the codes of a Huffman tree: the smaller of two nodes is the 0 branch.
 
     Nodes are ordered by weight and then by their first leaf, that at the end of the 0 branches.
@@ -66,7 +66,7 @@ def _tree_codes(counts: npt.NDArray[np.int64]) -> Codes:
     return codes
 
 
-def build_luts(codes: Codes) -> npt.NDArray[np.uint8]:
+def build_luts(codes: Codes) -> U8Array:
     """Return the tables of a code book and the row of code lengths, uint8 [tables + 1, 256].
 
     There may be more tables than pointers can name (MAX_ROWS): the caller must look. Slots that belong to EOF repeat

@@ -7,13 +7,13 @@ window after the other, one code after the other. No speed, no tables of our own
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
+from vllm_dfloat.codec.arrays import U8Array, U16Array
 from vllm_dfloat.dfloat11.unit import Unit
 from vllm_dfloat.errors import FormatError
 
 
-def decode(unit: Unit) -> npt.NDArray[np.uint16]:
+def decode(unit: Unit) -> U16Array:
     """Return all weights of the unit as BF16 bits, uint16 [N].
 
     Raises:
@@ -45,7 +45,7 @@ def decode(unit: Unit) -> npt.NDArray[np.uint16]:
     return np.asarray((sign_mantissa & 0x80) << 8 | exponent << 7 | sign_mantissa & 0x7F, np.uint16)
 
 
-def _gap(gaps: npt.NDArray[np.uint8], window: int) -> int:
+def _gap(gaps: U8Array, window: int) -> int:
     """Return field `window`: five bits, most significant first, packed back to back."""
     byte, bit = divmod(5 * window, 8)
     pair = int.from_bytes(gaps[byte : byte + 2].tobytes().ljust(2, b"\0"), "big")

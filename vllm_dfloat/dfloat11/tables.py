@@ -10,22 +10,19 @@ encoder that fills with 0), and data of a valid file reach only the real one.
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
+from vllm_dfloat.codec.arrays import I32Array, U8Array
+from vllm_dfloat.dfloat11.format import (
+    FIRST_POINTER,
+    LENGTH_SHIFT,
+    MAX_CODE_BITS,
+    MAX_DEPTH,
+    POINTER,
+)
 from vllm_dfloat.errors import FormatError
 
-MAX_ROWS = 18  # root, 16 children, lengths
-MAX_CODE_BITS = 32
-MAX_DEPTH = 3
-FIRST_POINTER = 240  # slot values from here on name a table: 255 is row 1, 240 is row 16
 
-# An entry of the decode tables is 0 (no code), `symbol | length << LENGTH_SHIFT`, or `POINTER | row`.
-LENGTH_SHIFT = 8
-LENGTH_MASK = 0x3F
-POINTER = 1 << 15
-
-
-def build_tables(luts: npt.NDArray[np.uint8], where: str) -> npt.NDArray[np.int32]:
+def build_tables(luts: U8Array, where: str) -> I32Array:
     """Return decode tables int32 [R - 1, 256] for checked `luts` uint8 [R, 256].
 
     Slots that can be no code become 0, so running into one is an error, never a wrong weight.
@@ -63,7 +60,7 @@ def build_tables(luts: npt.NDArray[np.uint8], where: str) -> npt.NDArray[np.int3
     return tables
 
 
-def check_luts(luts: npt.NDArray[np.uint8], where: str) -> None:
+def check_luts(luts: U8Array, where: str) -> None:
     """Refuse code lengths and pointers that the format cannot have."""
     num_rows = len(luts)
     lengths = luts[-1]

@@ -8,29 +8,21 @@ from functools import cached_property
 from typing import cast
 
 import numpy as np
-import numpy.typing as npt
 
-from vllm_dfloat.dfloat11.tables import MAX_ROWS, build_tables
+from vllm_dfloat.codec.arrays import I32Array, I64Array, U8Array
+from vllm_dfloat.dfloat11.format import (
+    BLOCK_BYTES,
+    BLOCK_GAP_BYTES,
+    FIELDS,
+    MAX_BLOCK_WEIGHTS,
+    MAX_ROWS,
+    MAX_STREAM_BYTES,
+    MAX_WEIGHTS,
+    WINDOW_BYTES,
+)
+from vllm_dfloat.dfloat11.tables import build_tables
 from vllm_dfloat.errors import FormatError
 from vllm_dfloat.storage.safetensors_read import StoredTensor
-
-U8Array = npt.NDArray[np.uint8]
-I64Array = npt.NDArray[np.int64]
-
-BLOCK_BYTES = 4096  # stream bytes per thread block of the official kernel
-WINDOW_BYTES = 8  # stream bytes per thread
-BLOCK_WINDOWS = BLOCK_BYTES // WINDOW_BYTES
-BLOCK_GAP_BYTES = BLOCK_WINDOWS * 5 // 8
-MAX_BLOCK_WEIGHTS = BLOCK_BYTES * 8  # a code has at least one bit
-
-FIELDS = {  # field -> (dtype, dimensions)
-    "encoded_exponent": ("U8", 1),
-    "sign_mantissa": ("U8", 1),
-    "luts": ("U8", 2),
-    "output_positions": ("U8", 1),
-    "gaps": ("U8", 1),
-    "split_positions": ("I64", 1),
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +50,7 @@ class Unit:
     positions: I64Array
     splits: I64Array
     luts: U8Array
-    tables: npt.NDArray[np.int32]
+    tables: I32Array
     first_block: int = 0
 
     @property
@@ -242,8 +234,10 @@ def check_entry(entry: UnitEntry) -> None:
     stream, weights = size["encoded_exponent"], size["sign_mantissa"]
     blocks = num_blocks(stream)
     rows, width = entry.fields["luts"].shape
-    _expect(entry, "encoded_exponent", stream, 0 < stream < 1 << 31, "1 to 2**31 - 1 bytes")
-    fits = 0 < weights <= min(8 * stream, (1 << 32) - 1)
+    _expect(
+        entry, "encoded_exponent", stream, 0 < stream <= MAX_STREAM_BYTES, "1 to 2**31 - 1 bytes"
+    )
+    fits = 0 < weights <= min(8 * stream, MAX_WEIGHTS)
     _expect(entry, "sign_mantissa", weights, fits, f"1 to {8 * stream} bytes for that stream")
     _expect(entry, "luts", width, width == 256, "rows of 256 entries")
     rows_fit = 2 <= rows <= MAX_ROWS

@@ -1,11 +1,10 @@
 """How many bits the codes of weights that are there take, from a sample of each."""
 
 import math
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from vllm_dfloat.codec.arrays import Bits, I64Array, U16Array
 from vllm_dfloat.codec.huffman import NUM_SYMBOLS
 from vllm_dfloat.codec.layout import SYMBOL_SHIFT
 from vllm_dfloat.plan.packed_size import ASSUMED_CODE_BITS, mean_code_bits
@@ -13,7 +12,7 @@ from vllm_dfloat.plan.stored import DTYPES, Files
 from vllm_dfloat.plan.weights import Weight
 from vllm_dfloat.storage.safetensors_read import StoredTensor
 
-Counts = npt.NDArray[np.int64]
+Counts = I64Array
 
 CHUNK, CHUNKS = 1 << 16, 16  # weights read of each tensor: 16 runs, evenly spread
 
@@ -64,7 +63,7 @@ def _count(tensor: StoredTensor) -> Counts:
     return np.bincount(bits >> SYMBOL_SHIFT & 0xFF, minlength=NUM_SYMBOLS)
 
 
-def to_bf16(values: npt.NDArray[Any]) -> npt.NDArray[np.uint16]:
+def to_bf16(values: Bits) -> U16Array:
     """Return float16 or float32 numbers as the bits of BF16, rounded to the nearest, ties to even, as torch does."""
     with np.errstate(invalid="ignore"):  # signalling NaNs
         bits = values.astype(np.float32).view(np.uint32)

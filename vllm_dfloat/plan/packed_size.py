@@ -3,8 +3,8 @@
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 
+from vllm_dfloat.codec.arrays import I64Array
 from vllm_dfloat.codec.huffman import choose_code
 from vllm_dfloat.codec.layout import (
     LANE_LENGTH_UNIT,
@@ -46,7 +46,7 @@ def packed_size(rows: int, cols: int, code_bits: float) -> Packed:
     return Packed(held, 2 * raw.padded_numel + STATUS_BYTES * raw.num_tiles, is_raw)
 
 
-def mean_code_bits(counts: npt.NDArray[np.int64]) -> float:
+def mean_code_bits(counts: I64Array) -> float:
     """Return the bits per weight of the code that the encoder makes for exponents with these counts, int64 [256]."""
     _, lengths = choose_code(counts)
     return float(np.dot(counts, lengths.astype(np.int64)) / max(1, counts.sum()))

@@ -7,17 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
+from vllm_dfloat.codec.arrays import Bits, U16Array
 from vllm_dfloat.codec.threads import num_threads
 from vllm_dfloat.errors import FormatError
 from vllm_dfloat.storage.file_identity import require_same
 from vllm_dfloat.storage.stored_tensor import BITS_DTYPES, StoredTensor, fill
-
-U16Array = npt.NDArray[np.uint16]
 
 PIECE_WEIGHTS = 1 << 20  # per thread: worth starting it, and little enough to stay in the cache
 
@@ -76,7 +74,7 @@ class StoredWeights:
 
 def read_pieces(
     tensor: StoredTensor, piece_bytes: int, begin: int = 0, end: int | None = None
-) -> Iterator[npt.NDArray[Any]]:
+) -> Iterator[Bits]:
     """Yield bytes begin..end (default: all) of a stored tensor as flat arrays of its bits, all in the same buffer.
 
     Args:

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import numpy.typing as npt
 
+from vllm_dfloat.codec.arrays import Bits
 from vllm_dfloat.errors import FormatError
 from vllm_dfloat.storage.file_identity import AGAIN
 from vllm_dfloat.storage.pieces import read_pieces
@@ -26,7 +26,7 @@ from vllm_dfloat.storage.safetensors_read import BITS_DTYPES, StoredTensor
 TEMPORARY = ".tmp-"  # prefix of files that are being written
 _PIECE_BYTES = 1 << 20  # so much stays in the cache between being hashed and being written
 
-Pieces = Callable[[], Iterable[npt.NDArray[Any]]]
+Pieces = Callable[[], Iterable[Bits]]
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def copy_item(
 ) -> Item:
     """Return an item that copies a stored tensor; `advance` is called with the bytes that were written."""
 
-    def pieces() -> Iterator[npt.NDArray[Any]]:
+    def pieces() -> Iterator[Bits]:
         for piece in read_pieces(tensor, _PIECE_BYTES):
             yield piece
             advance(piece.nbytes)

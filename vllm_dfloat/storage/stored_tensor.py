@@ -11,11 +11,11 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
-import numpy.typing as npt
 
+from vllm_dfloat.codec.arrays import Bits, U8Array
 from vllm_dfloat.errors import FormatError
 from vllm_dfloat.storage.file_identity import FileIdentity, open_same, require_same
 
@@ -52,7 +52,7 @@ class StoredTensor:
         """Return "file: tensor" for messages."""
         return f"{self.file.name}: {self.name}"
 
-    def bits(self) -> npt.NDArray[Any]:
+    def bits(self) -> Bits:
         """Return the tensor's bits, mapped privately from the file: a write never reaches it.
 
         Raises:
@@ -73,7 +73,7 @@ class StoredTensor:
             plain = plain.copy()  # an unusual header length left the data unaligned
         return plain.view(dtype).reshape(self.shape)
 
-    def read(self) -> npt.NDArray[Any]:
+    def read(self) -> Bits:
         """Return the tensor's bits in memory of their own, for small ones: no later change of the file reaches them.
 
         Raises:
@@ -99,7 +99,7 @@ class StoredTensor:
         """
         return open_same(self.file, self.identity)
 
-    def _map(self) -> npt.NDArray[np.uint8]:
+    def _map(self) -> U8Array:
         """Return the bytes as np.memmap would; that one resolves the path first, which takes longer than the rest."""
         skipped = self.begin % mmap.ALLOCATIONGRANULARITY
         with self.open() as stream:
@@ -117,7 +117,7 @@ def files_of(tensors: Iterable[StoredTensor]) -> dict[Path, FileIdentity | None]
     return {tensor.file: tensor.identity for tensor in tensors}
 
 
-def fill(descriptor: int, buffer: npt.NDArray[np.uint8], at: int) -> None:
+def fill(descriptor: int, buffer: U8Array, at: int) -> None:
     """Read bytes `at`.. of an open file until the buffer is full.
 
     Raises:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm_dfloat.dfloat11.unit import BLOCK_BYTES, BLOCK_WINDOWS
+from vllm_dfloat.dfloat11.format import BLOCK_BYTES, BLOCK_WINDOWS
 
 DEFAULT_SHARED_BYTES = 48 * 1024  # more must be asked for
 MAX_DYNAMIC_SHARED_SIZE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
