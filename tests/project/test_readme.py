@@ -1,4 +1,7 @@
-"""A new user's way through the README: its commands, as they stand there, on the small model."""
+"""A new user's way through the texts: the commands of docs/checkpoints.md, as they stand there, on the small model.
+
+The README shows some of them, in the same words.
+"""
 
 import shlex
 import shutil
@@ -10,15 +13,23 @@ import pytest
 from engines import answers, bf16_answers
 from tiny_models import SHIPPED
 
-README = Path(__file__).parents[2] / "README.md"
-MODEL = "./Qwen3-8B"  # as the README calls it
+ROOT = Path(__file__).parents[2]
+README, DOC = ROOT / "README.md", ROOT / "docs" / "checkpoints.md"
+MODEL = "./Qwen3-8B"  # as both call it
 
 
-def commands_on(model: str) -> list[list[str]]:
-    """Return the commands of the README's code blocks that name `model`, comments cut off."""
-    blocks = README.read_text().split("\n```")[1::2]
+def commands_on(model: str, text: Path) -> list[list[str]]:
+    """Return the commands of a text's code blocks that name `model`, comments cut off."""
+    blocks = text.read_text().split("\n```")[1::2]
     lines = [line for block in blocks for line in block.splitlines()]
     return [shlex.split(line, comments=True) for line in lines if f" {model}" in line]
+
+
+def test_the_readme_shows_commands_of_the_document_in_their_order() -> None:
+    # Bug caught: a command that the test below does not run.
+    shown = commands_on(MODEL, README)
+    assert [arguments[0] for _, *arguments in shown] == ["compress", "verify", "plan", "serve"]
+    assert shown == [command for command in commands_on(MODEL, DOC) if command in shown]
 
 
 @pytest.mark.engine
@@ -27,7 +38,7 @@ def test_compressing_checking_planning_serving_and_restoring_a_model_ends_where_
 ) -> None:
     shutil.copytree(SHIPPED, tmp_path / MODEL)
     done = []
-    for program, *arguments in commands_on(MODEL):
+    for program, *arguments in commands_on(MODEL, DOC):
         if program == "vllm":  # test_engine_serve.py has the server; here the engine that it starts
             assert arguments[0] == "serve"
             assert answers(tmp_path / arguments[1]) == bf16_answers(tmp_path / MODEL)

@@ -1,4 +1,4 @@
-"""README's commands for `plan`, as they stand there, in a clone without a network."""
+"""The commands of docs/planning.md, as they stand there, in a clone without a network; and the README's number."""
 
 import re
 import shlex
@@ -9,7 +9,7 @@ import pytest
 from vllm_dfloat.cli import main
 
 ROOT = Path(__file__).parents[2]
-SECTION = (ROOT / "README.md").read_text().split("### Will it fit?")[1].split("\n## ")[0]
+SECTION = (ROOT / "docs" / "planning.md").read_text()
 BLOCKS = [block.split("\n", 1) for block in re.findall(r"```\n\$ (.*?)\n```", SECTION, re.DOTALL)]
 ROWS = [line for line in SECTION.splitlines() if line.startswith("| `") or line.startswith("| |")]
 
@@ -28,7 +28,7 @@ def test_the_commands_are_there() -> None:
 
 
 @pytest.mark.parametrize(("command", "output"), BLOCKS)
-def test_a_command_prints_what_the_readme_shows(
+def test_a_command_prints_what_the_document_shows(
     command: str, output: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(command, monkeypatch, capsys).splitlines() == output.splitlines()
@@ -55,3 +55,19 @@ def test_the_table_has_the_numbers_of_its_commands(
         shown = re.split(r"\s{2,}", line.removeprefix(name).strip())[:2]
         # what does not load has no tokens
         assert [{"does not load": "0", "-": shown[0]}.get(cells[0], cells[0]), cells[1]] == shown
+
+
+def test_the_readme_has_the_planned_weights_of_its_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (ROOT / "README.md").read_text()
+    (row,) = (line for line in text.splitlines() if line.startswith("|") and "planned (3)" in line)
+    (command,) = re.findall(r"^\(3\) (.*)$", text, re.MULTILINE)
+    (line,) = (
+        line
+        for line in run(command, monkeypatch, capsys).splitlines()
+        if line.startswith("weights ")
+    )
+    assert [cell.strip() for cell in row.strip("|").split("|")][1:] == re.findall(
+        r"([\d.]+) GiB", line
+    )

@@ -1,0 +1,107 @@
+"""The numbers of docs/benchmarks.md are those of the raw results that it names."""
+
+import json
+import statistics
+from decimal import ROUND_HALF_UP, Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+ROWS = [
+    [cell.strip() for cell in line.strip("|").split("|")]
+    for line in (ROOT / "docs" / "benchmarks.md").read_text().splitlines()
+    if line.startswith("| ")
+]
+
+
+def raw(name: str) -> Any:
+    return json.loads((ROOT / "scripts" / "results" / name).read_text())
+
+
+def rounded(value: float) -> str:
+    """Return a number with one digit after the point."""
+    return str(Decimal(str(value)).quantize(Decimal("0.1"), ROUND_HALF_UP))
+
+
+def row(what: str) -> str:
+    """Return the cells after the first of the one row that begins so."""
+    (found,) = (cells for cells in ROWS if cells[0].startswith(what))
+    return " | ".join(found[1:])
+
+
+def kernel(name: str, triton: str = "3.9") -> dict[str, Any]:
+    rows = raw(f"no-gpu/kernel-report-triton-{triton}.json")["kernels"]
+    (found,) = (row for row in rows if (row["kernel"], row["target"]) == (name, "sm_90"))
+    return found
+
+
+def seconds(kind: str) -> str:
+    times = raw("epyc/load-1b.json")["seconds"][kind]
+    return " / ".join(rounded(statistics.median(times[state])) for state in ("cold", "warm"))
+
+
+def peak() -> str:
+    ranks = raw("epyc/load-405b.json")["ranks"]
+    return f"{rounded(max(rank['extrapolated_peak_bytes'] for rank in ranks) / 2**30)} GiB"
+
+
+CODEC = [raw(f"epyc/codec-{run}.json") for run in (1, 2)]
+COMPRESS, LAYER = raw("epyc/compress.json"), raw("epyc/compress-405b-layer.json")["compress"]
+ENCODE = [f"encode_{step}" for step in ("count", "measure", "write")]
+
+
+@pytest.mark.parametrize(
+    ("what", "expected"),
+    [
+        ("bits per weight", f"{CODEC[0]['bits_per_weight']:.3f}"),
+        ("encode, two runs", " and ".join(str(run["encode_mb_per_s"]) for run in CODEC)),
+        ("decode, same runs", " and ".join(str(run["decode_mb_per_s"]) for run in CODEC)),
+        ("`compress`, end to end", f"{COMPRESS['compress']['mb_per_cpu_s']:.0f} MB/s"),
+        ("`compress`, end to end", f"{COMPRESS['compress']['peak_mib']} MiB"),
+        ("`decompress`, likewise", f"{COMPRESS['decompress']['mb_per_cpu_s']:.0f} MB/s"),
+        ("`decompress`, likewise", f"{COMPRESS['decompress']['peak_mib']} MiB"),
+        ("`compress`, one unit of 6.4 GB", f"{LAYER['mb_per_cpu_s']:.0f} MB/s"),
+        ("`compress`, one unit of 6.4 GB", f"{LAYER['peak_mib']} MiB"),
+        ("seconds on 2 cores", seconds("BF16 vLLM")),
+        ("the same, compressed while loading", seconds("compressed while loading")),
+        ("the same, official checkpoint", seconds("official checkpoint")),
+        ("peak while loading one rank", peak()),
+        ("decode a layer", rounded(kernel('decode')['instructions_per_weight'])),
+        ("decode a group", rounded(kernel('decode_block')['instructions_per_weight'])),
+        ("fused", "; ".join(rounded(kernel(name)['of_each_loop'][0]) for name in ("gemv_1", "dot_16"))),
+        ("encode: count", ", ".join(rounded(kernel(name)['instructions_per_weight']) for name in ENCODE)),
+        ("encode: count", ", ".join(rounded(kernel(name, '3.6')['instructions_per_weight']) for name in ENCODE)),
+    ],
+)  # fmt: skip
+def test_a_number_is_that_of_its_raw_result(what: str, expected: str) -> None:
+    assert expected in row(what)
+
+
+def test_every_raw_result_that_is_named_exists() -> None:
+    named = {name for cells in ROWS for name in cells[-1].split(", ") if name.endswith(".json")}
+    folder = ROOT / "scripts" / "results" / "epyc"
+    assert named
+    assert [name for name in named if not (folder / name.removeprefix("epyc/")).exists()] == []
+
+
+def test_the_readme_has_the_same_numbers() -> None:
+    readme = (ROOT / "README.md").read_text()
+    rows = {
+        number.rpartition(" (")[2].rstrip(")"): values
+        for number, *values in (
+            [cell.strip() for cell in line.strip("|").split("|")]
+            for line in readme.splitlines()
+            if line.startswith("| ") and line.count("|") == 4
+        )
+    }
+    assert rows["1"] == ["16", row("bits per weight").split(" | ")[0]]
+    assert all(value in row("models/tiny in memory") for value in rows["2"])
+    assert rows["4"] == ["", peak().removesuffix(" GiB")]
+    warm = [seconds(kind).split(" / ")[1] for kind in ("BF16 vLLM", "compressed while loading")]
+    assert rows["5"] == warm
+    assert (
+        rows["6"][1]
+        == f"{COMPRESS['compress']['mb_per_cpu_s']:.0f}; {COMPRESS['compress']['peak_mib']}"
+    )
