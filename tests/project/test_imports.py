@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -120,6 +121,18 @@ def test_every_part_imports_earlier_ones_only():
     parts = list(ALLOWED)
     for part, allowed in ALLOWED.items():
         assert all(parts.index(name.split(".")[0]) < parts.index(part) for name in allowed), part
+
+
+def test_contributors_are_told_these_directions() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    rows = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("| ")]
+    told = {
+        part.strip(): set(re.findall(r"`([\w.]+)`", imports))
+        for part, _, imports in (row for row in rows if len(row) == 3)
+        if part.strip() in ALLOWED
+    }
+    rules = {part: allowed - {"__init__"} for part, allowed in ALLOWED.items()}
+    assert told == {part: allowed for part, allowed in rules.items() if part != "__init__"}
 
 
 def room_in_integration(name: str) -> str:
