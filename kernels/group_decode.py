@@ -28,12 +28,8 @@ from vllm_dfloat.kernels.tiles import (
     num_warps,
 )
 
-MAX_MEMBERS = 16
-ROW_WORDS = 4
-_WORDS = tl.constexpr(ROW_WORDS)
-_ROWS = tl.constexpr(
-    2 * MAX_MEMBERS
-)  # a power of two above MAX_MEMBERS, for the table and its last row
+_WORDS = tl.constexpr(descriptor.ROW_WORDS)
+_ROWS = tl.constexpr(2 * descriptor.MAX_MEMBERS)  # a power of two, with room for the last row
 
 
 @triton.jit

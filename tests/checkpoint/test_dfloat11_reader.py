@@ -15,6 +15,7 @@ from dfloat11_helpers import VECTORS, config, stored_unit, write_checkpoint
 from safetensors.numpy import load_file, save_file
 
 from vllm_dfloat.checkpoint.reader import open_checkpoint
+from vllm_dfloat.checkpoint.tied import ties_embeddings
 from vllm_dfloat.errors import DFloatError, FormatError, UnsupportedError
 from vllm_dfloat.storage.safetensors_read import read_header
 
@@ -37,13 +38,13 @@ def test_directory_mode_finds_units_and_plain_tensors_over_all_files() -> None:
             for n in ("input", "post_attention")
         ),
     }
-    assert checkpoint.tie_word_embeddings is False
+    assert ties_embeddings(checkpoint.config) is False
 
 
 def test_single_file_mode_finds_the_same_kind_of_units() -> None:
     checkpoint = open_checkpoint(VECTORS / "llama-tiny-single-df11")
     assert set(checkpoint.units) == LLAMA_UNITS - {"model.layers.1"}
-    assert checkpoint.tie_word_embeddings is None
+    assert ties_embeddings(checkpoint.config) is None
 
 
 def test_file_names_and_grouping_carry_no_meaning(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from vllm_dfloat.checkpoint.patterns import Patterns
+from vllm_dfloat.checkpoint.tied import ties_embeddings
 from vllm_dfloat.errors import FormatError, shown
 
 Names = Collection[str]
@@ -127,8 +128,7 @@ def _check_ends(
     has_last_norm = any(map(_NORM.search, inside)) and text.get("do_layer_norm_before", True)
     if has_last_norm and not any(map(_NORM.search, outside)):
         _refuse(path, "no tensor of the norm behind the last block")
-    tied = {part.get("tie_word_embeddings") for part in (config, text)}
-    if False in tied and True not in tied and not any(map(_HEAD.search, outside)):
+    if ties_embeddings(config) is False and not any(map(_HEAD.search, outside)):
         _refuse(path, "no tensor of an LM head, and tie_word_embeddings is false")
 
 

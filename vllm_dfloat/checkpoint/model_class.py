@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_dfloat.checkpoint.folder import CONFIG_FILE, MAX_CONFIG_BYTES
+from vllm_dfloat.checkpoint.names import first_number
 from vllm_dfloat.errors import FormatError, UnsupportedError
 from vllm_dfloat.storage.json_file import read_object
 
@@ -141,7 +142,8 @@ def missing_parameters(model: torch.nn.Module, names: Collection[str]) -> list[s
 
 def _without_prefix(name: str) -> str:
     parts = name.split(".")
-    end = next((i for i, part in enumerate(parts) if part.isdecimal()), len(parts) - 2)
+    number = first_number(parts)
+    end = len(parts) - 2 if number is None else number
     return ".".join([p for p in parts[:end] if p not in _PREFIXES] + parts[max(0, end) :])
 
 

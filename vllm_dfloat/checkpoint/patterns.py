@@ -22,7 +22,7 @@ MAX_PATTERN = 256  # characters
 MAX_PATH = 256
 MAX_QUANTIFIERS = 3
 MAX_PATTERNS = 256
-MAX_MEMBERS = 4096  # attribute paths of one pattern
+MAX_PATHS = 4096  # attribute paths of one pattern
 # Steps of the engine, of which a core does some hundred millions per second: for a checkpoint, and for each unit of it.
 MAX_STEPS, MAX_UNIT_STEPS = 1 << 26, 1 << 16
 
@@ -105,9 +105,9 @@ def compile_patterns(pattern_dict: Mapping[str, Sequence[str]], where: str) -> P
 
 
 def _check_members(members: Sequence[str], where: str) -> None:
-    if len(members) > MAX_MEMBERS:
+    if len(members) > MAX_PATHS:
         raise UnsupportedError(
-            f"{where}: lists {len(members)} weights; at most {MAX_MEMBERS} are supported."
+            f"{where}: lists {len(members)} weights; at most {MAX_PATHS} are supported."
         )
     bad = [
         member for member in members if not 0 < len(member) <= MAX_PATH or not member.isprintable()

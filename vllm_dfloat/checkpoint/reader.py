@@ -47,15 +47,6 @@ class Dfloat11Checkpoint:
         """Return the names of all tensors, compressed and plain, as far as no model class must be asked for them."""
         return frozenset(self.plain) | {name for u in self.units.values() for name in u.names}
 
-    @property
-    def tie_word_embeddings(self) -> bool | None:
-        """Return what config.json says about tied embeddings, None if it says nothing."""
-        text = self.config.get("text_config")
-        for config in (self.config, text if isinstance(text, dict) else {}):
-            if isinstance(config.get("tie_word_embeddings"), bool):
-                return bool(config["tie_word_embeddings"])
-        return None
-
     def validate(self) -> None:
         """Check every unit's tables, positions and splits; decodes nothing.
 

@@ -13,6 +13,7 @@ from vllm_dfloat.checkpoint.model_class import refuse_missing_parameters
 from vllm_dfloat.checkpoint.plain_model import bf16_tensors
 from vllm_dfloat.checkpoint.reader import open_checkpoint
 from vllm_dfloat.checkpoint.side_files import side_files
+from vllm_dfloat.checkpoint.tied import is_lm_head
 from vllm_dfloat.checkpoint.weights import typed_weights
 from vllm_dfloat.codec.arrays import Bits
 from vllm_dfloat.errors import FormatError
@@ -73,7 +74,7 @@ def compare(
         for name, tensor in originals.items()
         if len(tensor.shape) > 1
     }
-    keep_tied = any("lm_head" in name.split(".") for name in originals)
+    keep_tied = any(map(is_lm_head, originals))
     num_bytes, tensors = _open(path, shapes, keep_tied)
     beside = _weights_beside(against), _weights_beside(path)
     num_bytes += sum(file.stat().st_size for file in beside[1].values())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vllm_dfloat.checkpoint.names import module_of, natural, transformer_block
 from vllm_dfloat.checkpoint.reader import Dfloat11Checkpoint
 from vllm_dfloat.checkpoint.shapes import Shapes, module_shapes, resolve_shape
+from vllm_dfloat.checkpoint.tied import is_lm_head, ties_embeddings
 from vllm_dfloat.codec.arrays import Bits
 from vllm_dfloat.dfloat11.decode import decode_range, decode_unit
 from vllm_dfloat.dfloat11.unit import Unit, UnitEntry
@@ -226,10 +227,10 @@ def plan(
     ]
     items: list[Member | StoredTensor] = [*members, *checkpoint.plain.values()]
     _refuse_stored_twice(items)
-    modules = {_module(member.name): member for member in members}
+    modules = {module_of(member.name): member for member in members}
     items = [item for item in items if not (skip and skip(item.name))]
-    if checkpoint.tie_word_embeddings and not keep_tied:
-        items = [item for item in items if not _is_lm_head(item.name)]
+    if ties_embeddings(checkpoint.config) and not keep_tied:
+        items = [item for item in items if not is_lm_head(item.name)]
     return sorted(items, key=lambda item: _order(item.name, modules))
 
 
@@ -265,26 +266,5 @@ def _order(name: str, modules: dict[str, Member]) -> tuple[Any, ...]:
     member = modules.get(module)
     rank: tuple[Any, ...] = (1, (), 0)
     if member:
-        rank = (0, _natural(member.entry.name), member.start)
-    return (_natural(_layer(name)), *rank, _natural(module), leaf != "weight", leaf)
-
-
-def _layer(name: str) -> str:
-    """Return the path up to the first number ("model.layers.3"), or else the module."""
-    found = re.match(r"(?:[^.]+\.)*?\d+(?=\.)", name)
-    return found.group() if found else name.rpartition(".")[0]
-
-
-def _natural(path: str) -> tuple[Any, ...]:
-    """Return a sort key under which layers.2 comes before layers.10."""
-    return tuple(
-        (0, int(part), "") if part.isdecimal() else (1, 0, part) for part in path.split(".")
-    )
-
-
-def _module(name: str) -> str:
-    return name.rpartition(".")[0]
-
-
-def _is_lm_head(name: str) -> bool:
-    return "lm_head" in name.split(".")
+        rank = (0, natural(member.entry.name), member.start)
+    return (natural(transformer_block(module)), *rank, natural(module), leaf != "weight", leaf)

@@ -88,14 +88,27 @@ def decode_rows(packed: PackedTensor, rows: I64Array) -> U16Array:
     return out
 
 
-def check_status(status: I32Array, name: str, what: str = "tile") -> None:
-    """Raise FormatError if a decoder reported a contradiction."""
+def check_status(
+    status: I32Array | I64Array,
+    name: str,
+    what: str = "tile",
+    first: int = 0,
+    advice: str = "The packed bytes were changed after encoding; load the model again.",
+) -> None:
+    """Raise FormatError if a decoder reported a contradiction.
+
+    Args:
+        status: a word per part that was decoded, 0 where all is well.
+        name: what was decoded.
+        what: what such a part is called.
+        first: number of the first one.
+        advice: what may have happened, and what to do.
+    """
     wrong = np.flatnonzero(status)
     if wrong.size:
         raise FormatError(
-            f"{name or 'packed tensor'}: {what} {wrong[0]} ended with status {status[wrong[0]]} "
-            f"({wrong.size} of {status.size} did not end with 0). The packed bytes were changed after "
-            "encoding; load the model again."
+            f"{name or 'packed tensor'}: {what} {first + wrong[0]} ended with status {status[wrong[0]]} "
+            f"({wrong.size} of {status.size} did not end with 0). {advice}"
         )
 
 

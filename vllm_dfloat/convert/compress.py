@@ -11,6 +11,7 @@ from typing import Any
 
 from vllm_dfloat.checkpoint.folder import CONFIG_FILE
 from vllm_dfloat.checkpoint.manifest import MANIFEST_FILE, Manifest
+from vllm_dfloat.checkpoint.names import module_of, transformer_block
 from vllm_dfloat.codec.threads import num_threads
 from vllm_dfloat.convert.compress_file import FileJob, FileResult, compress_file
 from vllm_dfloat.convert.finished import (
@@ -22,7 +23,7 @@ from vllm_dfloat.convert.finished import (
 from vllm_dfloat.convert.read_back import read_back, refuse_unit_names
 from vllm_dfloat.convert.resume import COMPRESSION, resumable
 from vllm_dfloat.convert.source import Source, config_text
-from vllm_dfloat.convert.units import PlannedUnit, UnitPlan, block_of, build_patterns, plan_units
+from vllm_dfloat.convert.units import PlannedUnit, UnitPlan, build_patterns, plan_units
 from vllm_dfloat.convert.work import Work
 from vllm_dfloat.convert.worker_pool import (
     WORKER_BYTES,
@@ -140,7 +141,7 @@ def plan_files(plan: UnitPlan, source: Source) -> list[FileJob]:
     plain = {name: sizes[name] for name in source.tensors if name not in used}
     groups: dict[str, list[list[PlannedUnit]]] = {}
     for unit in plan.units:
-        files = groups.setdefault(block_of(unit.name), [[]])
+        files = groups.setdefault(transformer_block(unit.name), [[]])
         filled = sum(sizes[name] for other in files[-1] for name in other.tensors)
         if files[-1] and filled + sum(sizes[name] for name in unit.tensors) > FILE_BYTES:
             files.append([])
@@ -148,7 +149,7 @@ def plan_files(plan: UnitPlan, source: Source) -> list[FileJob]:
     owner = {
         name: block
         for name in plain
-        for block in (block_of(name), name.rpartition(".")[0])
+        for block in (transformer_block(name), module_of(name))
         if block in groups
     }
     jobs: list[FileJob] = []

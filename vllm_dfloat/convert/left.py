@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from vllm_dfloat.convert.units import natural
+from vllm_dfloat.checkpoint.names import natural
 from vllm_dfloat.errors import one_line
 
 MAX_LINES = 20  # about files that are not copied

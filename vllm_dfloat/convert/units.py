@@ -11,7 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vllm_dfloat.checkpoint.names import natural, transformer_block
 from vllm_dfloat.checkpoint.patterns import MAX_PATH
+from vllm_dfloat.checkpoint.tied import is_lm_head, ties_embeddings
 from vllm_dfloat.storage.safetensors_read import StoredTensor
 
 WEIGHT = ".weight"
@@ -120,15 +122,6 @@ def is_expert(unit: str) -> bool:
     return bool(_EXPERTS.search(unit))
 
 
-def block_of(path: str) -> str:
-    """Return the path up to its first number ("model.layers.3"), or all of it if it has none."""
-    parts = path.split(".")
-    for i, part in enumerate(parts):
-        if part.isdecimal():
-            return ".".join(parts[: i + 1])
-    return path
-
-
 def _unit_of(path: str, is_fused: bool) -> tuple[str, str]:
     """Return (module path of the unit, attribute path of the weight below it) for the module or parameter `path`.
 
@@ -137,7 +130,7 @@ def _unit_of(path: str, is_fused: bool) -> tuple[str, str]:
         is_fused: it holds all experts of a layer; these make a unit with those beside them.
     """
     parts = path.split(".")
-    end = len(block_of(path).split("."))
+    end = len(transformer_block(path).split("."))
     if not parts[end - 1].isdecimal():
         return path, ""
     if path.isdecimal():  # of a list that is the whole model (nn.Sequential), and so has no name
@@ -181,11 +174,10 @@ def _is_tied(config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> 
     classes = _classes(config)
     if classes and all(_HEADLESS.fullmatch(name) for name in classes):
         return False
-    text = config.get("text_config")
-    for part in (config, text if isinstance(text, dict) else {}):
-        if isinstance(part.get("tie_word_embeddings"), bool):
-            return bool(part["tie_word_embeddings"])
-    return not any(name.removesuffix(WEIGHT).endswith("lm_head") for name in tensors)
+    said = ties_embeddings(config)
+    if said is not None:
+        return said
+    return not any(is_lm_head(name) and not name.endswith(".bias") for name in tensors)
 
 
 def _scope(config: Mapping[str, Any]) -> re.Pattern[str] | None:
@@ -212,13 +204,6 @@ def _order(member: str) -> tuple[Any, ...]:
     rank = _LEAF_ORDER.index(leaf) if leaf in _LEAF_ORDER else len(_LEAF_ORDER)
     is_attention = "attn" in parent or "attention" in parent
     return (not is_attention, natural(parent), rank, natural(leaf))
-
-
-def natural(path: str) -> tuple[Any, ...]:
-    """Return a sort key under which layers.2 comes before layers.10."""
-    return tuple(
-        (0, int(part), "") if part.isdecimal() else (1, 0, part) for part in path.split(".")
-    )
 
 
 def build_patterns(units: Sequence[PlannedUnit], limit: int = 200) -> dict[str, list[str]]:

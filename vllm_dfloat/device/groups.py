@@ -9,13 +9,12 @@ import torch
 
 from vllm_dfloat.codec import descriptor, layout
 from vllm_dfloat.codec.decode import check_status
+from vllm_dfloat.codec.descriptor import MAX_MEMBERS as MAX_MEMBERS
+from vllm_dfloat.codec.descriptor import ROW_WORDS as ROW_WORDS
 from vllm_dfloat.device import ops
 from vllm_dfloat.device.checks import check_tensor
 from vllm_dfloat.device.packed_weight import name_at
 from vllm_dfloat.errors import FormatError, UnsupportedError
-
-MAX_MEMBERS = 16
-ROW_WORDS = 4
 
 
 def first_tiles(shapes: Sequence[tuple[int, int]]) -> list[int]:

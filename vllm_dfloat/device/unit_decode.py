@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from vllm_dfloat.codec.decode import check_status
 from vllm_dfloat.device.ops import check_device, uses_triton
 from vllm_dfloat.dfloat11.decode_loops import decode_blocks, wide_table
 from vllm_dfloat.dfloat11.unit import Unit
-from vllm_dfloat.errors import FormatError
 
 SCHEMA = (
     "decode_dfloat11(Tensor stream, Tensor sign_mantissa, Tensor tables, Tensor positions, "
@@ -84,13 +84,8 @@ def decode_unit(
     out = torch.empty(piece.num_weights, dtype=torch.bfloat16, device=device)
     status = torch.zeros(last - first, dtype=torch.int32, device=device)
     torch.ops.vllm_dfloat.decode_dfloat11(*tensors, out, status)
-    wrong = status.nonzero()
-    if wrong.numel():
-        block = int(wrong[0])
-        raise FormatError(
-            f"{unit.where}.encoded_exponent: block {first + block} ended with status {int(status[block])}; its codes "
-            "contradict output_positions, gaps or luts. The file is damaged; fetch it again."
-        )
+    advice = "Codes contradict output_positions, gaps or luts: the file is damaged; fetch it again."
+    check_status(status.cpu().numpy(), f"{unit.where}.encoded_exponent", "block", first, advice)
     begin = int(unit.positions[first])
     return out[start - begin : stop - begin]
 

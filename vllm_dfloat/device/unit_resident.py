@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm_dfloat.codec.arrays import Bits, I32Array, I64Array, U8Array, U16Array, U64Array
+from vllm_dfloat.codec.arrays import I32Array, I64Array, U8Array, U16Array, U64Array
+from vllm_dfloat.codec.decode import check_status
 from vllm_dfloat.codec.layout import ALIGNMENT
 from vllm_dfloat.codec.threads import over_tiles
 from vllm_dfloat.device import ops
@@ -26,7 +27,7 @@ from vllm_dfloat.dfloat11.decode_loops import decode_blocks, wide_table
 from vllm_dfloat.dfloat11.encode import as_unit, encode_unit
 from vllm_dfloat.dfloat11.format import BLOCK_GAP_BYTES, LENGTH_SHIFT, MAX_CODE_BITS, POINTER
 from vllm_dfloat.dfloat11.unit import Unit, num_blocks
-from vllm_dfloat.errors import FormatError, UnsupportedError
+from vllm_dfloat.errors import UnsupportedError
 
 KIND_CODED = ops.KIND_PACKED
 
@@ -201,15 +202,6 @@ def _decode_range(held: _Sections, wide: U64Array, start: int, out: U16Array) ->
     return status[:, 0]
 
 
-def _check_status(status: Bits, name: str) -> None:
-    wrong = np.flatnonzero(status)
-    if wrong.size:
-        raise FormatError(
-            f"{name or 'weight'}: block {wrong[0]} ended with status {status[wrong[0]]}; its codes contradict its "
-            "gaps, positions or tables. The bytes in memory were changed after encoding; load the model again."
-        )
-
-
 def _open(desc: torch.Tensor, rows: int, cols: int) -> _Sections | U8Array:
     """Return the sections that a descriptor in CPU memory points to, or the bytes of a raw payload."""
     address, (kind, stream_bytes, num_tables) = follow(desc, -rows * cols)
@@ -284,7 +276,7 @@ def decode_rows(desc: torch.Tensor, ids: torch.Tensor, rows: int, cols: int) -> 
     if isinstance(held, _Sections):
         wide = wide_table(held.tables)
         for target, row in zip(bits, ids.tolist(), strict=True):
-            _check_status(_decode_range(held, wide, row * cols, target), "")
+            check_status(_decode_range(held, wide, row * cols, target), "", "block")
     else:
         bits[:] = held.view(np.uint16)[: rows * cols].reshape(rows, cols)[ids.numpy()]
     return torch.from_numpy(bits).view(torch.bfloat16)
@@ -301,7 +293,7 @@ def unpack(packed: ops.PackedWeight) -> torch.Tensor:
     out = torch.empty(ops.padded_numel(rows, cols), dtype=torch.bfloat16, device=device)
     status = torch.empty(ops.num_tiles(rows, cols), dtype=torch.int32, device=device)
     decode(packed.desc, rows, cols, out, status)
-    _check_status(status.cpu().numpy(), packed.name)
+    check_status(status.cpu().numpy(), packed.name, "block")
     packed.check_payload()
     return out[: rows * cols].view(rows, cols)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from vllm_dfloat.checkpoint.folder import MAX_CONFIG_BYTES
 from vllm_dfloat.checkpoint.quantized import refuse_quantized_config
+from vllm_dfloat.checkpoint.tied import TIED_KEY, tying_config
 from vllm_dfloat.errors import FormatError, UnsupportedError, shown
 from vllm_dfloat.plan.defaults import with_defaults
 from vllm_dfloat.plan.kv_cache import EVERYTHING, Reach
@@ -20,7 +21,6 @@ LATENT_MODELS = ("deepseek_v2", "deepseek_v3", "kimi_k2")  # whose latent attent
 OTHER_STATES = (  # how entries begin that models with other kinds of layers have
     "mamba", "ssm_", "linear_num_", "linear_attn", "attn_layer_", "hybrid_", "attn_type_list", "full_attention_interval"
 )  # fmt: skip
-_TIED = "tie_word_embeddings"
 _SCALED_ALREADY = ("su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling")
 
 
@@ -99,7 +99,7 @@ def read_model_config(file: Path) -> ModelConfig:
         head_dim=text.size("head_dim", max(1, hidden // heads)),
         latent=_latent(text, model_type),
         context=_context(text, model_type),
-        tied=(whole if _TIED in found else text).flag(_TIED),
+        tied=(whole if tying_config(found) is found else text).flag(TIED_KEY),
         reaches=layer_reaches(text, model_type, num_layers),
     )
 

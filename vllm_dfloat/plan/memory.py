@@ -1,9 +1,10 @@
 """What each rank holds: weights in BF16 and compressed, scratch, and what is left for the KV cache."""
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from vllm_dfloat.checkpoint.names import innermost_block
+from vllm_dfloat.codec.descriptor import MAX_MEMBERS
 from vllm_dfloat.errors import UnsupportedError
 from vllm_dfloat.plan.byte_sizes import GIB
 from vllm_dfloat.plan.config import ModelConfig
@@ -14,8 +15,6 @@ from vllm_dfloat.plan.weights import Weight
 
 LARGE_GPU = 70 * GIB  # from here on vLLM takes larger batches by default
 RESERVE = GIB  # assumed: CUDA context, libraries, NCCL, CUDA graphs
-BLOCK_MEMBERS = range(2, 17)  # layers of a block that is decoded in one launch
-BLOCK_NAME = re.compile(r"(.*\.|)\d+(?=\.)")  # "model.layers.3" of "model.layers.3.mlp.down_proj"
 BLOCK_SIZE, LATENT_BLOCK_SIZE = 16, 64  # tokens per block of KV cache, by default on a GPU
 LOGITS_COPIES = 3  # assumed: FP32 copies of the logits that sampling holds at once
 
@@ -165,15 +164,15 @@ def _rank(
             kept = packed.num_bytes + plain * weight.has_plain_copy
             scratch = max(scratch, packed.scratch_bytes)
             largest = max(largest, plain)
-            if block := BLOCK_NAME.match(weight.name):
-                blocks.setdefault(block.group(), []).append(packed.scratch_bytes)
+            if block := innermost_block(weight.name):
+                blocks.setdefault(block, []).append(packed.scratch_bytes)
             if not packed.is_raw:
                 numel, coded = numel + rows * cols, coded + packed.num_bytes
         bf16, dfloat11 = bf16 + plain, dfloat11 + kept
         if weight.is_of_tower:
             bf16_towers, dfloat11_towers = bf16_towers + plain, dfloat11_towers + kept
     if settings.granularity == "block":
-        whole = [sum(sizes) for sizes in blocks.values() if len(sizes) in BLOCK_MEMBERS]
+        whole = [sum(sizes) for sizes in blocks.values() if 2 <= len(sizes) <= MAX_MEMBERS]
         scratch = max([scratch, *whole])
     overhead = settings.overhead
     if overhead is None:

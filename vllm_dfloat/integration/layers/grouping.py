@@ -1,19 +1,16 @@
 """Which linear layers form a transformer block that is decoded in one launch."""
 
-import re
 from collections import defaultdict
 from typing import Any
 
 import torch
 
+from vllm_dfloat.checkpoint.names import innermost_block
 from vllm_dfloat.codec.layout import TILE_WEIGHTS
 from vllm_dfloat.device import groups
 from vllm_dfloat.device.scratch import scratch
 from vllm_dfloat.integration.layers import method as packed
 from vllm_dfloat.integration.layers.linear import DFloat11LinearMethod
-
-# "model.layers.3.mlp.down_proj" belongs to "model.layers.3"; a layer whose name has no number to no block.
-BLOCK_NAME = re.compile(r"(.*\.|)\d+(?=\.)")
 
 
 def group_blocks(model: torch.nn.Module) -> None:
@@ -23,9 +20,9 @@ def group_blocks(model: torch.nn.Module) -> None:
     """
     found: dict[str, list[Any]] = defaultdict(list)
     for name, layer in model.named_modules():
-        match = BLOCK_NAME.match(name)
-        if match and _can_be_grouped(layer):
-            found[match.group()].append(layer)
+        block = innermost_block(name)
+        if block and _can_be_grouped(layer):
+            found[block].append(layer)
     for layers in found.values():
         if _is_wanted(layers):
             _group(layers)
