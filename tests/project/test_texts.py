@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from vllm_dfloat import __version__
+
 ROOT = Path(__file__).parents[2]
 NAMED = re.compile(
     r"(?<![\w/.])((?:vllm_dfloat|kernels|scripts|tests|docs|codec|storage|dfloat11|checkpoint|convert|device|integration)"
@@ -46,6 +48,18 @@ def test_every_path_that_a_text_names_exists() -> None:
 
 def test_the_readme_is_read_in_five_minutes() -> None:
     assert len((ROOT / "README.md").read_text().split()) <= 1000
+
+
+def test_wheels_and_the_newest_changes_are_of_this_version() -> None:
+    wheels = {
+        name
+        for file in DOCUMENTS
+        for name in re.findall(r"vllm_dfloat-(\d[\w.]*)-py3", file.read_text())
+    }
+    newest = re.search(r"^## \[(.*?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert wheels == {__version__}
+    assert newest is not None
+    assert newest.group(1) == __version__
 
 
 def test_the_documents_are_those_that_these_tests_know() -> None:
