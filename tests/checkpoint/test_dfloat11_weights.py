@@ -20,9 +20,10 @@ from dfloat11_helpers import (
 )
 from safetensors.torch import save_file
 
+from vllm_dfloat.checkpoint.members import plan
 from vllm_dfloat.checkpoint.reader import Dfloat11Checkpoint, open_checkpoint
 from vllm_dfloat.checkpoint.shapes import module_shapes, resolve_shape
-from vllm_dfloat.checkpoint.weights import iter_weights, plan, weights
+from vllm_dfloat.checkpoint.weights import iter_weights, weights
 from vllm_dfloat.errors import FormatError, UnsupportedError
 
 

@@ -24,7 +24,7 @@ from vllm_dfloat.checkpoint.reader import open_checkpoint
 from vllm_dfloat.checkpoint.verify import compare
 from vllm_dfloat.checkpoint.weights import weights
 from vllm_dfloat.convert.compress import Report, compress, plan_files
-from vllm_dfloat.convert.compress_file import FileResult
+from vllm_dfloat.convert.compress_file import CompressedFile
 from vllm_dfloat.convert.decompress import decompress
 from vllm_dfloat.convert.resume import COMPRESSION
 from vllm_dfloat.convert.source import open_source
@@ -202,7 +202,7 @@ def test_finished_files_are_not_made_again_unless_they_were_changed(
     units = {job.file: job.units for job in jobs}
     lines = [{"version": 1, "source": source.identity()}]
     lines += [
-        FileResult(name, entry["bytes"], entry["sha256"], units[name], {}).as_json()
+        CompressedFile(name, entry["bytes"], entry["sha256"], units[name], {}).as_json()
         for name, entry in zip(finished, entries, strict=True)
     ]
     text = "".join(json.dumps(line) + "\n" for line in lines)

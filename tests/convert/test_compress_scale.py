@@ -16,9 +16,9 @@ from helpers import gaussian
 
 from vllm_dfloat.checkpoint.verify import compare
 from vllm_dfloat.convert.compress import compress
+from vllm_dfloat.convert.cores import WORKER_BYTES, share_cores
 from vllm_dfloat.convert.resume import COMPRESSION
 from vllm_dfloat.convert.source import open_source
-from vllm_dfloat.convert.worker_pool import WORKER_BYTES, share_cores
 from vllm_dfloat.dfloat11.coder import CpuCoder
 from vllm_dfloat.dfloat11.unit import Unit
 from vllm_dfloat.errors import FormatError

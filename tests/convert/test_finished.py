@@ -1,6 +1,5 @@
 """The same command once more on a folder that is finished: nothing to do, or a sentence on what has changed."""
 
-import importlib
 import json
 import os
 import shutil
@@ -12,6 +11,7 @@ from cli_commands import make_places, only_line
 
 from vllm_dfloat.checkpoint.folder import COMPRESS_JOURNAL, FINISHED_FILE
 from vllm_dfloat.cli import main
+from vllm_dfloat.convert import conversion
 
 Capture = pytest.CaptureFixture[str]
 
@@ -199,14 +199,13 @@ def test_a_run_that_has_waited_for_the_same_one_says_that_it_is_finished(
     command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     # Bug caught: three equal runs at once; those that had waited said "is not empty, ... give --force".
-    module = importlib.import_module(f"vllm_dfloat.convert.{command[0]}")
-    real, asked = module.find_finished, []
+    real, asked = conversion.find_finished, []
 
     def not_yet(*arguments: object) -> object:
         asked.append(arguments)
         return real(*arguments) if len(asked) > 1 else None
 
-    monkeypatch.setattr(module, "find_finished", not_yet)
+    monkeypatch.setattr(conversion, "find_finished", not_yet)
     before = state(Path(command[2]))
     assert main([*command, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["was_finished"] is True

@@ -14,11 +14,11 @@ from dfloat11_helpers import config, encode, stored_unit, write_checkpoint
 from safetensors.numpy import save_file
 
 from vllm_dfloat.checkpoint.manifest import MANIFEST_FILE, read_manifest
+from vllm_dfloat.checkpoint.members import plan
 from vllm_dfloat.checkpoint.patterns import compile_patterns
 from vllm_dfloat.checkpoint.plain_model import bf16_tensors
 from vllm_dfloat.checkpoint.reader import open_checkpoint
 from vllm_dfloat.checkpoint.verify import check
-from vllm_dfloat.checkpoint.weights import plan
 from vllm_dfloat.errors import MAX_MESSAGE, DFloatError, FormatError, UnsupportedError
 from vllm_dfloat.plan.config import read_model_config
 from vllm_dfloat.storage.safetensors_read import read_header

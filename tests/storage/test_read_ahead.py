@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from dfloat11_helpers import VECTORS
 
+from vllm_dfloat.checkpoint.members import plan, spans
 from vllm_dfloat.checkpoint.reader import open_checkpoint
 from vllm_dfloat.checkpoint.shapes import module_shapes
-from vllm_dfloat.checkpoint.weights import plan, spans
 from vllm_dfloat.storage import read_ahead
 from vllm_dfloat.storage.safetensors_read import StoredTensor
 

@@ -35,8 +35,11 @@ def module_shapes(model: str | Path | Any, advice: str = "") -> dict[str, tuple[
     """
     is_folder = isinstance(model, str | Path) and Path(model).is_dir()
     manifest = read_manifest(Path(model)) if is_folder else None
-    if manifest is not None:
-        return manifest.module_shapes
+    return manifest.module_shapes if manifest else model_shapes(model, advice)
+
+
+def model_shapes(model: str | Path | Any, advice: str = "") -> dict[str, tuple[int, ...]]:
+    """Do as `module_shapes`, but ask the model class whatever a manifest says."""
     modules = meta_model(model, advice).named_modules()
     weights = {name: getattr(module, "weight", None) for name, module in modules}
     return {

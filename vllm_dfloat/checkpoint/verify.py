@@ -1,6 +1,8 @@
 """Compare a checkpoint with its BF16 original, bit for bit."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from vllm_dfloat.checkpoint.listing import model_files, weight_files
 from vllm_dfloat.checkpoint.manifest import file_differences, file_entry, read_manifest
 from vllm_dfloat.checkpoint.model_class import refuse_missing_parameters
 from vllm_dfloat.checkpoint.plain_model import bf16_tensors
-from vllm_dfloat.checkpoint.reader import open_checkpoint
+from vllm_dfloat.checkpoint.reader import Dfloat11Checkpoint, open_checkpoint
 from vllm_dfloat.checkpoint.side_files import side_files
 from vllm_dfloat.checkpoint.tied import is_lm_head
 from vllm_dfloat.checkpoint.weights import typed_weights
@@ -75,12 +77,12 @@ def compare(
         if len(tensor.shape) > 1
     }
     keep_tied = any(map(is_lm_head, originals))
-    num_bytes, tensors = _open(path, shapes, keep_tied)
+    opened = _open(path, shapes, keep_tied)
     beside = _weights_beside(against), _weights_beside(path)
-    num_bytes += sum(file.stat().st_size for file in beside[1].values())
+    num_bytes = opened.num_bytes + sum(file.stat().st_size for file in beside[1].values())
     progress = Bytes(num_bytes, advance)
     start(num_bytes, 0)
-    for name, dtype, bits in tensors:
+    for name, dtype, bits in opened.tensors:
         seen.add(name)
         progress.done(bits.nbytes)
         if name not in originals:
@@ -137,17 +139,17 @@ def check(path: Path, start: Start = no_start, advance: Advance = ignore) -> Com
         FormatError, UnsupportedError: the checkpoint or its manifest is damaged; the message names file and tensor.
     """
     result = Comparison()
-    manifest = read_manifest(path)
-    num_bytes, tensors = _open(path, None, keep_tied=True, must_be_whole=True)
-    result.is_compressed = is_dfloat11(path)
+    opened = _open(path, None, keep_tied=True, must_be_whole=True)
+    num_bytes, checkpoint = opened.num_bytes, opened.checkpoint
+    result.is_compressed = checkpoint is not None
+    manifest = checkpoint.manifest if checkpoint else read_manifest(path)
     if manifest is None:
-        names = open_checkpoint(path).names if result.is_compressed else bf16_tensors(path)
-        result.not_sought = refuse_missing_parameters(path, names, path)
-    if manifest is not None:
+        result.not_sought = refuse_missing_parameters(path, opened.names, path)
+    else:
         num_bytes += sum(entry["bytes"] for entry in manifest.files.values())
     progress = Bytes(num_bytes, advance)
     start(num_bytes, 0)
-    for _, _, bits in tensors:
+    for _, _, bits in opened.tensors:
         result.tensors += 1
         result.num_bytes += bits.nbytes
         progress.done(bits.nbytes)
@@ -158,13 +160,29 @@ def check(path: Path, start: Start = no_start, advance: Advance = ignore) -> Com
     return result
 
 
+@dataclass(frozen=True)
+class _Opened:
+    """A checkpoint to be decoded.
+
+    Attributes:
+        num_bytes: what its tensors take when they are decoded.
+        tensors: name, dtype and bits of each.
+        names: of all its tensors, as far as they are known before that.
+        checkpoint: None for a plain one.
+    """
+
+    num_bytes: int
+    tensors: Iterator[tuple[str, str, Bits]]
+    names: Collection[str]
+    checkpoint: Dfloat11Checkpoint | None = None
+
+
 def _open(
     path: Path,
     shapes: Mapping[str, tuple[int, ...]] | None,
     keep_tied: bool,
     must_be_whole: bool = False,
-) -> tuple[int, Iterator[tuple[str, str, Bits]]]:
-    """Return how many bytes the tensors of a checkpoint take when they are decoded, and (name, dtype, bits) of each."""
+) -> _Opened:
     if not is_dfloat11(path):
         stored = bf16_tensors(path)
         if must_be_whole and read_config(path) is None:
@@ -175,11 +193,13 @@ def _open(
         # Mapped where nobody looks at them, read where they are compared.
         load = StoredTensor.bits if must_be_whole else StoredTensor.read
         tensors = ((name, tensor.dtype, load(tensor)) for name, tensor in stored.items())
-        return sum(tensor.num_bytes for tensor in stored.values()), tensors
+        num_bytes = sum(tensor.num_bytes for tensor in stored.values())
+        return _Opened(num_bytes, tensors, stored)
     checkpoint = open_checkpoint(path)
     num_bytes = sum(2 * unit.num_weights for unit in checkpoint.units.values())
     num_bytes += sum(tensor.num_bytes for tensor in checkpoint.plain.values())
-    return num_bytes, typed_weights(checkpoint, shapes, keep_tied=keep_tied)
+    decoded = typed_weights(checkpoint, shapes, keep_tied=keep_tied)
+    return _Opened(num_bytes, decoded, checkpoint.names, checkpoint)
 
 
 def _difference(dtype: str, bits: Bits, original: StoredTensor) -> str:

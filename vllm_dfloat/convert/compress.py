@@ -12,26 +12,15 @@ from typing import Any
 from vllm_dfloat.checkpoint.folder import CONFIG_FILE
 from vllm_dfloat.checkpoint.manifest import MANIFEST_FILE, Manifest
 from vllm_dfloat.checkpoint.names import module_of, transformer_block
-from vllm_dfloat.codec.threads import num_threads
-from vllm_dfloat.convert.compress_file import FileJob, FileResult, compress_file
-from vllm_dfloat.convert.finished import (
-    find_finished,
-    find_or_make,
-    refuse_leftovers,
-    write_finished,
-)
+from vllm_dfloat.convert.compress_file import CompressedFile, FileJob, compress_file
+from vllm_dfloat.convert.conversion import Conversion, convert
+from vllm_dfloat.convert.cores import WORKER_BYTES, run_on_cores
 from vllm_dfloat.convert.read_back import read_back, refuse_unit_names
-from vllm_dfloat.convert.resume import COMPRESSION, resumable
+from vllm_dfloat.convert.resume import COMPRESSION
 from vllm_dfloat.convert.source import Source, config_text
 from vllm_dfloat.convert.units import PlannedUnit, UnitPlan, build_patterns, plan_units
 from vllm_dfloat.convert.work import Work
-from vllm_dfloat.convert.worker_pool import (
-    WORKER_BYTES,
-    available_memory,
-    run_in_threads,
-    run_jobs,
-    share_cores,
-)
+from vllm_dfloat.convert.worker_pool import run_in_threads
 from vllm_dfloat.dfloat11.coder import Coder
 from vllm_dfloat.errors import DFloatError, UnsupportedError
 from vllm_dfloat.storage.folder_lock import FolderLock
@@ -100,35 +89,30 @@ def compress(
             "there is nothing to compress."
         )
     refuse_unit_names(source.path, source.tensors)
-    identity = source.identity()
-
-    def find() -> Mapping[str, Any] | None:
-        return None if force else find_finished(target, COMPRESSION, identity, source.files)
-
-    def make() -> Mapping[str, Any]:
-        begun = resumable(source.path, target, COMPRESSION, identity, force)
-        with begun as work, source.files.unchanged():
-            jobs = plan_files(plan, source)
-            sizes = {job.file: _num_bytes(source, job) for job in jobs}
-            refuse_leftovers(target, {*sizes, *source.files.side.names})
-            done = work.resume(set(sizes))
-            results = {file: FileResult.from_json(line) for file, line in done.items()}
-            start(sum(sizes.values()), sum(sizes[file] for file in results))
-            todo = [job for job in jobs if job.file not in results]
-            for result in _run(source, work.lock, todo, sizes, workers, coder, WholeBytes(advance)):
-                work.append(result.as_json())
-                results[result.file] = result
-            report = _finish(source, work, plan, [results[job.file] for job in jobs])
-            write_finished(work, COMPRESSION, identity, source.files, report)
-        return report
-
-    report, was_finished = find_or_make(find, make)
+    jobs = {job.file: job for job in plan_files(plan, source)}
+    sizes = {file: _num_bytes(source, job.tensors) for file, job in jobs.items()}
+    conversion = _Compression(
+        task=COMPRESSION,
+        source=source.files,
+        target=target,
+        identity=source.identity(),
+        sizes=sizes,
+        beside=frozenset(),
+        model=source,
+        plan=plan,
+        jobs=jobs,
+        workers=workers,
+        coder=coder,
+        start=start,
+        report=WholeBytes(advance),
+    )
+    report, was_finished = convert(conversion, force)
     return Report(**report, seconds=time.monotonic() - began, was_finished=was_finished)
 
 
-def _num_bytes(source: Source, job: FileJob) -> int:
-    """Return how many bytes of the source a job reads."""
-    return sum(source.tensors[name].num_bytes for name in job.tensors)
+def _num_bytes(source: Source, names: Iterable[str]) -> int:
+    """Return how many bytes of the source these tensors take."""
+    return sum(source.tensors[name].num_bytes for name in names)
 
 
 def plan_files(plan: UnitPlan, source: Source) -> list[FileJob]:
@@ -176,56 +160,58 @@ def _file_name(path: str, taken: set[str]) -> str:
     return name
 
 
-def _run(
-    source: Source,
-    target: FolderLock,
-    jobs: Sequence[FileJob],
-    sizes: Mapping[str, int],
-    workers: int | None,
-    coder: Coder | None,
-    report: Advance,
-) -> Iterable[FileResult]:
-    # Large files first, so that no worker begins one when the others have nothing left.
-    arguments = [
-        (job, {name: source.tensors[name] for name in job.tensors}, target.path, coder)
-        for job in sorted(jobs, key=lambda job: -sizes[job.file])
-    ]
-    call: Callable[..., FileResult] = compress_file
-    if coder:
-        return run_in_threads(call, arguments, workers or 1, report)
-    cores = num_threads()
-    if workers is None:
+@dataclass(frozen=True)
+class _Compression(Conversion[CompressedFile]):
+    model: Source
+    plan: UnitPlan
+    jobs: Mapping[str, FileJob]
+    workers: int | None
+    coder: Coder | None
+    start: Callable[[int, int], None]
+    report: Advance
+
+    def begin(self, done_bytes: int) -> None:
+        self.start(sum(self.sizes.values()), done_bytes)
+
+    def result(self, line: Mapping[str, Any]) -> CompressedFile:
+        return CompressedFile.from_json(line)
+
+    def make(self, files: Sequence[str], target: FolderLock) -> Iterable[CompressedFile]:
+        # Large files first, so that no worker begins one when the others have nothing left.
+        jobs = [self.jobs[file] for file in sorted(files, key=lambda file: -self.sizes[file])]
+        arguments = [
+            (job, {n: self.model.tensors[n] for n in job.tensors}, target.path, self.coder)
+            for job in jobs
+        ]
+        call: Callable[..., CompressedFile] = compress_file
+        if self.coder:
+            return run_in_threads(call, arguments, self.workers or 1, self.report)
+        sizes = [self.sizes[file] for file in files]
         # Gaps and positions are held, 1.3 % of the weights in files of typical weights.
-        largest = WORKER_BYTES + max((sizes[job.file] for job in jobs), default=0) // 50
-        total = sum(sizes[job.file] for job in jobs)
-        workers = share_cores(cores, len(jobs), largest, total, int(0.8 * available_memory()))
-    return run_jobs(call, arguments, workers, max(1, cores // workers), report, target)
+        largest = WORKER_BYTES + max(sizes, default=0) // 50
+        return run_on_cores(call, arguments, self.workers, largest, sum(sizes), self.report, target)
 
-
-def _finish(
-    source: Source, work: Work, plan: UnitPlan, results: Sequence[FileResult]
-) -> dict[str, Any]:
-    """Write everything beside the weights; return the fields of a Report without the time."""
-    units = [unit for result in results for unit in result.units]
-    for name in source.files.side.names:
-        work.copy(source.path, name, source.files.identity(name))
-    source.files.check()  # before the files are there that make the folder a model
-    work.write_text(CONFIG_FILE, config_text(source.config, build_patterns(units)))
-    shapes = {name: source.tensors[name].shape for unit in units for name in unit.tensors}
-    headers = {result.file: header_sha256(work.folder / result.file) for result in results}
-    work.write_text(MANIFEST_FILE, Manifest(work.entries, shapes, headers).as_text())
-    try:
-        read_back(work.folder, source.tensors)
-    except DFloatError:
-        work.check()  # another program that has changed a file explains it
-        raise
-    left = dict(plan.left)
-    for result in results:
-        left.update(result.left)
-    return {
-        "bf16_bytes": sum(tensor.num_bytes for tensor in source.tensors.values()),
-        "num_bytes": sum(result.num_bytes for result in results),
-        "units": len(units),
-        "left": left,
-        "left_out": dict(source.files.side.left_out),
-    }
+    def finish(self, work: Work, results: Sequence[CompressedFile]) -> dict[str, Any]:
+        source, units = self.model, [unit for result in results for unit in result.units]
+        for name in source.files.side.names:
+            work.copy(source.path, name, source.files.identity(name))
+        source.files.check()  # before the files are there that make the folder a model
+        work.write_text(CONFIG_FILE, config_text(source.config, build_patterns(units)))
+        shapes = {name: source.tensors[name].shape for unit in units for name in unit.tensors}
+        headers = {result.file: header_sha256(work.folder / result.file) for result in results}
+        work.write_text(MANIFEST_FILE, Manifest(work.entries, shapes, headers).as_text())
+        try:
+            read_back(work.folder, source.tensors)
+        except DFloatError:
+            work.check()  # another program that has changed a file explains it
+            raise
+        left = dict(self.plan.left)
+        for result in results:
+            left.update(result.left)
+        return {
+            "bf16_bytes": _num_bytes(source, source.tensors),
+            "num_bytes": sum(result.num_bytes for result in results),
+            "units": len(units),
+            "left": left,
+            "left_out": dict(source.files.side.left_out),
+        }

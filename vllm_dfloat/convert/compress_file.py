@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_dfloat.convert.conversion import FileResult
 from vllm_dfloat.convert.units import PlannedUnit, is_expert
 from vllm_dfloat.dfloat11.check import check_unit
 from vllm_dfloat.dfloat11.coder import Coder, CpuCoder
@@ -45,26 +46,19 @@ class FileJob:
 
 
 @dataclass(frozen=True)
-class FileResult:
+class CompressedFile(FileResult):
     """A file that was written and checked.
 
     Attributes:
-        file, num_bytes, sha256: the file.
         units: the units that it holds; fewer or smaller ones than planned where the format could not hold a weight.
         left: tensor name -> why it stayed as it was, though it was planned for a unit.
     """
 
-    file: str
-    num_bytes: int
-    sha256: str
     units: tuple[PlannedUnit, ...]
     left: Mapping[str, str]
 
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
-
     @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> FileResult:
+    def from_json(cls, content: Mapping[str, Any]) -> CompressedFile:
         units = tuple(
             PlannedUnit(unit["name"], tuple(unit["members"]), tuple(unit["tensors"]))
             for unit in content["units"]
@@ -78,7 +72,7 @@ def compress_file(
     folder: Path,
     coder: Coder | None = None,
     report: Advance = ignore,
-) -> FileResult:
+) -> CompressedFile:
     """Write `job` into `folder` and return what it holds. The file has its name only once it was compared.
 
     Args:
@@ -119,7 +113,7 @@ def compress_file(
             entry = UnitEntry(unit.name, unit.members, fields)
             check_unit(entry, members, coder, progress.phase(COMPARE))
     progress.finish()
-    return FileResult(job.file, written.num_bytes, written.sha256, tuple(units), left)
+    return CompressedFile(job.file, written.num_bytes, written.sha256, tuple(units), left)
 
 
 def _items(name: str, unit: MeasuredUnit, coder: Coder, progress: Progress) -> list[Item]:

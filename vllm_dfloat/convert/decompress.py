@@ -11,24 +11,18 @@ from typing import Any
 
 from vllm_dfloat.checkpoint.folder import CONFIG_FILE
 from vllm_dfloat.checkpoint.listing import INDEX_FILE, weight_files
+from vllm_dfloat.checkpoint.members import Member, plan, shapes_of
 from vllm_dfloat.checkpoint.model_class import refuse_missing_parameters
 from vllm_dfloat.checkpoint.reader import Dfloat11Checkpoint, open_checkpoint
-from vllm_dfloat.checkpoint.shapes import Shapes, module_shapes, original_shapes
-from vllm_dfloat.checkpoint.weights import Member, plan
-from vllm_dfloat.codec.threads import num_threads
+from vllm_dfloat.checkpoint.shapes import Shapes, original_shapes
+from vllm_dfloat.convert.conversion import Conversion, FileResult, convert
+from vllm_dfloat.convert.cores import WORKER_BYTES, run_on_cores
 from vllm_dfloat.convert.decompress_file import Shard, decompress_file, num_bytes
-from vllm_dfloat.convert.finished import (
-    find_finished,
-    find_or_make,
-    refuse_leftovers,
-    write_finished,
-)
 from vllm_dfloat.convert.listed_files import others, refuse_other_weights, weight_bytes
-from vllm_dfloat.convert.resume import DECOMPRESSION, check_place, resumable
+from vllm_dfloat.convert.resume import DECOMPRESSION, check_place
 from vllm_dfloat.convert.source import config_text, identity_of
 from vllm_dfloat.convert.source_files import SourceFiles
 from vllm_dfloat.convert.work import Work
-from vllm_dfloat.convert.worker_pool import WORKER_BYTES, available_memory, run_jobs, share_cores
 from vllm_dfloat.storage.folder_lock import FolderLock
 from vllm_dfloat.storage.progress import Advance, ignore
 from vllm_dfloat.storage.safetensors_read import StoredTensor
@@ -91,7 +85,7 @@ def decompress(
     """
     files = SourceFiles(path, weight_files)
     checkpoint = open_checkpoint(path)
-    items = plan(checkpoint, _shapes(path, original), keep_tied=True)
+    items = plan(checkpoint, _shapes(checkpoint, original), keep_tied=True)
     not_sought = ""
     for described_by in () if checkpoint.manifest else filter(None, (original, path)):
         not_sought = refuse_missing_parameters(path, checkpoint.names, described_by)
@@ -99,53 +93,30 @@ def decompress(
             break
     checkpoint.validate()
     files.check()
-    shards = _shards(items, shard_bytes)
-    sizes = {shard.file: shard.num_bytes for shard in shards}
-    identity = _identity(checkpoint, items, shard_bytes)
-
-    def find() -> Mapping[str, Any] | None:
-        return None if force else find_finished(out, DECOMPRESSION, identity, files)
-
-    def make() -> Mapping[str, Any]:
-        manifest = checkpoint.manifest
-        if manifest:
-            check_place(path, out, DECOMPRESSION)
-            start(weight_bytes(manifest) + sum(sizes.values()), 0)
-            with files.unchanged():
-                refuse_other_weights(path, manifest, advance)
-        begun = resumable(path, out, DECOMPRESSION, identity, force)
-        with begun as work, files.unchanged():
-            refuse_leftovers(out, {*sizes, *files.side.names, INDEX_FILE})
-            done = work.resume(set(sizes))
-            done_bytes = sum(sizes[file] for file in done)
-            if manifest:
-                advance(done_bytes)
-            else:
-                start(sum(sizes.values()), done_bytes)
-            todo = [shard for shard in shards if shard.file not in done]
-            for result in _run(work.lock, todo, workers, advance):
-                work.append(result)
-            copied = _write_rest(checkpoint, files, work, shards)
-            report: dict[str, Any] = {
-                "tensors": len(items),
-                "num_bytes": sum(sizes.values()),
-                "left_out": dict(files.side.left_out),
-                "not_sought": not_sought,
-                "not_as_listed": others(path, manifest, copied) if manifest else (),
-            }
-            write_finished(work, DECOMPRESSION, identity, files, report)
-        return report
-
-    report, was_finished = find_or_make(find, make)
+    shards = {shard.file: shard for shard in _shards(items, shard_bytes)}
+    conversion = _Decompression(
+        task=DECOMPRESSION,
+        source=files,
+        target=out,
+        identity=_identity(checkpoint, items, shard_bytes),
+        sizes={file: shard.num_bytes for file, shard in shards.items()},
+        beside=frozenset({INDEX_FILE}),
+        checkpoint=checkpoint,
+        shards=shards,
+        workers=workers,
+        start=start,
+        advance=advance,
+        not_sought=not_sought,
+    )
+    report, was_finished = convert(conversion, force)
     return Restored(**report, was_finished=was_finished)
 
 
-def _shapes(path: Path, original: Path | None) -> Shapes:
+def _shapes(checkpoint: Dfloat11Checkpoint, original: Path | None) -> Shapes:
     """Return the shapes of a checkpoint's weights; see `original_shapes`."""
     if original is None:
-        return module_shapes(
-            path, "With --original FOLDER, the weight files of the BF16 model tell them."
-        )
+        advice = "With --original FOLDER, the weight files of the BF16 model tell them."
+        return shapes_of(checkpoint, advice=advice)
     return original_shapes(original)
 
 
@@ -176,31 +147,55 @@ def _shards(items: Sequence[Member | StoredTensor], limit: int) -> list[Shard]:
     ]
 
 
-def _run(
-    out: FolderLock, shards: Sequence[Shard], workers: int | None, advance: Advance
-) -> Iterable[dict[str, Any]]:
-    cores = num_threads()
-    if workers is None:
-        total = sum(shard.num_bytes for shard in shards)
-        workers = share_cores(
-            cores, len(shards), WORKER_BYTES, total, int(0.8 * available_memory())
-        )
-    call: Callable[..., dict[str, Any]] = decompress_file
-    jobs = [(shard, out.path) for shard in shards]
-    return run_jobs(call, jobs, workers, max(1, cores // workers), advance, out)
+@dataclass(frozen=True)
+class _Decompression(Conversion[FileResult]):
+    checkpoint: Dfloat11Checkpoint
+    shards: Mapping[str, Shard]
+    workers: int | None
+    start: Callable[[int, int], None]
+    advance: Advance
+    not_sought: str
 
+    def prepare(self) -> None:
+        manifest, folder = self.checkpoint.manifest, self.checkpoint.path
+        if manifest:
+            check_place(folder, self.target, self.task)
+            self.start(weight_bytes(manifest) + sum(self.sizes.values()), 0)
+            with self.source.unchanged():
+                refuse_other_weights(folder, manifest, self.advance)
 
-def _write_rest(
-    checkpoint: Dfloat11Checkpoint, files: SourceFiles, work: Work, shards: Sequence[Shard]
-) -> dict[str, dict[str, Any]]:
-    """Write copies of all other files, config and index; return size and SHA-256 of the copies."""
-    for name in files.side.names:
-        work.copy(checkpoint.path, name, files.identity(name))
-    copied = {name: work.entries[name] for name in files.side.names}
-    files.check()  # before the files are there that make the folder a model
-    total = sum(shard.num_bytes for shard in shards)
-    weight_map = {item.name: shard.file for shard in shards for item in shard.items}
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    work.write_text(CONFIG_FILE, config_text(checkpoint.config, None))
-    work.write_text(INDEX_FILE, json.dumps(index, indent=2) + "\n")
-    return copied
+    def begin(self, done_bytes: int) -> None:
+        if self.checkpoint.manifest:  # then it has begun with comparing
+            self.advance(done_bytes)
+        else:
+            self.start(sum(self.sizes.values()), done_bytes)
+
+    def result(self, line: Mapping[str, Any]) -> FileResult:
+        return FileResult.from_json(line)
+
+    def make(self, files: Sequence[str], target: FolderLock) -> Iterable[FileResult]:
+        call: Callable[..., FileResult] = decompress_file
+        jobs = [(self.shards[file], target.path) for file in files]
+        total = sum(self.sizes[file] for file in files)
+        return run_on_cores(call, jobs, self.workers, WORKER_BYTES, total, self.advance, target)
+
+    def finish(self, work: Work, results: Sequence[FileResult]) -> dict[str, Any]:
+        folder, manifest, side = self.checkpoint.path, self.checkpoint.manifest, self.source.side
+        for name in side.names:
+            work.copy(folder, name, self.source.identity(name))
+        copied = {name: work.entries[name] for name in side.names}
+        self.source.check()  # before the files are there that make the folder a model
+        total = sum(self.sizes.values())
+        weight_map = {
+            item.name: file for file, shard in self.shards.items() for item in shard.items
+        }
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        work.write_text(CONFIG_FILE, config_text(self.checkpoint.config, None))
+        work.write_text(INDEX_FILE, json.dumps(index, indent=2) + "\n")
+        return {
+            "tensors": sum(len(shard.items) for shard in self.shards.values()),
+            "num_bytes": total,
+            "left_out": dict(side.left_out),
+            "not_sought": self.not_sought,
+            "not_as_listed": others(folder, manifest, copied) if manifest else (),
+        }

@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from vllm_dfloat.checkpoint.weights import Member
+from vllm_dfloat.checkpoint.members import Member
 from vllm_dfloat.codec.arrays import Bits, U16Array
+from vllm_dfloat.convert.conversion import FileResult
 from vllm_dfloat.dfloat11.decode import decode_range
 from vllm_dfloat.dfloat11.unit import Unit, UnitEntry
 from vllm_dfloat.storage.file_identity import unchanged
@@ -42,8 +42,8 @@ def num_bytes(item: Member | StoredTensor) -> int:
     return item.num_bytes if isinstance(item, StoredTensor) else 2 * math.prod(item.shape)
 
 
-def decompress_file(shard: Shard, folder: Path, advance: Advance) -> dict[str, Any]:
-    """Write `shard` into `folder`; return name, size and SHA-256 of the file, as the journal has them.
+def decompress_file(shard: Shard, folder: Path, advance: Advance) -> FileResult:
+    """Write `shard` into `folder` and return what was written.
 
     Args:
         shard: what to write.
@@ -59,7 +59,7 @@ def decompress_file(shard: Shard, folder: Path, advance: Advance) -> dict[str, A
     with replacing(folder / shard.file) as temporary, unchanged(files_of(shard.stored)):
         items = [reader.item(item) for item in shard.items]
         written = write_safetensors(temporary, items, {"format": "pt"})
-    return {"file": shard.file, "num_bytes": written.num_bytes, "sha256": written.sha256}
+    return FileResult(shard.file, written.num_bytes, written.sha256)
 
 
 class _Reader:

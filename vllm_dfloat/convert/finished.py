@@ -7,7 +7,7 @@ command said. It belongs to this machine, since times do, and is of no use to a 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from vllm_dfloat.checkpoint.folder import FINISHED_FILE
 from vllm_dfloat.checkpoint.manifest import file_entry
 from vllm_dfloat.checkpoint.side_files import visible_paths
 from vllm_dfloat.checkpoint.side_weights import changes_answers
-from vllm_dfloat.convert.resume import TASKS, OccupiedError, Task
+from vllm_dfloat.convert.resume import TASKS, Task
 from vllm_dfloat.convert.source_files import SourceFiles
 from vllm_dfloat.convert.work import Work
 from vllm_dfloat.errors import FormatError
@@ -69,28 +69,6 @@ def refuse_leftovers(folder: Path, made: Collection[str]) -> None:
                 f"{folder / name}: is no part of the model that was made here, and would change it; an earlier "
                 "run or another program has left it. Move it out of the folder, and run the same command again."
             )
-
-
-def find_or_make(
-    find: Callable[[], Mapping[str, Any] | None], make: Callable[[], Mapping[str, Any]]
-) -> tuple[Mapping[str, Any], bool]:
-    """Return the report of a folder, and whether it was finished before.
-
-    Args:
-        find: as `find_finished`.
-        make: makes the folder, and returns its report.
-
-    Raises:
-        OccupiedError: `make` finds another folder there, and nobody has finished it by then.
-    """
-    if known := find():
-        return known, True
-    try:
-        return make(), False
-    except OccupiedError:
-        if known := find():  # by another run, for which this one has waited
-            return known, True
-        raise
 
 
 def find_finished(

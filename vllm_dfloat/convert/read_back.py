@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from vllm_dfloat.checkpoint.members import plan
 from vllm_dfloat.checkpoint.reader import open_checkpoint
-from vllm_dfloat.checkpoint.weights import plan
 from vllm_dfloat.dfloat11.format import FIELDS
 from vllm_dfloat.errors import DFloatError, FormatError, UnsupportedError, one_line
 from vllm_dfloat.storage.stored_tensor import StoredTensor

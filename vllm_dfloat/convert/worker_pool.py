@@ -24,7 +24,6 @@ from vllm_dfloat.codec.compiling import telling, told
 from vllm_dfloat.errors import DFloatError
 
 Result = TypeVar("Result")
-WORKER_BYTES = 400 << 20  # a process with its libraries, buffers and mapped pages; measured: 290 MB
 _SECONDS_BETWEEN_REPORTS = 0.2
 
 
@@ -182,34 +181,3 @@ def _end_with(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(0.2)
     os._exit(1)
-
-
-def share_cores(cores: int, jobs: int, job_bytes: int, total_bytes: int, memory: int) -> int:
-    """Return how many processes to start.
-
-    Args:
-        cores: that may be used.
-        jobs: how many there are.
-        job_bytes: memory that the largest job takes.
-        total_bytes: what there is to work on in all; little of it is not worth a process.
-        memory: bytes available.
-    """
-    wanted = min(cores, jobs, total_bytes // _BYTES_WORTH_A_PROCESS, memory // max(1, job_bytes))
-    return max(1, int(wanted))
-
-
-_BYTES_WORTH_A_PROCESS = (
-    1 << 30
-)  # a process takes a second or two to start; threads share less than this
-
-
-def available_memory() -> int:
-    """Return the bytes that the system says it can give to new processes, without swapping."""
-    try:
-        with open("/proc/meminfo") as stream:
-            for line in stream:
-                if line.startswith("MemAvailable:"):
-                    return 1024 * int(line.split()[1])
-    except OSError:
-        pass
-    return 8 << 30

@@ -146,21 +146,21 @@ class DFloat11ModelLoader(_Reporting, DefaultModelLoader):  # type: ignore[misc]
 def official_weights(folder: Path, hf_config: Any, model: torch.nn.Module) -> Weights:
     """Return the weights of an official checkpoint; each is decoded, on the model's device, where vLLM copies it to.
 
-    Their shapes come from the model that config.json describes; where it describes none, from `hf_config`.
+    Their shapes come from the manifest, or else from the model that config.json describes, or else from `hf_config`.
     """
+    from vllm_dfloat.checkpoint.members import plan, shapes_of, spans
     from vllm_dfloat.checkpoint.reader import open_checkpoint
-    from vllm_dfloat.checkpoint.shapes import module_shapes
-    from vllm_dfloat.checkpoint.weights import lazy_weights, plan, spans
+    from vllm_dfloat.checkpoint.weights import planned_weights
     from vllm_dfloat.device.ops import uses_triton
     from vllm_dfloat.device.unit_decode import decode_unit
 
     checkpoint = open_checkpoint(folder)
-    shapes = module_shapes(folder if "model_type" in checkpoint.config else hf_config)
+    described_by = folder if "model_type" in checkpoint.config else hf_config
+    items = plan(checkpoint, shapes_of(checkpoint, described_by))
     device = compat.model_device()
     on_device = lambda unit, *weights: decode_unit(unit, device, *weights)  # noqa: E731
     decode = on_device if uses_triton(device) else None
-    pairs = lazy_weights(checkpoint, shapes, decode=decode)
-    items = plan(checkpoint, shapes)
+    pairs = planned_weights(checkpoint, items, decode)
     return StoredWeights(
         read_ahead(pairs, wanted(spans(items), model)),
         str(folder),
