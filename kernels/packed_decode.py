@@ -99,7 +99,7 @@ def decode(
     """Decode the matrix that `desc` describes into `out`; allocates nothing and waits for nothing.
 
     Args:
-        desc: int64 [4] on the device; the payload it points to was validated when it was made.
+        desc: int64 [4] on the device, of a payload encoded here; unless its seal is right nothing is read there.
         num_tiles: tiles of the matrix.
         out: BF16, flat, contiguous, at least `num_tiles * 2048` elements, aligned to 16 bytes.
         status: int32 [>= num_tiles]; 0 per tile, or a sum of STATUS_* bits.

@@ -44,7 +44,7 @@ def _tiles_of_program(num_tiles, TILES: tl.constexpr):
 def _measure_kernel(
     weights_ptr,  # uint32[num_tiles * 1024]   as above, tile `first_tile` and following of the matrix
     table_ptr,  # uint32[256]                  see above
-    lane_lengths_ptr,  # uint8[all tiles, 16]  bits of each lane in units of 8, rounded up
+    lane_lengths_ptr,  # uint8[all tiles, 16]  bits of each lane / 8, rounded up
     tile_words_ptr,  # int32[all tiles]        words of each tile
     first_tile,  # int32
     num_tiles,  # int32
@@ -63,9 +63,9 @@ def _measure_kernel(
         low = tl.load(lengths_ptr + ((pairs >> (SYMBOL_SHIFT - 2)) & 0x3FC))
         high = tl.load(lengths_ptr + ((pairs >> (SYMBOL_SHIFT + 14)) & 0x3FC))
         bits += low.to(tl.int32) + high.to(tl.int32)
-    units = (tl.sum(bits, axis=2) + (LANE_LENGTH_UNIT - 1)) // LANE_LENGTH_UNIT
-    tl.store(lane_lengths_ptr + (target * LANES + lane), units.to(tl.uint8))
-    tile_bits = tl.sum(units, axis=1, keep_dims=True) * LANE_LENGTH_UNIT
+    lengths = (tl.sum(bits, axis=2) + (LANE_LENGTH_UNIT - 1)) // LANE_LENGTH_UNIT
+    tl.store(lane_lengths_ptr + (target * LANES + lane), lengths.to(tl.uint8))
+    tile_bits = tl.sum(lengths, axis=1, keep_dims=True) * LANE_LENGTH_UNIT
     tl.store(tile_words_ptr + target, (tile_bits + 31) // 32)
 
 
@@ -138,8 +138,8 @@ def _write_kernel(
     lane = tl.arange(0, LANES)[None, :]
     quad = tl.arange(0, 4)[None, None, :]
     target = first_tile + tile
-    units = tl.load(lane_lengths_ptr + (target * LANES + lane)).to(tl.int32)
-    bit = (tl.cumsum(units, axis=1) - units) * LANE_LENGTH_UNIT
+    lengths = tl.load(lane_lengths_ptr + (target * LANES + lane)).to(tl.int32)
+    bit = (tl.cumsum(lengths, axis=1) - lengths) * LANE_LENGTH_UNIT
     words_ptr += tl.load(tile_starts_ptr + target).to(tl.int64)
     pending = tl.zeros_like(bit).to(tl.uint32)
     pairs_ptr = weights_ptr + (tile * TILE_PAIRS)[:, :, None]
@@ -174,7 +174,7 @@ def measure(
         tiles: BF16 (or other 16-bit words), flat, whole tiles, aligned to 16 bytes.
         first_tile: which tile of the matrix the first of these is.
         table: uint32 [256], see above.
-        lane_lengths: uint8 [all tiles, 16]; written for these tiles: bits in units of 8, rounded up.
+        lane_lengths: uint8 [all tiles, 16]; written for these tiles: bits / 8, rounded up.
         tile_words: int32 [all tiles]; written for these tiles: words of the tile's codes.
         tiles_per_program: 0 for what configs.py says.
     """

@@ -111,7 +111,7 @@ def matmul(
 
     Args:
         x: BF16 [num_x, cols], contiguous, 1 to 32 rows; `is_supported(cols)`.
-        desc: int64 [4], describes w, BF16 [rows, cols] in the packed layout; validated when it was made.
+        desc: int64 [4], of w [rows, cols], which was encoded here; unless its seal is right nothing is read there.
         bias: BF16 or FP32 [rows], or None.
         cols: columns of w.
         out: BF16 [num_x, rows], contiguous.

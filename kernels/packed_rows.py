@@ -119,7 +119,7 @@ def decode_rows(
     """Decode chosen rows of the matrix [rows, cols] that `desc` describes; allocates nothing and waits for nothing.
 
     Args:
-        desc: int64 [4] on the device; the payload it points to was validated when it was made.
+        desc: int64 [4] on the device, of a payload encoded here; unless its seal is right nothing is read there.
         ids: int64 [n], the rows.
         rows, cols: shape of the matrix.
         out: BF16 [n, cols], contiguous.

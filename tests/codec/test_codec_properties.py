@@ -9,13 +9,14 @@ from dfloat11_helpers import config
 from fuzz.folder import Stored, pack
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packed_rules import assert_follows_layout
 from weight_strategies import BLOCK_BITS, REACHED, Spec, features, specs
 
 from vllm_dfloat.checkpoint.reader import open_checkpoint
 from vllm_dfloat.codec import reference
 from vllm_dfloat.codec.decode import decode
 from vllm_dfloat.codec.encode import encode
-from vllm_dfloat.codec.layout import MAX_CODE_BITS, validate
+from vllm_dfloat.codec.layout import MAX_CODE_BITS
 from vllm_dfloat.dfloat11 import reference as reference_unit
 from vllm_dfloat.dfloat11.decode import decode_unit
 from vllm_dfloat.dfloat11.encode import encode_unit
@@ -46,7 +47,7 @@ def test_the_packed_codec_gives_back_any_tensor() -> None:
         for spec in batch:
             weight = as_matrix(spec.bits(), spec.seed)
             packed = encode(weight, "w")
-            validate(packed)
+            assert_follows_layout(packed)
             assert np.array_equal(decode(packed), weight)
             if weight.size <= REFERENCE:
                 assert np.array_equal(reference.decode(packed), weight)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from packed_rules import assert_follows_layout
 
 from vllm_dfloat.codec import decode, descriptor, reference
 from vllm_dfloat.codec.encode import encode
@@ -16,7 +17,6 @@ from vllm_dfloat.codec.layout import (
     STEPS,
     PackedLayout,
     PackedTensor,
-    validate,
 )
 
 DOC = (Path(__file__).parents[2] / "docs/packed-layout.md").read_text()
@@ -53,7 +53,7 @@ def from_the_document() -> PackedTensor:
 @pytest.mark.parametrize("decoder", [reference.decode, decode.decode], ids=["oracle", "numba"])
 def test_worked_example_decodes_to_its_stated_weights(decoder) -> None:
     packed = from_the_document()
-    validate(packed)
+    assert_follows_layout(packed)
     assert np.array_equal(decoder(packed), MATRIX)
 
 

@@ -128,12 +128,12 @@ def test_the_kernels_touch_their_own_tiles_only(tiles_per_program: int) -> None:
     expected = encode(weight)
     lengths = code_lengths(np.bincount((weight.reshape(-1) >> 7) & 0xFF, minlength=256), 8)
     table = torch.from_numpy(packed_encode._table(lengths))
-    units = torch.full((7, layout.LANES), 99, dtype=torch.uint8)
+    lengths = torch.full((7, layout.LANES), 99, dtype=torch.uint8)
     num_words = torch.full((7,), -9, dtype=torch.int32)
     tiles = to_torch(weight).view(-1)
-    kernels.measure(tiles, 1, table, units, num_words, tiles_per_program)
-    assert np.array_equal(units[1:6].numpy(), expected.lane_lengths)
-    assert (units[[0, 6]] == 99).all()
+    kernels.measure(tiles, 1, table, lengths, num_words, tiles_per_program)
+    assert np.array_equal(lengths[1:6].numpy(), expected.lane_lengths)
+    assert (lengths[[0, 6]] == 99).all()
     assert np.array_equal(num_words[1:6].numpy(), np.diff(expected.tile_starts))
     assert (num_words[[0, 6]] == -9).all()
 
@@ -141,7 +141,9 @@ def test_the_kernels_touch_their_own_tiles_only(tiles_per_program: int) -> None:
     starts[1:7] = 3 + torch.from_numpy(expected.tile_starts.astype(np.int32))
     words = torch.zeros(3 + expected.words.size, dtype=torch.uint32)
     plane = torch.full((7 * 512,), 0x5A5A5A5A, dtype=torch.uint32)
-    kernels.write(tiles, 1, table, units, starts, plane, words, tiles_per_program=tiles_per_program)
+    kernels.write(
+        tiles, 1, table, lengths, starts, plane, words, tiles_per_program=tiles_per_program
+    )
     assert not words[:3].any()
     assert np.array_equal(words[3:].numpy(), expected.words)
     assert np.array_equal(plane[512 : 6 * 512].numpy(), expected.sign_mantissa.reshape(-1))

@@ -45,7 +45,7 @@ def planned(model: Path, tp: int = 1, pp: int = 1, cache: int | None = None) -> 
         block_size=CPU_BLOCK,
         max_num_batched_tokens=plan_engines.BATCHED_TOKENS,
         in_flight_batches=pp,
-        lanes=1,  # a CPU has no streams
+        slots=1,  # a CPU has no streams
         overhead=0,
         kv_cache_memory=cache,
     )

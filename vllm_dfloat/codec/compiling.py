@@ -1,4 +1,4 @@
-"""Tells when numba compiles: seconds in which nothing else happens, in the first run on a machine."""
+"""Tell the user when numba compiles: in the first run on a machine that takes seconds."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _tell: Callable[[], None] | None = None
 
 @contextmanager
 def telling(tell: Callable[[], None]) -> Iterator[None]:
-    """Call `tell` at most once, as soon as numba begins to compile within the block: what is in its cache it does not.
+    """Call `tell` once if numba compiles anything in the `with` block that is not in its cache.
 
-    It is called in the thread that compiles; the other processes of a pool pass the message on (worker_pool.py).
+    It is called in the thread that compiles. The other processes of a pool pass the message on (worker_pool.py).
     """
     global _tell
     _tell = tell
@@ -27,7 +27,7 @@ def telling(tell: Callable[[], None]) -> Iterator[None]:
 
 
 def told() -> None:
-    """Say that numba compiles, here or in another process."""
+    """Pass on that numba compiles, here or in another process."""
     global _tell
     tell, _tell = _tell, None
     if tell:

@@ -1,6 +1,6 @@
 """Decode the packed layout on the CPU: the numba twin of kernels/packed_decode.py.
 
-Four lanes of a tile are decoded side by side, since one lane alone would wait for each table look-up.
+Four lanes of a tile are decoded side by side: one lane alone would wait for each table look-up.
 """
 
 import numpy as np
@@ -46,7 +46,7 @@ def decode_into(packed: PackedTensor, out: U16Array, status: I32Array) -> None:
     """Write all whole tiles of `packed` to `out` and a status word per tile to `status`.
 
     Args:
-        packed: a validated packed tensor.
+        packed: what `encode` made. Whatever its bytes say by now, no read leaves them.
         out: uint16 [>= layout.padded_numel].
         status: int32 [>= layout.num_tiles]; STATUS_OK or a sum of STATUS_* bits.
     """
@@ -146,7 +146,7 @@ def _decode_rows(  # type: ignore[no-untyped-def]
 def _decode_tile(tile, lut, sign_mantissa, lane_lengths, tile_starts, words, code_bits, out):  # type: ignore[no-untyped-def]
     """Decode one tile to `out`, uint32 [1024]; return its status.
 
-    Whatever the bytes say, no read leaves the words: a lane starts at or before the last word that is not padding.
+    Whatever the bytes say, no read leaves the words: a lane starts no later than the last word before the padding.
     """
     limit = np.int64(words.size - PAD_WORDS)
     begin = min(np.int64(tile_starts[tile]), limit)

@@ -1,4 +1,4 @@
-"""The words of a descriptor, and the seal by which a reader knows them for those that were made for it.
+"""The words of a descriptor, and the seal by which a reader tells that they were made for it.
 
 A descriptor tells a decoder where a payload lies and how large its parts are. It lies in the device's memory, where a
 flipped bit, or a write by someone who took it for a weight, would lead the reader anywhere. So its last word is a seal

@@ -16,8 +16,8 @@ WORTH_A_LARGER_LUT = 0.1  # bits per weight
 def choose_code(counts: I64Array) -> tuple[int, U8Array]:
     """Return the longest code to allow, and the code lengths under that limit.
 
-    It is the smallest limit that costs less than WORTH_A_LARGER_LUT over the largest: about 0.05 where 30 symbols
-    occur, as in trained weights, but 8 bits save nothing at all where 256 do.
+    The smallest limit whose codes take less than WORTH_A_LARGER_LUT more than those of the largest limit. With the 30
+    symbols of trained weights 8 bits cost about 0.05 more; with all 256 symbols 8 bits would save nothing.
 
     Args:
         counts: how often each of the 256 symbols occurs, int64 [256].
@@ -82,8 +82,8 @@ def canonical_codes(lengths: U8Array) -> U16Array:
 def build_lut(lengths: U8Array, code_bits: int) -> U16Array:
     """Return the decode table: the next `code_bits` bits of the stream -> symbol << 7 | code length.
 
-    Slots that no code leads to (a codebook of one symbol leaves half of them) hold 0, a length of 0, so that a
-    decoder that meets one stops short of its lane's end and reports it.
+    Slots without a code (half of them if there is only one symbol) hold 0. A length of 0 makes a decoder stop before
+    the end of its lane, which it reports.
     """
     lut = np.zeros(1 << code_bits, np.uint16)
     codes = canonical_codes(lengths)

@@ -2,13 +2,13 @@
 
 A matrix is flattened row by row and cut into tiles of `TILE_WEIGHTS` weights. A tile has `LANES` lanes; a lane owns
 `LANE_WEIGHTS` weights and its own codes, so any lane can be decoded alone and one pass suffices. The bytes, with a
-worked example in bits, are written down in docs/packed-layout.md; this file is the only place that knows them.
+worked example in bits, are written down in docs/packed-layout.md; in the code this file alone knows them.
 
 A payload is one run of bytes:
 
     lut            uint16[1 << code_bits]        symbol << 7 | code length; 0 where no code leads
     sign_mantissa  uint32[num_tiles, 8, 16, 4]   sign and mantissa bits, in the order in which decoding merges them
-    lane_lengths   uint8[num_tiles, 16]          bits of each lane in units of LANE_LENGTH_UNIT, rounded up
+    lane_lengths   uint8[num_tiles, 16]          bits of each lane / LANE_LENGTH_UNIT, rounded up
     tile_starts    uint32[num_tiles + 1]         first word of each tile in `words`; then padding to 16 bytes
     words          uint32[num_words]             the codes, most significant bit first; the last PAD_WORDS are zero
 
@@ -20,7 +20,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from vllm_dfloat.codec.arrays import U8Array, U16Array, U32Array
-from vllm_dfloat.errors import FormatError, UnsupportedError
 
 LAYOUT_VERSION = 2
 
@@ -40,7 +39,7 @@ SYMBOL_SHIFT = 7  # where a BF16 weight holds its exponent, and a LUT entry its 
 LENGTH_MASK = 15  # code length of a LUT entry: 4 bits
 SIGN_MANTISSA_MASK = 0x807F807F  # the bits of two BF16 weights that are not exponent
 MAX_WORDS = 1 << 31
-# Words a lane can read beyond its first one whatever the bytes say: the longest codes a LUT can state, and a window.
+# Words that a lane can read after its first one, whatever the bytes say: the longest codes of a LUT, and a window.
 PAD_WORDS = LANE_WEIGHTS * LENGTH_MASK // 32 + 2
 ALIGNMENT = 16
 
@@ -51,7 +50,7 @@ def _aligned(num_bytes: int) -> int:
 
 @dataclass(frozen=True)
 class PackedLayout:
-    """Sizes and byte offsets of a packed matrix [rows, cols]; everything follows from these four numbers."""
+    """Sizes and byte offsets of a packed matrix [rows, cols]; all follow from these four numbers."""
 
     rows: int
     cols: int
@@ -149,55 +148,3 @@ class PackedTensor:
     @property
     def words(self) -> U32Array:
         return self.payload[self.layout.words_offset :].view(np.uint32)
-
-
-def validate(packed: PackedTensor) -> None:
-    """Check everything the decoders rely on, before one of them runs.
-
-    Raises:
-        FormatError: sizes, tile starts, lane lengths or the LUT contradict the layout.
-        UnsupportedError: a code length limit outside MIN_CODE_BITS..MAX_CODE_BITS.
-    """
-    lay, where = packed.layout, packed.name or "packed tensor"
-    if not MIN_CODE_BITS <= lay.code_bits <= MAX_CODE_BITS:
-        raise UnsupportedError(
-            f"{where}: codes of up to {lay.code_bits} bits; this version decodes "
-            f"{MIN_CODE_BITS} to {MAX_CODE_BITS}. Encode the weights again."
-        )
-    if lay.rows < 0 or lay.cols < 0 or not 0 <= lay.num_words < MAX_WORDS:
-        raise FormatError(
-            f"{where}: shape [{lay.rows}, {lay.cols}] with {lay.num_words} words; sizes are not "
-            f"negative and words fewer than {MAX_WORDS}. Encode the weights again."
-        )
-    if packed.payload.dtype != np.uint8 or packed.payload.shape != (lay.num_bytes,):
-        raise FormatError(
-            f"{where}: payload {packed.payload.dtype}{list(packed.payload.shape)}; expected "
-            f"uint8[{lay.num_bytes}] for shape [{lay.rows}, {lay.cols}]. Encode the weights again."
-        )
-    if not packed.is_raw:
-        _validate_stream(packed, where)
-
-
-def _validate_stream(packed: PackedTensor, where: str) -> None:
-    lay = packed.layout
-    starts = packed.tile_starts.astype(np.int64)
-    usable = lay.num_words - PAD_WORDS
-    if starts[0] != 0 or starts[-1] != usable:
-        raise FormatError(
-            f"{where}: tiles span words {starts[0]} to {starts[-1]}; expected 0 to {usable}. "
-            "The bytes were changed after encoding; encode the weights again."
-        )
-    lane_bits = packed.lane_lengths.astype(np.int64).sum(axis=1) * LANE_LENGTH_UNIT
-    wrong = np.flatnonzero(np.diff(starts) != -(-lane_bits // 32))
-    if wrong.size:
-        tile = int(wrong[0])
-        raise FormatError(
-            f"{where}: tile {tile} holds {starts[tile + 1] - starts[tile]} words, but its lanes need "
-            f"{lane_bits[tile]} bits. The bytes were changed after encoding; encode the weights again."
-        )
-    lengths = packed.lut & np.uint16(LENGTH_MASK)
-    if int(lengths.max()) > lay.code_bits:
-        raise FormatError(
-            f"{where}: the LUT holds a code of {int(lengths.max())} bits; the longest allowed is "
-            f"{lay.code_bits}. The bytes were changed after encoding; encode the weights again."
-        )

@@ -12,9 +12,7 @@ from typing import Any
 
 from vllm_dfloat.errors import UnsupportedError
 
-MIN_TILES_PER_THREAD = (
-    64  # 128 Ki weights, about half a millisecond: below that a thread costs more than it gives
-)
+MIN_TILES_PER_THREAD = 64  # 128 Ki weights, half a millisecond: a thread with fewer does not pay
 
 
 @lru_cache(maxsize=2)
@@ -27,7 +25,7 @@ def num_threads() -> int:
     """Return how many cores the process may use, or what VLLM_DFLOAT_THREADS says.
 
     Raises:
-        UnsupportedError: it says no number of threads.
+        UnsupportedError: the variable holds no number of threads.
     """
     wanted = os.environ.get("VLLM_DFLOAT_THREADS", "")
     if not wanted:

@@ -120,7 +120,7 @@ def _payload(
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """Return a payload that lacks codes, signs and mantissas, and the sections that the write kernel takes."""
     payload = torch.empty(layout.num_bytes, dtype=torch.uint8, device=ends.device)
-    lut, plane, units, starts, words = payload.tensor_split(
+    lut, plane, lane_section, starts, words = payload.tensor_split(
         (
             layout.sign_mantissa_offset,
             layout.lane_lengths_offset,
@@ -129,9 +129,9 @@ def _payload(
         )
     )
     lut.copy_(torch.from_numpy(build_lut(lengths, layout.code_bits).view(np.uint8)))
-    units.view_as(lane_lengths).copy_(lane_lengths)
+    lane_section.view_as(lane_lengths).copy_(lane_lengths)
     starts.zero_()
     words.zero_()
     starts = starts.view(torch.int32)
     starts[1 : 1 + ends.numel()] = ends
-    return payload, (units, starts, plane.view(torch.uint32), words.view(torch.uint32))
+    return payload, (lane_section, starts, plane.view(torch.uint32), words.view(torch.uint32))

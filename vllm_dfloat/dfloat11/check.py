@@ -1,4 +1,4 @@
-"""Decode a unit that was just written, and compare it with the original weights, a bounded piece at a time."""
+"""Decode a unit that was just written, and compare it with the original weights, piece by piece."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def check_unit(
 
     Args:
         entry: the unit in its file.
-        originals: its members as they were, in order.
-        coder: what decodes and compares.
+        originals: the tensors of its members, in order.
+        coder: decodes and compares.
         advance: called with the number of weights that were compared.
 
     Raises:

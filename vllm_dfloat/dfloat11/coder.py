@@ -1,7 +1,7 @@
-"""What is done to each piece of a unit that is encoded, on the CPU: numba kernels over ranges of chunks.
+"""The work on each piece of a unit while it is encoded, on the CPU: numba kernels over ranges of chunks.
 
-The same bytes come out whatever the number of threads. A GPU does the same work behind the same interface
-(vllm_dfloat.device.unit_coder).
+The bytes do not depend on the number of threads. vllm_dfloat.device.unit_coder does the same work on a GPU, with the
+same interface.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from vllm_dfloat.dfloat11.format import BLOCK_WINDOWS
 from vllm_dfloat.dfloat11.huffman import EOF, Codes
 from vllm_dfloat.dfloat11.unit import Unit
 
-CHUNK = 2048  # weights that a thread takes at once
+CHUNK = 2048  # weights; a thread takes whole chunks
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,12 +50,12 @@ def make_book(codes: Codes) -> Book:
 
 @dataclass(frozen=True, eq=False)
 class Codes64:
-    """Windows of a stream that are being written, from the start of a block on.
+    """Windows of a stream while they are written, from the start of a block on.
 
     Attributes:
-        words: uint64, 64 bits of stream each, the first bit uppermost; zeros where nothing was written yet.
-        first_bits: uint8, bit of each window at which the first code starts in it.
-        begins: int64, weight of the piece with which each block begins.
+        words: uint64, 64 bits of the stream each, the first bit uppermost; zeros where nothing is written yet.
+        first_bits: uint8, the bit of each window at which its first code starts.
+        begins: int64, the first weight of each block, counted in the piece.
     """
 
     words: U64Array
@@ -70,17 +70,17 @@ class Coder(Protocol):
         """Return how often each exponent occurs, int64 [256]."""
 
     def write(self, weights: U16Array, book: Book, bit: int, out: Codes64) -> int:
-        """Write the codes of a piece from `bit` of `out` on; return the bit behind them.
+        """Write the codes of a piece into `out` from `bit` on; return the bit after them.
 
-        Words are joined with what is in them. Of windows and blocks that begin behind `bit`, or at the bit behind
-        the last code, first_bits and begins are set.
+        Bits already in a word stay. first_bits and begins are set for windows and blocks that start after `bit`, up to
+        one that starts at the returned bit.
         """
 
     def sign_mantissa(self, weights: U16Array) -> U8Array:
         """Return the sign and the mantissa of each weight in one byte."""
 
     def equals(self, unit: Unit, start: int, weights: U16Array) -> bool:
-        """Return whether the weights of a unit from `start` on are these, to the bit.
+        """Return whether the weights of a unit from `start` on are equal to these, bit for bit.
 
         Raises:
             FormatError: the codes contradict the unit's gaps, positions or tables.
@@ -116,7 +116,7 @@ class CpuCoder:
 
 
 def _chunk_starts(weights: U16Array, lengths: U8Array, bit: int) -> I64Array:
-    """Return the bit at which the codes of each chunk start; with one thread, that of the first is enough."""
+    """Return the bit at which the codes of each chunk start; with one thread only that of the first is right."""
     bits = np.zeros(-(-weights.size // CHUNK) + 1, np.int64)
     bits[0] = bit
     if num_threads() > 1:
@@ -138,10 +138,10 @@ def _measure_chunks(first, last, flat, lengths, bits):  # type: ignore[no-untype
 def _write_chunks(  # type: ignore[no-untyped-def]
     first, last, flat, starts, lengths, values, words, first_bits, begins
 ):
-    """Write the codes of chunks window by window, most significant bit first, and what tells where windows begin.
+    """Write the codes of chunks window by window, most significant bit first, with first_bits and begins.
 
-    Returns the window in which the last code ends, how many of its bits are used, and these: the next range goes on
-    there, perhaps at the same time, and writes that window's word with zeros in their place.
+    Returns the window in which the last code ends, how many of its bits are used, and those bits. They are not written
+    here: another thread may be writing that word, which the next range starts in.
     """
     begin, end = first * CHUNK, min(last * CHUNK, flat.size)
     window = starts[first] >> 6

@@ -1,7 +1,7 @@
 """Decode DFloat11 units on the CPU, whole or a range of weights at a time.
 
-Only the blocks that hold the wanted weights are decoded, dealt to threads.
-Equal bit for bit to reference_unit.decode.
+Only the blocks that hold the wanted weights are decoded, by several threads.
+Equal bit for bit to reference.decode.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def decode_unit(unit: Unit, start: int = 0, stop: int | None = None) -> U16Array
 
 
 def decode_range(unit: Unit, start: int, stop: int) -> U16Array:
-    """Do as `decode_unit` for a unit that may stay in its file (`UnitEntry.open`): read no more than it needs."""
+    """Do as `decode_unit` for a unit that may stay in its file (`UnitEntry.open`): reads only the blocks it needs."""
     if not 0 <= start < stop <= unit.num_weights:
         raise ValueError(f"{unit.where}: weights {start}..{stop} of {unit.num_weights}")
     first, last = unit.blocks_of(start, stop)

@@ -1,8 +1,8 @@
 """The numba code under decode.py: decodes blocks of 4096 stream bytes and checks them.
 
-The exponents of a block go to a small buffer first, several codes per table look-up, and are merged
-with the sign and mantissa bytes in a loop that the compiler vectorises. Nothing here checks array
-sizes: `Unit` has them checked, and every index below is bounded by them whatever the bytes are.
+The exponents of a block go to a small buffer first, several codes per table look-up. A second loop,
+which the compiler vectorises, merges them with the sign and mantissa bytes. Array sizes are checked
+where a `Unit` is made; every index here is bounded by them, whatever the bytes are.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _ALL_BITS, _NUMBER, _FIRST_BITS = 32, 40, 48
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
 def wide_table(tables: I32Array) -> U64Array:  # pragma: no cover
-    """Return for each 12 bits the codes they begin with, up to four; 0 if the first is longer."""
+    """Return for each value of 12 bits up to four codes at its start; 0 if the first code is longer."""
     wide = np.zeros(1 << _WIDE_BITS, np.uint64)
     for prefix in range(1 << _WIDE_BITS):
         used = 0
@@ -109,7 +109,7 @@ def _decode_window(
 ) -> tuple[Any, Any]:  # pragma: no cover
     """Decode all codes that start in a window; return the end bit (-1 if bad) and the count.
 
-    Writes at most 64 symbols from `count` on, and 3 that do not count behind them.
+    Writes at most 64 symbols from `count` on, and after them up to 3 that do not count.
     """
     while at < 64:
         inside = at <= 64 - _WIDE_BITS
@@ -149,7 +149,7 @@ def _decode_end(
     symbols: U8Array,
     count: Any,
 ) -> tuple[Any, Any]:  # pragma: no cover
-    """Do the same one code at a time: stop after `want` codes, refuse a code beyond bit `end`."""
+    """Do as `_decode_window`, one code at a time: stop after `want` codes, refuse a code that ends after bit `end`."""
     while at < 64 and count < want:
         found = _look_up(tables, np.int64(_peek(word, following, at) >> np.uint64(32)))
         at += found >> LENGTH_SHIFT
@@ -176,7 +176,7 @@ def _decode_block(
     Returns the status, the window in which decoding ended, and what was found there: the number
     of codes so far, or under STATUS_GAP the bit at which the next window's first code starts.
 
-    `is_last`: no code follows them, so what comes after the last code is not looked at.
+    `is_last`: these are the last codes of the unit; what follows them in the stream does not matter.
     """
     first = block * BLOCK_WINDOWS
     num_windows = (stream.size + 7) // 8
@@ -219,8 +219,8 @@ def decode_blocks(
     out: U16Array,
     status: I64Array,
 ) -> None:  # pragma: no cover
-    """Decode blocks first + begin .. first + end; write what falls into out, weights from `start`."""
-    # No block has room for more codes than this; a look-up may write 3 symbols too many.
+    """Decode blocks first + begin to first + end - 1; write those weights that `out`, from weight `start` on, holds."""
+    # No block holds more codes; a look-up may write 3 symbols too many.
     symbols = np.empty(MAX_BLOCK_WEIGHTS + 3, np.uint8)
     for i in range(begin, end):
         block = first + i

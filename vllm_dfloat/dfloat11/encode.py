@@ -1,8 +1,8 @@
 """Encode BF16 weights into the official DFloat11 format: the six tensors of a unit, with the official encoder's bytes.
 
-Three passes, each over the members in bounded pieces: count the exponents, which settles the code and the sizes of all
-tensors; write the codes; take signs and mantissas. So a unit of any size is encoded while its file is written, and
-only its gaps and positions, 1.3 % of the weights' bytes, are held. coder.py works on the pieces.
+Three passes, each over the members in bounded pieces: count the exponents, from which the code and the sizes of all
+tensors follow; write the codes; take signs and mantissas. A unit of any size is encoded while its file is written: only
+its gaps and positions, 1.3 % of the weights' bytes, are held in memory. coder.py works on the pieces.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class CountedWeights:
 
 @dataclass(frozen=True, eq=False)
 class MeasuredUnit:
-    """A unit whose code is known, and so the size of everything in it.
+    """A unit whose code is known, and with it all sizes.
 
     Attributes:
         members: its weights in order.
@@ -99,10 +99,10 @@ class MeasuredUnit:
     def tensors(
         self, coder: Coder = CPU, encoded: Advance = ignore, split: Advance = ignore
     ) -> dict[str, Pieces]:
-        """Return what gives the pieces of each tensor, each to be called once.
+        """Return for each tensor a function that gives its pieces; each may be called once.
 
-        The stream must be taken to its end before gaps and output positions are asked for, as it is when a file is
-        written: they are made with it. A piece may be overwritten when the next one is asked for.
+        The whole stream must be taken before gaps and output positions, which are made with it: so is the order of
+        tensors in a file. A piece may be overwritten by the next one.
 
         Args:
             coder: what works on the pieces.

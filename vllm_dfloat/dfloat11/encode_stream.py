@@ -1,4 +1,4 @@
-"""Join the codes of a unit's pieces to its stream, and gather the gaps and positions of its blocks meanwhile."""
+"""Make the stream of a unit from the codes of its pieces, and with it the gaps and positions of its blocks."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class StreamEncoder:
         return _made(self._positions)
 
     def pieces(self) -> Iterator[U8Array]:
-        """Yield the bytes of the stream; a piece is overwritten when the next one is asked for."""
+        """Yield the bytes of the stream; a piece is overwritten by the next one."""
         blocks = num_blocks(-(-self._num_bits // 8))
         gaps = np.empty(BLOCK_GAP_BYTES * blocks, np.uint8)
         positions = np.zeros(blocks + 1, "<u4")
@@ -76,7 +76,7 @@ class StreamEncoder:
         self._gaps, self._positions = gaps, positions
 
     def _check(self, block: int, blocks: int) -> None:
-        """Refuse more blocks than were measured: there is no room for their gaps."""
+        """Refuse more blocks than were measured: their gaps have no room."""
         if block > blocks:
             raise FormatError(
                 f"the weights have more than the {self._num_bits} bits of codes that they were measured to have; "
@@ -84,11 +84,11 @@ class StreamEncoder:
             )
 
     def _buffers(self) -> Codes64:
-        """Return room for what is left of a block, and the longest codes for a whole piece."""
+        """Return room for the rest of a block and a whole piece of the longest codes."""
         longest = int(self._book.lengths.max())
         largest = min(piece_weights(), max(member.size for member in self._members))
         blocks = -(-longest * largest // BLOCK_BITS) + 1
-        # One window more than there are: the last code may end where a new one would begin.
+        # One window more: the last code may end where another window would start.
         windows = BLOCK_WINDOWS * blocks + 1
         return Codes64(
             np.zeros(windows, np.uint64),
@@ -119,12 +119,12 @@ def _take_gaps(out: Codes64, blocks: int, gaps: U8Array) -> None:
 
 
 def _big_endian(words: U64Array) -> U8Array:
-    """Return the bytes of windows, which are turned round where they lie."""
+    """Return the bytes of windows; swaps them in place."""
     return words.byteswap(inplace=True).view(np.uint8)
 
 
 def _move(out: Codes64, start: int, stop: int) -> None:
-    """Move windows start..stop to the front, and clear the words behind them."""
+    """Move windows start to stop - 1 to the front, and clear the words after them."""
     rest = stop - start
     for array in (out.words, out.first_bits):
         array[:rest] = array[start:stop].copy()

@@ -1,7 +1,7 @@
 """The code book of the official DFloat11 encoder: which exponent gets which bits, and the tables that say so.
 
-Followed to the bit, so that units written here equal the official ones. Codes are not canonical: they follow from the
-order in which the tree is built, and a reader finds them in the tables (tables.py).
+The rules are those of the official encoder, so units written here have its bytes. Codes are not canonical: they depend
+on the order in which the tree is built, and a reader finds them in the tables (tables.py).
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ Codes = dict[int, tuple[int, int]]  # exponent or EOF -> (code, its length in bi
 def build_codes(counts: I64Array) -> Codes:
     """Return the code of every exponent that occurs and of EOF, none longer than 32 bits.
 
-    Where codes would get longer (not below 9 million weights), the k rarest exponents are counted once instead, with
-    the least k that helps. The official encoder does so too, but leaves to NumPy which of equals are the rarest; here
-    the smaller exponents are.
+    If a code would be longer (which takes over 9 million weights), the k rarest exponents count as one weight each,
+    with the smallest k that helps. The official encoder does the same, but there NumPy decides which of equally rare
+    exponents come first; here the smaller ones do.
 
     Args:
         counts: how often each of the 256 exponents occurs.
@@ -45,7 +45,7 @@ def build_codes(counts: I64Array) -> Codes:
 def _tree_codes(counts: I64Array) -> Codes:
     """Return the codes of a Huffman tree: the smaller of two nodes is the 0 branch.
 
-    Nodes are ordered by weight and then by their first leaf, that at the end of the 0 branches.
+    Nodes are ordered by weight, and then by their first leaf: the one at the end of their 0 branches.
     """
     leaves = [(int(counts[symbol]), int(symbol)) for symbol in np.flatnonzero(counts)]
     heap: list[tuple[int, int, Any]] = [
@@ -69,14 +69,14 @@ def _tree_codes(counts: I64Array) -> Codes:
 def build_luts(codes: Codes) -> U8Array:
     """Return the tables of a code book and the row of code lengths, uint8 [tables + 1, 256].
 
-    There may be more tables than pointers can name (MAX_ROWS): the caller must look. Slots that belong to EOF repeat
-    their left neighbour, across rows too, as in official files. Where EOF has the very first slot, which the official
-    encoder cannot write, that slot is 0.
+    There may be more tables than pointers can name (MAX_ROWS), which the caller must check. Slots of EOF repeat the
+    slot before them, across rows too, as in official files. The very first slot is 0 if it is EOF's: the official
+    encoder cannot write such a table.
     """
     slots = _tables(codes)
     order = sorted(slots, key=lambda at: (at[0], at[1] << (MAX_CODE_BITS - 8 * at[0])))
     for row, (depth, prefix) in enumerate(order[1:], 1):
-        # Too many tables end in values that are no pointers here, and in an error in the caller.
+        # With too many tables these values are no pointers, and the caller raises an error.
         slots[depth - 1, prefix >> 8][prefix & 0xFF] = (256 - row) % 256
     luts = np.zeros((len(order) + 1, 256), np.uint8)
     value = 0
@@ -91,7 +91,7 @@ def build_luts(codes: Codes) -> U8Array:
 
 
 def _tables(codes: Mapping[int, tuple[int, int]]) -> dict[tuple[int, int], dict[int, int]]:
-    """Return (depth, the 8 * depth bits before) -> slot -> exponent, for every table that owns a code."""
+    """Return (depth, the 8 * depth bits that lead to a table) -> slot -> exponent, for every table with a code."""
     slots: dict[tuple[int, int], dict[int, int]] = {}
     for symbol, (code, length) in codes.items():
         if symbol == EOF:

@@ -1,7 +1,7 @@
 """Decode a DFloat11 unit slowly and obviously: the oracle for decode.py and the kernel.
 
-Follows the format's description word by word: the stored `luts` with their row of lengths, one
-window after the other, one code after the other. No speed, no tables of our own.
+It follows the description of the format: the stored `luts` with their row of lengths, one window after
+another, one code after another. It is not fast, and makes no tables of its own.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Turn the `luts` of a DFloat11 unit into decode tables in which every entry can be trusted.
 
-The official encoder leaves meaningless values in the slots of its end marker, pointers included,
-so `luts` cannot be followed blindly. Here only slots that can be a code are entered: a code of
-length L fills an aligned run of slots in a table at depth (L - 1) // 8. A copy of such a run is
-entered as well: it is the end marker's, or the code itself behind filler of the same value (an
-encoder that fills with 0), and data of a valid file reach only the real one.
+The official encoder leaves meaningless values, pointers too, in the slots of its end marker, so `luts`
+cannot be followed blindly. Only slots that can be a code get an entry here: a code of length L fills an
+aligned run of slots in a table at depth (L - 1) // 8. A copy of such a run gets entries as well: either
+it belongs to the end marker, or it is the code itself after filler of the same value (some encoders fill
+with 0). The codes of a valid file lead only to the real one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from vllm_dfloat.errors import FormatError
 def build_tables(luts: U8Array, where: str) -> I32Array:
     """Return decode tables int32 [R - 1, 256] for checked `luts` uint8 [R, 256].
 
-    Slots that can be no code become 0, so running into one is an error, never a wrong weight.
+    Slots that cannot be a code become 0: a stream that leads to one is an error, never a wrong weight.
 
     Raises:
         FormatError: `luts` is not a code book of this format.

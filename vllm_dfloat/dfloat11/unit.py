@@ -1,4 +1,4 @@
-"""One DFloat11 unit: its six tensors, and every check that can be made before decoding."""
+"""One DFloat11 unit: its six tensors, and all checks that need no decoding."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Unit:
         splits: int64 [m + 1], 0, first weight of each further member, N.
         luts: uint8 [R, 256] as stored.
         tables: int32 [R - 1, 256], the same codes without stale slots (tables.py).
-        first_block: of the stored unit that the first block is, if this is a piece of it.
+        first_block: number in the stored unit of this one's first block, if this is a piece of it.
     """
 
     name: str
@@ -62,32 +62,32 @@ class Unit:
         return len(self.positions) - 1
 
     def blocks_of(self, start: int, stop: int) -> tuple[int, int]:
-        """Return the first block that holds weights start..stop - 1 (start < stop), and the one behind the last."""
+        """Return the first block that holds weights start to stop - 1 (start < stop), and the one after the last."""
         first = int(np.searchsorted(self.positions, start, "right")) - 1
         return first, int(np.searchsorted(self.positions, stop, "left"))
 
     def piece(self, first: int, last: int) -> Unit:
-        """Return blocks first..last - 1 as a unit of its own, views of this one's arrays.
+        """Return blocks first to last - 1 as a unit of its own, with views of this one's arrays.
 
-        Unless `last` is the end, one more block follows, of which the stream has only the window into which codes of
-        the last block may reach. It is there for the checks at the seam and cannot be decoded.
+        Unless `last` is the end, one more block follows, and the stream has only its first window: codes of the block
+        before may end there. It serves to check that end, and cannot be decoded.
         """
-        behind = min(last + 1, self.num_blocks)
-        end = BLOCK_BYTES * last + (WINDOW_BYTES if behind > last else 0)
-        begin, stop = self.positions[first], self.positions[behind]
+        after = min(last + 1, self.num_blocks)
+        end = BLOCK_BYTES * last + (WINDOW_BYTES if after > last else 0)
+        begin, stop = self.positions[first], self.positions[after]
         return replace(
             self,
             stream=self.stream[BLOCK_BYTES * first : end],
             sign_mantissa=self.sign_mantissa[begin:stop],
-            gaps=self.gaps[BLOCK_GAP_BYTES * first : BLOCK_GAP_BYTES * behind],
-            positions=self.positions[first : behind + 1] - begin,
+            gaps=self.gaps[BLOCK_GAP_BYTES * first : BLOCK_GAP_BYTES * after],
+            positions=self.positions[first : after + 1] - begin,
             splits=np.array([0, stop - begin]),
             first_block=self.first_block + first,
         )
 
 
 class _StoredBytes:
-    """The bytes of a tensor that stay in their file: a range of them is read when it is asked for."""
+    """The bytes of a tensor in its file: a range is read when it is asked for."""
 
     def __init__(self, tensor: StoredTensor) -> None:
         self._tensor = tensor
@@ -137,8 +137,10 @@ class UnitEntry:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Return the tensor name of each weight. Of a list with more than the one weight that there is, nothing is
-        meant: the module is itself the weight."""
+        """Return the tensor name of each weight.
+
+        If the unit has one weight, a list with more names means nothing: the module itself is the weight.
+        """
         listed = self.members if self.num_members == len(self.members) else ("",)
         paths = (f"{self.name}.{member}" if member else self.name for member in listed)
         return tuple(path if path in self.parameters else f"{path}.weight" for path in paths)
@@ -160,7 +162,7 @@ class UnitEntry:
         return splits
 
     def load(self) -> Unit:
-        """Map the tensors and check everything that needs no decoding.
+        """Map the tensors, and check all that needs no decoding.
 
         Raises:
             FormatError: the contents contradict the format.
@@ -168,9 +170,9 @@ class UnitEntry:
         return self._unit(StoredTensor.bits)
 
     def open(self) -> Unit:
-        """Do as `load`, but map nothing: only pieces of the unit can be decoded, and are read when they are cut.
+        """Do as `load`, but map nothing: only pieces of the unit can be decoded (`Unit.piece` reads them).
 
-        For long jobs: a mapped file that is cut meanwhile ends the process, and pages of a mapping count as its memory.
+        For long jobs: truncating a mapped file kills the process, and the pages of a mapping count as its memory.
         """
         return self._unit(lambda tensor: cast(U8Array, _StoredBytes(tensor)))
 
@@ -199,7 +201,7 @@ class UnitEntry:
                 f"{tensor.where}: runs from {stored[0]} to {stored[-1]}; "
                 f"0 to {numbers} is expected, the length of sign_mantissa."
             )
-        # One entry short: the last code spills into a block in which no code starts.
+        # One entry less: the last code ends in a block in which no code starts.
         short = len(stored) == num_blocks(self.fields["encoded_exponent"].shape[0])
         positions = np.append(stored, numbers) if short else stored
         counts = np.diff(positions)
@@ -248,7 +250,7 @@ def check_entry(entry: UnitEntry) -> None:
     wants = (4 * blocks, 4 * blocks + 4)
     _expect(entry, "output_positions", stored, stored in wants, f"{wants[1]} (or {wants[0]}) bytes")
     count, listed = entry.num_members, max(1, len(entry.members))
-    # One weight with a longer list is a module that is itself the weight; the list is then ignored.
+    # One weight and a longer list: the module itself is the weight, and the list is ignored.
     _expect(
         entry,
         "split_positions",

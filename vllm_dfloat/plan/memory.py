@@ -33,7 +33,7 @@ class Settings:
         kv_cache_memory: bytes of KV cache per rank; None for what is left.
         in_flight_batches: batches that are scheduled at once; None for vLLM's choice on a GPU.
         granularity: "layer" or "block", what is decoded in one launch.
-        lanes: scratch buffers that are in use at once; None for what the model needs on a GPU.
+        slots: scratch buffers that are in use at once; None for what the model needs on a GPU.
     """
 
     tp: int = 1
@@ -49,7 +49,7 @@ class Settings:
     overhead: int | None = None
     kv_cache_memory: int | None = None
     granularity: str = "layer"
-    lanes: int | None = None
+    slots: int | None = None
 
     @property
     def requested(self) -> int:
@@ -137,11 +137,11 @@ def ranks_of(
             "evenly. Give another --tp, and --pp for the rest of the GPUs."
         )
     overlaps = any("experts" in weight.name for weight in weights)  # on a stream of their own
-    lanes = settings.lanes or (2 if overlaps else 1)
+    slots = settings.slots or (2 if overlaps else 1)
     ranks = []
     for stage, layers in enumerate(split_layers(config.num_layers, settings.pp)):
         held = [w for w in weights if w.is_on_stage(stage, layers, settings.pp)]
-        ranks.append(_rank(config, held, settings, code_bits, stage, layers, lanes))
+        ranks.append(_rank(config, held, settings, code_bits, stage, layers, slots))
     return ranks
 
 
@@ -152,7 +152,7 @@ def _rank(
     code_bits: CodeBits,
     stage: int,
     layers: range,
-    lanes: int,
+    slots: int,
 ) -> Rank:
     bf16 = dfloat11 = bf16_towers = dfloat11_towers = numel = coded = largest = scratch = 0
     blocks: dict[str, list[int]] = {}
@@ -178,7 +178,7 @@ def _rank(
     if overhead is None:
         overhead = RESERVE + rotary_bytes(config, layers) + activation_bytes(config, settings)
     return Rank(
-        stage, layers, bf16, dfloat11, bf16_towers, dfloat11_towers, numel, coded, lanes * scratch, largest, overhead
+        stage, layers, bf16, dfloat11, bf16_towers, dfloat11_towers, numel, coded, slots * scratch, largest, overhead
     )  # fmt: skip
 
 

@@ -1,8 +1,8 @@
-"""Whether a file is still the one that was opened, with what it held then.
+"""Whether a file is still the one that was opened, with the same contents.
 
-Nothing but reading everything twice can prove that. This compares what the system says of a file: it sees a file that
-was replaced, rewritten, cut, touched or removed. It does not see a write that moves no time: through a memory map whose
-page was dirty before, or within the same tick of the file system's clock.
+Only reading everything twice can prove that. This compares what the system says of a file, which shows that it was
+replaced, rewritten, cut, touched or removed. It does not show a write that leaves the times as they are: through a
+memory map whose page was dirty before, or within the same tick of the file system's clock.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ class FileIdentity:
         )
 
     def difference(self, now: FileIdentity) -> str:
-        """Return what has changed since, in words, nothing if it is the same file with the same content."""
+        """Return in words what has changed since; "" if it is the same file with the same content."""
         if self.size != now.size:
             return f"it has {now.size} bytes, {self.size} before"
         is_same = (self.device, self.inode) == (now.device, now.inode)
         if (self.mtime_ns, self.ctime_ns) == (now.mtime_ns, now.ctime_ns):
-            # Some network file systems number an inode anew when they forgot it; fine times tell more than that.
+            # Some network file systems give a file another inode number later; times with fractions tell more.
             return "" if is_same or self.ctime_ns % _SECOND else "it is another file now"
         if not is_same:
             return "it is another file now"
@@ -55,7 +55,7 @@ def identity_of(file: Path) -> FileIdentity:
     """Return the identity of the file at a path.
 
     Raises:
-        OSError: there is none, or it cannot be reached.
+        OSError: there is no such file, or it cannot be reached.
     """
     return FileIdentity.of(file.stat())
 
@@ -65,11 +65,11 @@ def require_same(file: Path, before: FileIdentity | None, descriptor: int | None
 
     Args:
         file: its path.
-        before: what it was; None where that is not known.
-        descriptor: of the open file, if that is to be looked at and not the path.
+        before: its identity then; None if it is not known, and nothing is checked.
+        descriptor: of the open file, to look at that instead of the path.
 
     Raises:
-        ChangedError: it has.
+        ChangedError: it has changed.
     """
     if before is None:
         return
@@ -83,7 +83,7 @@ def require_same(file: Path, before: FileIdentity | None, descriptor: int | None
 
 @contextmanager
 def unchanged(files: Mapping[Path, FileIdentity | None]) -> Iterator[None]:
-    """Check at the end of the block that none of these files has changed; if one has, that explains any error in it.
+    """Check at the end of the `with` block that no file has changed. A change also explains any error in the block.
 
     Raises:
         ChangedError: one has changed.
@@ -102,10 +102,10 @@ def unchanged(files: Mapping[Path, FileIdentity | None]) -> Iterator[None]:
 
 
 def open_same(file: Path, before: FileIdentity | None) -> BinaryIO:
-    """Return a file, open, unbuffered, that has not changed.
+    """Open a file that has not changed, unbuffered.
 
     Raises:
-        ChangedError: it has.
+        ChangedError: it has changed.
         OSError: it cannot be opened.
     """
     try:
@@ -122,7 +122,7 @@ def open_same(file: Path, before: FileIdentity | None) -> BinaryIO:
 
 
 def changed(file: Path, what: str, advice: str = AGAIN) -> ChangedError:
-    """Return the error that says so."""
+    """Return the error for a file that has changed."""
     return ChangedError(
         f"{file}: was changed after it was opened: {what}; expected the same until the end. {advice}"
     )
@@ -135,7 +135,7 @@ def _gone(error: OSError) -> str:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The files of a folder as they were.
+    """The files of a folder as they were at one time.
 
     Attributes:
         folder: the folder.
@@ -147,7 +147,7 @@ class Snapshot:
 
     @classmethod
     def take(cls, folder: Path, names: Iterable[str]) -> Snapshot:
-        """Return the identities of these files, without those that are not there."""
+        """Return the identities of those of these files that are there."""
         found = {}
         for name in names:
             try:

@@ -1,8 +1,8 @@
 """A lock on a folder that is being made, so that one run at a time works in it.
 
-It lies on the folder itself: no file is left behind, and deleting what is in the folder cannot break it. The system
-lets go of it when the last process that holds it is gone, however it ended; processes started with a `FolderLock`
-among their arguments hold it too, since they may outlive for a moment the one that started them.
+The folder itself is locked: no file is left over, and deleting what is in the folder cannot break the lock. The system
+releases it when the last process that holds it has ended, however that ended. Processes that get a `FolderLock` as an
+argument hold it too, since they may live a moment longer than the process that started them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _SECONDS_BETWEEN_TRIES = 0.05
 
 
 class FolderLock:
-    """A folder that no other run works in while this is open."""
+    """A folder in which no other run works while this is open."""
 
     def __init__(self, path: Path, descriptor: int) -> None:
         self.path = path
@@ -42,7 +42,7 @@ class FolderLock:
             )
 
     def __reduce__(self) -> tuple[object, ...]:
-        # Works where a process is being started, and nowhere else; spawned ones keep no other descriptors.
+        # Works only while a process is being started; a spawned process gets no other descriptors.
         return _received, (self.path, reduction.DupFd(self._descriptor))
 
 
@@ -52,7 +52,7 @@ def _received(path: Path, duplicate: Any) -> FolderLock:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[FolderLock]:
-    """Make `folder` if it is not there, and lock it.
+    """Make `folder` if it does not exist, and lock it.
 
     Raises:
         FormatError: another run holds it.

@@ -1,7 +1,7 @@
-"""What is done of a task that may be interrupted: one line per finished file, appended and synced.
+"""What an interrupted task has finished: one line per file, appended and synced.
 
-The journal lies in the folder that is being made, and is removed when everything is done. The folder itself is locked
-(folder_lock.py); the journal is locked too, because on NFS only locks of files are seen by other machines.
+The journal lies in the folder that is being made, and is removed at the end. The folder itself is locked
+(folder_lock.py). The journal is locked too, because on NFS other machines see locks of files only.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Journal:
     """An open, locked journal.
 
     Attributes:
-        done: what the lines said that were there when it was opened.
+        done: the lines that it had when it was opened.
     """
 
     def __init__(self, stream: IO[bytes], done: list[dict[str, Any]]) -> None:
@@ -54,12 +54,12 @@ def open_journal(
     """Open the journal `file` for a task (such as "compression") on the source `identity`, a new one if there is none.
 
     Args:
-        anew: forget what it says.
-        clear: removes what is in the way of a new beginning; called before the journal has its first line, so that it
-            is called again if it did not come to its end.
+        anew: start again, whatever the journal says.
+        clear: removes what an earlier run has left. Called before the journal gets its first line, so that it is called
+            again if it was interrupted.
 
     Raises:
-        FormatError: the journal is that of another source, or another process has it open.
+        FormatError: the journal belongs to another source, or another process has it open.
     """
     with file.open("ab+") as stream:
         _lock(file, stream)
@@ -97,7 +97,7 @@ def _lock(file: Path, stream: IO[bytes]) -> None:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         is_there = True
     except OSError as error:
-        # On a file system without locks of files that of the folder remains, which other machines do not see.
+        # Without locks of files only that of the folder is left, which other machines do not see.
         is_there = error.errno in _NO_LOCKS
     is_there = is_there and _leads_to(file, stream)
     if not is_there:  # locked by a run, or removed by one that ended just now

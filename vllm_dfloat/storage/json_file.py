@@ -1,4 +1,4 @@
-"""Read a JSON file that may be anything: absent, huge, nested a million times, or no file at all."""
+"""Read a JSON file, whatever is there: nothing, a huge file, a million nested lists, or no file but a pipe."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def read_object(file: Path, limit: int) -> dict[str, Any] | None:
         limit: the largest size in bytes that is read.
 
     Raises:
-        FormatError: it cannot be read, is larger, or holds something else. A link that leads nowhere is no absent file.
+        FormatError: it cannot be read, is larger, or holds something else; or it is a link to nothing.
     """
     content = read_json(file, limit)
     if content is not None and not isinstance(content, dict):
@@ -47,7 +47,7 @@ def read_object(file: Path, limit: int) -> dict[str, Any] | None:
 def read_json(file: Path, limit: int) -> Any:
     """Return what JSON `file` holds, None if there is no such file; arguments and errors as of `read_object`.
 
-    A file that holds null is one that holds something else.
+    A file that holds null holds something else.
     """
     if not os.path.lexists(file):
         return None
@@ -68,11 +68,11 @@ def read_json(file: Path, limit: int) -> Any:
 
 
 def read_text(stream: BinaryIO, length: int, name: str) -> bytes:
-    """Return the next `length` bytes of a file, which are JSON in UTF-8, or what is left of it.
+    """Return the next `length` bytes of a file, or all that is left of it; they should be JSON in UTF-8.
 
     Raises:
-        FormatError: there is a zero byte among them. They end there, so that a hole, which may be as large as the file
-            says and takes no room on the disk, takes none in memory.
+        FormatError: there is a zero byte among them. Reading stops there: a hole in a file takes no room on the disk,
+            and must take none in memory.
     """
     pieces = []
     while length > 0 and (piece := stream.read(min(length, _PIECE_BYTES))):
@@ -86,5 +86,5 @@ def read_text(stream: BinaryIO, length: int, name: str) -> bytes:
 
 
 def _reason(error: Exception) -> str:
-    """Return what went wrong without the path, which the message begins with."""
+    """Return what went wrong, without the path: the message names it already."""
     return str(getattr(error, "strerror", None) or error)

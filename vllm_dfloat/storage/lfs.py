@@ -6,11 +6,11 @@ from pathlib import Path
 from vllm_dfloat.errors import FormatError
 
 _BEGINNING = b"version https://git-lfs.github.com/spec/"
-_MAX_BYTES = 1024  # Git LFS takes no larger file for a pointer
+_MAX_BYTES = 1024  # a larger file is no pointer for Git LFS either
 
 
 def is_pointer(file: Path) -> bool:
-    """Return whether a file is a Git LFS pointer; False if it cannot be read, which others say better."""
+    """Return whether a file is a Git LFS pointer; False if it cannot be read: whoever reads it says why."""
     try:
         status = file.stat()
         if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_BYTES:

@@ -1,6 +1,6 @@
-"""Give the bits of a weight piece by piece, so that memory does not grow with its size.
+"""The bits of a weight, piece by piece, so that memory does not grow with its size.
 
-Files are read, not mapped: pages of a mapping count as memory of the process until the system takes them back.
+Files are read, not mapped: the pages of a mapping count as memory of the process until the system takes them back.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from vllm_dfloat.errors import FormatError
 from vllm_dfloat.storage.file_identity import require_same
 from vllm_dfloat.storage.stored_tensor import BITS_DTYPES, StoredTensor, fill
 
-PIECE_WEIGHTS = 1 << 20  # per thread: worth starting it, and little enough to stay in the cache
+PIECE_WEIGHTS = 1 << 20  # per thread: enough to be worth a thread, few enough for the cache
 
 
 class Weights(Protocol):
@@ -95,7 +95,7 @@ def read_pieces(
                 piece = buffer[: min(piece_bytes, end - first)]
                 try:
                     fill(stream.fileno(), piece, tensor.begin + first)
-                finally:  # after reading: what was written before that moves the time
+                finally:  # after reading: any earlier write has changed the time by now
                     require_same(tensor.file, tensor.identity, stream.fileno())
                 yield piece.view(dtype)
     except OSError as error:

@@ -1,30 +1,26 @@
-"""How far a long job is, in bytes: those of BF16 that pass through several phases, or those of files."""
+"""How far a long job is, in bytes: of BF16 weights that pass through several phases, or of files."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-PARTS = (
-    16  # a byte is done in so many steps; the phases' shares of them follow their measured times
-)
+PARTS = 16  # steps in which a byte is done, shared among the phases by their measured times
 COUNT, ENCODE, SIGNS, COMPARE = 2, 4, 3, 7
 
 Advance = Callable[[int], None]
-Start = Callable[
-    [int, int], None
-]  # told the bytes of a job in all, and those that are done already
+Start = Callable[[int, int], None]  # called with the bytes of a job, and with those done already
 
 
 def ignore(amount: int) -> None:
-    """Take no notice of progress."""
+    """Ignore progress."""
 
 
 def no_start(total_bytes: int, done_bytes: int) -> None:
-    """Take no notice of what a job will do."""
+    """Ignore the size of a job."""
 
 
 class Bytes:
-    """Reports a job of a known number of bytes; whatever it does, all of them in the end, and no more."""
+    """Reports a job of a known number of bytes: in the end exactly that number, whatever was reported before."""
 
     def __init__(self, num_bytes: int, report: Advance) -> None:
         """
@@ -47,7 +43,7 @@ class Bytes:
 
 
 class Progress:
-    """Reports a job of a known size; whatever its phases say, all of it in the end, and no more."""
+    """Reports a job of a known size: in the end exactly that size, whatever its phases reported."""
 
     def __init__(self, num_bytes: int, report: Advance) -> None:
         """
@@ -58,11 +54,11 @@ class Progress:
         self._parts = Bytes(PARTS * num_bytes, report)
 
     def phase(self, share: int) -> Advance:
-        """Return what is to be called with the number of weights that went through a phase."""
+        """Return a function to be called with the number of weights that went through a phase."""
         return lambda weights: self._parts.done(2 * weights * share)
 
     def copied(self, num_bytes: int) -> None:
-        """Report bytes for which there is nothing else to do."""
+        """Report bytes that are only copied."""
         self._parts.done(PARTS * num_bytes)
 
     def finish(self) -> None:

@@ -1,7 +1,7 @@
-"""Ask the system for the next bytes of a checkpoint while the last ones are decoded and encoded.
+"""Ask the system for the next bytes of a checkpoint while earlier ones are decoded and encoded.
 
-Tensors are mapped from files, so a byte is read when it is first touched, once, and by then the reader waits for it.
-Threads walk some way ahead of it and have the pages read. They copy nothing: ranks on one machine share the pages.
+Tensors are mapped from files, so a byte is read when it is first touched, and the reader waits for it. Threads run some
+way ahead and let the system read the pages. They copy nothing: ranks on one machine share the pages.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Value = TypeVar("Value")
 
 
 class ReadAhead:
-    """Walks through spans of files, ahead of a reader that says where it is.
+    """Runs through parts of files, ahead of a reader that tells where it is.
 
     Args:
         tensors: what will be read, in that order; tensors of one name count as one.
@@ -64,10 +64,10 @@ class ReadAhead:
             try:
                 will_need(*chunk)
             except OSError:
-                return  # whoever reads the file will say what is wrong with it
+                return  # the reader of the file will say what is wrong with it
 
     def _take(self) -> tuple[Path, int, int] | None:
-        """Return the next chunk once the reader is near it, None at the end. What it has passed is left out."""
+        """Wait until the reader is near the next chunk, and return that; None at the end. Skips what it has passed."""
         with self._changed:
             while not self._closed and self._next < len(self._chunks):
                 position, file, first, size = self._chunks[self._next]
@@ -81,7 +81,7 @@ class ReadAhead:
 
 
 def will_need(file: Path, first: int, size: int) -> None:
-    """Have the system read bytes of a file into its cache; does nothing where there is no such call."""
+    """Let the system read bytes of a file into its cache; does nothing on systems without such a call."""
     if not hasattr(os, "posix_fadvise"):
         return
     descriptor = os.open(file, os.O_RDONLY)
@@ -94,11 +94,11 @@ def will_need(file: Path, first: int, size: int) -> None:
 def read_ahead(
     pairs: Iterable[tuple[str, Value]], tensors: Sequence[StoredTensor]
 ) -> Iterator[tuple[str, Value]]:
-    """Yield the same pairs, the files read ahead of them.
+    """Yield the same pairs, and read the files ahead of them.
 
     Args:
         pairs: (tensor name, anything) in about the order of `tensors`.
-        tensors: what will be read (`weights.spans` of a compressed checkpoint).
+        tensors: what will be read (`members.spans` of a compressed checkpoint).
     """
     with ReadAhead(tensors) as ahead:
         for name, value in pairs:

@@ -43,10 +43,10 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 
 
 def read_names(file: Path) -> tuple[list[str], dict[str, Any]]:
-    """Return what a header calls tensors, whatever it says about them, and its metadata.
+    """Return the names of the tensors in a header, whatever else it says of them, and its metadata.
 
     Raises:
-        FormatError: it is no header.
+        FormatError: the file has no header.
     """
     header = _parse(file, _header_text(file)[0])
     metadata = header.pop(_METADATA, None)
@@ -54,10 +54,10 @@ def read_names(file: Path) -> tuple[list[str], dict[str, Any]]:
 
 
 def header_sha256(file: Path) -> str:
-    """Return the SHA-256 of a file's header: of the names, dtypes, shapes and places of its tensors.
+    """Return the SHA-256 of a file's header: of the names, dtypes, shapes and offsets of its tensors.
 
     Raises:
-        FormatError: it has none.
+        FormatError: the file has no header.
     """
     return hashlib.sha256(_header_text(file)[0]).hexdigest()
 
@@ -121,9 +121,8 @@ def _tensor(file: Path, identity: FileIdentity, name: str, entry: Any, start: in
         raise FormatError(
             f"{where}: data_offsets span {end - begin} bytes; {dtype} {shape} takes {need}."
         )
-    if (
-        math.prod(max(1, size) for size in shape) >> 63
-    ):  # NumPy cannot name even an empty array of that shape
+    # NumPy has not even an empty array of such a shape.
+    if math.prod(max(1, size) for size in shape) >> 63:
         raise FormatError(
             f"{where}: shape {shape}; sizes whose product is below 2**63 are expected."
         )
@@ -131,7 +130,7 @@ def _tensor(file: Path, identity: FileIdentity, name: str, entry: Any, start: in
 
 
 def _is_sizes(value: Any) -> bool:
-    """Return whether `value` is a short list of integers that can be sizes in a file."""
+    """Return whether `value` is a short list of integers from 0 to 2**63 - 1."""
     return (
         isinstance(value, list)
         and len(value) <= _MAX_DIMS

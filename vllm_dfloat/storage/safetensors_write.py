@@ -1,6 +1,6 @@
-"""Write a safetensors file piece by piece, in the byte order of the safetensors library.
+"""Write a safetensors file piece by piece, with the tensors in the order of the safetensors library.
 
-The library wants every tensor in memory; here a tensor is an iterable of pieces, and the SHA-256 comes with the bytes.
+The library needs every tensor in memory. Here a tensor is an iterable of pieces, and the SHA-256 is made meanwhile.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from vllm_dfloat.storage.pieces import read_pieces
 from vllm_dfloat.storage.safetensors_read import BITS_DTYPES, StoredTensor
 
 TEMPORARY = ".tmp-"  # prefix of files that are being written
-_PIECE_BYTES = 1 << 20  # so much stays in the cache between being hashed and being written
+_PIECE_BYTES = 1 << 20  # still in the cache when it is written after being hashed
 
 Pieces = Callable[[], Iterable[Bits]]
 
@@ -34,8 +34,8 @@ class Item:
     """A tensor to be written.
 
     Attributes:
-        name, dtype, shape: as the header is to have them; dtype is a safetensors name such as "BF16".
-        pieces: called once, gives its bits in order as arrays of any size; each may be overwritten afterwards.
+        name, dtype, shape: for the header; dtype is a safetensors name such as "BF16".
+        pieces: called once; gives its bits in order as arrays of any size. A piece may be overwritten by the next one.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Written:
-    """A file that lies under its final name: its size in bytes and its SHA-256."""
+    """A file that was written: its size in bytes and its SHA-256."""
 
     num_bytes: int
     sha256: str
@@ -71,13 +71,12 @@ def copy_item(
 
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """Give a temporary path beside `file`; when the block ends without an error, it is synced and takes its name.
+    """Yield a temporary path beside `file`. After a `with` block without errors it is synced and renamed to `file`.
 
     Raises:
-        OSError: of the block, or of this; it names `file` where it named the temporary path, or nothing: a failed
-            write does not say what was written.
+        OSError: from the block or from this function. It names `file`, where it named the temporary path or nothing.
     """
-    # By process: the worker of a killed run may live for a moment beside the run that goes on.
+    # One name per process: a worker of a killed run may live on for a moment while the next run works.
     temporary = file.with_name(f"{TEMPORARY}{os.getpid()}-{file.name}")
     try:
         yield temporary
@@ -101,7 +100,7 @@ def write_safetensors(
 
     Raises:
         OSError: the disk is full, or the like.
-        FormatError: an item gave another number of bytes than its shape says: what it is made from has changed.
+        FormatError: an item gave more or fewer bytes than its shape needs: its source has changed.
     """
     ordered = sorted(items, key=lambda item: (-_DTYPE_ORDER.index(item.dtype), item.name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
@@ -144,7 +143,7 @@ def _write_item(stream: BinaryIO, digest: Any, item: Item) -> int:
     return written
 
 
-# The library's enumeration of dtypes; it writes tensors of the last ones first.
+# The library's enumeration of dtypes; it writes tensors of later dtypes first.
 _DTYPE_ORDER = (
     "BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "I16", "U16", "F16", "BF16", "I32", "U32", "F32", "F64",
     "I64", "U64",

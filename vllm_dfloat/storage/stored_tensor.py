@@ -1,7 +1,7 @@
-"""One tensor of a safetensors file, whose bytes stay there until they are asked for.
+"""One tensor of a safetensors file, which is read only when it is asked for.
 
-The safetensors library copies every tensor it hands to NumPy and has no NumPy dtype for BF16. A DFloat11 unit is one
-tensor of up to a gigabyte, so its bytes are mapped here, or read in pieces.
+The safetensors library copies every tensor that it gives to NumPy, and has no NumPy dtype for BF16. The codes of a
+DFloat11 unit are one tensor of up to a gigabyte, so bytes are mapped here, or read in pieces.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class StoredTensor:
         name, dtype, shape: as the header has them.
         begin: its first byte, counted from the start of the file.
         num_bytes: its size in bytes.
-        identity: of the file when its header was read; None where nobody looked.
+        identity: of the file when its header was read; None if it was not looked at.
     """
 
     file: Path
@@ -74,7 +74,7 @@ class StoredTensor:
         return plain.view(dtype).reshape(self.shape)
 
     def read(self) -> Bits:
-        """Return the tensor's bits in memory of their own, for small ones: no later change of the file reaches them.
+        """Return a copy of the tensor's bits in memory, for small tensors: no later change of the file reaches it.
 
         Raises:
             ChangedError, FormatError: as `bits`.
@@ -91,16 +91,16 @@ class StoredTensor:
         return buffer.view(BITS_DTYPES[self.dtype]).reshape(self.shape)
 
     def open(self) -> BinaryIO:
-        """Return the file, open, unbuffered, and the same as when its header was read.
+        """Open the file, unbuffered, if it is the same as when its header was read.
 
         Raises:
-            ChangedError: it is not.
+            ChangedError: it is not the same.
             OSError: it cannot be opened.
         """
         return open_same(self.file, self.identity)
 
     def _map(self) -> U8Array:
-        """Return the bytes as np.memmap would; that one resolves the path first, which takes longer than the rest."""
+        """Return the bytes as np.memmap would, which would also resolve the path: that takes longer than the rest."""
         skipped = self.begin % mmap.ALLOCATIONGRANULARITY
         with self.open() as stream:
             pages = mmap.mmap(
@@ -118,7 +118,7 @@ def files_of(tensors: Iterable[StoredTensor]) -> dict[Path, FileIdentity | None]
 
 
 def fill(descriptor: int, buffer: U8Array, at: int) -> None:
-    """Read bytes `at`.. of an open file until the buffer is full.
+    """Fill the buffer with the bytes of an open file from byte `at` on.
 
     Raises:
         OSError: the file ends before that, or cannot be read.
