@@ -28,7 +28,7 @@ EXIT_INTERRUPTED, EXIT_UNREAD = 130, 141  # as shells say it: 128 and the signal
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # paths may hold bytes that are no text
+        if isinstance(stream, io.TextIOWrapper):  # paths may hold bytes that are not text
             stream.reconfigure(errors="backslashreplace")
     args: argparse.Namespace | None = None
     try:
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Tells an error in one line, as the commands do."""
+    """Prints an error in one line, as the commands do."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(

@@ -201,7 +201,7 @@ def test_files_that_are_no_weights_may_change_and_are_told_by_verify(
         ("model.layers.2.", r"no tensor of model\.layers\.2, one of 3"),
         ("model.layers.", r"no tensor of model\.layers\.0, which"),
         ("model.embed_tokens.weight", "no tensor of an embedding"),
-        ("model.norm.weight", "no tensor of the norm behind the last block"),
+        ("model.norm.weight", "no tensor of the norm after the last block"),
         ("lm_head.weight", "no tensor of an LM head"),
         ("model.visual.blocks.0.", r"no tensor of model\.visual\.blocks\.0, one of 2"),
         ("model.visual.merger.mlp.0", None),

@@ -1,7 +1,7 @@
-"""Is a DFloat11 checkpoint without a manifest whole? What its config and its patterns say must be there, is.
+"""Whether a DFloat11 checkpoint without a manifest is whole, as far as its config and its patterns tell.
 
-Nothing in the format lists the files or tensors of a checkpoint, so one without a layer looks like a smaller model. No
-model class is asked here: see `model_class.missing_parameters` for that.
+Nothing in the format lists the files or tensors of a checkpoint, so one without a layer looks like a smaller model.
+`model_class.missing_parameters` asks the model class; nothing here does.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from vllm_dfloat.errors import FormatError, shown
 
 Names = Collection[str]
 
-# The lists of which every member is a block of the model. Others (`mlp.0`, `mlp.2`) may have gaps.
+# Lists of transformer blocks, numbered without gaps. Other lists (`mlp.0`, `mlp.2`) may have gaps.
 _BLOCK_LIST = re.compile(r"layers?|h|\w*blocks?|\w*refiner")
 _ONE_MODULE = re.compile(r"[\w.]+")
 _ALL_BLOCKS = re.compile(r"([\w.]+)\.\\d\+\+?")
-# The blocks that config.json counts, where a model has several lists of them.
+# The transformer blocks that config.json counts, if a model has several lists of them.
 _TEXT_BLOCKS = (
     "model.layers", "transformer.h", "model.language_model.layers", "language_model.model.layers",
 )  # fmt: skip
@@ -34,7 +34,7 @@ _HEAD = re.compile(r"head|output|embed_out|proj_out")
 
 
 def refuse_gaps(path: Path, config: Mapping[str, Any], patterns: Patterns, names: Names) -> None:
-    """Refuse a checkpoint of which a block, or the embedding, last norm or head of a language model is missing.
+    """Refuse a checkpoint that lacks a transformer block, or a language model that lacks its embedding, norm or head.
 
     Args:
         path: its folder.
@@ -45,7 +45,7 @@ def refuse_gaps(path: Path, config: Mapping[str, Any], patterns: Patterns, names
     Raises:
         FormatError: something is missing; the message names it.
     """
-    may_have_gaps = bool(config.get("block_configs"))  # pruned block by block; some have no tensor
+    may_have_gaps = bool(config.get("block_configs"))  # pruned: some blocks have no tensor left
     modules = _modules(names)
     for key, _ in patterns.entries:
         _check_key(path, key.pattern.replace(r"\.", "."), may_have_gaps, modules)
@@ -65,7 +65,7 @@ def refuse_gaps(path: Path, config: Mapping[str, Any], patterns: Patterns, names
 
 
 def _modules(names: Names) -> dict[str, set[int]]:
-    """Return the path of every module -> the numbers of those directly below it that have one."""
+    """Return the path of every module -> the numbers among the names directly below it."""
     found: dict[str, set[int]] = {}
     for name in names:
         parts = name.split(".")
@@ -77,10 +77,10 @@ def _modules(names: Names) -> dict[str, set[int]]:
 
 
 def _check_key(path: Path, key: str, may_have_gaps: bool, modules: Mapping[str, set[int]]) -> None:
-    """Refuse a pattern that names one module, or all blocks of a list, of which something is not there.
+    """Refuse a pattern for one module that is missing, or for all blocks of a list that has gaps.
 
     Args:
-        key: the pattern, dots not escaped.
+        key: the pattern, with its dots unescaped.
     """
     if _ONE_MODULE.fullmatch(key) and key not in modules:
         _refuse(path, f"no tensor of {key}, which is a key of pattern_dict")
@@ -94,7 +94,7 @@ def _check_key(path: Path, key: str, may_have_gaps: bool, modules: Mapping[str, 
 
 
 def _refuse_gap(path: Path, block_list: str, numbers: set[int], count: int) -> None:
-    """Refuse a list of blocks without one of the numbers from 0 to count - 1."""
+    """Refuse a list of blocks that lacks one of the numbers from 0 to count - 1."""
     ordered = sorted(numbers)
     missing = next((i for i, number in enumerate(ordered) if i != number), len(ordered))
     if missing < count:
@@ -102,7 +102,7 @@ def _refuse_gap(path: Path, block_list: str, numbers: set[int], count: int) -> N
 
 
 def _text_blocks(modules: Mapping[str, set[int]]) -> str | None:
-    """Return the list of blocks that config.json counts, None where that is not certain."""
+    """Return the list of transformer blocks that config.json counts, None if that is not certain."""
     found = [
         path
         for path, numbers in modules.items()
@@ -118,7 +118,7 @@ def _text_blocks(modules: Mapping[str, set[int]]) -> str | None:
 def _check_ends(
     path: Path, config: Mapping[str, Any], text: Mapping[str, Any], stack: str, names: Names
 ) -> None:
-    """Refuse a language model without what lies before and behind its blocks."""
+    """Refuse a language model that lacks what comes before or after its transformer blocks."""
     inside = [name for name in names if name.startswith(f"{stack}.")]
     outside = [
         name for name in names if not name.startswith(f"{stack}.") and not _TOWERS.search(name)
@@ -127,7 +127,7 @@ def _check_ends(
         _refuse(path, "no tensor of an embedding")
     has_last_norm = any(map(_NORM.search, inside)) and text.get("do_layer_norm_before", True)
     if has_last_norm and not any(map(_NORM.search, outside)):
-        _refuse(path, "no tensor of the norm behind the last block")
+        _refuse(path, "no tensor of the norm after the last block")
     if ties_embeddings(config) is False and not any(map(_HEAD.search, outside)):
         _refuse(path, "no tensor of an LM head, and tie_word_embeddings is false")
 

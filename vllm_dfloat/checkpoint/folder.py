@@ -20,9 +20,7 @@ COMPRESS_JOURNAL, DECOMPRESS_JOURNAL = (
     ".vllm-dfloat-compress.jsonl",
     ".vllm-dfloat-decompress.jsonl",
 )
-FINISHED_FILE = (
-    ".vllm-dfloat-finished.json"  # what the same command again compares; no part of a model
-)
+FINISHED_FILE = ".vllm-dfloat-finished.json"  # for the same command, run again; no part of a model
 CONFIG_FILE = "config.json"
 CONFIG_KEY = "dfloat11_config"
 _UNIT_FIELDS = frozenset(FIELDS) - {"luts", "gaps"}  # other models may name tensors so
@@ -51,7 +49,7 @@ def is_dfloat11(path: Path) -> bool:
         return True
     try:
         return any(_has_units(file) for file in model_files(path).files)
-    except DFloatError:  # whoever reads the files says what is wrong with them
+    except DFloatError:  # the reader of the files will say what is wrong with them
         return False
 
 
@@ -61,15 +59,15 @@ def _has_units(file: Path) -> bool:
 
 
 def is_unit_field(name: str) -> bool:
-    """Return whether a tensor of this name can be nothing but a part of a DFloat11 unit."""
+    """Return whether only a part of a DFloat11 unit can have this name."""
     return name.rpartition(".")[2] in _UNIT_FIELDS
 
 
 def refuse_unfinished(path: Path) -> None:
-    """Refuse a folder in which the journal of a command says that it has not ended.
+    """Refuse a folder with the journal of a command, which has not finished it.
 
     Raises:
-        FormatError: it holds a part of a model only, or what another command is writing.
+        FormatError: there is one; the folder holds a part of a model, or a command is still writing it.
     """
     for command, journal in (("compress", COMPRESS_JOURNAL), ("decompress", DECOMPRESS_JOURNAL)):
         if (path / journal).exists():
@@ -84,7 +82,7 @@ def stored_tensors(path: Path, may_be_unfinished: bool = False) -> dict[str, Sto
     """Return every tensor of all *.safetensors files in folder `path`, by name.
 
     Args:
-        may_be_unfinished: for the command that writes the folder, and looks at what it has written.
+        may_be_unfinished: True for the command that writes the folder and checks what it has written.
 
     Raises:
         FormatError: no such folder, no safetensors file in it, a damaged file, or a tensor stored twice.

@@ -1,9 +1,9 @@
-"""A compressed weight that looks like a BF16 tensor and is decoded where, and as far as, it is copied.
+"""A compressed weight that looks like a BF16 tensor; only what is copied of it is decoded.
 
-vLLM's weight loaders cut the part of a tensor that a rank needs and copy it into a parameter. So cutting a LazyWeight
-gives another one, copying decodes a bounded piece at a time into its place, and a weight that no loader asks for (of
-another pipeline stage, of another rank's experts) is never decoded. For every other operation the weight is decoded
-as a whole into memory of its own: slower, and right.
+vLLM's weight loaders cut out the part of a tensor that a rank needs, and copy it into a parameter. Cutting a LazyWeight
+gives another LazyWeight. Copying decodes it into place, a bounded piece at a time. A weight that no loader copies (of
+another pipeline stage, or an expert of another rank) is never decoded. Any other operation decodes the whole weight
+into new memory: slower, but right.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map_only
 
-PIECE_WEIGHTS = 1 << 23  # decoded at once: 16 MiB of BF16
+PIECE_WEIGHTS = 1 << 23  # decoded at a time: 16 MiB of BF16
 
 Read = Callable[[int, int], torch.Tensor]
 Box = tuple[tuple[int, int], ...]
 
-# What wants an address, which a wrapper has not.
+# What needs an address, which a wrapper does not have.
 _OF_MEMORY = (
     torch.Tensor.numpy,
     torch.Tensor.__array__,
@@ -30,13 +30,13 @@ _OF_MEMORY = (
 
 
 class LazyWeight(torch.Tensor):
-    """A box out of a stored weight: a range of each of its three dimensions. BF16 on the CPU, read only where used."""
+    """A box of a stored weight: a range of each of its three dimensions. BF16 on the CPU; only what is used is read."""
 
     _read: Read
     _stored: tuple[int, int, int]  # shape of the stored weight: matrices, rows, columns
     _box: Box
-    _hidden: tuple[int, ...]  # dimensions of the box, one long, that the tensor does not show
-    _value: torch.Tensor | None  # what it became when somebody wrote to it
+    _hidden: tuple[int, ...]  # dimensions of size 1 that the tensor's shape leaves out
+    _value: torch.Tensor | None  # its contents, once somebody has written to it
 
     @staticmethod
     def __new__(cls, read: Read, shape: Sequence[int]) -> LazyWeight:
@@ -90,7 +90,7 @@ class LazyWeight(torch.Tensor):
         return func(*_decoded(args), **_decoded(dict(kwargs or {})))
 
     def cut(self, dim: int, start: int, stop: int, hide: bool = False) -> LazyWeight:
-        """Return start..stop of a dimension, which is left out of the result's shape if `hide`."""
+        """Return start to stop - 1 of a dimension; with `hide` the result's shape leaves that dimension out."""
         shown = [i for i in range(3) if i not in self._hidden]
         at = shown[dim]
         first = self._box[at][0]
@@ -117,7 +117,7 @@ class LazyWeight(torch.Tensor):
             for row in range(first, last, step):
                 end = min(row + step, last)
                 at = (matrix * num_rows + row) * num_cols
-                if end > row + 1:  # the columns between the rows' parts are decoded along
+                if end > row + 1:  # also decodes the columns between the parts of two rows
                     start, stop = at + left, at + (end - row - 1) * num_cols + right
                     rows = self._read(start, stop)
                     yield (matrix, row, left), _strided(rows, end - row, num_cols, right - left)
@@ -127,7 +127,7 @@ class LazyWeight(torch.Tensor):
                     yield (matrix, row, col), part[None]
 
     def decode(self) -> torch.Tensor:
-        """Return it as an ordinary tensor on the CPU."""
+        """Return the weight as an ordinary tensor on the CPU."""
         if self._value is None:
             out = torch.empty(self.shape, dtype=torch.bfloat16, device="cpu")
             self.copy_to(out)

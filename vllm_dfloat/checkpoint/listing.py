@@ -1,4 +1,4 @@
-"""Which files of a folder hold the weights: by their names and the index, without opening one of them."""
+"""Which files of a folder hold the weights: from their names and the index, without opening them."""
 
 from __future__ import annotations
 
@@ -12,11 +12,9 @@ from vllm_dfloat.storage.json_file import read_object
 
 INDEX_FILE = "model.safetensors.index.json"
 MAX_INDEX_BYTES = 256 << 20
-# What transformers and diffusers write. Where one of them is, another index is of a copy in another form.
+# What transformers and diffusers write. Beside one of these, any other index is that of another copy.
 _STANDARD_INDICES = (INDEX_FILE, "diffusion_pytorch_model.safetensors.index.json")
-_COPY = (
-    "consolidated"  # how the names begin under which Mistral ships the same weights a second time
-)
+_COPY = "consolidated"  # start of the file names of the second copy that Mistral ships
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 
 
@@ -26,7 +24,7 @@ class ModelFiles:
 
     Attributes:
         files: in the order of their names.
-        index: name of the index that chose them, nothing if there is none.
+        index: name of the index that lists them, "" without one.
         weight_map: tensor name -> name of the file that should hold it, from the index.
     """
 
@@ -36,15 +34,15 @@ class ModelFiles:
 
 
 def visible_files(folder: Path, pattern: str) -> list[Path]:
-    """Return what lies directly in a folder under a name of this pattern, by name, hidden files left out.
+    """Return the files directly in a folder whose names match a pattern, by name, without hidden ones.
 
-    macOS puts a ._NAME beside each NAME on foreign disks; such a file is no weight, no config and no index.
+    macOS writes a ._NAME beside each NAME on foreign disks; such a file is no weight file, config or index.
     """
     return sorted(file for file in folder.glob(pattern) if not file.name.startswith("."))
 
 
 def blobs_of(folder: Path) -> Path | None:
-    """Return the folder that the links of a snapshot in a Hugging Face cache lead into, None for any other folder.
+    """Return the folder with the files of a snapshot in a Hugging Face cache, None for any other folder.
 
     models--org--name/snapshots/REVISION/ links into models--org--name/blobs/.
     """
@@ -54,20 +52,19 @@ def blobs_of(folder: Path) -> Path | None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return every *.safetensors file directly in a folder but the hidden ones, by name."""
+    """Return all *.safetensors files directly in a folder but hidden ones, by name."""
     return visible_files(folder, "*.safetensors")
 
 
 def model_files(folder: Path) -> ModelFiles:
-    """Return the files of a model that is not compressed: those of its index, or else all weight files.
+    """Return the files of a model that is not compressed: those in its index, or else all weight files.
 
-    As vLLM reads a Hugging Face checkpoint: model.safetensors.index.json decides where it is there, and what else lies
-    in the folder is not read. Mistral's second form of the same weights (consolidated*) counts only where there is no
-    other.
+    As in vLLM: if there is a model.safetensors.index.json, files that it does not list are not read. Mistral's second
+    copy of the weights (consolidated*) counts only if it is the only one.
 
     Raises:
-        FormatError: the index is none, or names a file that is not there; two indices, of which none is the standard
-            one; a file is missing from a numbered series.
+        FormatError: the index is not an index, or names a file that is not there; there are two indices, neither with
+            the standard name; or a file is missing from a numbered series.
     """
     files = weight_files(folder)
     named_so = [file for file in files if not file.name.startswith(_COPY)]
@@ -113,10 +110,10 @@ def _weight_map(index: Path, files: list[Path]) -> dict[str, str]:
 
 
 def refuse_missing_shards(folder: Path, files: list[Path]) -> None:
-    """Refuse model-00001-of-00003 without the two others: no index says which they are, but the name does.
+    """Refuse model-00001-of-00003 without the two others, which no index lists, but the names do.
 
     Raises:
-        FormatError: a numbered series among `files` has a gap.
+        FormatError: a numbered series among `files` is not whole.
     """
     series: dict[tuple[str, str], set[int]] = {}
     for file in files:

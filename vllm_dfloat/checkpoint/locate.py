@@ -1,4 +1,4 @@
-"""The folder that a user means: what was given may be a file in it, the hub's cache around it, or a whole pipeline."""
+"""The folder that a user means by a path: it may be that of a file in it, of the hub's cache, or of a pipeline."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from vllm_dfloat.errors import DFloatError, FormatError
 
 PIPELINE_FILE = "model_index.json"  # diffusers: a folder with a folder for each model of it
 _HUB_PREFIX = "models--"  # the hub's cache: models--org--name/snapshots/<commit>/, files linked to ../../blobs/
-_MAX_DEPTH = 4  # of folders that are looked into: the cache of all models, and the models of a pipeline in it
+_MAX_DEPTH = (
+    4  # levels of folders to look into: enough for a pipeline's models in the cache of all models
+)
 _MAX_FOLDERS = 1000
 _MAX_NAMED = 4
 
@@ -23,17 +25,17 @@ Fits = Callable[[Path], bool]
 
 
 def check_checkpoint(given: Path) -> None:
-    """Refuse what is no folder with weight files, naming those around it that would do.
+    """Refuse a path that is no folder with weight files, and name folders around it that are.
 
     Raises:
-        FormatError: the sentence.
-        OSError: it may not be looked at.
+        FormatError: it is none.
+        OSError: it cannot be read.
     """
     _check(given, _has_weights, "the folder of a checkpoint")
 
 
 def check_dfloat11(given: Path) -> None:
-    """Refuse what is no folder of a DFloat11 checkpoint, as `check_checkpoint` does."""
+    """Refuse a path that is no folder of a DFloat11 checkpoint, as `check_checkpoint` does."""
     _check(
         given,
         lambda path: _has_weights(path) and is_dfloat11(path),
@@ -42,12 +44,12 @@ def check_dfloat11(given: Path) -> None:
 
 
 def check_bf16(given: Path) -> None:
-    """Refuse what is no folder of a BF16 model, as `check_checkpoint` does."""
+    """Refuse a path that is no folder of a BF16 model, as `check_checkpoint` does."""
     _check(given, _is_bf16_model, "the folder of a BF16 model")
 
 
 def check_original(given: Path) -> None:
-    """Refuse what is neither a folder with the weights or the config.json of a model, nor such a file."""
+    """Refuse a path that is neither a folder with weights or a config.json, nor a config.json."""
     if not _is_config_file(given):
         _check(
             given,
@@ -57,7 +59,7 @@ def check_original(given: Path) -> None:
 
 
 def check_config(given: Path) -> None:
-    """Refuse what is neither a folder with the config.json of a model, nor such a file, as `check_checkpoint` does."""
+    """Refuse a path that is neither a folder with a config.json nor a config.json, as `check_checkpoint` does."""
     if not _is_config_file(given):
         _check(given, _has_config, "the folder of a model, or the config.json of it")
 
@@ -88,12 +90,12 @@ def _check(given: Path, fits: Fits, what: str) -> None:
         raise FormatError(f"{given}: no such folder; expected {what}.") from error
     if not is_folder:
         raise FormatError(f"{given}: is a file; expected {what}. {_of_file(given.parent, fits)}")
-    with os.scandir(given):  # raises where it may not be read
+    with os.scandir(given):  # raises OSError if it cannot be read
         pass
     around = given
     is_pipeline = (given / PIPELINE_FILE).is_file() and not _has_config(given)
     if _safely(fits, given) or (weight_files(given) and not is_pipeline):
-        return  # whatever else is wrong, its reader says better
+        return  # its reader will say what else is wrong
     if is_pipeline:
         found = f"is a pipeline of several models ({PIPELINE_FILE}), each in a folder of its own"
     elif (hub := _hub_root(given)) in (given.absolute(), given.absolute().parent):
@@ -107,7 +109,7 @@ def _check(given: Path, fits: Fits, what: str) -> None:
 
 
 def _hub_root(path: Path) -> Path | None:
-    """Return the folder of a model in the hub's cache that `path` is, or is a part of."""
+    """Return the folder of a model in the hub's cache that is `path` or contains it."""
     for folder in (path.absolute(), *path.absolute().parents):
         if folder.name.startswith(_HUB_PREFIX) and (folder / "snapshots").is_dir():
             return folder
@@ -126,12 +128,12 @@ def _of_file(folder: Path, fits: Fits) -> str:
     if _safely(fits, folder):
         return f"Give its folder, {folder}."
     if _has_weights(folder):
-        return f"Its folder is {folder}."  # which does not do either; its reader says why
+        return f"Its folder is {folder}."  # not right either; its reader will say why
     return _advice(_hub_root(folder) or folder, fits)
 
 
 def _advice(around: Path, fits: Fits) -> str:
-    """Return a sentence that names the folders below `around` that would do."""
+    """Return a sentence that names the folders below `around` that fit."""
     named = [str(path) for path in islice(_folders(around, fits), _MAX_NAMED + 1)]
     if not named:
         return f"There is none in {around}: fetch the model again, or give another."
@@ -141,7 +143,7 @@ def _advice(around: Path, fits: Fits) -> str:
 
 
 def _folders(root: Path, fits: Fits) -> Iterator[Path]:
-    """Yield the folders below `root` that fit, of a hub's cache the snapshot of its main branch first."""
+    """Yield the folders below `root` that fit; in a hub's cache the snapshot of the main branch first."""
     seen = 0
     level = _inside(root)
     for _ in range(_MAX_DEPTH):
@@ -158,7 +160,7 @@ def _folders(root: Path, fits: Fits) -> Iterator[Path]:
 
 
 def _inside(folder: Path) -> list[Path]:
-    """Return the visible folders in a folder by name; nothing where it may not be read."""
+    """Return the visible folders in a folder by name, none if it cannot be read."""
     try:
         with os.scandir(folder) as entries:  # links might lead anywhere
             found = sorted(

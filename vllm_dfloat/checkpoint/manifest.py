@@ -1,7 +1,7 @@
-"""dfloat11_manifest.json: what a checkpoint made here consists of.
+"""dfloat11_manifest.json: the contents of a checkpoint that was made here.
 
-Beside size and SHA-256 of every file it keeps what the official format does not store: the names and shapes of the
-compressed tensors. So a reader needs no model class to restore them, and experts stored as one 3-D tensor have a name.
+Beside size and SHA-256 of every file it lists what the official format does not store: names and shapes of compressed
+tensors. With them a reader needs no model class, and experts that are one 3-D tensor have a name.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Manifest:
     Attributes:
         files: file name -> {"bytes", "sha256"}, all but the manifest itself.
         shapes: name of each compressed tensor -> its shape.
-        headers: name of each weight file -> SHA-256 of its header, which is read anyhow when a checkpoint is opened;
-            nothing in manifests of earlier versions.
+        headers: name of each weight file -> SHA-256 of its header, which is read anyway when a checkpoint is opened.
+            Empty in manifests of earlier versions.
     """
 
     files: Mapping[str, Mapping[str, Any]]
@@ -90,9 +90,8 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 def _check_file(name: str, entry: Any) -> None:
     parts = name.split("/")
-    if "\0" in name or any(
-        part in ("", ".", "..") for part in parts
-    ):  # an absolute path begins with ""
+    # The first part of an absolute path is "".
+    if "\0" in name or any(part in ("", ".", "..") for part in parts):
         _refuse(f"names the file {shown(name)}, which is not below the checkpoint's folder")
     good = isinstance(entry, dict) and set(entry) == {"bytes", "sha256"}
     if not good or type(entry["bytes"]) is not int or entry["bytes"] < 0:
@@ -122,12 +121,11 @@ def _refuse(what: str) -> NoReturn:
 
 
 def refuse_other_files(folder: Path, manifest: Manifest) -> None:
-    """Compare the weight files of a checkpoint with its manifest, as far as that takes no time.
+    """Compare the weight files of a checkpoint with its manifest, as far as that can be done at once.
 
-    Their names, sizes and headers: that finds a file that was removed, renamed, added, cut or exchanged for one with
-    other tensors, not one whose tensors have other values; for that `file_differences` reads all of it. Of
-    weights in other files those that are listed; any others may be there. In a snapshot of a Hugging Face cache those
-    that are no safetensors may be missing.
+    Names, sizes and headers show that a file was removed, renamed, added, cut or replaced by one with other tensors.
+    They do not show other values; for these `file_differences` reads everything. Weight files of other formats are
+    compared if they are listed; others may be there. In a snapshot of a Hugging Face cache they may be missing.
 
     Raises:
         FormatError: a weight file is missing, too many, or another one.
@@ -191,13 +189,13 @@ def file_differences(folder: Path, manifest: Manifest, advance: Advance = ignore
 
 
 def difference(file: Path, expected: Mapping[str, Any], advance: Advance = ignore) -> str:
-    """Return how a file differs from its entry in a manifest, nothing if it does not; it is read to its end."""
+    """Read a file; return how it differs from its entry in a manifest, "" if it does not."""
     try:
         size = regular_size(file)
         if size != expected["bytes"]:
             return f"{size} bytes; {MANIFEST_FILE} says {expected['bytes']}"
         digest = file_entry(file, advance)["sha256"]
-    except FormatError as error:  # missing, or nothing that can be read to its end
+    except FormatError as error:  # it is missing, or a pipe or the like
         reason = str(error).removeprefix(one_line(f"{file}: ")).rstrip(".")
         return f"{reason}; {MANIFEST_FILE} lists it"
     if digest != expected["sha256"]:

@@ -1,4 +1,4 @@
-"""The weights of a DFloat11 checkpoint, and the order in which they are given out."""
+"""Which weights a DFloat11 checkpoint has, and their order."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def unit_members(entry: UnitEntry, shapes: Shapes | None = None) -> list[Member]
     where = f"{entry.fields['split_positions'].where}"
     paths = [f"{entry.name}.{member}" for member in entry.members]
     if not paths or (entry.num_members == 1 and (len(paths) > 1 or entry.name in (shapes or ()))):
-        # The list of a module that is itself the weight means nothing.
+        # The module itself is the weight, and the list means nothing.
         paths = [entry.name]
         if entry.members and shapes is not None and entry.name not in shapes:
             raise FormatError(
@@ -103,7 +103,7 @@ def plan(
 
 
 def _refuse_stored_twice(items: Iterable[Member | StoredTensor]) -> None:
-    """Refuse two tensors of one name: `shapes` may say that a unit is itself a weight, which is also stored plain."""
+    """Refuse two tensors of one name: by `shapes` a unit may itself be a weight that is also stored plain."""
     seen = set()
     for item in items:
         if item.name in seen:
@@ -115,7 +115,7 @@ def _refuse_stored_twice(items: Iterable[Member | StoredTensor]) -> None:
 
 
 def spans(items: Iterable[Member | StoredTensor]) -> Iterator[StoredTensor]:
-    """Yield the parts of the files that hold these items, each under its item's name; of units about the right part."""
+    """Yield the parts of files that hold these items, under their names. For unit members the range is estimated."""
     for item in items:
         if isinstance(item, StoredTensor):
             yield item

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 NO_SHAPES = "the format stores no shapes, so they come from the model's config"
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
-# Parts of a prefix that come, go and change places from one version of transformers to another.
+# Parts of prefixes that differ between versions of transformers.
 _PREFIXES = {"model", "language_model", "vision_model"}
 
 
@@ -27,7 +27,7 @@ def meta_model(model: str | Path | Any, advice: str = "") -> torch.nn.Module:
 
     Args:
         model: a directory with config.json, such a file, or a transformers config object.
-        advice: what else to do where the config does not tell, a sentence for the end of messages.
+        advice: what else to do if the config is not enough: a sentence for the end of messages.
 
     Raises:
         UnsupportedError: transformers is not installed, or does not know the model.
@@ -66,7 +66,7 @@ def _built(config: Any, where: str, advice: str) -> torch.nn.Module:
 
 @contextmanager
 def _transformers(where: str, advice: str) -> Iterator[Any]:
-    """Give the package transformers, or say what is missing: commands that convert are installed without it."""
+    """Yield the package transformers, or say what is missing: the commands can be installed without it."""
     try:
         import transformers
 
@@ -84,10 +84,10 @@ def _brief(error: Exception) -> str:
 
 
 def refuse_missing_parameters(path: Path, names: Collection[str], described_by: Path) -> str:
-    """Refuse a checkpoint without a tensor that its model has, where the model's class can be asked.
+    """Refuse a checkpoint that lacks a tensor of its model, if the model's class can be asked.
 
     Returns:
-        Why it could not be asked, nothing if it was.
+        Why it could not be asked, "" if it was.
 
     Args:
         path: its folder.
@@ -115,11 +115,11 @@ def refuse_missing_parameters(path: Path, names: Collection[str], described_by: 
 
 
 def missing_parameters(model: torch.nn.Module, names: Collection[str]) -> list[str]:
-    """Return the parameters of a model that certainly are not among these tensors.
+    """Return the parameters of a model that are certainly missing from these tensors.
 
-    Checkpoints may call some otherwise than the class of today does: under other prefixes, or experts one by one. So
-    one is missed only where some block has the same, or, outside of blocks, where nothing has the end of its name
-    although most of the model goes by its own names. Of tied ones, one is enough.
+    Checkpoints may use other names than the class of today: other prefixes, or one name per expert. So a parameter of a
+    transformer block is missing only if other blocks have it under this name. Any other is missing only if most names
+    of the model are the class's own, and no tensor's name has the same end. Of tied parameters one is enough.
     """
     known = {_without_prefix(name) for name in names}
     ends = {_end(name) for name in names}

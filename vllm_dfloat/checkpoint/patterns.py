@@ -1,11 +1,10 @@
-"""The regular expressions of `pattern_dict`, matched without a chance to explode.
+"""The regular expressions of `pattern_dict`, matched in bounded time.
 
-Python's engine backtracks, so a hostile config.json could hang the loader with a pattern such as
-`(a+)+`. The work of a match grows exponentially only if something that is repeated or has choices
-is itself repeated, and else with (length of the path) ** (number of quantifiers) and the product of
-the numbers of choices. So a pattern may hold no repeated group of that kind, no look-around, no
-back-reference and few quantifiers, paths are short, and the steps that all units and patterns of a
-checkpoint could take together are bounded. Every published pattern has at most one quantifier.
+Python's engine backtracks, so a hostile config.json could hang the loader with a pattern such as `(a+)+`.
+The work of a match grows exponentially only if a group with a quantifier or a choice is itself repeated.
+Otherwise it grows with (length of the path) ** (number of quantifiers), times the numbers of choices. So a
+pattern must have no such group, no look-around, no back-reference and few quantifiers. Paths are short, and
+the steps for all units and patterns of a checkpoint are bounded. Published patterns have at most one quantifier.
 """
 
 from __future__ import annotations
@@ -23,13 +22,12 @@ MAX_PATH = 256
 MAX_QUANTIFIERS = 3
 MAX_PATTERNS = 256
 MAX_PATHS = 4096  # attribute paths of one pattern
-# Steps of the engine, of which a core does some hundred millions per second: for a checkpoint, and for each unit of it.
+# Steps of the engine, for a checkpoint and for each unit of it; a core takes some hundred million steps per second.
 MAX_STEPS, MAX_UNIT_STEPS = 1 << 26, 1 << 16
 
 _QUANTIFIER = re.compile(r"(?:[*+?]|\{(?:\d+,?\d*|,\d+)\})[+?]?")
-_DIGITS = re.compile(
-    r"\\d[*+][+?]?(?=\\\.|$)"
-)  # ends where the digits end: there is one way to match it
+# It ends where the digits end, so there is one way to match it.
+_DIGITS = re.compile(r"\\d[*+][+?]?(?=\\\.|$)")
 _CLASS = re.compile(r"\[\^?\]?(?:[^\]\\]|\\.)*\]", re.DOTALL)
 
 
@@ -46,7 +44,7 @@ class Patterns:
     entries: tuple[tuple[re.Pattern[str], tuple[str, ...]], ...]
 
     def check_steps(self, paths: Sequence[str]) -> None:
-        """Refuse to match `paths` where that could take long.
+        """Refuse to match `paths` if that could take long.
 
         Raises:
             UnsupportedError: it could take more than MAX_STEPS steps, and MAX_UNIT_STEPS for each path.
@@ -84,7 +82,7 @@ class Patterns:
 
 
 def compile_patterns(pattern_dict: Mapping[str, Sequence[str]], where: str) -> Patterns:
-    """Compile the keys of `pattern_dict` after refusing those that could run for long."""
+    """Refuse keys of `pattern_dict` that could take long to match, and compile the others."""
     if len(pattern_dict) > MAX_PATTERNS:
         raise UnsupportedError(
             f"{where}: {len(pattern_dict)} patterns; at most {MAX_PATTERNS} are supported."
@@ -120,8 +118,11 @@ def _check_members(members: Sequence[str], where: str) -> None:
 
 
 def _steps(pattern: str, length: int) -> int:
-    """Return a bound on the steps of matching a path of `length` characters: all ways through the pattern, times the
-    literal text that each may compare. Escapes and classes count as if they were quantifiers and choices too."""
+    """Return a bound on the steps of matching a path of `length` characters.
+
+    It is the number of ways through the pattern, times the literal text that each may compare. Quantifiers and choices
+    in escapes and classes count too.
+    """
     open_ended = _DIGITS.sub("", pattern)
     quantifiers = min(MAX_QUANTIFIERS, len(_QUANTIFIER.findall(open_ended)))
     ways: int = max(1, length) ** quantifiers // math.factorial(quantifiers)

@@ -1,4 +1,4 @@
-"""The tensors of a model that is not compressed, by name, whatever its files repeat."""
+"""The tensors of a model that is not compressed, by name; its files may repeat some."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Value = TypeVar("Value")
 def bf16_tensors(path: Path) -> dict[str, StoredTensor]:
     """Return the tensors of a model that is not compressed, by name.
 
-    A tensor that two files hold with the same bytes is that of the file which the index names.
+    If two files hold a tensor with the same bytes, it is taken from the file that the index names.
 
     Raises:
         FormatError: no such folder, no safetensors in it, or a damaged file. The index names a tensor that is not
@@ -31,7 +31,7 @@ def bf16_tensors(path: Path) -> dict[str, StoredTensor]:
     refuse_unfinished(path)
     chosen = model_files(path)
     if not chosen.files:
-        return stored_tensors(path)  # says what is missing
+        return stored_tensors(path)  # raises: says what is missing
     tensors = merged(chosen)
     for name, file in chosen.weight_map.items():
         if name not in tensors or tensors[name].file.name != file:
@@ -78,7 +78,7 @@ def repeated(tensors: Iterable[StoredTensor]) -> frozenset[str]:
 def each_once(
     pairs: Iterable[tuple[str, Value]], repeated: Collection[str]
 ) -> Iterator[tuple[str, Value]]:
-    """Yield the same pairs, a name that comes again left out.
+    """Yield the same pairs, each name once.
 
     Args:
         pairs: (tensor name, anything).

@@ -1,4 +1,4 @@
-"""Refuse models whose weights are quantized (FP8, GPTQ, AWQ, MXFP4, bitsandbytes, ...), whatever tells it."""
+"""Refuse models with quantized weights (FP8, GPTQ, AWQ, MXFP4, bitsandbytes, ...), whether config or files say so."""
 
 from __future__ import annotations
 
@@ -11,12 +11,10 @@ from vllm_dfloat.errors import UnsupportedError, shown
 from vllm_dfloat.storage.json_file import read_object
 from vllm_dfloat.storage.safetensors_read import StoredTensor
 
-METHOD = (
-    "dfloat11"  # our own name in a quantization_config, beside BF16 weights: options for serving
-)
+METHOD = "dfloat11"  # ours: a quantization_config of BF16 weights may hold options for serving
 _MODELOPT_FILE = "hf_quant_config.json"
 _MAX_BYTES = 16 << 20
-# Of most kinds, of compressed-tensors in its first versions, of MLX.
+# Of most methods; of the first versions of compressed-tensors; of MLX.
 _KEYS = ("quantization_config", "compression_config", "quantization")
 _METHOD_KEYS = ("quant_method", "quant_algo", "format")
 _INTEGERS = ("I8", "U8", "I16", "U16", "I32", "U32")
@@ -25,7 +23,7 @@ _LEAVES = re.compile(
     r"(.*[._])?(qweight|qzeros|weight_packed|weight_scale(_inv|_2)?|weight_global_scale|weight_zero_point"
     r"|SCB|absmax|nested_absmax|quant_map|nested_quant_map|quant_state\.bitsandbytes__\w+)"
 )
-_PACKED = re.compile(r"(.*[._])?(weight|blocks|packed)")  # where the dtype is that of an integer
+_PACKED = re.compile(r"(.*[._])?(weight|blocks|packed)")  # quantized if they hold integers
 
 
 def refuse_quantized_config(config: Mapping[str, Any], where: str) -> None:
@@ -44,13 +42,13 @@ def refuse_quantized_config(config: Mapping[str, Any], where: str) -> None:
 
 
 def refuse_quantized_files(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
-    """Refuse a model whose files tell, with or without a word in its config, that the weights are quantized.
+    """Refuse a model whose files show that the weights are quantized, whatever its config says.
 
     Raises:
         UnsupportedError: they do.
     """
     modelopt = (read_object(folder / _MODELOPT_FILE, _MAX_BYTES) or {}).get("quantization")
-    if isinstance(modelopt, Mapping) and modelopt.get("quant_algo"):  # without one, of the KV cache
+    if isinstance(modelopt, Mapping) and modelopt.get("quant_algo"):  # else of the KV cache
         _refuse(str(folder / _MODELOPT_FILE), f"quantization is {_method(modelopt)}")
     found = [tensor for tensor in tensors.values() if _is_quantized(tensor)]
     if found:
@@ -63,7 +61,7 @@ def refuse_quantized_files(folder: Path, tensors: Mapping[str, StoredTensor]) ->
 
 
 def _quantization_configs(config: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
-    """Yield (path of the part, key, value) of every quantization config, also of those within parts of the model."""
+    """Yield (path of the part, key, value) of every quantization config, of the model and of its parts."""
     parts = [("", config)]
     parts += [(f"{key}.", value) for key, value in config.items() if isinstance(value, Mapping)]
     for place, part in parts:

@@ -33,7 +33,7 @@ class Dfloat11Checkpoint:
         config: config.json as a dictionary.
         units: the compressed modules by module path.
         plain: every tensor that belongs to no unit, by tensor name.
-        manifest: lists its files, of which names, sizes and headers have been compared with it; None if it has none.
+        manifest: its list of files, compared with their names, sizes and headers; None without one.
     """
 
     path: Path
@@ -44,7 +44,7 @@ class Dfloat11Checkpoint:
 
     @property
     def names(self) -> frozenset[str]:
-        """Return the names of all tensors, compressed and plain, as far as no model class must be asked for them."""
+        """Return the names of all tensors, compressed and plain, as far as they are known without a model class."""
         return frozenset(self.plain) | {name for u in self.units.values() for name in u.names}
 
     def validate(self) -> None:
@@ -60,12 +60,12 @@ class Dfloat11Checkpoint:
 def open_checkpoint(path: str | Path, may_be_unfinished: bool = False) -> Dfloat11Checkpoint:
     """Open the DFloat11 checkpoint in directory `path`.
 
-    Reads config.json and the headers of all *.safetensors files there; file names and grouping
-    carry no meaning. No tensor is read.
+    Reads config.json and the headers of all *.safetensors files there. File names, and which tensors share
+    a file, have no meaning. No tensor is read.
 
     Args:
         path: the directory.
-        may_be_unfinished: for the command that writes it, and looks at what it has written.
+        may_be_unfinished: True for the command that writes it and checks what it has written.
 
     Raises:
         FormatError: the directory is no DFloat11 checkpoint, or one of its files is damaged.

@@ -1,4 +1,4 @@
-"""`dfloat11_config`: which units a checkpoint has and which weights are in them, from config.json or from a header."""
+"""`dfloat11_config`: the units of a checkpoint and the weights in them, from config.json or from a header."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def read_settings(path: Path, files: Sequence[Path]) -> tuple[dict[str, Any], Pa
 
     Args:
         path: its folder.
-        files: its weight files. Where config.json says nothing, the metadata of their headers may, as JSON.
+        files: its weight files. If config.json has no settings, the metadata in their headers may have them, as JSON.
 
     Raises:
         FormatError: the folder is no DFloat11 checkpoint, or its settings are damaged.
@@ -40,7 +40,7 @@ def read_settings(path: Path, files: Sequence[Path]) -> tuple[dict[str, Any], Pa
 
 
 def _from_headers(files: Sequence[Path]) -> tuple[Any, str]:
-    """Return the settings in the files' headers and where they stand, nothing if no header has any."""
+    """Return the settings in the files' headers and the place for messages; None and "" if there are none."""
     found: dict[str, Path] = {}
     for file in files:
         text = read_names(file)[1].get(CONFIG_KEY)

@@ -1,4 +1,4 @@
-"""Shapes of the weights in a unit: the format stores none, so they come from the model's config."""
+"""Shapes of the weights in a unit. The format does not store them: they come from a manifest or a model class."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ Shapes = Mapping[str, tuple[int, ...]]
 def module_shapes(model: str | Path | Any, advice: str = "") -> dict[str, tuple[int, ...]]:
     """Return module path -> (out_features, in_features) of every module with a 2-D weight.
 
-    A checkpoint made by this package says it in its manifest, also for experts that no module class of today has
-    by the names in the file. For any other this builds the Hugging Face model on the meta device, so
-    nothing of its size is allocated. Code that comes with a checkpoint is never run.
+    A checkpoint made by this package has them in its manifest, also for experts with names that no module class of
+    today has. For any other the Hugging Face model is built on the meta device, so nothing of its size is allocated.
+    Code of a checkpoint is never run.
 
     Args:
         model: a directory with config.json, such a file, or a transformers config object.
-        advice: what else to do where the config does not tell, a sentence for the end of messages.
+        advice: what else to do if the config is not enough: a sentence for the end of messages.
 
     Raises:
         UnsupportedError: transformers does not know the model, or it is not installed.
@@ -39,7 +39,7 @@ def module_shapes(model: str | Path | Any, advice: str = "") -> dict[str, tuple[
 
 
 def model_shapes(model: str | Path | Any, advice: str = "") -> dict[str, tuple[int, ...]]:
-    """Do as `module_shapes`, but ask the model class whatever a manifest says."""
+    """Do as `module_shapes`, but always ask the model class."""
     modules = meta_model(model, advice).named_modules()
     weights = {name: getattr(module, "weight", None) for name, module in modules}
     return {
@@ -50,14 +50,14 @@ def model_shapes(model: str | Path | Any, advice: str = "") -> dict[str, tuple[i
 
 
 def original_shapes(original: Path) -> dict[str, tuple[int, ...]]:
-    """Return module path -> shape from the original of a DFloat11 model: from its weight files' headers, or its config.
+    """Return module path -> shape from the original of a DFloat11 model: from the headers of its files, or its config.
 
     Args:
         original: a folder with *.safetensors files, a folder with a config.json alone, or such a file.
 
     Raises:
         FormatError: none of these, or damaged.
-        UnsupportedError: there is a config alone, and transformers does not know it, or is not installed.
+        UnsupportedError: there is only a config, and transformers does not know it, or is not installed.
     """
     check_original(original)
     if not original.is_dir() or not weight_files(original) or is_dfloat11(original):
@@ -72,9 +72,9 @@ def original_shapes(original: Path) -> dict[str, tuple[int, ...]]:
 def resolve_shape(path: str, numel: int, shapes: Shapes, where: str) -> tuple[int, ...]:
     """Return the shape of module `path`, which has `numel` weights in the file.
 
-    Checkpoints may carry an older prefix than the model class of today (gemma-3:
-    `language_model.model.layers.0...`, now `model.language_model.layers.0...`). So without an equal
-    name, the modules with the longest equal tail of the path and as many weights are taken.
+    Checkpoints may use an older prefix than the model class of today (gemma-3:
+    `language_model.model.layers.0...`, now `model.language_model.layers.0...`). So if no module has that name,
+    it is one with as many weights and the longest equal end of its path.
 
     Raises:
         FormatError: no module fits, or several fit and differ in shape.

@@ -1,4 +1,4 @@
-"""What is copied with a model beside its own weights and its config: tokenizer, licence, layers in other files."""
+"""What is copied with a model, beside its own weights and its config: tokenizer, licence, layers in other files."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class SideFiles:
     """The files beside a model's own weights.
 
     Attributes:
-        names: what is copied, as paths relative to the folder, in their order.
-        left_out: what is not, likewise -> why.
+        names: what is copied: paths relative to the folder, in order.
+        left_out: path of what is not copied -> why.
     """
 
     names: tuple[str, ...]
@@ -52,16 +52,16 @@ class SideFiles:
 def side_files(folder: Path, own: Collection[str] | None = None) -> SideFiles:
     """Return what is copied with the model in `folder`.
 
-    Hidden files are not. Links are followed within the folder, and from a snapshot of a Hugging Face cache to the blobs
-    of the same model; what any other link leads to is left out: it was never meant to be passed on.
+    Hidden files are not copied. Links are followed within the folder, and from a snapshot of a Hugging Face cache to
+    the blobs of the same model. Other links are left out: nobody meant to pass on what they lead to.
 
     Args:
         folder: the model's.
         own: names of the files with its own weights; by default of all weight files directly in the folder.
 
     Raises:
-        FormatError: a file that serving needs is a Git LFS pointer; another one is left out. Weights of a layer that
-            modules.json names would be left out: vLLM would serve the model without it.
+        FormatError: a file that serving needs is a Git LFS pointer (others are left out), or weights of a layer in
+            modules.json would be left out, and vLLM would serve the model without it.
     """
     roots, modules = _roots(folder), module_folders(folder)
     own = {file.name for file in weight_files(folder)} if own is None else set(own)
@@ -94,7 +94,7 @@ def side_files(folder: Path, own: Collection[str] | None = None) -> SideFiles:
 
 
 def _listed(folder: Path) -> Collection[str]:
-    """Return what a manifest lists; nothing if there is none, or a damaged one, of which others say so."""
+    """Return the files that a manifest lists; none without one, or if it is damaged, which its readers report."""
     try:
         manifest = read_manifest(folder)
     except DFloatError:
@@ -119,21 +119,21 @@ def _refuse_hidden(folder: Path, modules: Collection[str]) -> None:
 
 
 def leads_outside(file: Path, folder: Path) -> bool:
-    """Return whether a file of `folder` is a link to what does not belong to the model in it."""
+    """Return whether a file of `folder` is a link to something outside of its model."""
     return not _is_below(os.path.realpath(file), _roots(folder))
 
 
 def visible_paths(folder: Path) -> Iterator[tuple[str, bool]]:
     """Yield (path below the folder, whether it is a link to a folder) of all that is not hidden, in order.
 
-    Its config.json and its manifest are not among them.
+    Leaves out config.json and the manifest.
     """
     for path, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         below = Path(path).relative_to(folder)
         is_top = below == Path()
         for name in folders:
-            if (Path(path) / name).is_symlink():  # which os.walk does not follow
+            if (Path(path) / name).is_symlink():  # os.walk does not follow it
                 yield (below / name).as_posix(), True
         for name in sorted(files):
             is_ours = is_top and name in (CONFIG_FILE, MANIFEST_FILE)
@@ -142,7 +142,7 @@ def visible_paths(folder: Path) -> Iterator[tuple[str, bool]]:
 
 
 def _roots(folder: Path) -> list[str]:
-    """Return where files of the model may lie."""
+    """Return the folders in which files of the model may lie."""
     real = folder.resolve()
     return [
         str(real),
@@ -151,7 +151,7 @@ def _roots(folder: Path) -> list[str]:
 
 
 def _reason_to_leave(file: Path, roots: list[str]) -> str:
-    """Return why a file is not copied, nothing if it is."""
+    """Return why a file is not copied, "" if it is."""
     try:
         target = os.path.realpath(file, strict=True)
         mode = os.stat(target).st_mode

@@ -1,7 +1,7 @@
-"""Weights beside those of the model itself: what vLLM may read of them, and what are the same weights once more.
+"""Weight files beside the model's own: those that vLLM may read, and those that repeat the model's weights.
 
-Sentence-transformers keep layers in folders of their own, BGE-M3 in files of their own, others adapters. All that is
-not surely a copy, or of no use to vLLM, belongs to the model. It is copied byte for byte, and never unpickled.
+Sentence-transformers keep layers in folders, BGE-M3 keeps them in files, other models come with adapters. Whatever is
+not certainly a copy, or of no use to vLLM, belongs to the model. It is copied byte for byte, and never unpickled.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _DOWNLOADS = (".lock", ".incomplete", ".tmp")
 MODULES_FILE = "modules.json"  # of sentence-transformers: the folders of a model's layers
 _MAX_MODULES_BYTES = 1 << 20
 _TRAINING = re.compile(r"(optimizer|scheduler|scaler|training_args|rng_state\w*)\.(bin|pt|pth)")
-# The names of all of a model's weights in another form.
+# Names of files that hold all weights of a model in another form.
 _COPIES = re.compile(r"(pytorch_model|diffusion_pytorch_model|consolidated)\b.*")
 _COPY_FOLDER = "original"  # where Llama's releases have consolidated.*.pth
 
@@ -47,11 +47,11 @@ def changes_answers(name: str) -> bool:
 
 
 def module_folders(folder: Path) -> frozenset[str]:
-    """Return the folders that modules.json names, relative to a model's; none if it is missing or damaged."""
+    """Return the folders that modules.json names, relative to the model's; none if it is missing or damaged."""
     try:
         content = read_json(folder / MODULES_FILE, _MAX_MODULES_BYTES)
     except DFloatError:
-        return frozenset()  # and vLLM reads nothing from it either
+        return frozenset()  # vLLM reads nothing from it either
     modules = content.get("modules") if isinstance(content, dict) else content
     paths = [
         module.get("path")
@@ -70,13 +70,13 @@ def is_below(name: str, folders: Collection[str]) -> bool:
 def reasons_to_leave(
     folder: Path, names: Sequence[str], own: Collection[str], listed: Collection[str]
 ) -> dict[str, str]:
-    """Return the files that are not copied -> why, of those that hold weights, or are a part of a download.
+    """Return file -> why it is not copied, for files with weights and parts of downloads.
 
     Args:
         folder: the model's.
-        names: of all files that may be copied, as paths relative to it.
-        own: those that hold the model's own weights and their indices, of which nothing is said.
-        listed: those that a manifest says are parts of the model.
+        names: all files that may be copied, as paths relative to it.
+        own: those with the model's own weights and their indices; the result has none of them.
+        listed: those that a manifest lists as parts of the model.
     """
     modules = module_folders(folder)
     beside = {_folder(name) for name in names if name.endswith(SAFETENSORS)}
@@ -91,7 +91,7 @@ def reasons_to_leave(
         elif name.endswith(_FORMS) and not is_below(name, modules):
             open_.append(name)
     left.update(_copies(folder, open_, own))
-    for name in names:  # an index goes with the files that it is of
+    for name in names:  # an index stays with the files that it lists
         of = name.removesuffix(_INDEX)
         if of != name and of.endswith(_FORMS) and name not in (*own, *listed, *left):
             form = PurePosixPath(of).suffix
@@ -102,7 +102,7 @@ def reasons_to_leave(
 
 
 def _by_name(name: str, beside: Collection[str], is_module: bool) -> str:
-    """Return why a file is not copied that its name says enough of, else nothing.
+    """Return why a file is not copied, if its name alone tells; else "".
 
     Args:
         beside: the folders that hold safetensors.
@@ -116,7 +116,7 @@ def _by_name(name: str, beside: Collection[str], is_module: bool) -> str:
     if _TRAINING.fullmatch(file.name):
         return TRAINING
     if is_module:
-        return ""  # vLLM reads its pickle too, where its safetensors hold something else
+        return ""  # vLLM also reads its pickle, if its safetensors hold something else
     of = file.name.removesuffix(_INDEX)
     is_pickle = of.endswith(_PICKLES)
     if is_pickle and _COPIES.fullmatch(of) and _folder(name) in beside:
@@ -131,7 +131,7 @@ def _by_name(name: str, beside: Collection[str], is_module: bool) -> str:
 
 
 def _copies(folder: Path, names: Iterable[str], own: Collection[str]) -> dict[str, str]:
-    """Return those of the files that are a second copy of all weights: as large as half of them, and no other ones."""
+    """Return those of the files that are a second copy of all weights: at least half as large, with the same names."""
     series: dict[str, list[str]] = {}
     for name in names:
         series.setdefault(re.sub(r"\d+", "#", name), []).append(name)
@@ -146,7 +146,7 @@ def _copies(folder: Path, names: Iterable[str], own: Collection[str]) -> dict[st
 
 
 def _may_be_the_same(folder: Path, files: Iterable[str], own: Collection[str]) -> bool:
-    """Return whether files may hold the tensors that the model has: safetensors say so, of pickles nobody knows."""
+    """Return whether files may hold tensors that the model has; a pickle may, since it is not read."""
     found: set[str] = set()
     for name in files:
         if not name.endswith(SAFETENSORS):

@@ -1,4 +1,4 @@
-"""What a checkpoint on disk holds: which modules are compressed, and how many bits each weight takes."""
+"""The contents of a checkpoint on disk: which modules are compressed, and how many bits a weight takes."""
 
 import math
 from collections.abc import Iterable
@@ -62,7 +62,7 @@ class Summary:
         return {"path": self.path, "modules": rows, "totals": totals}
 
     def as_table(self) -> str:
-        """Return a table for people, repeated tensors in one row; the last line is the whole in one sentence."""
+        """Return a table for people, with one row for repeated tensors, and a last line that sums it up."""
         heads = ["module", "kind", "count", "members", "weights", "bytes", "bits/weight", "of BF16"]
         groups = grouped(self.rows)
         body = [_cells(row, count) for row, count in groups]
@@ -94,10 +94,10 @@ _SUMMED = ("members", "weights", "num_bytes", "bf16_bytes")
 
 
 def grouped(rows: Iterable[Row]) -> list[tuple[Row, int]]:
-    """Return the sum of rows that a model repeats, and how many they are; any other row by itself, in their order.
+    """Return rows in order, each with a count: rows that a model repeats are summed into one.
 
-    Plain tensors are repeated if they have one size and names that differ in numbers alone, as the norms of all layers;
-    units are if their names differ in the last of several numbers, as the experts of a layer.
+    Plain tensors repeat if they have the same size and names that differ in numbers only, as the norms of all layers.
+    Units repeat if their names differ in the last of several numbers only, as the experts of a layer.
     """
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
@@ -109,7 +109,7 @@ def grouped(rows: Iterable[Row]) -> list[tuple[Row, int]]:
 
 
 def _group(row: Row) -> tuple[Any, ...]:
-    """Return the name of the group that a row is in, with * in place of numbers, and what its rows have in common."""
+    """Return the name of the row for all rows like this one, with * for numbers, and what they have in common."""
     parts = row.name.split(".")
     numbers = [i for i, part in enumerate(parts) if part.isdecimal()]
     if row.kind == COMPRESSED:
@@ -141,7 +141,7 @@ def _cells(row: Row, count: int) -> list[str]:
 
 
 def summarize(path: Path) -> Summary:
-    """Return what the checkpoint in directory `path` holds; reads headers and small tables, decodes nothing.
+    """Return the contents of the checkpoint in directory `path`. Reads headers and small tables, decodes nothing.
 
     Raises:
         FormatError: the directory is no safetensors checkpoint, or a file is damaged.

@@ -30,9 +30,9 @@ _PIECE_BYTES = 4 << 20
 class Comparison:
     """The outcome: how many tensors, bytes and files were compared, and one sentence per difference.
 
-    `files` is None where no manifest says what they should be; compared with an original, it counts the files of
-    weights beside the model's own. `not_sought` says why nobody could tell whether tensors are missing, nothing if that
-    was looked for. `is_compressed` tells a DFloat11 checkpoint from a plain one.
+    `files` counts the files compared with the manifest, or with an original the weight files beside the model's own;
+    None if there are none. `not_sought` says why it could not be checked whether tensors are missing, "" if it was.
+    `is_compressed` is True for a DFloat11 checkpoint.
     """
 
     tensors: int = 0
@@ -52,8 +52,7 @@ def compare(
 ) -> Comparison:
     """Compare every tensor of the checkpoint `path` with the tensor of the same name in `against`.
 
-    So it does with the bytes of the files that hold weights beside the model's own, as `side_weights` tells them.
-    Nothing else beside the weights is compared.
+    Also compares the bytes of other weight files, beside the model's own (side_weights.py). Nothing else is compared.
 
     Args:
         path: a DFloat11 or a plain safetensors folder.
@@ -190,7 +189,7 @@ def _open(
                 f"{path}: has no config.json, so nothing says whether all of a model is here; expected one. Fetch it, "
                 "run the command again that was writing this folder, or compare with the original: --against."
             )
-        # Mapped where nobody looks at them, read where they are compared.
+        # Nothing looks at them if there is no original: then they are only mapped.
         load = StoredTensor.bits if must_be_whole else StoredTensor.read
         tensors = ((name, tensor.dtype, load(tensor)) for name, tensor in stored.items())
         num_bytes = sum(tensor.num_bytes for tensor in stored.values())
@@ -203,7 +202,7 @@ def _open(
 
 
 def _difference(dtype: str, bits: Bits, original: StoredTensor) -> str:
-    """Return what differs, or nothing; reads the original in pieces."""
+    """Return what differs, "" if nothing does; reads the original in pieces."""
     if dtype != original.dtype or bits.shape != original.shape:
         return f"{dtype}{list(bits.shape)} against {original.dtype}{list(original.shape)}"
     size, at, wrong, first = bits.dtype.itemsize, 0, 0, ""

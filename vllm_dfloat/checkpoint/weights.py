@@ -1,4 +1,4 @@
-"""Give out a DFloat11 checkpoint as plain BF16 tensors under the original names, one at a time."""
+"""The tensors of a DFloat11 checkpoint as plain BF16 under their original names, one at a time."""
 
 from __future__ import annotations
 
@@ -66,11 +66,10 @@ def lazy_weights(
     skip: Callable[[str], bool] | None = None,
     decode: Decode | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (name, tensor) of every tensor of the checkpoint, compressed ones as LazyWeight: decoded where copied to.
+    """Yield (name, tensor) of every tensor of the checkpoint; a compressed one is a LazyWeight, decoded while copied.
 
-    All tensors of one transformer layer come together: first the weights of its unit in storage
-    order, each followed by the bias of the same module (a loader that counts what a layer has
-    received must see the weight first), then the others.
+    All tensors of a transformer block come together: first the weights of its unit in storage order, each before the
+    bias of its module (a loader that counts what a layer has received must see the weight first), then the others.
 
     Args:
         checkpoint: an open checkpoint.
@@ -79,8 +78,8 @@ def lazy_weights(
         decode: (unit, start, stop) -> weights start..stop of the unit, BF16 [stop - start]; by default on the CPU.
 
     Raises:
-        FormatError: a unit is damaged or does not fit `shapes`; raised before the first tensor
-            wherever it can be found without decoding, or else when the weight is copied.
+        FormatError: a unit is damaged or does not fit `shapes`: before the first tensor if no decoding is needed to
+            see it, else when the weight is copied.
     """
     shapes = shapes_of(checkpoint) if shapes is None else shapes
     yield from planned_weights(checkpoint, plan(checkpoint, shapes, skip), decode)
@@ -89,7 +88,7 @@ def lazy_weights(
 def planned_weights(
     checkpoint: Dfloat11Checkpoint, items: Iterable[Member | StoredTensor], decode: Decode | None
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield what `lazy_weights` yields, of what `plan` has returned."""
+    """Do as `lazy_weights` for what `plan` has returned."""
     import torch
 
     checkpoint.validate()
@@ -109,7 +108,7 @@ def planned_weights(
 
 
 class _OpenUnit:
-    """A unit that its weights share: opened when the first of them is copied, closed when the last of them is gone."""
+    """A unit that its weights share: opened when the first is copied, closed when the last is deleted."""
 
     def __init__(self, entry: UnitEntry, decode: Decode) -> None:
         self._entry = entry
@@ -141,8 +140,8 @@ def typed_weights(
 ) -> Iterator[tuple[str, str, Bits]]:
     """Yield (name, safetensors dtype, bits) in the order of `weights`, each decoded into memory of its own.
 
-    Needs no model: without `shapes` every decoded weight is [1, n]. Files are read, not mapped: one that is cut
-    meanwhile would end the process.
+    Needs no model: without `shapes` every decoded weight is [1, n]. Files are read, not mapped: truncating a mapped
+    file would kill the process.
     """
     items = plan(checkpoint, shapes, skip, keep_tied)
     checkpoint.validate()
@@ -157,7 +156,7 @@ def typed_weights(
 
 
 def _decoded(unit: Unit, member: Member) -> Bits:
-    """Return a weight of a unit that stays in its file, of which bounded pieces are read."""
+    """Return a weight of a unit that stays in its file; reads bounded pieces of it."""
     out = np.empty(member.stop - member.start, np.uint16)
     step = piece_weights()
     for first in range(member.start, member.stop, step):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from vllm_dfloat.convert.compress import Report
     from vllm_dfloat.dfloat11.coder import Coder
 
-# Files that are made at once where a GPU encodes: it waits for hashing, which takes a core about 1.2 ns per weight.
+# Files made at the same time if a GPU encodes: it waits for hashing, which takes a core about 1.2 ns per weight.
 _GPU_THREADS = 4
 _WAS_FINISHED = "was finished before, and neither its files nor its source have changed since"
 
@@ -107,7 +107,7 @@ def _compress(args: argparse.Namespace) -> int:
 
 
 def _coder(device: str, workers: int | None) -> Coder | None:
-    """Return what works on a GPU, None for the CPU; workers are processes on the CPU."""
+    """Return the coder for a GPU, None for the CPU; `workers` are processes on the CPU."""
     if device == "auto" and (workers or not _may_have_gpu()):
         return None
     if device == "cpu":
@@ -127,7 +127,7 @@ def _coder(device: str, workers: int | None) -> Coder | None:
 
 
 def _may_have_gpu() -> bool:
-    """Return whether it is worth the seconds that importing torch takes, to ask it."""
+    """Return whether a GPU is likely enough to import torch, which takes seconds."""
     drivers = ("/dev/nvidiactl", "/dev/dxg")
     packages = find_spec("torch") and find_spec("triton")
     return bool(packages) and any(Path(driver).exists() for driver in drivers)

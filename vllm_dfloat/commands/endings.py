@@ -1,4 +1,4 @@
-"""How a command ends that does not succeed: one line on stderr, whatever went wrong."""
+"""How a command ends if it fails: one line on stderr, whatever went wrong."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def sentence(error: BaseException, args: argparse.Namespace | None) -> str:
 
     Args:
         error: what ended the command.
-        args: its arguments, None where they were not understood.
+        args: its arguments, None if they could not be parsed.
     """
     if isinstance(error, DFloatError):
         return str(error)
@@ -34,7 +34,7 @@ def sentence(error: BaseException, args: argparse.Namespace | None) -> str:
         )
     if isinstance(error, MemoryError):
         return "out of memory. Free some, or use a machine that has more."
-    # Not 1, with which Python would end: that says that two checkpoints differ.
+    # The status is not Python's 1, which means that two checkpoints differ.
     what = f"{type(error).__name__}: {error}"
     return one_line(
         f"internal error, {what}. Run the same with --debug, and report what it prints."
@@ -42,7 +42,7 @@ def sentence(error: BaseException, args: argparse.Namespace | None) -> str:
 
 
 def _place(error: OSError, args: argparse.Namespace | None) -> str:
-    """Return "path: ": what the error names, or else what the command works on, of which nobody knows more."""
+    """Return "path: " with the path in the error, or else the paths that the command was given."""
     named = [n for n in (error.filename, error.filename2) if isinstance(n, str | bytes)]
     if named:
         return " -> ".join(map(os.fsdecode, named)) + ": "
@@ -51,9 +51,9 @@ def _place(error: OSError, args: argparse.Namespace | None) -> str:
 
 
 def _package(error: ImportError) -> str:
-    """Return the package of others that cannot be imported, nothing if it is this one."""
+    """Return the package that cannot be imported, "" if it is this one."""
     name, frames = error.name, error.__traceback__
-    while not name and frames:  # raised by hand: by the package that the last frame is in
+    while not name and frames:  # raised by hand, in the package of the last frame
         if frames.tb_next is None:
             name = frames.tb_frame.f_globals.get("__name__")
         frames = frames.tb_next
@@ -70,7 +70,7 @@ def _not_imported(package: str, error: ImportError) -> str:
 
 
 def is_unread() -> bool:
-    """Return whether stdout is a pipe that nobody reads any more: not every broken pipe is that one."""
+    """Return whether stdout is a pipe without a reader; a BrokenPipeError may also come from another pipe."""
     try:
         waiting = select.poll()
         waiting.register(sys.stdout.fileno(), select.POLLOUT)
@@ -80,7 +80,7 @@ def is_unread() -> bool:
 
 
 def settle_stdout() -> None:
-    """Let stdout lead nowhere if it takes nothing; else Python would complain at the end, with a status of its own."""
+    """Redirect an unwritable stdout to /dev/null, so that exit keeps our status."""
     try:
         sys.stdout.flush()
     except OSError:

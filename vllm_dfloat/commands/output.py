@@ -1,4 +1,4 @@
-"""Where commands print their results: standard output, which may be a full disk or a closed pipe."""
+"""Print the results of commands to standard output, which may be a full disk or a closed pipe."""
 
 import json
 import sys
@@ -13,7 +13,7 @@ def say(text: str) -> None:
     """Print a result.
 
     Raises:
-        OSError: standard output takes nothing; the error names it.
+        OSError: standard output cannot be written; the error names it.
     """
     with _named():
         print(text)
@@ -25,12 +25,12 @@ def say_json(content: dict[str, Any]) -> None:
 
 
 def not_sought_clause(reason: str) -> str:
-    """Return the end of a line about a model of which nobody could tell whether tensors are missing, and why."""
+    """Return the end of a line on a model whose tensors could not be checked for missing ones; "" without a reason."""
     return f"; whether tensors are missing was not checked: {reason}" if reason else ""
 
 
 def flush() -> None:
-    """Let standard output take all that was printed; raises as `say` does."""
+    """Write out all that was printed; raises as `say` does."""
     with _named():
         sys.stdout.flush()
 

@@ -1,4 +1,4 @@
-"""What a command says on stderr while it works: a progress bar, and that the first run compiles."""
+"""What a command prints on stderr while it works: a progress bar, and that the first run compiles."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 COMPILING = (
     "vllm-dfloat: compiling the codec for this machine; takes some seconds, in the first run only"
 )
-tells_compiling = True  # tests of what stderr holds take no notice of whether numba's cache is warm
+tells_compiling = True  # tests set it to False: stderr must not depend on numba's cache
 
 
 class Bar:
-    """A progress bar in bytes with rate and time left; nothing where stderr is no terminal."""
+    """A progress bar in bytes with rate and time left; invisible if stderr is no terminal."""
 
     def __init__(self, quiet: bool) -> None:
         self._quiet = quiet
@@ -28,7 +28,7 @@ class Bar:
         return self
 
     def start(self, total_bytes: int, done_bytes: int = 0) -> None:
-        """Show the bar of a job of `total_bytes`, of which an earlier run has done `done_bytes`."""
+        """Show the bar of a job of `total_bytes`; an earlier run has done `done_bytes` of them."""
         from tqdm import tqdm  # type: ignore[import-untyped]
 
         self._bar = self._open.enter_context(
@@ -54,4 +54,4 @@ class Bar:
 def _tell() -> None:
     from tqdm import tqdm
 
-    tqdm.write(COMPILING, file=sys.stderr)  # above a bar, if there is one
+    tqdm.write(COMPILING, file=sys.stderr)  # above the bar, if there is one

@@ -1,4 +1,4 @@
-"""Compress a BF16 model into an official DFloat11 checkpoint, file by file, so that it can be interrupted."""
+"""Compress a BF16 model into an official DFloat11 checkpoint, file by file."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class Report:
     """What a compression did.
 
     Attributes:
-        bf16_bytes: all weight files of the source take together, headers not counted.
-        num_bytes: the same of the target.
+        bf16_bytes: size of all weight files of the source, without headers.
+        num_bytes: size of all weight files of the target.
         units: how many units it holds.
         left: tensor name -> why it was not compressed.
         left_out: file beside the weights -> why it was not copied.
@@ -63,21 +63,21 @@ def compress(
     advance: Callable[[int], None] = lambda num_bytes: None,
     coder: Coder | None = None,
 ) -> Report:
-    """Write `source` as a DFloat11 checkpoint into the folder `target`; go on where an earlier run was ended.
+    """Write `source` as a DFloat11 checkpoint into the folder `target`; continue an earlier run that was interrupted.
 
     Args:
         source: an open BF16 model, which is only read.
-        target: a new or empty folder, or one in which the same compression was begun or finished.
-        force: take another folder too, and replace the checkpoint in it.
+        target: a new or empty folder, or one in which the same compression was started or finished.
+        force: accept any other folder, and replace the checkpoint in it.
         workers: processes; by default as many as cores and memory allow. With a coder, threads; by default one.
         start: called with the bytes to be read in all, and with those that an earlier run has read.
-        advance: called with the bytes that were done since.
-        coder: what encodes and compares, in this process; by default the CPU, in processes.
+        advance: called with the bytes that were read since its last call.
+        coder: encodes and compares in this process; by default the CPU does, in other processes.
 
     Raises:
         ChangedError: a file of the source was changed meanwhile.
         FormatError: `target` cannot be used, or what was written does not decode to the original.
-        UnsupportedError: there is nothing to compress in `source`, or a tensor is named as those of a unit are.
+        UnsupportedError: there is nothing to compress in `source`, or a tensor has the name of a part of a unit.
         DFloatError: the disk is full.
     """
     began = time.monotonic()
@@ -116,7 +116,7 @@ def _num_bytes(source: Source, names: Iterable[str]) -> int:
 
 
 def plan_files(plan: UnitPlan, source: Source) -> list[FileJob]:
-    """Return the files of the checkpoint: one per block or other unit, with what belongs to it, and one for the rest.
+    """Return the files of the checkpoint: one per transformer block or other unit, and one for the rest.
 
     Experts, which are units of their own, share files of up to `FILE_BYTES`.
     """

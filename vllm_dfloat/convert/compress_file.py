@@ -73,14 +73,14 @@ def compress_file(
     coder: Coder | None = None,
     report: Advance = ignore,
 ) -> CompressedFile:
-    """Write `job` into `folder` and return what it holds. The file has its name only once it was compared.
+    """Write `job` into `folder` and return what the file holds. It gets its name after it was compared.
 
     Args:
         job: what to write.
         tensors: the original tensors that it needs, by name.
         folder: an existing folder.
-        coder: what encodes and decodes; by default the CPU.
-        report: called with sixteenths of the bytes of `tensors`, all of them by the end.
+        coder: encodes and decodes; by default the CPU does.
+        report: called with sixteenths of bytes, in the end as many as `tensors` have.
 
     Raises:
         ChangedError: a file with original tensors is not what it was when it was opened.
@@ -117,9 +117,9 @@ def compress_file(
 
 
 def _items(name: str, unit: MeasuredUnit, coder: Coder, progress: Progress) -> list[Item]:
-    """Return the six tensors of a unit, to be encoded while they are written.
+    """Return the six tensors of a unit, which are encoded while they are written.
 
-    By their names the stream comes before gaps and positions, which are made with it.
+    By their names the stream is written before gaps and positions, which are made with it.
     """
     shapes = unit.shapes
     pieces = unit.tensors(coder, progress.phase(ENCODE), progress.phase(SIGNS))
@@ -131,7 +131,7 @@ def _items(name: str, unit: MeasuredUnit, coder: Coder, progress: Progress) -> l
 def _measure(
     planned: PlannedUnit, counted: Mapping[str, CountedWeights], left: dict[str, str]
 ) -> tuple[PlannedUnit, MeasuredUnit] | None:
-    """Return the unit and its sizes without the weights that go into `left`, None if nothing remains."""
+    """Return the unit, without weights that go into `left`, and its sizes; None if nothing remains."""
     unit = planned
     while unit.tensors:
         try:
@@ -157,7 +157,7 @@ def _measure(
 def _reasons(
     unit: PlannedUnit, counted: Mapping[str, CountedWeights], error: str
 ) -> dict[str, str]:
-    """Return why which weights of a unit must be left out for the rest to fit."""
+    """Return name -> reason for the weights of a unit that must be left out for the rest to fit."""
     reasons = {}
     for name in unit.tensors:
         large = int(counted[name].counts[FIRST_POINTER:].sum())
@@ -166,7 +166,7 @@ def _reasons(
                 f"{large} of its weights are Inf, NaN or 2**113 and more, for which the format has no exponent"
             )
     if not reasons or is_expert(unit.name):
-        # The experts of a model share a pattern: all of an expert is compressed, or nothing.
+        # The experts of a model share a pattern: an expert is compressed as a whole, or not at all.
         return {name: reasons.get(name, error) for name in unit.tensors}
     return reasons
 

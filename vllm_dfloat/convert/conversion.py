@@ -17,7 +17,7 @@ from vllm_dfloat.storage.folder_lock import FolderLock
 
 @dataclass(frozen=True)
 class FileResult:
-    """A file that was written: its name, its size in bytes and its SHA-256. A line of the journal, too."""
+    """A file that was written: its name, its size in bytes and its SHA-256. Also a line of the journal."""
 
     file: str
     num_bytes: int
@@ -55,15 +55,15 @@ class Conversion(ABC, Generic[Result]):
     beside: frozenset[str]
 
     def prepare(self) -> None:
-        """Do what comes before the target is touched."""
+        """Do what must be done before the target is touched."""
 
     @abstractmethod
     def begin(self, done_bytes: int) -> None:
-        """Tell that files are made from now on, of which an earlier run has made those with `done_bytes`."""
+        """Report that files will be made now; an earlier run has made `done_bytes` of them."""
 
     @abstractmethod
     def result(self, line: Mapping[str, Any]) -> Result:
-        """Return what an earlier run has written into the journal about a file."""
+        """Return the result of a file from the journal of an earlier run."""
 
     @abstractmethod
     def make(self, files: Sequence[str], target: FolderLock) -> Iterable[Result]:

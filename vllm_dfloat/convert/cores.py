@@ -1,4 +1,4 @@
-"""How many processes share a machine's cores and memory, and jobs run in them."""
+"""Run jobs in as many processes as cores and memory allow."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def share_cores(cores: int, jobs: int, job_bytes: int, total_bytes: int, memory:
     """Return how many processes to start.
 
     Args:
-        cores: that may be used.
-        jobs: how many there are.
-        job_bytes: memory that the largest job takes.
-        total_bytes: what there is to work on in all; little of it is not worth a process.
+        cores: number of cores to use.
+        jobs: number of jobs.
+        job_bytes: memory of the largest job.
+        total_bytes: size of all work; a process is not worth it for little.
         memory: bytes available.
     """
     wanted = min(cores, jobs, total_bytes // _BYTES_WORTH_A_PROCESS, memory // max(1, job_bytes))
@@ -49,7 +49,7 @@ def share_cores(cores: int, jobs: int, job_bytes: int, total_bytes: int, memory:
 
 
 def available_memory() -> int:
-    """Return the bytes that the system says it can give to new processes, without swapping."""
+    """Return the bytes that new processes can have without swapping, as the system says."""
     try:
         with open("/proc/meminfo") as stream:
             for line in stream:

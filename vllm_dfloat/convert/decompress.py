@@ -1,4 +1,4 @@
-"""Write a DFloat11 checkpoint back as BF16 safetensors with an index, bit for bit, shard by shard."""
+"""Restore the BF16 model of a DFloat11 checkpoint, bit for bit: safetensors shards with an index."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class Restored:
     """What a decompression did.
 
     Attributes:
-        tensors, num_bytes: how many tensors were written, and how many bytes they take.
+        tensors, num_bytes: number and size of the tensors that were written.
         left_out: file beside the weights -> why it was not copied.
-        not_sought: why nobody could tell whether tensors are missing, nothing if that was looked for.
+        not_sought: why it could not be checked whether tensors are missing, "" if it was.
         was_finished: an earlier run had done everything.
-        not_as_listed: files beside the weights that are not what the checkpoint's manifest says.
+        not_as_listed: files beside the weights that differ from the checkpoint's manifest.
     """
 
     tensors: int
@@ -60,27 +60,27 @@ def decompress(
     shard_bytes: int = SHARD_BYTES,
     original: Path | None = None,
 ) -> Restored:
-    """Write the tensors of the DFloat11 checkpoint `path` into the folder `out`, with everything beside them.
+    """Write the tensors of the DFloat11 checkpoint `path` into the folder `out`, with the files beside them.
 
-    Shards are cut at `shard_bytes` and get their names when they are complete; the index comes last. Goes on where an
-    earlier run with the same arguments was ended. Where the checkpoint has a manifest, its weight files are read and
-    compared with it before anything is written.
+    Shards are cut at `shard_bytes` and get their names when they are complete; the index is written last. Continues an
+    earlier run with the same arguments that was interrupted. If the checkpoint has a manifest, its weight files are
+    compared with that before anything is written.
 
     Args:
         path: a DFloat11 checkpoint, ours or an official one.
-        out: a new or empty folder, or one in which the same was begun or finished.
-        force: take another folder too, and replace the checkpoint in it.
+        out: a new or empty folder, or one in which the same was started or finished.
+        force: accept any other folder, and replace the checkpoint in it.
         workers: processes; by default as many as cores and memory allow.
-        start: called with the bytes to be compared and written in all, and with those that an earlier run has written
-            as far as that is known by then.
-        advance: called with the bytes that were compared or written since.
-        shard_bytes: the largest size of a file, unless one tensor alone takes more.
-        original: where the shapes of the weights come from instead of manifest and config of the checkpoint.
+        start: called with the bytes to be compared and written in all, and with those that an earlier run has written,
+            if they are known by then.
+        advance: called with the bytes that were compared or written since its last call.
+        shard_bytes: the largest size of a file, unless one tensor is larger.
+        original: model that tells the shapes of the weights, in place of the checkpoint's manifest and config.
 
     Raises:
         ChangedError: a file of the checkpoint was changed meanwhile.
-        FormatError: the checkpoint is damaged, its weight files are not those of its manifest, or `out` cannot be used.
-        UnsupportedError: the shapes of its weights cannot be found out.
+        FormatError: the checkpoint is damaged, its weight files differ from its manifest, or `out` cannot be used.
+        UnsupportedError: nothing tells the shapes of its weights.
         DFloatError: the disk is full.
     """
     files = SourceFiles(path, weight_files)

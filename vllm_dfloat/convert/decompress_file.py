@@ -1,4 +1,4 @@
-"""Write one shard of BF16 tensors from a DFloat11 checkpoint, decoding them in bounded pieces."""
+"""Write one shard of BF16 tensors from a DFloat11 checkpoint, decoded in bounded pieces."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Shard:
 
 
 def num_bytes(item: Member | StoredTensor) -> int:
-    """Return what a tensor takes in BF16, or as it is."""
+    """Return the bytes of a tensor in BF16, or of a plain one as it is."""
     return item.num_bytes if isinstance(item, StoredTensor) else 2 * math.prod(item.shape)
 
 

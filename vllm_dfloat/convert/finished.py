@@ -1,7 +1,7 @@
-"""A folder that is made already: the same command again compares what it was made from and what is there, cheaply.
+"""Finished folders: the same command, run again, checks that source and target are unchanged, without reading them.
 
-A hidden file keeps sizes and times of the source's files, size and SHA-256 of those made from them, and what the
-command said. It belongs to this machine, since times do, and is of no use to a reader of the checkpoint.
+A hidden file has the sizes and times of the source's files, size and SHA-256 of the files made from them, and the
+report. It is for this machine only, as times are; a reader of the checkpoint does not need it.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ _MAX_BYTES = 256 << 20
 def write_finished(
     work: Work, task: Task, identity: str, source: SourceFiles, report: Mapping[str, Any]
 ) -> None:
-    """Write down that the folder is finished; it counts when the journal is gone.
+    """Write the file that marks the folder as finished; it counts once the journal is removed.
 
     Args:
         work: the folder, with everything in it.
         task: what made it.
         identity: of what it was made from, and how.
         source: the files it was made from.
-        report: what `find_finished` is to give back.
+        report: what `find_finished` returns later.
 
     Raises:
-        FormatError: the folder holds more that a reader would take for a part of the model.
+        FormatError: the folder holds another file that a reader would take for a part of the model.
     """
     refuse_leftovers(work.folder, work.entries)
     content = {
@@ -54,14 +54,14 @@ def write_finished(
 
 
 def refuse_leftovers(folder: Path, made: Collection[str]) -> None:
-    """Refuse a folder that holds more than is made in it, where a reader would take that for a part of the model.
+    """Refuse a folder with other files than those made there, if a reader would take them for a part of the model.
 
     Args:
         folder: where a model is made.
         made: the files of it, relative to the folder.
 
     Raises:
-        FormatError: it does; the message names the file.
+        FormatError: there is one; the message names it.
     """
     for name, _ in visible_paths(folder):
         if name not in made and changes_answers(name):
@@ -74,7 +74,7 @@ def refuse_leftovers(folder: Path, made: Collection[str]) -> None:
 def find_finished(
     target: Path, task: Task, identity: str, source: SourceFiles
 ) -> Mapping[str, Any] | None:
-    """Return the report of the finished folder `target`, None where no such task has finished it.
+    """Return the report of the finished folder `target`, None if no such task has finished it.
 
     Args:
         target: the folder.
@@ -90,7 +90,7 @@ def find_finished(
         try:
             content = read_object(stamp, _MAX_BYTES)
         except FormatError:
-            return None  # damaged, so it proves nothing
+            return None  # a damaged file proves nothing
         if _is_begun(target) or content is None:
             return None
         if (content.get("version"), content.get("task")) != (_VERSION, task.name):
@@ -122,9 +122,9 @@ def _check_source(
 
 
 def _check_target(target: Path, stamp: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
-    """Compare the sizes of files, and where something has happened to one since, all of its bytes.
+    """Compare the sizes of files, and all bytes of those with a newer time.
 
-    A file with weights or an index that was added may change what a reader finds; others do not, such as a README.
+    An added file with weights or an index may change what a reader finds; others, such as a README, do not.
     """
     for name, _ in visible_paths(target):
         if name not in files and changes_answers(name):

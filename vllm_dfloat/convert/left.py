@@ -1,4 +1,4 @@
-"""Tell what a conversion left: few lines, however much it is."""
+"""What a conversion left out, in few lines, however much it is."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def left_lines(left: Mapping[str, str]) -> list[str]:
     """Return a sentence per kind of reason.
 
     Args:
-        left: tensor name -> why it was not compressed. Reasons that differ in their numbers only are of one kind.
+        left: tensor name -> why it was not compressed. Reasons that differ only in numbers are one kind.
     """
     kinds: dict[str, list[str]] = {}
     for name, reason in left.items():
@@ -35,9 +35,9 @@ def _line(names: list[str], left: Mapping[str, str]) -> str:
 
 
 def left_out_lines(left_out: Mapping[str, str]) -> list[str]:
-    """Return what files beside the weights were not copied, and why: one line per file, or per kind where it has many.
+    """Return which files beside the weights were not copied, and why: a line per file, or per kind of many files.
 
-    A kind is a folder and a reason. Lines beyond `MAX_LINES` are one line.
+    A kind is a folder and a reason. All lines after `MAX_LINES` become one.
 
     Args:
         left_out: file -> why it was not copied.

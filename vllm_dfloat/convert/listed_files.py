@@ -1,7 +1,7 @@
-"""The files of a checkpoint against its manifest, for a command that makes another model of them.
+"""Compare the files of a checkpoint with its manifest, before another model is made from them.
 
-Weights that are not the listed ones are an error: what is made of them would be wrong, and nothing would say so. Config
-and tokenizer are edited on purpose; about these there is a line.
+Weights that differ are an error: the new model would be wrong, and nothing would show it. Config and tokenizer may have
+been edited on purpose: they get a line in the output.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _BYTES_WORTH_A_THREAD = 256 << 20
 
 
 def weight_bytes(manifest: Manifest) -> int:
-    """Return the size of all weight files that a manifest lists."""
+    """Return the size of all weight files in a manifest."""
     return sum(entry["bytes"] for name, entry in manifest.files.items() if is_weights(name))
 
 
@@ -36,7 +36,7 @@ def refuse_other_weights(folder: Path, manifest: Manifest, advance: Advance) -> 
         advance: called with the bytes that were read.
 
     Raises:
-        FormatError: a file is missing or has other bytes; it names the first.
+        FormatError: a file is missing or has other bytes; the message names the first.
     """
     jobs = [
         (folder, name, entry) for name, entry in sorted(manifest.files.items()) if is_weights(name)
@@ -59,12 +59,12 @@ def _compare(folder: Path, name: str, entry: Mapping[str, Any], advance: Advance
 def others(
     folder: Path, manifest: Manifest, copied: Mapping[str, Mapping[str, Any]]
 ) -> tuple[str, ...]:
-    """Return the files beside the weights that are not what a manifest lists, or not there.
+    """Return the files beside the weights that differ from the manifest or are missing.
 
     Args:
         folder: of the checkpoint.
         manifest: of the same.
-        copied: files of it -> size and SHA-256, as far as they are known.
+        copied: file -> size and SHA-256, of those that were copied.
     """
     return tuple(
         name

@@ -1,4 +1,4 @@
-"""Whether a compressed model can be told from its own tensors: by names before it is written, by reading it after."""
+"""Whether a compressed model can be read: its names are checked before it is written, and it is opened afterwards."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _INSTEAD = "Serve the model as it is: vllm serve with --quantization dfloat11 co
 
 
 def refuse_unit_names(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
-    """Refuse a model with tensors that are named as those of a unit are.
+    """Refuse a model with tensors that have the names of parts of a unit.
 
     Args:
         path: the model's folder.
         tensors: all of its tensors, by name.
 
     Raises:
-        UnsupportedError: one has such a name; whoever reads the checkpoint would take it for a part of a unit.
+        UnsupportedError: one has such a name; a reader of the checkpoint would take it for a part of a unit.
     """
     for name, tensor in tensors.items():
         module, _, field = name.rpartition(".")
@@ -34,14 +34,14 @@ def refuse_unit_names(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
 
 
 def read_back(target: Path, tensors: Mapping[str, StoredTensor]) -> None:
-    """Open a checkpoint that was just written as its readers do, before it counts as finished.
+    """Open a checkpoint that was just written, as a reader does, before it counts as finished.
 
     Args:
         target: its folder, with everything in it.
         tensors: of the original, by name.
 
     Raises:
-        FormatError: it cannot be opened, or does not give back the tensors of the original.
+        FormatError: it cannot be opened, or lacks tensors of the original.
     """
     try:
         checkpoint = open_checkpoint(target, may_be_unfinished=True)

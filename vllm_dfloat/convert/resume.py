@@ -1,4 +1,4 @@
-"""A folder that is made file by file, so that a run which was ended can be gone on with by the same command."""
+"""Resumable output folders: the same command continues a run that was interrupted."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _CHECKPOINT_FILES = ("*.safetensors", "*.safetensors.index.json", MANIFEST_FILE)
 
 
 class OccupiedError(FormatError):
-    """A folder that is to be made holds something else: it may have been finished meanwhile."""
+    """The output folder holds something else; another run may have finished it meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Task:
     """What is being made.
 
     Attributes:
-        name: what to call it in messages, such as "compression".
-        journal: the file in the folder that says what of it is done.
+        name: for messages, such as "compression".
+        journal: the file in the folder that lists what is done.
     """
 
     name: str
@@ -47,27 +47,27 @@ TASKS = (COMPRESSION, DECOMPRESSION)
 
 @contextmanager
 def resumable(source: Path, target: Path, task: Task, identity: str, force: bool) -> Iterator[Work]:
-    """Make and lock the folder `target`, and give it to a task that makes it from `source`.
+    """Make and lock the folder `target` for a task that fills it from `source`.
 
-    The folder must be new, empty, begun by the same task, or forced: then the checkpoint in it is removed. The journal
-    is removed when the block ends without an error.
+    The folder must be new, empty, or started by the same task. With `force` it may be any; the checkpoint in it is
+    removed. The journal is removed when the `with` block ends without an error.
 
     Args:
         source: the folder that is read.
         target: the folder that is made.
         task: what is being made.
-        identity: of what is read; a journal of another one is refused.
-        force: take another folder too.
+        identity: of the source; a journal with another identity is refused.
+        force: accept any folder.
 
     Raises:
-        OccupiedError: the folder is not empty, and nothing of the task was begun in it.
-        FormatError: the folder cannot be used, holds the beginning of another task, or another process works in it.
+        OccupiedError: the folder is not empty, and the task was not started in it.
+        FormatError: the folder cannot be used, another task was started in it, or another process works in it.
         DFloatError: the disk is full.
     """
     check_place(source, target, task)
     try:
         with locked(target) as lock:
-            # Only now: what another run does in the folder until it ends is not to be judged or removed.
+            # Only under the lock: files of a run that is still working must be neither judged nor removed.
             if not force:
                 _check_content(target, task)
             clear = partial(_clear, target, task)
@@ -91,10 +91,10 @@ def resumable(source: Path, target: Path, task: Task, identity: str, force: bool
 
 
 def check_place(source: Path, target: Path, task: Task) -> None:
-    """Refuse a target that lies in the source or around it, or is no folder.
+    """Refuse a target that lies inside or around the source, or is a file.
 
     Raises:
-        FormatError: it does, or is none.
+        FormatError: it is one of these.
     """
     here, there = source.resolve(), target.resolve()
     if here == there or here in there.parents or there in here.parents:
@@ -110,7 +110,7 @@ def check_place(source: Path, target: Path, task: Task) -> None:
 
 def _check_content(target: Path, task: Task) -> None:
     begun = [(target / other.journal).exists() for other in TASKS]
-    if all(begun):  # a forced run was killed before it had removed the other's journal
+    if all(begun):  # a run with --force was killed before it removed the other task's journal
         raise FormatError(
             f"{target}: holds the beginnings of a compression and of a decompression; give --force to start anew, or "
             "choose a new folder."
@@ -123,7 +123,7 @@ def _check_content(target: Path, task: Task) -> None:
 
 
 def _clear(target: Path, task: Task) -> None:
-    """Remove the checkpoint in the folder, with all that was made with it, and the beginning of another task."""
+    """Remove the checkpoint in the folder with all files made with it, and the journals of other tasks."""
     made = _made_before(target)
     for other in TASKS:
         if other != task:
@@ -133,7 +133,7 @@ def _clear(target: Path, task: Task) -> None:
         is_inside = file.parent.resolve().is_relative_to(target.resolve())
         if is_inside and (file.is_file() or file.is_symlink()):
             file.unlink()
-    # The lists of what was made come last: after a kill the next run finds them again.
+    # The lists of files go last: if this run is killed, the next one still finds them.
     for pattern in _CHECKPOINT_FILES:
         for file in visible_files(target, pattern):
             file.unlink()
@@ -141,7 +141,7 @@ def _clear(target: Path, task: Task) -> None:
 
 
 def _made_before(target: Path) -> set[str]:
-    """Return the files that a manifest or a finished run lists, nothing of damaged ones."""
+    """Return the files listed by a manifest or a finished run; damaged lists are ignored."""
     names: set[str] = set()
     for file in (MANIFEST_FILE, FINISHED_FILE):
         try:

@@ -1,4 +1,4 @@
-"""The BF16 model that is to be compressed: a folder, or a model of the Hugging Face hub."""
+"""The BF16 model to be compressed: a folder, or a model of the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from vllm_dfloat.convert.source_files import SourceFiles
 from vllm_dfloat.errors import FormatError, UnsupportedError
 from vllm_dfloat.storage.stored_tensor import StoredTensor, files_of
 
-# The model's weights once more. Other files of these forms may be layers of it: see side_weights.py.
+# Copies of the model's weights. Other files of these formats may be layers of the model: see side_weights.py.
 NOT_FETCHED = [
     "pytorch_model*.bin", "consolidated*.pth", "original/*", "*.gguf", "*.h5", "*.msgpack", "*.ckpt", "*.onnx",
     "*.onnx_data", "optimizer.pt",
@@ -36,7 +36,7 @@ class Source:
         path: the folder.
         config: its config.json.
         tensors: everything its weight files hold, by name.
-        files: all that it was read from, and what is copied with it.
+        files: all files it was read from, and those that are copied with it.
     """
 
     path: Path
@@ -54,7 +54,7 @@ def identity_of(config: Mapping[str, Any], tensors: Iterable[StoredTensor]) -> s
     ordered = sorted(tensors, key=lambda tensor: tensor.name)
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for file, identity in sorted(files_of(ordered).items()):
-        if identity:  # without the inode, which another machine or mount may number otherwise
+        if identity:  # without the inode, which differs between machines and mounts
             of_file = identity.size, identity.mtime_ns, identity.ctime_ns
             digest.update(f"\n{file.name} {of_file}".encode())
     for tensor in ordered:
@@ -89,7 +89,7 @@ def open_source(path: Path) -> Source:
 
 
 def _check_config_link(path: Path, config: Mapping[str, Any]) -> None:
-    """Refuse a config.json that leads out of the folder to what is no model's config: it would be passed on."""
+    """Refuse a config.json that is a link to a file elsewhere that is no model's config: it would be copied."""
     is_model = any(key in config for key in ("model_type", "architectures", "_class_name"))
     file = path / CONFIG_FILE
     if not is_model and leads_outside(file, path):
@@ -100,7 +100,7 @@ def _check_config_link(path: Path, config: Mapping[str, Any]) -> None:
 
 
 def config_text(config: Mapping[str, Any], pattern_dict: Mapping[str, list[str]] | None) -> str:
-    """Return config.json with these patterns as `dfloat11_config`, or without one, in the form of transformers."""
+    """Return a config.json with these patterns as `dfloat11_config`, or without one, in the form of transformers."""
     changed = {key: value for key, value in config.items() if key != CONFIG_KEY}
     is_sorted = list(changed) == sorted(changed)
     if pattern_dict is not None:
@@ -108,7 +108,7 @@ def config_text(config: Mapping[str, Any], pattern_dict: Mapping[str, list[str]]
             "bytes_per_thread": 8,
             "pattern_dict": dict(pattern_dict),
             "threads_per_block": [512],
-            # The last release of the official package; the format is the same since 0.2.0.
+            # The last release of the official package; the format has not changed since 0.2.0.
             "version": "0.5.0",
         }
     return json.dumps(changed, indent=2, sort_keys=is_sorted) + "\n"

@@ -1,4 +1,4 @@
-"""The files of a folder that is read for a long time: none of them may change until everything is made from them."""
+"""The files of a source folder: none may change while another folder is made from them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _GO_ON = "When nothing writes there any more, run the same command again: what i
 
 
 class SourceFiles:
-    """Config, indices, weights and side files of a model, as they are when this is made.
+    """Config, indices, weights and side files of a model, and their identities when this object was made.
 
     Attributes:
         folder: where they lie.
@@ -32,7 +32,7 @@ class SourceFiles:
             weights: folder -> its weight files.
 
         Raises:
-            FormatError: the weight files cannot be told.
+            FormatError: the folder's index or shards are not whole.
         """
         self.folder = folder
         self._weights = weights
@@ -41,10 +41,10 @@ class SourceFiles:
         self._snapshot = Snapshot.take(folder, self._names())
 
     def check(self) -> None:
-        """Check that they are still the same, and that there are no others.
+        """Check that no file has changed and none was added.
 
         Raises:
-            ChangedError: they are not; it names the first.
+            ChangedError: one has; the message names it.
         """
         known = self._snapshot.files
         found = self._snapshot.difference(known) or self._snapshot.difference(self._names())
@@ -54,21 +54,21 @@ class SourceFiles:
             raise changed(self.folder / name, what, _GO_ON if is_beside else _ANEW)
 
     def identity(self, name: str) -> FileIdentity | None:
-        """Return what a file was when this was made."""
+        """Return the identity of a file when this object was made."""
         return self._snapshot.files.get(name)
 
     def record(self) -> dict[str, list[int]]:
-        """Return what every file was when this was made, for JSON."""
+        """Return the identity of every file when this object was made, for JSON."""
         return {name: list(astuple(file)) for name, file in sorted(self._snapshot.files.items())}
 
     def changed_since(self, record: Mapping[str, Sequence[int]]) -> tuple[str, str] | None:
-        """Return the first file that is not what it was for `record`, and how it differs in words, or None."""
+        """Return the first file that differs from `record`, and how, in words; None if none does."""
         before = {name: FileIdentity(*values) for name, values in record.items()}
         return Snapshot(self.folder, before).difference(self._snapshot.files)
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:
-        """Check at the end of the block; a change explains any error in it.
+        """Check at the end of the `with` block; a change also explains any error in it.
 
         Raises:
             ChangedError: a file has changed.

@@ -1,7 +1,7 @@
-"""Decide which tensors of a BF16 model form which DFloat11 units, from their names, dtypes and shapes and the config.
+"""Decide which tensors of a BF16 model form which DFloat11 units, from names, dtypes, shapes and the config.
 
-A unit is a transformer block (the path up to its first number); below it an expert of a mixture is a unit of its own,
-because all experts of a layer together can exceed what a unit holds. Weights outside of blocks are a unit each.
+A transformer block (a path up to its first number) is a unit. Each expert in it is a unit of its own, because all
+experts of a layer can be more than a unit holds. Every weight outside of transformer blocks is a unit.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vllm_dfloat.storage.safetensors_read import StoredTensor
 
 WEIGHT = ".weight"
 
-# The order of the published releases; blocks with exactly these weights get it.
+# The order in published releases, for transformer blocks with exactly these weights.
 _PUBLISHED_ORDERS = (
     # FLUX.1
     ("norm1.linear", "norm1_context.linear", "attn.to_q", "attn.to_k", "attn.to_v", "attn.add_k_proj",
@@ -26,8 +26,8 @@ _PUBLISHED_ORDERS = (
      "ff_context.net.0.proj", "ff_context.net.2"),
     ("norm.linear", "proj_mlp", "proj_out", "attn.to_q", "attn.to_k", "attn.to_v"),
 )  # fmt: skip
-# Everything else: attention first, then by name, and within a module in this order. It is that of the published
-# language models, of those with fused weights too (Phi: o_proj before qkv_proj).
+# For all others: attention first, then by name, and within a module in this order. Published language models have it,
+# also those with fused weights (Phi: o_proj before qkv_proj).
 _LEAF_ORDER = (
     "q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "qkv", "proj", "gate_proj", "up_proj", "gate_up_proj",
     "down_proj",
@@ -67,11 +67,11 @@ class PlannedUnit:
 
 @dataclass(frozen=True)
 class UnitPlan:
-    """All units in the order of the model, and why other matrices stay as they are.
+    """All units in the order of the model, and why other matrices are not compressed.
 
     Attributes:
         units: every unit.
-        left: tensor name -> reason, for tensors of two and more dimensions that belong to no unit.
+        left: tensor name -> reason, for tensors of two or more dimensions that are in no unit.
     """
 
     units: tuple[PlannedUnit, ...]
@@ -104,7 +104,7 @@ def plan_units(config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -
         grouped.setdefault(unit, []).append((member, name))
     for found in grouped.values():
         if len(found) > 1 and any(not member for member, _ in found):
-            # With both, a reader could not tell what a unit of one weight is.
+            # With both, a reader could not tell to whom a unit of one weight belongs.
             alone = "it lies below a weight that is a unit by itself"
             left.update((name, alone) for member, name in found if member)
             found[:] = [(member, name) for member, name in found if not member]
@@ -123,19 +123,19 @@ def is_expert(unit: str) -> bool:
 
 
 def _unit_of(path: str, is_fused: bool) -> tuple[str, str]:
-    """Return (module path of the unit, attribute path of the weight below it) for the module or parameter `path`.
+    """Return the module path of the unit, and the attribute path below it, of a module or parameter.
 
     Args:
-        path: name of the weight, without its `weight` at the end.
-        is_fused: it holds all experts of a layer; these make a unit with those beside them.
+        path: name of the weight without the `weight` at its end.
+        is_fused: it holds all experts of a layer; it shares a unit with those beside it.
     """
     parts = path.split(".")
     end = len(transformer_block(path).split("."))
     if not parts[end - 1].isdecimal():
         return path, ""
-    if path.isdecimal():  # of a list that is the whole model (nn.Sequential), and so has no name
+    if path.isdecimal():  # an item of a list that is the whole model (nn.Sequential)
         return path, ""
-    if end == len(parts):  # a weight that is itself an item of a list: `merger.mlp` holds 0 and 2
+    if end == len(parts):  # an item of a list is itself the weight: `merger.mlp` holds 0 and 2
         return ".".join(parts[:-1]), parts[-1]
     for i in range(end, len(parts) - 2):
         if _EXPERTS.search(parts[i]) and parts[i + 1].isdecimal():
@@ -149,7 +149,7 @@ def _unit_of(path: str, is_fused: bool) -> tuple[str, str]:
 def _reason_to_leave(
     name: str, tensor: StoredTensor, tied: bool, scope: re.Pattern[str] | None
 ) -> str:
-    """Return why a tensor is in no unit, nothing if it is in one."""
+    """Return why a tensor is in no unit, "" if it is in one."""
     dims = len(tensor.shape)
     path = name.removesuffix(WEIGHT)
     leaf = path.rpartition(".")[2]
@@ -170,7 +170,7 @@ def _reason_to_leave(
 
 
 def _is_tied(config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> bool:
-    """Return whether the embedding is the LM head too; what a config says about it means nothing without a head."""
+    """Return whether the embedding is also the LM head. For classes without a head the config's entry means nothing."""
     classes = _classes(config)
     if classes and all(_HEADLESS.fullmatch(name) for name in classes):
         return False
@@ -209,8 +209,8 @@ def _order(member: str) -> tuple[Any, ...]:
 def build_patterns(units: Sequence[PlannedUnit], limit: int = 200) -> dict[str, list[str]]:
     """Return the `pattern_dict` of these units: regex -> attribute paths.
 
-    Blocks that hold the same weights share a pattern with `\\d+`; where they differ, numbers are listed, so that no
-    unit matches two patterns, in patterns of about `limit` characters.
+    Transformer blocks with the same weights share a pattern with `\\d+`. If some differ, their numbers are listed, in
+    patterns of about `limit` characters, so that no unit matches two patterns.
     """
     templates: dict[tuple[str, ...], dict[tuple[str, ...], list[str]]] = {}
     for unit in units:
@@ -228,7 +228,7 @@ def build_patterns(units: Sequence[PlannedUnit], limit: int = 200) -> dict[str, 
 
 
 def _listed(names: Sequence[str], limit: int) -> list[str]:
-    """Return patterns that match exactly these names, which differ in numbers only."""
+    """Return patterns that match exactly these names, which differ only in numbers."""
     by_ends: dict[tuple[str, str], list[str]] = {}
     for name in names:
         parts = name.split(".")

@@ -1,4 +1,4 @@
-"""A folder that is made file by file: what is in it so far, under the lock of the run that makes it."""
+"""An output folder and the files finished in it so far, under the lock of the run that makes them."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Work:
     """A locked folder and its journal.
 
     Attributes:
-        lock: of the folder; processes that write files into it must hold it too.
-        entries: name of each finished file -> size and SHA-256, as a manifest has them.
+        lock: of the folder; processes that write into it must hold it too.
+        entries: name of each finished file -> size and SHA-256, in the form of a manifest.
     """
 
     def __init__(self, lock: FolderLock, journal: Journal) -> None:
@@ -37,7 +37,7 @@ class Work:
         return self.lock.path
 
     def resume(self, wanted: set[str]) -> dict[str, Mapping[str, Any]]:
-        """Return file name -> journal line of those wanted files of an earlier run that are there, unchanged."""
+        """Return file name -> journal line of those wanted files that an earlier run has finished, still unchanged."""
         found: dict[str, Mapping[str, Any]] = {}
         for line in self._journal.done:
             name, file = line["file"], self.folder / line["file"]
@@ -50,10 +50,10 @@ class Work:
         return found
 
     def append(self, line: Mapping[str, Any]) -> None:
-        """Add a finished file, which has its name already, to the journal.
+        """Add a finished file, which has its final name, to the journal.
 
         Args:
-            line: `file`, `num_bytes` and `sha256`, and whatever else the task wants to know when it goes on.
+            line: `file`, `num_bytes`, `sha256`, and whatever else the task needs when it is resumed.
 
         Raises:
             FormatError: the folder was replaced.
@@ -63,7 +63,7 @@ class Work:
         self._journal.append(dict(line))
 
     def write_text(self, name: str, text: str) -> None:
-        """Write a file that is either complete or not there, on the disk when this returns."""
+        """Write a file that is either complete or absent; it is on the disk when this returns."""
         file, content = self.folder / name, text.encode()
         with replacing(file) as temporary:
             temporary.write_bytes(content)
@@ -76,7 +76,7 @@ class Work:
         self._add(name, entry, identity_of(file))
 
     def copy(self, source: Path, name: str, identity: FileIdentity | None) -> None:
-        """Copy a file; its SHA-256 is that of the bytes that were copied.
+        """Copy a file; the SHA-256 is made from the bytes that were copied.
 
         Args:
             source: where it lies.
@@ -84,7 +84,7 @@ class Work:
             identity: what it was when it was chosen to be copied.
 
         Raises:
-            ChangedError: it is not the same any more.
+            ChangedError: it has changed.
             FormatError: it would be written outside of the folder, through a link.
         """
         file, digest, size = self.folder / name, hashlib.sha256(), 0
@@ -98,9 +98,8 @@ class Work:
             (source / name).open("rb", buffering=0) as stream,
             temporary.open("wb") as out,
         ):
-            require_same(
-                source / name, identity, stream.fileno()
-            )  # and no link to elsewhere by now
+            # Also refuses a file that was replaced by a link to elsewhere.
+            require_same(source / name, identity, stream.fileno())
             while piece := stream.read(_PIECE_BYTES):
                 digest.update(piece)
                 size += out.write(piece)
@@ -108,10 +107,10 @@ class Work:
         self._add(name, {"bytes": size, "sha256": digest.hexdigest()}, identity_of(file))
 
     def check(self) -> None:
-        """Check that all finished files are as they were finished.
+        """Check that no finished file has changed.
 
         Raises:
-            FormatError: one is not, or the folder was replaced.
+            FormatError: one has, or the folder was replaced.
         """
         self.lock.check()
         for name, before in self._identities.items():

@@ -28,7 +28,7 @@ _SECONDS_BETWEEN_REPORTS = 0.2
 
 
 class Stopped(Exception):
-    """Raised in a job whose result nobody waits for any more."""
+    """Raised in a job that was given up."""
 
 
 def run_jobs(
@@ -39,21 +39,21 @@ def run_jobs(
     advance: Callable[[int], None],
     held: object = None,
 ) -> Iterator[Result]:
-    """Yield `call(*job, report)` of every job as they end; in this process if one worker is wanted.
+    """Yield `call(*job, report)` of every job in the order in which they end; in this process for one worker.
 
-    The first exception ends everything, an interruption by the user too: jobs that have not begun are given up, and
-    running ones end with `Stopped` when they next report.
+    The first exception, or an interruption by the user, ends everything: jobs that have not started are given up, and
+    running ones end with `Stopped` at their next report.
 
     Raises:
         DFloatError: a process was killed.
 
     Args:
-        call: a function of a module; it reports how far it is by calling its last argument with a number.
+        call: a function of a module; it reports progress by calling its last argument with a number.
         jobs: the other arguments, which must be picklable.
         workers: processes.
         threads: threads in each.
         advance: called, in this process, with the numbers that were reported.
-        held: something that every process is to have as long as it lives, such as a `FolderLock`.
+        held: an object that every process keeps as long as it lives, such as a `FolderLock`.
     """
     if workers <= 1:
         yield from (call(*job, advance) for job in jobs)
@@ -76,7 +76,7 @@ def run_jobs(
             processes += multiprocessing.active_children()
         yield from _results(futures, look, advance)
     except BrokenProcessPool as error:
-        pool.shutdown(wait=True, cancel_futures=True)  # which settles how its processes ended
+        pool.shutdown(wait=True, cancel_futures=True)  # then all processes have exit codes
         raise DFloatError(_killed(processes)) from error
     finally:
         stop.value = 1
@@ -84,7 +84,7 @@ def run_jobs(
 
 
 def _killed(processes: Iterable[BaseProcess]) -> str:
-    """Return a sentence on processes, all ended, of which one ended before its work did."""
+    """Return a sentence about processes that have ended, one of them before its work was done."""
     codes = {process.exitcode or 0 for process in processes}
     # A broken pool ends its other processes with SIGTERM.
     names = [_ending(code) for code in sorted(codes - {0, -signal.SIGTERM})] or ["SIGTERM"]
@@ -105,7 +105,7 @@ def run_in_threads(
     threads: int,
     advance: Callable[[int], None],
 ) -> Iterator[Result]:
-    """Do as `run_jobs` in threads of this process: for jobs that wait for a GPU, or else do what needs no GIL."""
+    """Do as `run_jobs` in threads of this process: for jobs that wait for a GPU, or do not need the GIL."""
     if threads <= 1:
         yield from (call(*job, advance) for job in jobs)
         return
@@ -130,7 +130,7 @@ def run_in_threads(
 def _results(
     futures: Sequence[Future[Result]], done: Callable[[], int], advance: Callable[[int], None]
 ) -> Iterator[Result]:
-    """Yield results as they come, and tell how far `done` has got meanwhile."""
+    """Yield results as they come, and report the growth of `done` meanwhile."""
     waiting, seen = set(futures), 0
     while waiting:
         finished, waiting = wait(waiting, _SECONDS_BETWEEN_REPORTS, FIRST_COMPLETED)
@@ -142,7 +142,7 @@ def _results(
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Let processes that are started here never see ctrl-C: the terminal sends it to them too."""
+    """Start processes that ignore ctrl-C, which the terminal sends to them too."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -151,7 +151,7 @@ def _uninterrupted() -> Iterator[None]:
 
 
 _telling = ExitStack()  # closed with the worker
-_shared: tuple[Any, ...] | None = None  # in a worker: what was done, whether to stop, what it holds
+_shared: tuple[Any, ...] | None = None  # in a worker: done, stop and held of `run_jobs`
 
 
 def _begin(parent: int, threads: int, done: Any, stop: Any, compiles: Any, held: object) -> None:
@@ -177,7 +177,7 @@ def _report(amount: int) -> None:
 
 
 def _end_with(parent: int) -> None:
-    """End this process soon after its parent: nothing else tells a pool's worker that it was killed."""
+    """End this process soon after its parent: nothing else tells a worker that its parent was killed."""
     while os.getppid() == parent:
         time.sleep(0.2)
     os._exit(1)

@@ -1,4 +1,4 @@
-"""The weights of a model from its config alone, for the architectures whose rules are known here."""
+"""The weights of a model from its config alone, for the architectures with rules here."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -77,9 +77,9 @@ class Multimodal:
     """A language model with a tower beside it.
 
     Attributes:
-        tower: makes its weights, and those of what leads from it to the language model.
-        text: the language model's architecture; "" where its config says it.
-        is_stacked: whether the experts of this one are stacked in the checkpoint.
+        tower: makes its weights, and those of the projector to the language model.
+        text: the language model's architecture; "" if text_config tells it.
+        is_stacked: whether experts are stacked in the checkpoint.
     """
 
     tower: Callable[[ModelConfig], Iterator[Weight]]
@@ -106,7 +106,7 @@ TEXT_OF_TYPE = {
 }
 LANGUAGE_MODEL = "language_model."  # where vLLM puts it
 
-# Names in checkpoints -> vLLM's, as its own mappers of multimodal models have them; the first that fits counts.
+# Prefixes in checkpoints -> vLLM's, as in its mappers of multimodal models; the first that fits counts.
 _PREFIXES = (
     ("model.language_model.", "language_model.model."),
     ("model.vision_tower.", "vision_tower."),
@@ -121,7 +121,7 @@ _INNER_TOWER = re.compile(r"^vision_tower\.(embeddings|encoder|head|pre_layrnorm
 
 
 def is_known(architecture: str) -> bool:
-    """Return whether the weights of an architecture follow from its config."""
+    """Return whether the weights of an architecture can be told from its config."""
     return architecture in RULES or architecture in MULTIMODAL
 
 

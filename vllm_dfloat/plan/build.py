@@ -1,4 +1,4 @@
-"""Makes the weights of vLLM's modules: linear layers with what they fuse, and everything that stays as it is."""
+"""Make the weights of vLLM's modules: fused linear layers, and tensors that are not compressed."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -15,7 +15,7 @@ class Spot:
     place: Place = "layer"
 
 
-EVERYWHERE = Spot(place="all")  # every pipeline stage has a tower of its own
+EVERYWHERE = Spot(place="all")  # every pipeline stage has a copy of the tower
 
 
 def linear(
@@ -34,7 +34,7 @@ def linear(
 
     Args:
         name: the module, such as "model.layers.3.mlp.gate_up_proj".
-        tensors: the modules beside it in the checkpoint that it is fused from, with their rows.
+        tensors: the modules in the checkpoint that it is fused from, with their rows.
         split: how tensor parallelism cuts it; each rank holds the biases of its rows.
     """
     parts = (parts,) if isinstance(parts, Part) else parts
@@ -52,7 +52,7 @@ def linear(
 
 
 def plain(at: Spot, name: str, *shape: int, itemsize: int = 2) -> Weight:
-    """Return a tensor that every rank holds whole and uncompressed: a norm, a convolution, an embedding of positions.
+    """Return a tensor that every rank holds whole and uncompressed: a norm, a convolution, a position embedding.
 
     Args:
         name: the tensor's own, "model.norm.weight".
@@ -64,7 +64,7 @@ def plain(at: Spot, name: str, *shape: int, itemsize: int = 2) -> Weight:
 
 
 def norm(at: Spot, name: str, length: int, bias: bool = False) -> Iterator[Weight]:
-    """Yield the weight of a norm, and its bias where it has one."""
+    """Yield the weight of a norm, and its bias if it has one."""
     yield plain(at, f"{name}.weight", length)
     if bias:
         yield plain(at, f"{name}.bias", length)
@@ -83,7 +83,7 @@ def mlp(
 def two_layers(
     at: Spot, names: tuple[str, str], sizes: tuple[int, int, int], *, bias: bool = True, is_compressed: bool = True
 ) -> Iterator[Weight]:  # fmt: skip
-    """Yield two linear layers after each other, from sizes[0] over sizes[1] to sizes[2] features."""
+    """Yield two linear layers in a row: from sizes[0] to sizes[1] to sizes[2] features."""
     first, middle, last = sizes
     for name, rows, cols, split in (
         (names[0], middle, first, "rows"),

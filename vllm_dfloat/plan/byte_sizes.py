@@ -1,4 +1,4 @@
-"""Sizes as people write them."""
+"""Sizes in bytes as people write and read them."""
 
 import re
 
@@ -17,12 +17,12 @@ MAX_SIZE = 1 << 60
 
 
 def parse_size(text: str, where: str) -> int:
-    """Return the bytes that `text` says: "80GiB" is 80 * 2**30; "80GB" and "80G" are 80 * 10**9, in any case.
+    """Return a size in bytes: "80GiB" is 80 * 2**30; "80GB" and "80G" are 80 * 10**9, in upper or lower case.
 
-    A bare number is refused, since people mean GiB, GB, MiB or bytes by it; only 0 needs no unit.
+    A number without GiB, GB, MiB or B is refused, since people mean any of these; only 0 needs none.
 
     Raises:
-        UnsupportedError: anything else; `where` says what it was given for.
+        UnsupportedError: anything else; `where` names the option for the message.
     """
     match = _SIZE.fullmatch(text)
     number, unit = (float(match[1]), match[2].upper()) if match else (0.0, "?")
@@ -43,7 +43,7 @@ def parse_size(text: str, where: str) -> int:
 
 
 def show_size(num_bytes: float) -> str:
-    """Return bytes in GiB with two decimals, in MiB where fewer than two digits would be left, or as they are."""
+    """Return a size in GiB with two decimals, or in MiB or bytes if it is less than a tenth of that."""
     for unit, name in ((GIB, "GiB"), (MIB, "MiB")):
         if abs(num_bytes) >= unit / 10:
             return f"{num_bytes / unit:,.2f} {name}"
@@ -51,5 +51,5 @@ def show_size(num_bytes: float) -> str:
 
 
 def show_count(count: int) -> str:
-    """Return a number of parameters in billions, or millions where that says more."""
+    """Return a number of parameters in billions, or in millions if it is small."""
     return f"{count / 1e9:,.3f} billion" if count >= 10**8 else f"{count / 1e6:,.3f} million"

@@ -1,4 +1,4 @@
-"""What config.json says about a model, as far as memory depends on it."""
+"""What config.json says about a model, as far as its memory depends on it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ from vllm_dfloat.storage.json_file import read_object
 MAX_LAYERS = 1 << 12
 DTYPES = ("bfloat16", "float16", "float32")
 LATENT_MODELS = ("deepseek_v2", "deepseek_v3", "kimi_k2")  # whose latent attention the plan knows
-OTHER_STATES = (  # how entries begin that models with other kinds of layers have
+OTHER_STATES = (  # prefixes of entries that models with other kinds of layers have
     "mamba", "ssm_", "linear_num_", "linear_attn", "attn_layer_", "hybrid_", "attn_type_list", "full_attention_interval"
 )  # fmt: skip
 _SCALED_ALREADY = ("su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling")
@@ -26,19 +26,19 @@ _SCALED_ALREADY = ("su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepsee
 
 @dataclass(frozen=True)
 class ModelConfig(Sizes):
-    """The sizes of a decoder, and of what sees or hears beside it.
+    """The sizes of a language model, and of its towers for images or sound.
 
     Attributes:
         where: the file they come from, for messages.
-        entries: the config of the language model, for what only some architectures have.
+        entries: the config of the language model, for entries that only some architectures have.
         architecture: the class that Transformers and vLLM load, such as "LlamaForCausalLM".
-        whole: all of the config, of which `entries` are a part in multimodal models.
-        dtype: of the weights, one of DTYPES; "" if the config does not say.
+        whole: the whole config; in multimodal models `entries` are a part of it.
+        dtype: of the weights, one of DTYPES; "" if the config has none.
         hidden, vocab, heads, kv_heads, head_dim: as usual.
         latent: numbers per token and layer in the cache of multi-head latent attention; 0 for keys and values.
-        context: longest sequence that the model was made for, in tokens.
+        context: longest sequence that the model was trained for, in tokens.
         tied: whether the LM head is the embedding.
-        reaches: per layer how far attention looks back.
+        reaches: how far the attention of each layer looks back.
     """
 
     architecture: str
@@ -60,7 +60,7 @@ class ModelConfig(Sizes):
 
     @property
     def has_reaches(self) -> bool:
-        """Whether some layers forget what is too far back."""
+        """Whether the attention of some layers is limited."""
         return any(reach != EVERYTHING for reach in self.reaches)
 
 
@@ -118,7 +118,7 @@ def _architecture(found: Mapping[str, Any], where: str) -> str:
 
 
 def _refuse_other_states(text: Sizes) -> None:
-    """Refuse models that remember in other ways than a cache of attention in every layer."""
+    """Refuse models that do not have a cache of keys and values in every layer."""
     entries = text.entries
     found = next(
         (name for name in entries if name.startswith(OTHER_STATES) and entries[name]), None
@@ -155,9 +155,9 @@ def _latent(text: Sizes, model_type: str) -> int:
 
 
 def _context(text: Sizes, model_type: str) -> int:
-    """Return what vLLM makes of the config: positions of training, stretched where they are not already."""
+    """Return the context that vLLM takes: the positions of training, times the scaling if it is not included."""
     length = text.size("max_position_embeddings")
-    if model_type.startswith("gemma3"):  # stretched already
+    if model_type.startswith("gemma3"):  # scaling is included
         return length
     rope = next((p for n in ("rope_parameters", "rope_scaling") if (p := text.part(n)).entries), None)  # fmt: skip
     if rope is None or rope.text("rope_type", rope.text("type")) in _SCALED_ALREADY:

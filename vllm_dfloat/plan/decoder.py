@@ -1,4 +1,4 @@
-"""The blocks of a language model: what tells one architecture from another, and the weights that follow."""
+"""The transformer blocks of a language model: the rules of an architecture, and the weights that follow from them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ from vllm_dfloat.plan.weights import Part, Place, Weight
 
 @dataclass(frozen=True)
 class Rules:
-    """What tells an architecture from Llama.
+    """How an architecture differs from Llama.
 
     Attributes:
         qkv_bias: True, False, or the config's entry that says so.
-        o_bias, mlp_bias: the config's entries that say so; "" for never.
+        o_bias, mlp_bias: the config's entry that says so; "" for never.
         has_qk_norm: whether queries and keys are normed per head.
-        norms: the norms of a block.
-        mlp: the module of a block that is not made of experts, and the entry that has its width.
+        norms: the norms of a transformer block.
+        mlp: the module of an MLP without experts, and the entry with its width.
         is_fused: whether qkv_proj and gate_up_proj are one tensor each in the checkpoint.
         is_latent: whether attention is multi-head latent attention.
         has_all_ends: whether every pipeline stage holds embedding, last norm and LM head.

@@ -1,9 +1,9 @@
-"""What published configs leave out, because Transformers' config classes have it as their default."""
+"""Entries that published configs leave out, because they are defaults of Transformers' config classes."""
 
 from collections.abc import Mapping
 from typing import Any
 
-# Only the entries that a plan needs and that real configs of the family lack; checked against Transformers by a test.
+# Only entries that a plan needs and that real configs of the family lack; a test compares them with Transformers.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": dict(
         hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
@@ -42,17 +42,17 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-# What even a config of a language model alone may leave out; its sizes it has to say.
+# Entries that the config of a language model may leave out too; it must have all sizes.
 NOT_SIZES = ("sliding_window", "attention_chunk_size", "tie_word_embeddings")
 
 
 def with_defaults(
     entries: Mapping[str, Any], model_type: str, is_part: bool = True
 ) -> dict[str, Any]:
-    """Return a config with what it leaves out; what it sets to null stays so.
+    """Return a config with the defaults of entries that it leaves out; an entry that is null stays null.
 
     Args:
-        is_part: whether it is a part of a larger config, as text_config is; those leave out sizes too.
+        is_part: whether it is a part of a larger config, such as text_config, which may leave out sizes too.
     """
     defaults = DEFAULTS.get(model_type, {})
     kept = {name: value for name, value in defaults.items() if is_part or name in NOT_SIZES}

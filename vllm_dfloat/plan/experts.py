@@ -1,4 +1,4 @@
-"""A mixture of experts: how many, where, and what stands beside them. The experts themselves stay BF16."""
+"""A mixture of experts: how many, where, and the layers beside them. The experts themselves stay BF16."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class Experts:
         is_stacked: all experts are one tensor gate_up_proj [E, hidden, 2 * width] and one down_proj [E, width, hidden].
         router: the module that chooses experts.
         shared: the module that every token passes; its width is the product of the entries `shared_width`.
-        has_shared_gate: whether a linear layer of one row weighs the shared expert.
+        has_shared_gate: whether a linear layer of one row scales the shared expert.
     """
 
     width: str
@@ -35,7 +35,7 @@ class Experts:
 
 
 def is_sparse(config: ModelConfig, layer: int) -> bool:
-    """Return whether a block has experts: not every one need."""
+    """Return whether a transformer block has experts: some models have them in some blocks only."""
     if layer in config.integers("mlp_only_layers"):
         return False
     if layer < config.count("first_k_dense_replace"):
@@ -47,8 +47,8 @@ def is_sparse(config: ModelConfig, layer: int) -> bool:
 
 
 def experts(config: ModelConfig, kind: Experts, at: Spot, prefix: str) -> Iterator[Weight]:
-    """Yield the experts of a block, what routes to them, and what every token passes besides."""
-    # Transformers writes any of the names, whatever the architecture.
+    """Yield the experts of a transformer block, their router, and the shared experts."""
+    # Transformers may write any of these names for any architecture.
     named = next((name for name in COUNTS if config.count(name)), COUNTS[0])
     count, width, hidden = config.size(named), config.size(kind.width), config.hidden
     block = f"{prefix}.{kind.block}"
@@ -76,7 +76,7 @@ def experts(config: ModelConfig, kind: Experts, at: Spot, prefix: str) -> Iterat
 def _stored(
     kind: Experts, block: str, count: int, width: int, hidden: int
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
-    """Return the tensors of the checkpoint that w13 and w2 are made of, with their shapes."""
+    """Return the tensors of the checkpoint that w13 and w2 are fused from, with their shapes."""
     if kind.is_stacked:
         return (
             {f"{block}.experts.gate_up_proj": (count, hidden, 2 * width)},

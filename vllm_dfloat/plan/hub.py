@@ -1,4 +1,4 @@
-"""Finds a model's config.json: in a folder, as a file of its own, or by an id of the Hugging Face hub."""
+"""Find a model's config.json: in a folder, as a file, or by an id of the Hugging Face hub."""
 
 import re
 from pathlib import Path
@@ -14,9 +14,9 @@ ADVICE = f"Give a model's folder or its {CONFIG_FILE}."
 
 
 def config_file(model: str) -> Path:
-    """Return the config.json of a folder, of a file given itself, or of a hub id (from its cache or the hub).
+    """Return the config.json in a folder, the file itself, or that of a hub id (from the cache or the hub).
 
-    Nothing else is fetched. The cache is that of HF_HUB_CACHE or HF_HOME, as for all that uses huggingface_hub.
+    Nothing else is fetched. HF_HUB_CACHE or HF_HOME tell the cache, as for all users of huggingface_hub.
 
     Raises:
         FormatError: there is none.
@@ -30,7 +30,7 @@ def config_file(model: str) -> Path:
     if path.is_dir():
         if not (path / CONFIG_FILE).is_file():
             if is_dfloat11(path):
-                open_checkpoint(path)  # which says what a half-made one needs
+                open_checkpoint(path)  # raises: says what an unfinished one needs
             raise FormatError(
                 f"{model}: no {CONFIG_FILE} in it; expected a model's folder, its {CONFIG_FILE}, or a hub id."
             )
@@ -44,7 +44,7 @@ def config_file(model: str) -> Path:
 
 
 def is_of_hub(model: str) -> bool:
-    """Return whether `model` is read as a hub id: it looks like one and is not there."""
+    """Return whether `model` is taken for a hub id: it looks like one, and there is no such file."""
     return _HUB_ID.fullmatch(model) is not None and not Path(model).exists()
 
 
@@ -65,7 +65,7 @@ def _of_hub(model: str) -> Path:
     if constants.HF_HUB_OFFLINE:
         raise FormatError(f"{where}; HF_HUB_OFFLINE forbids fetching it. Unset that. Or: {ADVICE}")
     try:
-        # Asked once and briefly: hf_hub_download alone tries six times, with a warning each.
+        # Asked once, with a short time limit: hf_hub_download tries six times, with a warning each.
         url = huggingface_hub.hf_hub_url(model, CONFIG_FILE, endpoint=constants.ENDPOINT)
         huggingface_hub.get_hf_file_metadata(url, timeout=TIMEOUT)
         return Path(huggingface_hub.hf_hub_download(model, CONFIG_FILE))

@@ -15,7 +15,7 @@ TOWER, PROJECTOR = "vision_tower", "multi_modal_projector"
 
 
 def vision_of(config: ModelConfig, model_type: str) -> Sizes:
-    """Return the vision_config with what configs of this type leave out."""
+    """Return the vision_config with the defaults that configs of this type leave out."""
     vision = config.whole.part("vision_config")
     if not vision.entries:
         raise FormatError(f"{config.where}: has no vision_config; {config.architecture} has one.")
@@ -23,7 +23,7 @@ def vision_of(config: ModelConfig, model_type: str) -> Sizes:
 
 
 def gemma3_tower(config: ModelConfig) -> Iterator[Weight]:
-    """Yield SigLIP and Gemma 3's projector, which is no linear layer."""
+    """Yield SigLIP and Gemma 3's projector, which is not a linear layer."""
     vision = vision_of(config, SIGLIP)
     yield from _encoder(vision, vision.size("num_hidden_layers"), is_clip=False)
     width = vision.size("hidden_size")
@@ -33,14 +33,14 @@ def gemma3_tower(config: ModelConfig) -> Iterator[Weight]:
 
 
 def llava_tower(config: ModelConfig) -> Iterator[Weight]:
-    """Yield the tower up to the layer that is looked at, and a projector of two layers."""
+    """Yield the tower up to the layer whose output is used, and a projector of two layers."""
     vision = _tower_kind(config)
     yield from _tower(config, vision)
     yield from _projector(config, vision, "multimodal_projector_bias", True)
 
 
 def mistral3_tower(config: ModelConfig) -> Iterator[Weight]:
-    """Yield the tower, what merges its patches, which vLLM does not quantize, and the projector."""
+    """Yield the tower, the patch merger, which vLLM does not quantize, and the projector."""
     vision = _tower_kind(config)
     width, merged = vision.size("hidden_size"), config.whole.size("spatial_merge_size", 2) ** 2
     yield from _tower(config, vision)
@@ -68,7 +68,7 @@ def _tower(config: ModelConfig, vision: Sizes) -> Iterator[Weight]:
 
 
 def _layers_looked_at(config: ModelConfig, vision: Sizes) -> int:
-    """Return how many layers vLLM keeps: those up to the deepest whose output is used."""
+    """Return how many layers vLLM keeps: up to the deepest one whose output is used."""
     layers = vision.size("num_hidden_layers")
     default = -1 if vision.entries["model_type"] == PIXTRAL else -2
     asked = config.whole.entries.get("vision_feature_layer", default)
@@ -89,7 +89,7 @@ def _projector(config: ModelConfig, vision: Sizes, entry: str, default: bool) ->
 
 
 def _encoder(vision: Sizes, layers: int, is_clip: bool) -> Iterator[Weight]:
-    """Yield a SigLIP or CLIP encoder without the norm behind it."""
+    """Yield a SigLIP or CLIP encoder without its last norm."""
     prefix, width = f"{TOWER}.vision_model", vision.size("hidden_size")
     patch, inner = vision.size("patch_size"), vision.size("intermediate_size")
     patches = (vision.size("image_size") // patch) ** 2

@@ -1,7 +1,7 @@
-"""How much KV cache a number of bytes makes: vLLM's groups, blocks and capacity.
+"""How many tokens fit a KV cache of some bytes: vLLM's groups of layers, KV blocks and capacity.
 
-Blocks belong to groups of layers; every group takes blocks of its own from one pool. Layers that see everything and
-layers with a window are in different groups of about the same number of layers, so that their blocks have one size.
+All groups of layers take KV blocks from one pool. Layers with and without a window are in different groups, with about
+the same number of layers each, so that all KV blocks have the same size.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,9 +20,9 @@ def cdiv(a: int, b: int) -> int:
 
 @dataclass(frozen=True)
 class Reach:
-    """How far attention looks back: over the last `tokens`, or over the chunk of as many that a token is in.
+    """How far attention looks back: over the last `tokens`, or over the token's chunk of `tokens`.
 
-    `tokens` is None where it looks at everything.
+    `tokens` is None if it looks at everything.
     """
 
     tokens: int | None = None
@@ -34,14 +34,18 @@ EVERYTHING = Reach()
 
 @dataclass(frozen=True)
 class Group:
-    """Layers that share a block table."""
+    """Layers that share a table of KV blocks."""
 
     layers: tuple[int, ...]
     reach: Reach
 
 
 def group_layers(reaches: Sequence[Reach]) -> list[Group]:
-    """Return vLLM's groups of a model whose layers look back so far, in the order of the layers."""
+    """Return vLLM's groups of layers.
+
+    Args:
+        reaches: of the model's layers, in order.
+    """
     kinds: dict[Reach, list[int]] = {}
     for layer, reach in enumerate(reaches):
         kinds.setdefault(reach, []).append(layer)
@@ -56,11 +60,11 @@ def group_layers(reaches: Sequence[Reach]) -> list[Group]:
 
 @dataclass(frozen=True)
 class KVCache:
-    """The shape of the cache on one rank, and what follows from it.
+    """The shape of the cache on one rank, and its capacity.
 
     Attributes:
         groups: of the whole model.
-        page_bytes: one block of one layer: keys and values of this rank's heads, or latent vectors.
+        page_bytes: of one block of one layer: keys and values of this rank's heads, or latent vectors.
         block_size: tokens per block.
         in_flight: tokens that may be scheduled before others are freed: batches at once times tokens per batch.
     """
@@ -71,7 +75,7 @@ class KVCache:
     in_flight: int
 
     def block_bytes(self, layers: range) -> int:
-        """Return what one block costs a rank that runs `layers`; 0 if it has no attention."""
+        """Return the bytes of one block on a rank that runs `layers`; 0 if it has no attention."""
         most = max(sum(layer in layers for layer in group.layers) for group in self.groups)
         return most * self.page_bytes
 

@@ -1,4 +1,4 @@
-"""How many bits the codes of weights that are there take, from a sample of each."""
+"""The bits per weight of the codes of stored weights, from a sample of each."""
 
 import math
 
@@ -18,9 +18,10 @@ CHUNK, CHUNKS = 1 << 16, 16  # weights read of each tensor: 16 runs, evenly spre
 
 
 class MeasuredBits:
-    """The bits per weight of a weight's codes, from a sample of its tensors; for a compressed one, those of its unit.
+    """The bits per weight of a weight's codes, from a sample of its tensors; for a compressed weight, of its unit.
 
-    Float16 and float32 are measured as the BF16 that vLLM makes of them. What cannot be measured is assumed.
+    Float16 and float32 are measured after conversion to BF16, as vLLM does it. If nothing can be measured, a value is
+    assumed.
     """
 
     def __init__(self, files: Files) -> None:

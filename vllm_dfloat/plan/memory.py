@@ -1,4 +1,4 @@
-"""What each rank holds: weights in BF16 and compressed, scratch, and what is left for the KV cache."""
+"""The memory of each rank: weights in BF16 and compressed, scratch, and the rest for the KV cache."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class Settings:
         kv_cache_memory: bytes of KV cache per rank; None for what is left.
         in_flight_batches: batches that are scheduled at once; None for vLLM's choice on a GPU.
         granularity: "layer" or "block", what is decoded in one launch.
-        slots: scratch buffers that are in use at once; None for what the model needs on a GPU.
+        slots: scratch buffers in use at the same time; None for as many as the model needs on a GPU.
     """
 
     tp: int = 1
@@ -72,7 +72,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Rank:
-    """The ranks of one pipeline stage, which hold the same; all in bytes but `stage` and `layers`.
+    """The ranks of one pipeline stage, which are alike; all in bytes but `stage` and `layers`.
 
     Attributes:
         bf16_weights, dfloat11_weights: the parameters as vLLM holds them.
@@ -101,12 +101,12 @@ class Rank:
 
     @property
     def loading_peak(self) -> int:
-        """The bound while loading DFloat11: what is held in the end, and two layers."""
+        """A bound while loading DFloat11: what is held in the end, and two layers."""
         return self.dfloat11_weights + self.scratch + 2 * self.largest
 
 
 def split_layers(num_layers: int, pp: int) -> list[range]:
-    """Return which layers each pipeline stage runs: what is left over goes to the stages before the last.
+    """Return which layers each pipeline stage runs: remaining layers go to the stages before the last.
 
     Raises:
         UnsupportedError: fewer layers than stages.
@@ -123,13 +123,13 @@ def split_layers(num_layers: int, pp: int) -> list[range]:
 def ranks_of(
     config: ModelConfig, weights: Sequence[Weight], settings: Settings, code_bits: CodeBits
 ) -> list[Rank]:
-    """Return what the ranks of each pipeline stage hold.
+    """Return the memory of the ranks of each pipeline stage.
 
     Args:
         code_bits: bits per weight of a weight's codes.
 
     Raises:
-        UnsupportedError: the model cannot be cut so.
+        UnsupportedError: the model cannot be cut into so many parts.
     """
     if config.heads % settings.tp:
         raise UnsupportedError(
@@ -183,7 +183,7 @@ def _rank(
 
 
 def activation_bytes(config: ModelConfig, settings: Settings) -> int:
-    """Return an estimate of the largest activations at once: an MLP's over a whole batch, or the logits of sampling."""
+    """Return an estimate of the largest activations: of an MLP for a whole batch, or the logits for sampling."""
     width = config.size("intermediate_size", 4 * config.hidden)
     mlp = settings.batched_tokens * 2 * (2 * config.hidden + 3 * width // settings.tp)
     logits = settings.num_seqs * config.vocab * (2 + 4 * LOGITS_COPIES)

@@ -1,4 +1,4 @@
-"""What the reader of a plan must know besides its numbers."""
+"""Remarks that a reader of a plan needs beside its numbers."""
 
 from vllm_dfloat.plan.config import ModelConfig
 from vllm_dfloat.plan.stored import DTYPES, Files
@@ -27,7 +27,7 @@ def notes_on(config: ModelConfig, weights: list[Weight], files: Files | None) ->
 
 
 def _kept(weights: list[Weight]) -> str:
-    """Return what else than norms and biases is not compressed, in words."""
+    """Return in words what is not compressed, beside norms and biases."""
     kept = [weight for weight in weights if not weight.is_compressed]
     kinds = {
         "experts and their routers": any("experts" in weight.name for weight in kept),
@@ -42,7 +42,7 @@ def _kept(weights: list[Weight]) -> str:
 
 
 def _of_dtype(config: ModelConfig, files: Files | None) -> list[str]:
-    """Return what is said of the dtype: which one is assumed, and what is converted."""
+    """Return remarks on the dtype: which one is assumed, and what is converted."""
     found = files.dtypes if files else {}
     stored = {DTYPES[name]: count for name, count in found.items() if name in DTYPES}
     dtype = config.dtype or max(stored, key=lambda name: stored[name], default="")

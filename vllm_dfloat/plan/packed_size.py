@@ -1,4 +1,4 @@
-"""How many bytes a matrix takes in the packed layout, from its shape and the bits of its codes."""
+"""The size of a matrix in the packed layout, from its shape and the bits of its codes."""
 
 from dataclasses import dataclass, replace
 
@@ -22,7 +22,7 @@ FILLER_BITS = 2  # the shortest code, which fills up the last tile
 
 @dataclass(frozen=True)
 class Packed:
-    """Bytes of one compressed weight, and of the buffer that it is decoded into."""
+    """Bytes of a compressed weight, and of the buffer for decoding it."""
 
     num_bytes: int
     scratch_bytes: int
@@ -30,10 +30,10 @@ class Packed:
 
 
 def packed_size(rows: int, cols: int, code_bits: float) -> Packed:
-    """Return the size of a matrix [rows, cols] whose weights' exponents take `code_bits` bits each on average.
+    """Return the size of a matrix [rows, cols] whose exponents take `code_bits` bits each on average.
 
-    All but the codes is exact, and a LUT for longer codes than usual is not counted. A lane's bits are rounded up to
-    its unit and a tile's to words: half of what that can add is what it adds on average.
+    Only the size of the codes is estimated, and a LUT for longer codes than usual is not counted. The bits of a lane
+    are rounded up to bytes and those of a tile to words; on average that adds half of the most it can add.
     """
     raw = PackedLayout(rows, cols, 0)
     if not raw.numel:
@@ -47,6 +47,6 @@ def packed_size(rows: int, cols: int, code_bits: float) -> Packed:
 
 
 def mean_code_bits(counts: I64Array) -> float:
-    """Return the bits per weight of the code that the encoder makes for exponents with these counts, int64 [256]."""
+    """Return the bits per weight of the encoder's code for exponents with these counts, int64 [256]."""
     _, lengths = choose_code(counts)
     return float(np.dot(counts, lengths.astype(np.int64)) / max(1, counts.sum()))

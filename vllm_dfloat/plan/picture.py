@@ -1,4 +1,4 @@
-"""A plan as a PNG: what fills each GPU, in BF16 and in DFloat11, in numbers too."""
+"""A plan as a PNG: the memory of each GPU in BF16 and in DFloat11, with numbers."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,9 +28,9 @@ class Bar:
     """One bar.
 
     Attributes:
-        name: what stands before it.
-        parts: their bytes, from the left.
-        missing: how many bytes of it are beyond what there is; 0 if it fits.
+        name: the label on its left.
+        parts: name -> bytes, from the left.
+        missing: bytes that are more than there are; 0 if it fits.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Bar:
 
 
 def draw(plan: Plan, file: Path) -> None:
-    """Write the picture: two bars per pipeline stage, and lines at the GPU's memory and at what vLLM may use.
+    """Write the picture: two bars per pipeline stage, and lines at the GPU's memory and at vLLM's share of it.
 
     Raises:
         UnsupportedError: matplotlib is not installed.
@@ -100,7 +100,7 @@ def _draw_bar(axes: Any, at: int, bar: Bar, unit: int, longest: int) -> None:
 def _write_below(
     axes: Any, at: int, narrow: list[tuple[int, str]], unit: int, longest: int
 ) -> None:
-    """Write the numbers of narrow parts in one line, which begins below the first and ends within the picture."""
+    """Write the numbers of narrow parts in one line below the first of them, but within the picture."""
     caption = ", ".join(text for _, text in narrow)
     start = max(0.0, min(narrow[0][0], longest * (1 - LETTER * len(caption))))
     box = dict(facecolor="white", edgecolor="none", pad=0.5)
@@ -109,7 +109,7 @@ def _write_below(
 
 
 def _number(num_bytes: int, unit: int) -> str:
-    """Return a size, without its unit where that is the axis's."""
+    """Return a size, without GiB or MiB if that is on the axis."""
     return show_size(num_bytes).removesuffix(" GiB" if unit == GIB else " MiB")
 
 

@@ -1,4 +1,4 @@
-"""The plan: what one way of serving a model needs, in BF16 and compressed, and whether it fits."""
+"""The plan: the memory for serving a model in BF16 and compressed, and whether it fits."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -28,11 +28,11 @@ MAX_NAMED = 3
 
 @dataclass(frozen=True)
 class Outcome:
-    """What comes of one way to hold the weights.
+    """The result for one way to hold the weights, BF16 or compressed.
 
     Attributes:
-        kv_bytes: per pipeline stage, left for the KV cache on each rank; negative where there is less than nothing.
-        num_blocks: blocks of KV cache, as many as the poorest rank has.
+        kv_bytes: per pipeline stage, the bytes left for the KV cache on each rank; negative if something does not fit.
+        num_blocks: KV blocks of the rank with the fewest.
         tokens: KV tokens as vLLM reports them.
         longest: the longest request that fits, up to the model's context; 0 if none does.
         fits: whether vLLM starts and a request of --max-model-len tokens fits; without it, of one token.
@@ -47,16 +47,16 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that the report and the picture show.
+    """All that the report and the picture show.
 
     Attributes:
         model: as the user named it.
         parameters: of the whole model.
-        compressed: how many of them are in weights that are compressed.
+        compressed: number of parameters in compressed weights.
         ranks: per pipeline stage.
         kv_cache: its shape on a rank.
-        code_bits: what is known of the codes, in words.
-        notes: what else the reader must know.
+        code_bits: where the bits of the codes come from, in words.
+        notes: remarks for the reader.
     """
 
     model: str
@@ -72,7 +72,7 @@ class Plan:
     notes: tuple[str, ...]
 
     def kv_bytes_per_token(self, rank: Rank) -> float:
-        """Return what a token costs on a rank; a layer with a window counts fully, though it forgets."""
+        """Return the bytes of a token on a rank; layers with a window count in full."""
         layers = sum(
             layer in rank.layers for group in self.kv_cache.groups for layer in group.layers
         )
@@ -88,8 +88,8 @@ def make_plan(model: str, settings: Settings, code_bits: float | None = None) ->
 
     Raises:
         FormatError: config.json or a file of weights is missing or damaged, or they contradict each other.
-        UnsupportedError: quantized weights, an architecture that is not known without its weights, or ranks that
-            cannot share it.
+        UnsupportedError: quantized weights, an architecture without rules or weights, or ranks that cannot share
+            the model.
     """
     file = config_file(model)
     config = read_model_config(file)
@@ -121,7 +121,7 @@ def make_plan(model: str, settings: Settings, code_bits: float | None = None) ->
 
 
 def _files(model: str, file: Path, config: ModelConfig) -> tuple[Files | None, list[str]]:
-    """Return what the weight files beside config.json hold, if any, and a remark if they do not count."""
+    """Return the contents of weight files beside config.json, if any, and a remark if they are ignored."""
     if file.name != CONFIG_FILE:  # files beside a config of another name belong to another model
         return None, []
     try:
@@ -133,7 +133,7 @@ def _files(model: str, file: Path, config: ModelConfig) -> tuple[Files | None, l
 
 
 def _weights(config: ModelConfig, files: Files | None) -> tuple[list[Weight], list[str]]:
-    """Return all weights, and remarks on where their shapes come from."""
+    """Return all weights, and remarks on the source of their shapes."""
     if files is None:
         return known_weights(config), ["shapes from config.json alone"]
     if not is_known(config.architecture):

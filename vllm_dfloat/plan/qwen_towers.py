@@ -1,4 +1,4 @@
-"""Towers of Qwen2-VL, Qwen2.5-VL and Qwen3-VL, and what merges their patches."""
+"""Towers of Qwen2-VL, Qwen2.5-VL and Qwen3-VL, with their patch mergers."""
 
 from collections.abc import Iterator
 
@@ -10,7 +10,7 @@ from vllm_dfloat.plan.weights import Part, Weight
 
 
 def qwen2_vl_tower(config: ModelConfig) -> Iterator[Weight]:
-    """Yield Qwen2-VL's tower; vLLM cuts its qkv by rows, whatever the heads."""
+    """Yield Qwen2-VL's tower; vLLM cuts its qkv by rows, not by heads."""
     vision = vision_of(config, "qwen2_vl")
     width = vision.size("embed_dim")
     inner = int(width * vision.ratio("mlp_ratio", 4))
@@ -43,7 +43,7 @@ def qwen2_5_vl_tower(config: ModelConfig) -> Iterator[Weight]:
 
 
 def qwen3_vl_tower(config: ModelConfig) -> Iterator[Weight]:
-    """Yield Qwen3-VL's tower, with a merger for each layer that the language model looks into."""
+    """Yield Qwen3-VL's tower, with a merger for each layer whose output the language model uses."""
     vision = vision_of(config, "qwen3_vl")
     width, out = vision.size("hidden_size"), vision.size("out_hidden_size", config.hidden)
     yield from _patches(vision, width)

@@ -1,4 +1,4 @@
-"""How far back the attention of each layer looks, as vLLM reads it from a config."""
+"""How far back the attention of each layer looks, as vLLM takes it from a config."""
 
 from vllm_dfloat.errors import FormatError, UnsupportedError, shown
 from vllm_dfloat.plan.kv_cache import EVERYTHING, Reach

@@ -11,7 +11,7 @@ DASH = "-"
 
 
 def as_table(plan: Plan) -> str:
-    """Return the plan for people: a table per pipeline stage, then what fits, then one sentence."""
+    """Return the plan as text: a table per pipeline stage, then what fits, then one sentence."""
     settings, config = plan.settings, plan.config
     lines = [
         f"{plan.model}: {config.architecture}, {show_count(plan.parameters)} parameters "
@@ -106,7 +106,7 @@ def _other(plan: Plan) -> str:
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
-    """Return the plan for programs; sizes in bytes."""
+    """Return the plan as a JSON object; sizes in bytes."""
     settings = plan.settings
     return {
         "model": plan.model,

@@ -1,6 +1,6 @@
 """Tables of sines and cosines for rotary embeddings.
 
-vLLM makes them for every position that the model was made for, however short --max-model-len is.
+vLLM makes them for every position of the model's context, however short --max-model-len is.
 """
 
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ from vllm_dfloat.plan.config import ModelConfig
 from vllm_dfloat.plan.sizes import Sizes
 
 ITEMSIZE = 2
-MROPE_FACTOR = 4  # of the positions that Qwen2-VL and Qwen2.5-VL make room for
+MROPE_FACTOR = 4  # times the context: the positions of Qwen2-VL and Qwen2.5-VL
 _MROPE_TYPES = ("qwen2_vl", "qwen2_5_vl")
 
 
@@ -17,7 +17,7 @@ def rotary_bytes(config: ModelConfig, layers: Iterable[int]) -> int:
     """Return the bytes of the tables that these layers need; layers of one kind share one.
 
     Raises:
-        FormatError: the config's scaling is none.
+        FormatError: the config's scaling is not a known one.
     """
     tables = {_kind(config, layer) for layer in layers}
     return sum(
@@ -26,7 +26,7 @@ def rotary_bytes(config: ModelConfig, layers: Iterable[int]) -> int:
 
 
 def _kind(config: ModelConfig, layer: int) -> str | None:
-    """Return "full_attention" or "sliding_attention" where they rotate differently; None for no rotation."""
+    """Return "full_attention" or "sliding_attention" if they rotate differently; None for no rotation."""
     model_type = config.text("model_type")
     reach = config.reaches[layer]
     if model_type == "llama4_text":
@@ -36,7 +36,7 @@ def _kind(config: ModelConfig, layer: int) -> str | None:
 
 
 def _given(config: ModelConfig) -> Sizes:
-    """Return the config's rope_parameters, or what they were called before, rope_scaling."""
+    """Return the config's rope_parameters, or rope_scaling, their older name."""
     parameters = config.part("rope_parameters")
     return parameters if parameters.entries else config.part("rope_scaling")
 

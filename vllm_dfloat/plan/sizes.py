@@ -1,4 +1,4 @@
-"""Entries of a config: positive integers of a sane size, numbers, texts, flags and lists of them, or a sentence."""
+"""Entries of a config: sizes, numbers, strings, flags and lists; an entry of another kind is an error."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ MAX_SIZE = (
 
 @dataclass(frozen=True)
 class Sizes:
-    """A part of a config, such as its vision_config, and where it is."""
+    """A part of a config, such as its vision_config, and its place for messages."""
 
     where: str
     entries: Mapping[str, Any]

@@ -1,4 +1,4 @@
-"""Weights that are there: their names, shapes and dtypes, against what the config says."""
+"""Stored weights: their names, shapes and dtypes, compared with the config."""
 
 import math
 import re
@@ -26,13 +26,13 @@ _TOWER = re.compile(r"vis|audio|speech")
 
 @dataclass(frozen=True)
 class Files:
-    """What the weight files of a folder hold; headers only were read. All names are vLLM's.
+    """The contents of a folder's weight files, from their headers. All names are vLLM's.
 
     Attributes:
         folder: where they are.
         is_dfloat11: whether they are in the official format.
-        tensors: those that are stored as they are, by name.
-        names: every tensor of the model, also those within units.
+        tensors: those that are stored uncompressed, by name.
+        names: all tensors of the model, also those in units.
         code_bits: bits per weight of each unit's codes, by the unit's name.
     """
 
@@ -49,10 +49,10 @@ class Files:
 
 
 def read_files(folder: Path, config: ModelConfig) -> Files | None:
-    """Return what the folder's safetensors files hold, None if there are none.
+    """Return the contents of the folder's safetensors files, None if there are none.
 
     Raises:
-        FormatError: a damaged file, or a model that is not whole.
+        FormatError: a file is damaged, or the model is not whole.
         UnsupportedError: quantized weights.
     """
     refuse_quantized_files(folder, {})  # a file beside config.json may say so
@@ -63,7 +63,7 @@ def read_files(folder: Path, config: ModelConfig) -> Files | None:
         refuse_quantized_files(folder, found)
         tensors = {name_in_vllm(name, config): tensor for name, tensor in found.items()}
         return Files(folder, False, tensors, frozenset(tensors))
-    checkpoint = open_checkpoint(folder)  # which refuses one that is not whole
+    checkpoint = open_checkpoint(folder)  # refuses one that is not whole
     refuse_quantized_files(folder, checkpoint.plain)
     bits = {
         name_in_vllm(f"{name}.", config)[:-1]: 8 * unit.fields["encoded_exponent"].num_bytes / max(1, unit.num_weights)
@@ -75,11 +75,11 @@ def read_files(folder: Path, config: ModelConfig) -> Files | None:
 
 
 def check_weights(weights: list[Weight], files: Files) -> list[str]:
-    """Check that the files hold what the config says; return the names of tensors that the plan leaves out.
+    """Compare the files with the config; return the names of tensors that the plan leaves out.
 
     Raises:
         FormatError: a tensor is missing or has another shape.
-        UnsupportedError: it has a dtype that is none of DTYPES.
+        UnsupportedError: it has a dtype that is not in DTYPES.
     """
     expected = {name: shape for weight in weights for name, shape in weight.stored.items()}
     for name, shape in expected.items():
@@ -103,12 +103,12 @@ def check_weights(weights: list[Weight], files: Files) -> list[str]:
 
 
 def _transposed(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the other way in which experts of this shape are stacked: there are checkpoints of both."""
+    """Return the other shape in which these experts may be stacked: there are checkpoints of both kinds."""
     return (shape[0], shape[2], shape[1]) if len(shape) == 3 else shape
 
 
 def stores_another_head(files: Files | None, config: ModelConfig) -> bool:
-    """Return whether an LM head is stored that is not the embedding, though config.json ties the two."""
+    """Return whether an LM head is stored that differs from the embedding, though config.json ties the two."""
     if files is None or not config.tied:
         return False
     head, embedding = (_find(files, name, config) for name in (HEAD, EMBEDDING))
@@ -122,8 +122,10 @@ def _find(files: Files, name: str, config: ModelConfig) -> StoredTensor | None:
 
 
 def weights_of_files(files: Files, config: ModelConfig) -> list[Weight]:
-    """Return the weights of an architecture that is not known: every matrix is cut evenly over the ranks, by its rows
-    where they can be, and every matrix but an expert's is compressed. vLLM may do otherwise with some."""
+    """Return the weights of an architecture without rules, which vLLM may treat differently.
+
+    Every matrix is cut evenly over the ranks, by rows, and every matrix but those of experts is compressed.
+    """
     weights = []
     for name, tensor in files.tensors.items():
         if name == HEAD and config.tied:
@@ -145,7 +147,7 @@ def weights_of_files(files: Files, config: ModelConfig) -> list[Weight]:
 
 
 def _as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Return [rows, cols] with the experts of a 3-D tensor side by side, so that each of them is cut."""
+    """Return [rows, cols], for a 3-D tensor with its experts side by side, so that each of them is cut."""
     if len(shape) == 3:
         return shape[1], shape[0] * shape[2]
     rows = shape[0] if shape else 1

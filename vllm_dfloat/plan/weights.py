@@ -1,4 +1,4 @@
-"""A model's weights as vLLM holds them: which tensors of a checkpoint are fused, and how each is cut for the ranks."""
+"""A model's weights as vLLM holds them: fused from tensors of a checkpoint, and cut for the ranks."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -6,7 +6,7 @@ from typing import Literal
 
 from vllm_dfloat.errors import UnsupportedError
 
-VOCAB_PADDING = 64  # vLLM fills vocabularies up to a multiple of this
+VOCAB_PADDING = 64  # vLLM pads vocabularies to a multiple of this
 
 TOWERS = ("vision_tower.", "vision_model.", "visual.", "multi_modal_projector.")
 
@@ -16,12 +16,12 @@ Place = Literal["layer", "first", "last", "tied", "all"]
 
 @dataclass(frozen=True)
 class Part:
-    """Rows of a weight that are cut for themselves, such as q, k and v of a fused qkv_proj.
+    """Rows of a weight that are cut on their own, such as q, k and v of a fused qkv_proj.
 
     Attributes:
         rows: of all ranks together.
-        pieces: into how many at most they can be cut: heads. 0: as many as there are rows.
-        is_repeated: whether more ranks than pieces hold copies, as with heads of keys and values; else they cannot be.
+        pieces: the most pieces they can be cut into, such as heads; 0 for as many as rows.
+        is_repeated: whether more ranks than pieces hold copies, as for heads of keys and values; else it is an error.
     """
 
     rows: int
@@ -37,17 +37,17 @@ class Weight:
     """One parameter of vLLM's model.
 
     Attributes:
-        name: vLLM's, such as "model.layers.3.self_attn.qkv_proj"; equal weights of all layers differ in it only.
+        name: vLLM's, such as "model.layers.3.self_attn.qkv_proj".
         parts: its rows.
         cols: its columns; 1 for a vector.
-        split: how tensor parallelism cuts it: "vocab" is "rows", filled up.
-        place: which pipeline stages hold it: that of its layer, the first, the last, both ends ("tied"), or all.
-        layer: its transformer block, -1 outside of them.
+        split: how tensor parallelism cuts it; "vocab" is "rows" of a padded vocabulary.
+        place: the pipeline stages that hold it: that of its layer, the first, the last, both ends ("tied"), or all.
+        layer: number of its transformer block, -1 outside of them.
         is_compressed: whether the plugin compresses it: linear layers and embeddings, but neither norms nor experts.
-        stored: the tensors of the checkpoint that it is made of, with their shapes.
+        stored: the tensors of the checkpoint that it is fused from, with their shapes.
         itemsize: bytes per parameter; 4 for the few that vLLM holds in float32 whatever the model's dtype.
-        has_plain_copy: vLLM keeps what it reads from it after loading: of a compressed weight that is a copy in BF16,
-            of another one the weight itself.
+        has_plain_copy: vLLM keeps the tensor that it reads after loading: for a compressed weight a copy in BF16, for
+            another one the weight itself.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Weight:
 
     @property
     def is_of_tower(self) -> bool:
-        """Whether it sees or hears, or leads from what does to the language model."""
+        """Whether it belongs to a tower for images or sound, or to its projector."""
         return self.name.startswith(TOWERS)
 
     @property
@@ -77,14 +77,14 @@ class Weight:
 
     @property
     def padding(self) -> int:
-        """Zeros that fill up a vocabulary, on all ranks together."""
+        """Zeros that pad a vocabulary, on all ranks together."""
         return -self.rows % VOCAB_PADDING * self.cols if self.split == "vocab" else 0
 
     def shape_of_rank(self, tp: int) -> tuple[int, int]:
         """Return [rows, cols] of each rank.
 
         Raises:
-            UnsupportedError: vLLM cannot cut the weight so.
+            UnsupportedError: vLLM cannot cut the weight into so many parts.
         """
         if self.split == "none":
             return self.rows, self.cols
