@@ -24,7 +24,7 @@ class LaunchConfig:
         fused_dot_rows: output rows of a program of the fused kernel with tensor cores.
         fused_dot_num_warps: warps of such a program.
         fused_max_rows: largest number of input rows for which the fused kernel is used; beyond it, decode then GEMM.
-        block_decode_max_numel: transformer blocks of up to this many weights are decoded in one launch; 0: per layer.
+        group_decode_max_numel: largest group, in weights, that one launch decodes; 0: a launch per layer.
         count_window_tiles_per_program: tiles that a program counts in a window (encode_count.py) before it adds its
             counts to the matrix's; at most `MAX_WINDOW_TILES`.
         count_tiles_per_program: the same for the other form.
@@ -42,7 +42,7 @@ class LaunchConfig:
     fused_dot_rows: int = 16
     fused_dot_num_warps: int = 4
     fused_max_rows: int = 16
-    block_decode_max_numel: int = 0
+    group_decode_max_numel: int = 0
     count_window_tiles_per_program: int = 16
     count_tiles_per_program: int = 32
     count_num_warps: int = 4

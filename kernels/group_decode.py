@@ -1,6 +1,6 @@
-"""Decode all matrices of a transformer block in one launch, one behind the other.
+"""Decode a group of matrices in one launch, one after the other.
 
-The block's matrices are described by a table whose size and content do not change when their weights do:
+A table describes them; its size and content do not change when the weights do:
 
     table  int64[num_members + 1, 4]  of each matrix: address of its descriptor, its first tile in the output, the salt
                                       of its descriptor, seal of the row; then 0, all tiles, 0, seal
@@ -37,7 +37,7 @@ def _member_of_program(table_ptr, num_members, num_tiles, salt, TILES: tl.conste
     """Return whether the table is sound, and the member that this program works for: its number, the address of its
     descriptor, its first tile and number of tiles, and the program's place in it.
 
-    A program works for one member, so each member gets whole programs. Programs behind the last one get num_members.
+    A program works for one member, so each member gets whole programs. Programs after the last one get num_members.
     Where the table is not sound, the whole output is one member, with the table in place of a descriptor.
     """
     index = tl.arange(0, _ROWS)
@@ -71,7 +71,7 @@ def _member_of_program(table_ptr, num_members, num_tiles, salt, TILES: tl.conste
 
 
 @triton.jit(do_not_specialize=["num_members", "num_tiles", "salt"])
-def _decode_block_kernel(
+def _decode_group_kernel(
     table_ptr,  # int64[num_members + 1, 4]       see above
     out_ptr,  # uint32[num_tiles * 1024]        pairs of BF16, whole tiles
     status_ptr,  # int32[num_tiles]               0, or a sum of STATUS_* bits
@@ -96,7 +96,7 @@ def _decode_block_kernel(
         )  # fmt: skip
 
 
-def decode_block(
+def decode_group(
     table: torch.Tensor,
     num_tiles: int,
     out: torch.Tensor,
@@ -106,7 +106,7 @@ def decode_block(
     """Decode the matrices that `table` lists into `out`; allocates nothing and waits for nothing.
 
     Args:
-        table: int64 [members + 1, 4] on the device, see above; at most MAX_MEMBERS members, none of them empty.
+        table: int64 [members + 1, 4] on the device, see above; at most MAX_MEMBERS members (descriptor.py), none empty.
         num_tiles: tiles in all, as in the table's last row.
         out: BF16, flat, contiguous, at least `num_tiles * 2048` elements, aligned to 16 bytes.
         status: int32 [>= num_tiles]; 0 per tile, or a sum of STATUS_* bits.
@@ -116,7 +116,7 @@ def decode_block(
     tiles = tiles_per_program or config_of(out.device).decode_tiles_per_program
     grid = (triton.cdiv(num_tiles, tiles) + num_members,)  # members end in the middle of a program
     salt = descriptor.salt(table.data_ptr(), num_tiles)
-    _decode_block_kernel[grid](
+    _decode_group_kernel[grid](
         table, out.view(torch.uint32), status, num_members, num_tiles, salt, tiles,
         num_warps=num_warps(tiles),
     )  # fmt: skip

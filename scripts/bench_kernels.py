@@ -29,7 +29,7 @@ SECTIONS = {  # what is wanted most comes first: time may run out
     "decode": ("bench.kernels.decode", "run"),
     "encode": ("bench.kernels.decode", "run_encode"),
     "fused": ("bench.kernels.fused", "run"),
-    "block": ("bench.kernels.blocks", "run"),
+    "block": ("bench.kernels.groups", "run"),
     "decode_rows": ("bench.kernels.decode", "run_rows"),
     "layouts": ("bench.kernels.units", "run"),
 }

@@ -118,7 +118,7 @@ run_tests() { # NAME MOST_SECONDS EXPRESSION OPTION...
   shift 3
   mapfile -t files < <(grep -lE 'NEEDS_GPU|mark\.gpu' tests/*/test_*.py)
   if [[ $device == cpu ]]; then
-    files=(tests/gpu/test_gpu_block.py)
+    files=(tests/gpu/test_gpu_group.py)
     export VLLM_DFLOAT_GPU_REHEARSAL=1
   fi
   # Interrupted as from the keyboard, pytest still says what failed so far.
@@ -156,7 +156,7 @@ on_gpu_only() {
   if command -v compute-sanitizer >/dev/null; then
     # Without PyTorch's pool, or a read beyond a tensor stays inside the pool and is not seen.
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 sanitize memcheck 50 packed_decode encoder packed_rows official_held \
-      packed_block official_encoder official_unit
+      packed_group official_encoder official_unit
   else
     notes+=("compute-sanitizer is not installed")
   fi

@@ -61,12 +61,12 @@ def packed_rows(device: torch.device) -> None:
     expect_same_bits(found, weight[ids], "unpack_rows")
 
 
-def packed_block(device: torch.device) -> None:
+def packed_group(device: torch.device) -> None:
     """Members that end within a program, one of a single weight."""
-    from bench.kernels.blocks import Block
+    from bench.kernels.groups import Group
 
     shapes = [(ROWS, COLS), (1, 1), (12, 700)]
-    Block([normal(*shape, device, seed=i) for i, shape in enumerate(shapes)]).check("decode_block")
+    Group([normal(*shape, device, seed=i) for i, shape in enumerate(shapes)]).check("decode_group")
 
 
 def encoder(device: torch.device) -> None:
@@ -148,7 +148,7 @@ def fused_products(device: torch.device) -> dict[str, Callable[[], None]]:
 def checks(device: torch.device) -> dict[str, Callable[[], None]]:
     """Return every check by name, those that take longest to compile first."""
     parts = (
-        packed_block, packed_decode, packed_rows, encoder, official_unit, official_encoder, official_held,
+        packed_group, packed_decode, packed_rows, encoder, official_unit, official_encoder, official_held,
     )  # fmt: skip
     return fused_products(device) | {part.__name__: partial(part, device) for part in parts}
 

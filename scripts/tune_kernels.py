@@ -31,7 +31,7 @@ CANDIDATES: dict[str, tuple[int, ...]] = {  # Triton takes powers of two
     "fused_dot_rows": (16, 32),
     "fused_dot_num_warps": (2, 4, 8),
 }
-DERIVED = ("fused_max_rows", "block_decode_max_numel")
+DERIVED = ("fused_max_rows", "group_decode_max_numel")
 
 
 def best_of(bench: Bench, field: str, case: Case, config: Any) -> Any:
@@ -83,8 +83,8 @@ def tune(bench: Bench, names: Sequence[str]) -> Any:
     with configs.override(config):
         if "fused_max_rows" in names and bench.begin("fused_max_rows", "all"):
             config = replace(config, fused_max_rows=tune_cases.fused_max_rows(bench))
-        if "block_decode_max_numel" in names and bench.begin("block_decode_max_numel", "all"):
-            config = replace(config, block_decode_max_numel=tune_cases.block_max_numel(bench))
+        if "group_decode_max_numel" in names and bench.begin("group_decode_max_numel", "all"):
+            config = replace(config, group_decode_max_numel=tune_cases.group_max_numel(bench))
     return replace(config, measured=True)
 
 

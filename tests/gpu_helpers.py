@@ -56,9 +56,7 @@ def buffers(num_tiles: int, padded_numel: int, poison: int) -> tuple[torch.Tenso
     return poisoned((padded_numel,), poison, DEVICE), status
 
 
-def decode(
-    packed: ops.PackedWeight, poison: int, op: Any = torch.ops.vllm_dfloat.decode
-) -> torch.Tensor:
+def decode(packed: ops.PackedWeight, poison: int, op: Any = ops.decode) -> torch.Tensor:
     """Return what a matrix decodes to, from poisoned memory, every status checked."""
     rows, cols = packed.rows, packed.cols
     out, status = buffers(ops.num_tiles(rows, cols), ops.padded_numel(rows, cols), poison)

@@ -30,8 +30,8 @@ PACKED = [
         **_WHOLE,
     ),
     CompileSpec(
-        name="decode_block",
-        fn=group_decode._decode_block_kernel,
+        name="decode_group",
+        fn=group_decode._decode_group_kernel,
         signature=dict(
             table_ptr="*i64", out_ptr="*u32", status_ptr="*i32", num_members="i32", num_tiles="i32", salt="i64",
             TILES=CONSTANT,

@@ -22,12 +22,8 @@ def by_decode(out: torch.Tensor, status: torch.Tensor) -> None:
     ops.decode(PACKED.desc, ROWS, COLS, out, status)
 
 
-def by_op(out: torch.Tensor, status: torch.Tensor) -> None:
-    torch.ops.vllm_dfloat.decode(PACKED.desc, ROWS, COLS, out, status)
-
-
-def by_block(out: torch.Tensor, status: torch.Tensor) -> None:
-    groups.decode_block(groups.block_table([PACKED.desc], [(ROWS, COLS)]), TILES, out, status)
+def by_group(out: torch.Tensor, status: torch.Tensor) -> None:
+    groups.decode_group(groups.group_table([PACKED.desc], [(ROWS, COLS)]), TILES, out, status)
 
 
 def by_fused(out: torch.Tensor, status: torch.Tensor) -> None:
@@ -64,7 +60,7 @@ WRONG: dict[str, Callable[[], Buffers]] = {
     r"torch.int64 \[3\] on cpu": lambda: (good()[0], good()[1].long()),
     r"torch.int32 \[2\] on cpu": lambda: (good()[0], good()[1][1:]),
 }
-DIRECT = [by_decode, by_block, by_fused, by_unit]
+DIRECT = [by_decode, by_group, by_fused, by_unit]
 
 
 def sentence(found: str) -> str:
@@ -83,12 +79,7 @@ def test_wrong_buffers_are_refused_in_a_sentence(
         by(*WRONG[found]())
 
 
-def test_the_op_refuses_what_the_function_refuses() -> None:
-    with pytest.raises(UnsupportedError, match=sentence(r"torch.int32 \[2\] on cpu")):
-        by_op(good()[0], good()[1][1:])
-
-
-@pytest.mark.parametrize("by", [by_decode, by_op, by_block, by_unit])
+@pytest.mark.parametrize("by", [by_decode, by_group, by_unit])
 def test_buffers_that_fit_are_taken(by: Callable[[torch.Tensor, torch.Tensor], None]) -> None:
     out, status = good()
     by(out.fill_(float("nan")), status)
@@ -108,9 +99,9 @@ def test_descriptors_and_tables_of_another_form_are_refused() -> None:
         with pytest.raises(UnsupportedError, match=f"decode_unit{message}"):
             units.decode(wrong, ROWS, COLS, out, status)
         with pytest.raises(
-            UnsupportedError, match=r"decode_block: table torch.int\d+ \[\d\]; expected"
+            UnsupportedError, match=r"decode_group: table torch.int\d+ \[\d\]; expected"
         ):
-            groups.decode_block(wrong, TILES, out, status)
+            groups.decode_group(wrong, TILES, out, status)
 
 
 @pytest.mark.parametrize(
@@ -196,7 +187,7 @@ import os, sys
 sys.modules["triton"] = None  # an import of it fails, as where it is not installed
 import torch
 from helpers import gaussian, same_bits, to_torch
-from vllm_dfloat.device import checks, fused, groups as blocks, ops, unit_resident as units
+from vllm_dfloat.device import checks, fused, groups, ops, unit_resident as units
 from vllm_dfloat.errors import DeviceError
 
 weight = to_torch(gaussian(3, 2048))
@@ -209,9 +200,9 @@ lent = torch.empty(3 * 2048, dtype=torch.bfloat16), torch.empty(3, dtype=torch.i
 for reader in (
     lambda: ops.unpack(packed),
     lambda: ops.unpack_rows(packed, ids),
-    lambda: torch.ops.vllm_dfloat.decode(packed.desc, 3, 2048, *lent),
-    lambda: torch.ops.vllm_dfloat.decode_rows(packed.desc, ids, 3, 2048),
-    lambda: blocks.unpack([packed]),
+    lambda: ops.decode(packed.desc, 3, 2048, *lent),
+    lambda: ops.decode_rows(packed.desc, ids, 3, 2048),
+    lambda: groups.unpack([packed]),
     lambda: fused.multiply(packed, x),
     lambda: fused.max_rows(x.device, 2048),
     lambda: units.unpack(unit),

@@ -12,7 +12,7 @@ import numpy as np, torch
 from guard_pages import guarded
 from helpers import gaussian, same_bits, to_torch
 from vllm_dfloat.codec import descriptor
-from vllm_dfloat.device import fused, groups as blocks, ops, unit_resident as units
+from vllm_dfloat.device import fused, groups, ops, unit_resident as units
 from vllm_dfloat.codec import layout
 from vllm_dfloat.errors import FormatError
 
@@ -66,12 +66,12 @@ BEFORE = ops.pack(RAW, "before")
 
 def block(reader, desc):
     shapes = [(ROWS, COLS)] * 2  # the second one is looked at
-    table = blocks.block_table([BEFORE.desc, desc], shapes)
+    table = groups.group_table([BEFORE.desc, desc], shapes)
     memory = torch.empty(2 * NUMEL, dtype=torch.bfloat16)
     memory[NUMEL:] = reader.out
     status = torch.empty(2 * TILES, dtype=torch.int32)
     status[TILES:] = reader.status
-    blocks.launch_decode_block(table, 2 * TILES, memory, status)
+    groups.launch_decode_group(table, 2 * TILES, memory, status)
     reader.out[:], reader.status[:] = memory[NUMEL:], status[TILES:]
     assert same_bits(memory[:NUMEL].view(ROWS, COLS), RAW)
 
@@ -172,14 +172,14 @@ WEIGHT, RAW = WEIGHT[:1].contiguous(), RAW[:1].contiguous()
 NAMES = "layers.0.qkv, layers.0.o, layers.0.up"
 packed = [ops.pack(weight, name) for weight, name in zip((WEIGHT, RAW, WEIGHT), NAMES.split(", "))]
 shapes = [(ROWS, COLS)] * 3
-table = blocks.block_table([p.desc for p in packed], shapes)
-assert table.tolist() == blocks.table_rows(table, [p.desc for p in packed], shapes)
+table = groups.group_table([p.desc for p in packed], shapes)
+assert table.tolist() == groups.table_rows(table, [p.desc for p in packed], shapes)
 for backend in sys.argv[1:]:
     os.environ["VLLM_DFLOAT_BACKEND"] = backend
     margin = 8 * NUMEL
     memory = torch.full((2 * margin + 3 * NUMEL,), 0.5, dtype=torch.bfloat16)
     out, status = memory[margin : margin + 3 * NUMEL], torch.empty(3 * TILES, dtype=torch.int32)
-    blocks.launch_decode_block(table, 3 * TILES, out, status)
+    groups.launch_decode_group(table, 3 * TILES, out, status)
     answer = out.clone()
     assert not status.any() and not torch.isnan(answer).any()
     words, rng = table.clone(), np.random.default_rng(0)
@@ -190,24 +190,24 @@ for backend in sys.argv[1:]:
         table.view(-1)[word] ^= torch.tensor(1) << bit
         out[:], status[:] = answer, 0
         try:
-            blocks.launch_decode_block(table, 3 * TILES, out, status)
+            groups.launch_decode_group(table, 3 * TILES, out, status)
         except FormatError as error:
             assert backend == "numba"
             # A changed row may be what names its matrix.
             named, _, rest = str(error).partition(": row ")
-            assert named.startswith("block of layers.0.") and " of its table is [" in rest, error
+            assert named.startswith("group of layers.0.") and " of its table is [" in rest, error
         else:
             assert backend == "triton", what
             assert torch.isnan(out).all() and (status == 4).all(), what
         table.copy_(words)
     table[[0, 1]] = table[[1, 0]]  # two rows that changed places
     try:
-        blocks.launch_decode_block(table, 3 * TILES, out, status)
+        groups.launch_decode_group(table, 3 * TILES, out, status)
         assert backend == "triton" and torch.isnan(out).all()
     except FormatError:
         assert backend == "numba"
     table.copy_(words)
-    blocks.launch_decode_block(table, 3 * TILES, out, status)
+    groups.launch_decode_group(table, 3 * TILES, out, status)
     assert same_bits(out, answer) and not status.any()
     assert (memory[:margin] == 0.5).all() and (memory[-margin:] == 0.5).all()
     print(backend, flush=True)
@@ -215,7 +215,7 @@ for backend in sys.argv[1:]:
 
 
 @pytest.mark.parametrize("backend", ["numba", "triton"])
-def test_a_table_of_a_block_with_a_flipped_bit_is_not_followed(backend: str) -> None:
+def test_a_table_of_a_group_with_a_flipped_bit_is_not_followed(backend: str) -> None:
     # Bug caught: the address of a descriptor is followed wherever it leads, or a matrix lands beside the buffer.
     run(_SETUP + _TABLES, [backend])
 

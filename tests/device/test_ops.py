@@ -1,4 +1,4 @@
-"""The torch side: packed weights, the custom ops under opcheck, the scratch arena."""
+"""The torch side: packed weights, how they are read, the scratch arena."""
 
 import os
 from unittest import mock
@@ -15,20 +15,20 @@ from vllm_dfloat.errors import DeviceError, FormatError, UnsupportedError
 CPU = torch.device("cpu")
 
 
-def decode_with_op(packed: ops.PackedWeight, poison: int) -> torch.Tensor:
+def decode_poisoned(packed: ops.PackedWeight, poison: int) -> torch.Tensor:
     out = torch.full((ops.padded_numel(packed.rows, packed.cols),), poison, dtype=torch.uint16)
     out = out.view(torch.bfloat16)
     status = torch.full((ops.num_tiles(packed.rows, packed.cols),), -1, dtype=torch.int32)
-    torch.ops.vllm_dfloat.decode(packed.desc, packed.rows, packed.cols, out, status)
+    ops.decode(packed.desc, packed.rows, packed.cols, out, status)
     assert not status.any()
     return out[: packed.rows * packed.cols].view(packed.rows, packed.cols)
 
 
 @pytest.mark.parametrize("name", hard_matrices())
-def test_op_decodes_every_hard_matrix(name: str) -> None:
+def test_decode_gives_every_hard_matrix(name: str) -> None:
     bits = hard_matrices()[name]
     packed = ops.pack(to_torch(bits), name)
-    assert same_bits(decode_with_op(packed, unlike(bits)), to_torch(bits))
+    assert same_bits(decode_poisoned(packed, unlike(bits)), to_torch(bits))
 
 
 def test_both_backends_give_the_same_bits() -> None:
@@ -36,8 +36,8 @@ def test_both_backends_give_the_same_bits() -> None:
     packed = ops.pack(to_torch(bits), "w")
     for backend in ("numba", "triton"):
         with mock.patch.dict(os.environ, VLLM_DFLOAT_BACKEND=backend):
-            assert same_bits(decode_with_op(packed, unlike(bits)), to_torch(bits))
-            rows = torch.ops.vllm_dfloat.decode_rows(packed.desc, torch.tensor([3, 19]), 20, 500)
+            assert same_bits(decode_poisoned(packed, unlike(bits)), to_torch(bits))
+            rows = ops.decode_rows(packed.desc, torch.tensor([3, 19]), 20, 500)
             assert same_bits(rows, to_torch(bits[[3, 19]]))
 
 
@@ -48,38 +48,6 @@ def test_an_unknown_backend_is_refused() -> None:
         pytest.raises(DeviceError, match="VLLM_DFLOAT_BACKEND=magic: expected triton or numba"),
     ):
         ops.unpack(packed)
-
-
-@pytest.mark.parametrize("raw", [False, True])
-def test_ops_pass_opcheck(raw: bool, followed_anywhere: None) -> None:
-    bits = gaussian(64, 3) if raw else gaussian(80, 102)  # no NaN: opcheck compares values
-    packed = ops.pack(to_torch(bits), "w")
-    assert packed.is_raw == raw
-    out = torch.zeros(ops.padded_numel(*bits.shape), dtype=torch.bfloat16)
-    status = torch.zeros(ops.num_tiles(*bits.shape), dtype=torch.int32)
-    torch.library.opcheck(torch.ops.vllm_dfloat.decode, (packed.desc, *bits.shape, out, status))
-    ids = torch.tensor([0, 5, 63])
-    torch.library.opcheck(torch.ops.vllm_dfloat.decode_rows, (packed.desc, ids, *bits.shape))
-
-
-def test_a_compiled_graph_keeps_the_order_of_decodes_into_one_buffer() -> None:
-    # Bug caught: an op that does not declare what it writes lets the compiler decode twice before it reads once.
-    first, second = gaussian(80, 102, seed=1), gaussian(80, 102, seed=2)
-    a, b = ops.pack(to_torch(first), "a"), ops.pack(to_torch(second), "b")
-
-    def both(
-        desc_a: torch.Tensor, desc_b: torch.Tensor, out: torch.Tensor, status: torch.Tensor
-    ) -> torch.Tensor:
-        torch.ops.vllm_dfloat.decode(desc_a, 80, 102, out, status)
-        copy = out.clone()
-        torch.ops.vllm_dfloat.decode(desc_b, 80, 102, out, status)
-        return copy
-
-    out = torch.zeros(ops.padded_numel(80, 102), dtype=torch.bfloat16)
-    status = torch.zeros(ops.num_tiles(80, 102), dtype=torch.int32)
-    copy = torch.compile(both, backend="aot_eager", fullgraph=True)(a.desc, b.desc, out, status)
-    assert same_bits(copy[:8160].view(80, 102), to_torch(first))
-    assert same_bits(out[:8160].view(80, 102), to_torch(second))
 
 
 def test_packing_keeps_no_reference_to_the_matrix_and_counts_its_bytes() -> None:
@@ -128,7 +96,7 @@ def test_unpacked_rows_are_the_rows_or_an_error_with_the_name(backend: str) -> N
             ops.unpack_rows(packed, torch.tensor([0, 5, 5]))
 
 
-def test_scratch_is_one_buffer_for_all_layers_and_one_more_per_lane() -> None:
+def test_scratch_is_one_buffer_for_all_layers_and_one_more_per_slot() -> None:
     arena = ScratchArena()
     arena.require(CPU, 4096)
     arena.require(CPU, 8192)
@@ -138,7 +106,7 @@ def test_scratch_is_one_buffer_for_all_layers_and_one_more_per_lane() -> None:
     out, status = arena.take(CPU, 2048)
     assert (out.numel(), status.numel()) == (8192, 4)
     assert arena.take(CPU, 8192)[0].data_ptr() == out.data_ptr()
-    assert arena.take(CPU, 2048, lane="beside")[0].data_ptr() != out.data_ptr()
+    assert arena.take(CPU, 2048, slot="beside")[0].data_ptr() != out.data_ptr()
     assert arena.num_bytes(CPU) == 2 * (2 * 8192 + 4 * 4)
 
 

@@ -1,4 +1,4 @@
-"""Matrices held in the official layout: both backends, the ops under opcheck, damage, what a launch depends on."""
+"""Matrices held in the official layout: both backends, damage, what a launch depends on."""
 
 import os
 from collections.abc import Iterator
@@ -44,7 +44,7 @@ def buffers(rows: int, cols: int, poison: int) -> tuple[torch.Tensor, torch.Tens
 
 def decode_with_op(held: units.UnitWeight, poison: int) -> torch.Tensor:
     out, status = buffers(held.rows, held.cols, poison)
-    torch.ops.vllm_dfloat.decode_unit(held.desc, held.rows, held.cols, out, status)
+    units.decode(held.desc, held.rows, held.cols, out, status)
     assert not status.any()
     return out[: held.rows * held.cols].view(held.rows, held.cols)
 
@@ -66,7 +66,7 @@ def test_op_returns_the_rows_asked_for(name: str, backend: str) -> None:
     held = units.pack(to_torch(bits), name)
     rows, cols = bits.shape
     ids = torch.tensor([rows - 1, 0, rows // 2])
-    found = torch.ops.vllm_dfloat.decode_unit_rows(held.desc, ids, rows, cols)
+    found = units.decode_rows(held.desc, ids, rows, cols)
     assert same_bits(found, to_torch(bits[ids.numpy()]))
 
 
@@ -77,7 +77,7 @@ def test_rows_of_many_short_blocks_are_complete(backend: str) -> None:
     bits = np.concatenate([tail << 7, np.full(30_000, 90 << 7, np.uint16)]).reshape(5, 10_000)
     held = units.pack(to_torch(bits), "w")
     assert not held.is_raw
-    found = torch.ops.vllm_dfloat.decode_unit_rows(held.desc, torch.tensor([1, 4]), *bits.shape)
+    found = units.decode_rows(held.desc, torch.tensor([1, 4]), *bits.shape)
     assert same_bits(found, to_torch(bits[[1, 4]]))
 
 
@@ -91,18 +91,6 @@ def test_a_row_outside_the_matrix_is_refused_on_a_cpu_and_read_as_the_nearest_by
     out = torch.empty(2, 333, dtype=torch.bfloat16)
     kernels.decode_resident_rows(held.desc, torch.tensor([-1, 37]), *bits.shape, out)
     assert same_bits(out, to_torch(bits[[0, 36]]))
-
-
-@pytest.mark.parametrize("raw", [False, True])
-def test_ops_pass_opcheck(raw: bool, followed_anywhere: None) -> None:
-    bits = gaussian(64, 3) if raw else gaussian(80, 102)  # no NaN: opcheck compares values
-    held = units.pack(to_torch(bits), "w")
-    assert held.is_raw == raw
-    out = torch.zeros(ops.padded_numel(*bits.shape), dtype=torch.bfloat16)
-    status = torch.zeros(ops.num_tiles(*bits.shape), dtype=torch.int32)
-    torch.library.opcheck(torch.ops.vllm_dfloat.decode_unit, (held.desc, *bits.shape, out, status))
-    ids = torch.tensor([0, 5, 63])
-    torch.library.opcheck(torch.ops.vllm_dfloat.decode_unit_rows, (held.desc, ids, *bits.shape))
 
 
 def test_payload_holds_the_official_tensors_and_little_else() -> None:
@@ -259,23 +247,3 @@ def test_no_access_reaches_the_byte_behind_payload_or_output() -> None:
     done = run_python(_GUARDED, {"TRITON_INTERPRET": "1"})
     assert done.returncode == 0, done.stderr
     assert done.stdout == "done\n"
-
-
-def test_a_compiled_graph_keeps_the_order_of_decodes_into_one_buffer() -> None:
-    # Bug caught: an op that does not declare what it writes lets the compiler decode twice before it reads once.
-    first, second = gaussian(80, 102, seed=1), gaussian(80, 102, seed=2)
-    a, b = units.pack(to_torch(first), "a"), units.pack(to_torch(second), "b")
-
-    def both(
-        desc_a: torch.Tensor, desc_b: torch.Tensor, out: torch.Tensor, status: torch.Tensor
-    ) -> torch.Tensor:
-        torch.ops.vllm_dfloat.decode_unit(desc_a, 80, 102, out, status)
-        copy = out.clone()
-        torch.ops.vllm_dfloat.decode_unit(desc_b, 80, 102, out, status)
-        return copy
-
-    out = torch.zeros(ops.padded_numel(80, 102), dtype=torch.bfloat16)
-    status = torch.zeros(ops.num_tiles(80, 102), dtype=torch.int32)
-    copy = torch.compile(both, backend="aot_eager", fullgraph=True)(a.desc, b.desc, out, status)
-    assert same_bits(copy[:8160].view(80, 102), to_torch(first))
-    assert same_bits(out[:8160].view(80, 102), to_torch(second))

@@ -1,4 +1,4 @@
-"""Official units decoded as a device would: the op under opcheck, both backends, damage."""
+"""Official units decoded as a device would: both backends, damage."""
 
 import dataclasses
 import os
@@ -69,15 +69,6 @@ def test_damage_at_the_seam_of_a_piece_is_seen(backend: str) -> None:
         pytest.raises(FormatError, match="block 1 ended with status 4"),
     ):
         unit_decode.decode_unit(damaged, CPU, int(whole.positions[1]), int(whole.positions[2]))
-
-
-def test_op_passes_opcheck() -> None:
-    whole = unit(NAMES[0])
-    fields = (whole.stream, whole.sign_mantissa, whole.tables, whole.positions, whole.gaps)
-    tensors = [torch.from_numpy(np.array(field)) for field in fields]
-    out = torch.zeros(whole.num_weights, dtype=torch.bfloat16)
-    status = torch.zeros(whole.num_blocks, dtype=torch.int32)
-    torch.library.opcheck(torch.ops.vllm_dfloat.decode_dfloat11, (*tensors, out, status))
 
 
 @pytest.mark.parametrize("backend", ["numba", "triton"])

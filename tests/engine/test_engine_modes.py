@@ -50,7 +50,7 @@ def test_every_pass_decodes_every_block_once(
 ) -> None:
     # Bug caught: blocks that are never grouped, and answer just as well.
     decoded: list[bool] = []
-    take = scratch.take_for_block
+    take = scratch.take_for_group
 
     def watched(*arguments: Any) -> Any:
         buffers, is_stale = take(*arguments)
@@ -58,10 +58,10 @@ def test_every_pass_decodes_every_block_once(
         return buffers, is_stale
 
     with engine(bf16_checkpoint("llama"), **BLOCKWISE) as llm:
-        monkeypatch.setattr(scratch, "take_for_block", watched)
+        monkeypatch.setattr(scratch, "take_for_group", watched)
         ask(llm, num_tokens=3)
         model = llm.llm_engine.model_executor.driver_worker.get_model()
-        held = [getattr(layer, method.BLOCK, None) for layer in model.modules()]
+        held = [getattr(layer, method.GROUP, None) for layer in model.modules()]
         tables = {id(table) for table in held if table is not None}
     assert len(tables) == 2  # a block's layers share a table
     assert decoded == [True, False, False, False] * (len(decoded) // 4)

@@ -30,8 +30,8 @@ MATRICES = hard_matrices()
 HARD = of_size(list(MATRICES), ["nan, inf, -0 and denormals", "uniform bits", "no rows"])
 REAL = of_size([(4096, 4096), (4097, 1023), (128, 53248)], [(40, 300)])
 HELD = {
-    "packed": (ops.pack, torch.ops.vllm_dfloat.decode),
-    "dfloat11": (unit_resident.pack, torch.ops.vllm_dfloat.decode_unit),
+    "packed": (ops.pack, ops.decode),
+    "dfloat11": (unit_resident.pack, unit_resident.decode),
 }
 
 
@@ -117,7 +117,7 @@ def assert_unit_decodes(unit: Any, expected: Bits) -> None:
     fields = (unit.stream, unit.sign_mantissa, unit.tables, unit.positions, unit.gaps)
     tensors = [torch.from_numpy(field).to(DEVICE) for field in fields]
     out, status = buffers(unit.num_blocks, unit.num_weights, unlike(expected))
-    torch.ops.vllm_dfloat.decode_dfloat11(*tensors, out, status)
+    unit_decode.decode_dfloat11(*tensors, out, status)
     assert not status.any(), unit.name
     assert np.array_equal(out.cpu().view(torch.uint16).numpy(), expected), unit.name
 

@@ -84,9 +84,9 @@ def nodes_after_inductor(
         (added_in_float32, 0),
     ],
 )
-@pytest.mark.parametrize("in_block", [False, True])
+@pytest.mark.parametrize("in_group", [False, True])
 def test_inductor_takes_additions_into_compressed_layers_where_it_does_so_in_bf16(
-    model: Model, num_taken_in: int, in_block: bool
+    model: Model, num_taken_in: int, in_group: bool
 ) -> None:
     # Bug caught: BF16 vLLM rounds product and residual once, in the GEMM, where a compressed layer rounded twice.
     additions.install()
@@ -94,14 +94,14 @@ def test_inductor_takes_additions_into_compressed_layers_where_it_does_so_in_bf1
     with mode:
         weight = torch.empty(ROWS, COLS, dtype=torch.bfloat16, device="cuda")
         desc = torch.empty(8, dtype=torch.int64, device="cuda")
-        block = desc if in_block else None
+        group = desc if in_group else None
 
         def plain(x: torch.Tensor) -> torch.Tensor:
             return torch.nn.functional.linear(x, weight)
 
         def compressed(x: torch.Tensor) -> torch.Tensor:
-            place = (linear_op.PLAIN, "packed", 0, block, 3, 5)
-            return linear_op.op(x, desc, None, ROWS, COLS, *place)
+            sizes = [ROWS, COLS, 0, 3, 5]
+            return linear_op.op(x, desc, None, group, sizes, linear_op.PLAIN, "packed")
 
         expected = nodes_after_inductor(model, plain, mode, "cuda")
         nodes = nodes_after_inductor(model, compressed, mode, "cuda")
@@ -109,8 +109,8 @@ def test_inductor_takes_additions_into_compressed_layers_where_it_does_so_in_bf1
     assert len(taken_in) == num_taken_in
     assert len([node for node in expected if node.target is aten.addmm.default]) == num_taken_in
     for node in taken_in:
-        assert node.args[3:8] == (ROWS, COLS, linear_op.PLAIN, "packed", 0)
-        assert (node.args[8] is not None, *node.args[9:]) == (in_block, 3, 5)
+        assert node.args[4:] == ([ROWS, COLS, 0, 3, 5], linear_op.PLAIN, "packed")
+        assert (node.args[3] is not None) == in_group
         assert node.meta["val"].shape == (NUM_TOKENS, ROWS)
     added = [node for node in nodes if node.target is aten.add.Tensor]
     assert len(added) == len([node for node in expected if node.target is aten.add.Tensor])
@@ -125,7 +125,7 @@ def test_inductor_leaves_additions_where_bf16_has_another_gemm(name: str) -> Non
         desc = torch.empty(8, dtype=torch.int64, device="cuda")
 
         def compressed(x: torch.Tensor) -> torch.Tensor:
-            return linear_op.op(x, desc, None, ROWS, COLS, name, "packed", 0, None, 0, 0)
+            return linear_op.op(x, desc, None, None, [ROWS, COLS, 0, 0, 0], name, "packed")
 
         nodes = nodes_after_inductor(residual_first, compressed, mode, "cuda")
     assert [node.target for node in nodes] == [linear_op.op, aten.add.Tensor]

@@ -16,7 +16,7 @@ from vllm_dfloat.checkpoint import lazy_weight
 from vllm_dfloat.device import unit_resident
 from vllm_dfloat.errors import UnsupportedError
 from vllm_dfloat.integration.config import DFloat11Config
-from vllm_dfloat.integration.layers import layouts, linear_op, tying
+from vllm_dfloat.integration.layers import layouts, linear_op, lookup, tying
 from vllm_dfloat.integration.layers.method import packed_of
 from vllm_dfloat.integration.layers.placeholder import WeightPlaceholder
 from vllm_dfloat.integration.loading.loader import biases_after_weights
@@ -251,20 +251,18 @@ def test_embedding_decodes_the_rows_asked_for(layout: str) -> None:
 def test_linear_op_passes_opcheck(layout: str, with_bias: bool, followed_anywhere: None) -> None:
     packed = layouts.BY_NAME[layout].pack(random_weight(384, COLS), "w")
     bias = random_weight(384) if with_bias else None
-    arguments = (
-        random_weight(5, COLS),
-        packed.desc,
-        bias,
-        384,
-        COLS,
-        linear_op.PLAIN,
-        layout,
-        0,
-        None,
-        0,
-        0,
-    )
+    x, sizes = random_weight(5, COLS), list(linear_op.Sizes(384, COLS))
+    arguments = (x, packed.desc, bias, None, sizes, linear_op.PLAIN, layout)
     torch.library.opcheck(linear_op.op, arguments)
+
+
+@pytest.mark.parametrize("raw", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_lookup_op_passes_opcheck(layout: str, raw: bool, followed_anywhere: None) -> None:
+    rows, cols = (64, 3) if raw else (80, 102)
+    packed = layouts.BY_NAME[layout].pack(random_weight(rows, cols), "w")
+    assert packed.is_raw == raw
+    torch.library.opcheck(lookup.op, (packed.desc, torch.tensor([0, 5, 63]), rows, cols, layout))
 
 
 def test_biases_come_after_the_weights_of_their_layers() -> None:

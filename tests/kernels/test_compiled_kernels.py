@@ -24,7 +24,7 @@ OTHER_NUMPY = "numpy>=2.4,<2.5"  # Triton 3.6's interpreter meets it on hosts of
 # What every target compiles here: one of each form. All others are compiled for sm_90 here, and for every target by the
 # kernel report.
 FORMS = (
-    "decode", "decode_block", "decode_rows", "decode_dfloat11", "decode_dfloat11_resident", "decode_dfloat11_rows",
+    "decode", "decode_group", "decode_rows", "decode_dfloat11", "decode_dfloat11_resident", "decode_dfloat11_rows",
     "encode_count", "encode_measure", "encode_write", "encode_dfloat11_measure", "encode_dfloat11_write",
     "encode_dfloat11_split", "gemv_1", "dot_16", "sum_1",
 )  # fmt: skip
@@ -125,7 +125,7 @@ def test_the_other_triton_compiles_every_kernel_for_every_target_as_well(
 @pytest.mark.parametrize(
     "file",
     [
-        "test_kernels.py", "test_matmul_kernel.py", "test_decode_block.py", "test_decode_dfloat11_kernel.py",
+        "test_kernels.py", "test_matmul_kernel.py", "test_decode_group.py", "test_decode_dfloat11_kernel.py",
         "test_encode_kernel.py", "test_encode_dfloat11_kernel.py",
     ],
 )  # fmt: skip

@@ -78,5 +78,5 @@ def test_every_entry_can_be_launched(config: LaunchConfig) -> None:
     assert max(getattr(config, name) for name in WARPS) <= 32
     assert config.decode_tiles_per_program <= 64
     assert 0 <= config.fused_max_rows <= 32  # what the fused kernel takes
-    assert config.block_decode_max_numel >= 0
+    assert config.group_decode_max_numel >= 0
     assert all(type(getattr(config, f.name)) in (int, bool) for f in fields(config))

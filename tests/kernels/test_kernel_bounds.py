@@ -15,10 +15,11 @@ _GUARDED = """
 import ctypes, mmap, sys
 import numpy as np, torch
 from helpers import gaussian, to_torch
-from vllm_dfloat.device import groups as blocks, ops
+from vllm_dfloat.codec.descriptor import ROW_WORDS
+from vllm_dfloat.device import groups, ops
 from vllm_dfloat.codec import layout
 from vllm_dfloat.codec.encode import encode
-from vllm_dfloat.kernels import group_decode as decode_block, packed_decode as decode, packed_matmul as matmul
+from vllm_dfloat.kernels import group_decode as decode_group, packed_decode as decode, packed_matmul as matmul
 from vllm_dfloat.kernels import packed_rows as decode_rows
 
 PAGE, keep = mmap.PAGESIZE, []
@@ -52,10 +53,10 @@ def run(kernel, payload, at_end):
     status = guarded(np.full(tiles, -1, np.int32), at_end)
     if kernel == "decode":
         decode.decode(desc, tiles, out, status)
-    elif kernel == "decode_block":
-        table = guarded(np.zeros((2, blocks.ROW_WORDS), np.int64))
-        table.copy_(torch.tensor(blocks.table_rows(table, [desc], [(ROWS, COLS)])))
-        decode_block.decode_block(table, tiles, out, status)
+    elif kernel == "decode_group":
+        table = guarded(np.zeros((2, ROW_WORDS), np.int64))
+        table.copy_(torch.tensor(groups.table_rows(table, [desc], [(ROWS, COLS)])))
+        decode_group.decode_group(table, tiles, out, status)
     elif kernel == "decode_rows":
         ids = guarded(np.array([2, ROWS - 1, -1, 1 << 62]))  # vLLM masks ids outside afterwards
         rows = guarded(np.full((4, COLS), 0x7FC1, np.uint16), at_end).view(torch.bfloat16)
@@ -109,7 +110,7 @@ print("done")
     [
         "decode_rows",
         "dot",
-        *(pytest.param(k, marks=pytest.mark.on_demand) for k in ("decode", "decode_block", "gemv")),
+        *(pytest.param(k, marks=pytest.mark.on_demand) for k in ("decode", "decode_group", "gemv")),
     ],
 )
 def test_no_access_leaves_the_tensors_whatever_the_bytes_say(kernel: str) -> None:

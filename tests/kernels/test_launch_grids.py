@@ -68,7 +68,7 @@ HUGE = 2**31 - 1  # tiles, 8 TiB of BF16
 COUNTS, TABLE, BYTES = meta(torch.int64, 256), meta(torch.uint32, 256), meta(torch.uint8, 256)
 LAUNCHES: dict[str, Callable[[], None]] = {
     "decode": lambda: packed_decode.decode(desc(), HUGE, bf16(2), words(1), 1),
-    "decode_block": lambda: group_decode.decode_block(
+    "decode_group": lambda: group_decode.decode_group(
         meta(torch.int64, 17, 4), HUGE - 16, bf16(2), words(1), 1
     ),
     "rows, many": lambda: packed_rows.decode_rows(

@@ -69,7 +69,7 @@ ENCODE = [f"encode_{step}" for step in ("count", "measure", "write")]
         ("the same, official checkpoint", seconds("official checkpoint")),
         ("peak while loading one rank", peak()),
         ("decode a layer", rounded(kernel('decode')['instructions_per_weight'])),
-        ("decode a group", rounded(kernel('decode_block')['instructions_per_weight'])),
+        ("decode a group", rounded(kernel('decode_group')['instructions_per_weight'])),
         ("fused", "; ".join(rounded(kernel(name)['of_each_loop'][0]) for name in ("gemv_1", "dot_16"))),
         ("encode: count", ", ".join(rounded(kernel(name)['instructions_per_weight']) for name in ENCODE)),
         ("encode: count", ", ".join(rounded(kernel(name, '3.6')['instructions_per_weight']) for name in ENCODE)),

@@ -105,12 +105,12 @@ def test_part_that_fails_costs_its_own_numbers_only(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import bench_kernels
-    from bench.kernels import blocks as bench_blocks
+    from bench.kernels import groups as bench_groups
 
     def fail(bench: Any) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(bench_blocks, "run", fail)
+    monkeypatch.setattr(bench_groups, "run", fail)
     assert bench_kernels.main(["--device", "cpu", "--only", "block", "decode"]) == 1
     printed = capsys.readouterr()
     assert "failed: block: RuntimeError: out of memory" in printed.err

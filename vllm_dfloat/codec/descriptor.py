@@ -24,7 +24,7 @@ KIND_PACKED, KIND_RAW = 0, 1
 
 # Odd, without a pattern, and of 32 bits: on a GPU a product with 64 bits is two instructions then.
 ADDRESS_FACTOR, KIND_FACTOR, SIZES_FACTOR = 0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35
-ROW_FACTOR = 0x27D4EB2F  # tells the rows of a table apart (groups.py)
+ROW_FACTOR = 0x27D4EB2F  # tells the rows of a group's table apart
 MAX_MEMBERS, ROW_WORDS = 16, 4  # matrices that such a table lists, and words of a row
 _PLACE_FACTOR, _SIZE_FACTOR = 0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93
 

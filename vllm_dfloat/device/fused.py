@@ -26,14 +26,14 @@ def max_rows(device: torch.device, cols: int) -> int:
 
 
 def compiled_for(rows: int) -> list[int]:
-    """Return numbers of activations' rows, at most `rows`, that need every kernel there is for them."""
+    """One row count per kernel variant used up to `rows`."""
     from vllm_dfloat.kernels.packed_matmul import compiled_rows
 
     return list({compiled_rows(num_x): num_x for num_x in range(1, rows + 1)}.values())
 
 
 def num_segments(cols: int) -> int:
-    """Return what kernels for weights of `cols` columns are compiled for besides."""
+    """Segments per tile, the other compile-time size of kernels for weights of `cols` columns."""
     from vllm_dfloat.kernels.packed_matmul_parts import num_segments
 
     return num_segments(cols)

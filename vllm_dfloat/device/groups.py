@@ -1,16 +1,14 @@
-"""The bridge for whole transformer blocks: decode all their matrices in one launch, one behind the other."""
+"""The bridge for groups: decode several matrices in one launch, one after the other."""
 
 import ctypes
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
-from typing import Any
 
 import torch
 
 from vllm_dfloat.codec import descriptor, layout
 from vllm_dfloat.codec.decode import check_status
-from vllm_dfloat.codec.descriptor import MAX_MEMBERS as MAX_MEMBERS
-from vllm_dfloat.codec.descriptor import ROW_WORDS as ROW_WORDS
+from vllm_dfloat.codec.descriptor import MAX_MEMBERS, ROW_WORDS
 from vllm_dfloat.device import ops
 from vllm_dfloat.device.checks import check_tensor
 from vllm_dfloat.device.packed_weight import name_at
@@ -18,12 +16,12 @@ from vllm_dfloat.errors import FormatError, UnsupportedError
 
 
 def first_tiles(shapes: Sequence[tuple[int, int]]) -> list[int]:
-    """Return where each matrix of a block begins in the decoded output, in tiles, and behind the last one the end."""
+    """Return where each matrix of a group starts in the decoded output, in tiles, and where the last one ends."""
     return list(accumulate((ops.num_tiles(*shape) for shape in shapes), initial=0))
 
 
-def block_table(descs: Sequence[torch.Tensor], shapes: Sequence[tuple[int, int]]) -> torch.Tensor:
-    """Return the table that `decode_block` reads: int64 [members + 1, ROW_WORDS] on the device of the descriptors.
+def group_table(descs: Sequence[torch.Tensor], shapes: Sequence[tuple[int, int]]) -> torch.Tensor:
+    """Return the table that `decode_group` reads: int64 [members + 1, ROW_WORDS] on the device of the descriptors.
 
     It holds the addresses of the descriptors, which must stay where they are as long as the table is used; what they
     say may change. Each row has a seal as a descriptor has.
@@ -33,7 +31,7 @@ def block_table(descs: Sequence[torch.Tensor], shapes: Sequence[tuple[int, int]]
     """
     if not 1 <= len(descs) <= MAX_MEMBERS or not all(rows * cols for rows, cols in shapes):
         raise UnsupportedError(
-            f"block of {len(descs)} matrices {list(shapes)[:20]}; expected 1 to {MAX_MEMBERS}, none of them empty. "
+            f"group of {len(descs)} matrices {list(shapes)[:20]}; expected 1 to {MAX_MEMBERS}, none of them empty. "
             "Decode them one by one."
         )
     shape = len(descs) + 1, ROW_WORDS
@@ -61,7 +59,7 @@ def table_rows(
 
 
 def max_numel(device: torch.device) -> int:
-    """Return up to how many weights of a block one launch for all was measured to be faster; 0 for none.
+    """Return the largest group, in weights, for which one launch beats one per matrix; 0 if never.
 
     It is a launch parameter of the device (kernels/configs.py); without Triton a launch costs nothing.
     """
@@ -69,16 +67,16 @@ def max_numel(device: torch.device) -> int:
         return 0
     from vllm_dfloat.kernels.configs import config_of
 
-    return config_of(device).block_decode_max_numel
+    return config_of(device).group_decode_max_numel
 
 
-def decode_block(
+def decode_group(
     table: torch.Tensor, num_tiles: int, out: torch.Tensor, status: torch.Tensor
 ) -> None:
     """Decode the matrices that `table` lists; waits for nothing, allocates nothing on a GPU.
 
     Args:
-        table: from `block_table`.
+        table: from `group_table`.
         num_tiles: tiles of all of them, `first_tiles(shapes)[-1]`.
         out: BF16, flat, contiguous, at least `num_tiles * 2048` elements, aligned to 16 bytes.
         status: int32, at least `num_tiles`; 0 per tile, or a sum of STATUS_* bits.
@@ -89,23 +87,23 @@ def decode_block(
     """
     if table.dtype != torch.int64 or table.dim() != 2 or table.shape[1] != ROW_WORDS:
         raise UnsupportedError(
-            f"decode_block: table {table.dtype} {list(table.shape)}; expected torch.int64 [members + 1, {ROW_WORDS}]. "
-            "Make it with block_table."
+            f"decode_group: table {table.dtype} {list(table.shape)}; expected torch.int64 [members + 1, {ROW_WORDS}]. "
+            "Make it with group_table."
         )
     numel = num_tiles * layout.TILE_WEIGHTS
-    check_tensor("decode_block: out", out, torch.bfloat16, numel, table.device, 16)
-    check_tensor("decode_block: status", status, torch.int32, num_tiles, table.device)
-    launch_decode_block(table, num_tiles, out, status)
+    check_tensor("decode_group: out", out, torch.bfloat16, numel, table.device, 16)
+    check_tensor("decode_group: status", status, torch.int32, num_tiles, table.device)
+    launch_decode_group(table, num_tiles, out, status)
 
 
-def launch_decode_block(
+def launch_decode_group(
     table: torch.Tensor, num_tiles: int, out: torch.Tensor, status: torch.Tensor
 ) -> None:
-    """Do what `decode_block` does without its checks: for every forward pass, whose buffers the scratch arena made."""
+    """Do what `decode_group` does without its checks: for every forward pass, whose buffers the scratch arena made."""
     if ops.uses_triton(out.device):
-        from vllm_dfloat.kernels.group_decode import decode_block as decode_block_triton
+        from vllm_dfloat.kernels.group_decode import decode_group as decode_group_triton
 
-        decode_block_triton(table, num_tiles, out, status)
+        decode_group_triton(table, num_tiles, out, status)
         return
     for (address, first, *_), (_, after, *_) in pairwise(_sound_rows(table, num_tiles)):
         words = (ctypes.c_int64 * ops.DESC_LENGTH).from_address(address)
@@ -130,21 +128,21 @@ def _sound_rows(table: torch.Tensor, num_tiles: int) -> list[list[int]]:
         if _seal(number, address, first, of_desc, salt) != seal:
             names = [name for name in map(name_at, (row[0] for row in rows)) if name]
             raise FormatError(
-                f"block of {', '.join(names) or 'matrices'}: row {number} of its table is {rows[number]}; expected one "
+                f"group of {', '.join(names) or 'matrices'}: row {number} of its table is {rows[number]}; expected one "
                 "with the right seal. It was changed after loading; load the model again."
             )
     return rows
 
 
 def unpack(members: Sequence[ops.PackedWeight]) -> list[torch.Tensor]:
-    """Return the BF16 matrices of a block, decoded in one launch, every tile's status and all bytes checked.
+    """Return the BF16 matrices of a group, decoded in one launch, every tile's status and all bytes checked.
 
     Raises:
         FormatError: a payload or descriptor is not what was made.
         UnsupportedError: no members, too many, or an empty one.
     """
     shapes = [(packed.rows, packed.cols) for packed in members]
-    table = block_table([packed.desc for packed in members], shapes)
+    table = group_table([packed.desc for packed in members], shapes)
     for packed in members:
         packed.check_descriptor()
     starts = first_tiles(shapes)
@@ -152,7 +150,7 @@ def unpack(members: Sequence[ops.PackedWeight]) -> list[torch.Tensor]:
     numel = starts[-1] * layout.TILE_WEIGHTS
     out = torch.empty(numel, dtype=torch.bfloat16, device=device)
     status = torch.full((starts[-1],), -1, dtype=torch.int32, device=device)
-    decode_block(table, starts[-1], out, status)
+    decode_group(table, starts[-1], out, status)
     matrices = []
     for packed, (start, end) in zip(members, pairwise(starts), strict=True):
         check_status(status[start:end].cpu().numpy(), packed.name)
@@ -160,23 +158,3 @@ def unpack(members: Sequence[ops.PackedWeight]) -> list[torch.Tensor]:
         matrix = out[start * layout.TILE_WEIGHTS :][: packed.rows * packed.cols]
         matrices.append(matrix.view(packed.rows, packed.cols))
     return matrices
-
-
-def _decode_block_fake(
-    table: torch.Tensor, num_tiles: int, out: torch.Tensor, status: torch.Tensor
-) -> None:
-    return None
-
-
-def _register() -> torch.library.Library:
-    library: Any = torch.library.Library("vllm_dfloat", "FRAGMENT")  # type: ignore[no-untyped-call]
-    library.define(
-        "decode_block(Tensor table, int num_tiles, Tensor(a!) out, Tensor(b!) status) -> ()"
-    )
-    for key in ("CPU", "CUDA"):
-        library.impl("decode_block", decode_block, key)
-    torch.library.register_fake("vllm_dfloat::decode_block", _decode_block_fake, lib=library)
-    return library  # type: ignore[no-any-return]
-
-
-_library = _register()

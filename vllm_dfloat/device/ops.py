@@ -1,18 +1,15 @@
-"""The one bridge between the codec and the kernels: packed weights as torch tensors, and the custom ops on them.
-
-Ops (namespace `vllm_dfloat`), each with a CPU implementation (numba), a CUDA one (Triton) and a fake:
+"""The one bridge between the codec and the kernels: packed weights as torch tensors, and how they are read.
 
     decode(desc, rows, cols, out, status)       the whole matrix into a buffer the caller lends
     decode_rows(desc, ids, rows, cols) -> rows  chosen rows only, for embedding look-ups
 
-They take a descriptor, int64[4] with the payload's address, and never the payload: its size depends on the weights, and
-nothing that does may reach a traced graph. The owner of a `PackedWeight` keeps the payload alive. A descriptor that was
-changed is not followed (descriptor.py): on a CPU that is a FormatError with the tensor's name; a GPU, for which nothing
-waits, writes NaN for every weight, and a status.
+Both run numba on a CPU and Triton on a GPU. They take a descriptor, int64[4] with the payload's address, and never the
+payload: its size depends on the weights, and nothing that does may reach a traced graph. The owner of a `PackedWeight`
+keeps the payload alive. A changed descriptor is not followed (descriptor.py): on a CPU that is a FormatError with the
+tensor's name; a GPU, for which nothing waits, writes NaN for every weight, and a status.
 """
 
 import ctypes
-from typing import Any
 
 import numpy as np
 import torch
@@ -198,34 +195,3 @@ def _unpack_rows(
         first_wrong = status.gather(1, (status != 0).int().argmax(1, keepdim=True)).view(-1)
         check_status(first_wrong.cpu().numpy(), name, "row")
     return out
-
-
-_library = torch.library.Library("vllm_dfloat", "FRAGMENT")  # type: ignore[no-untyped-call]
-_SCHEMAS = (
-    "decode(Tensor desc, int rows, int cols, Tensor(a!) out, Tensor(b!) status) -> ()",
-    "decode_rows(Tensor desc, Tensor ids, int rows, int cols) -> Tensor",
-)
-
-
-def _decode_fake(
-    desc: torch.Tensor, rows: int, cols: int, out: torch.Tensor, status: torch.Tensor
-) -> None:
-    return None
-
-
-def _decode_rows_fake(desc: torch.Tensor, ids: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
-    return torch.empty(ids.numel(), cols, dtype=torch.bfloat16, device=ids.device)
-
-
-def _register() -> None:
-    library: Any = _library  # its methods carry no annotations
-    for schema in _SCHEMAS:
-        library.define(schema)
-    for key in ("CPU", "CUDA"):
-        library.impl("decode", decode, key)
-        library.impl("decode_rows", decode_rows, key)
-    torch.library.register_fake("vllm_dfloat::decode", _decode_fake, lib=library)
-    torch.library.register_fake("vllm_dfloat::decode_rows", _decode_rows_fake, lib=library)
-
-
-_register()

@@ -1,7 +1,8 @@
 """The scratch arena: one BF16 buffer per device into which layers are decoded, one after the other.
 
-A layer's weights are valid in it until the next layer decodes, which is long enough: its GEMM is queued on the same
-stream right behind. Work on a side stream would overwrite them, so it gets a buffer of its own, told apart by `lane`.
+A layer's weights are valid in it until the next layer decodes, which is long enough: its GEMM is the next work on the
+same stream. Work on a side stream would overwrite them, so each stream that runs at the same time has a slot: a buffer
+of its own.
 """
 
 from collections.abc import Hashable, Iterable
@@ -11,40 +12,40 @@ import torch
 from vllm_dfloat.codec.layout import TILE_WEIGHTS
 from vllm_dfloat.errors import DeviceError
 
-MAIN_LANE = 0
+MAIN_SLOT = 0
 
 Buffers = tuple[torch.Tensor, torch.Tensor]
 
 
 class ScratchArena:
-    """Buffers that every compressed layer of a process shares, one per device and lane."""
+    """Buffers that every compressed layer of a process shares, one per device and slot."""
 
     def __init__(self) -> None:
         self._needed: dict[torch.device, int] = {}
         self._buffers: dict[tuple[torch.device, Hashable], Buffers] = {}
-        self._blocks: dict[tuple[torch.device, Hashable], tuple[Hashable, set[int]]] = {}
+        self._groups: dict[tuple[torch.device, Hashable], tuple[Hashable, set[int]]] = {}
 
     def require(self, device: torch.device, numel: int) -> None:
         """Note that layers of up to `numel` weights (whole tiles) will be decoded; allocates nothing."""
         self._needed[device] = max(self._needed.get(device, 0), numel)
 
-    def reserve(self, device: torch.device, lanes: Iterable[Hashable] = (MAIN_LANE,)) -> None:
-        """Allocate the buffers of these lanes for the largest layer noted."""
-        for lane in lanes:
-            self.take(device, self._needed.get(device, 0), lane)
+    def reserve(self, device: torch.device, slots: Iterable[Hashable] = (MAIN_SLOT,)) -> None:
+        """Allocate the buffers of these slots for the largest layer noted."""
+        for slot in slots:
+            self.take(device, self._needed.get(device, 0), slot)
 
     def num_bytes(self, device: torch.device) -> int:
-        """Return what the buffers of all lanes on `device` take now."""
+        """Return what the buffers of all slots on `device` take now."""
         held = [buffers for (at, _), buffers in self._buffers.items() if at == device]
         return sum(out.nbytes + status.nbytes for out, status in held)
 
-    def take(self, device: torch.device, numel: int, lane: Hashable = MAIN_LANE) -> Buffers:
-        """Return a lane's buffer and its status words.
+    def take(self, device: torch.device, numel: int, slot: Hashable = MAIN_SLOT) -> Buffers:
+        """Return a slot's buffer and its status words.
 
         Args:
             device: where the layer lies.
             numel: BF16 elements needed, whole tiles.
-            lane: which of the concurrent streams of work asks; work that never runs concurrently shares a lane.
+            slot: key of the stream that asks; streams that never run at the same time share a slot.
 
         Returns:
             BF16 [>= numel] and int32 [>= numel / 2048]; their content is the last layer's.
@@ -52,8 +53,8 @@ class ScratchArena:
         Raises:
             DeviceError: the buffer would have to grow while a CUDA graph is captured.
         """
-        key = device, lane
-        self._blocks.pop(key, None)
+        key = device, slot
+        self._groups.pop(key, None)
         held = self._buffers.get(key)
         if held is not None and held[0].numel() >= numel:
             return held
@@ -70,37 +71,37 @@ class ScratchArena:
         self._buffers[key] = out, status
         return out, status
 
-    def take_for_block(
+    def take_for_group(
         self,
         device: torch.device,
         numel: int,
-        block: Hashable,
+        group: Hashable,
         member: int,
-        lane: Hashable = MAIN_LANE,
+        slot: Hashable = MAIN_SLOT,
     ) -> tuple[Buffers, bool]:
-        """Return a lane's buffer for a whole transformer block, and whether the block must be decoded into it first.
+        """Return a slot's buffer for a group of matrices, and whether the group must be decoded into it first.
 
-        It need not if the buffer holds this block and `member` has not been used since: every forward pass uses each
-        member once, so a second use begins another pass, before which anything may have happened. Passes call in the
-        same order, so what is decided while a CUDA graph is captured is right when it is replayed.
+        Decode again if another group is held or `member` was already used: that starts a new pass, before which
+        anything may have happened. Passes call in the same order, so what is decided while a CUDA graph is captured
+        is right when it is replayed.
 
         Args:
-            device, numel, lane: as for `take`; numel is that of the block.
-            block: what tells it from other blocks.
+            device, numel, slot: as for `take`; numel is that of the whole group.
+            group: a key that differs between groups.
             member: which of its matrices is wanted.
         """
-        key = device, lane
-        held, used = self._blocks.get(key, (None, set()))
+        key = device, slot
+        held, used = self._groups.get(key, (None, set()))
         before = self._buffers.get(key)
-        buffers = self.take(device, numel, lane)
-        is_stale = held != block or member in used or buffers is not before
-        self._blocks[key] = block, {member} if is_stale else used | {member}
+        buffers = self.take(device, numel, slot)
+        is_stale = held != group or member in used or buffers is not before
+        self._groups[key] = group, {member} if is_stale else used | {member}
         return buffers, is_stale
 
     def release(self) -> None:
         """Drop all buffers and notes, as when an engine shuts down in a process that goes on."""
         self._buffers.clear()
-        self._blocks.clear()
+        self._groups.clear()
         self._needed.clear()
 
 

@@ -1,11 +1,7 @@
 """The bridge for official DFloat11 units: decode them, or a range of weights, on the device where these are wanted.
 
-Op (namespace `vllm_dfloat`), with a CPU implementation (numba), a CUDA one (the two-phase Triton kernel) and a fake:
-
-    decode_dfloat11(stream, sign_mantissa, tables, positions, gaps, out, status)
+Numba on a CPU, the two-phase Triton kernel on a GPU.
 """
-
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,11 +10,6 @@ from vllm_dfloat.codec.decode import check_status
 from vllm_dfloat.device.ops import check_device, uses_triton
 from vllm_dfloat.dfloat11.decode_loops import decode_blocks, wide_table
 from vllm_dfloat.dfloat11.unit import Unit
-
-SCHEMA = (
-    "decode_dfloat11(Tensor stream, Tensor sign_mantissa, Tensor tables, Tensor positions, "
-    "Tensor gaps, Tensor(a!) out, Tensor(b!) status) -> ()"
-)
 
 
 def decode_dfloat11(
@@ -56,10 +47,6 @@ def decode_dfloat11(
     status.copy_(torch.from_numpy(details[:, 0]))
 
 
-def _decode_dfloat11_fake(*tensors: torch.Tensor) -> None:
-    return None
-
-
 def decode_unit(
     unit: Unit, device: torch.device, start: int = 0, stop: int | None = None
 ) -> torch.Tensor:
@@ -80,23 +67,12 @@ def decode_unit(
     first, last = unit.blocks_of(start, stop)
     piece = unit.piece(first, last)
     fields = (piece.stream, piece.sign_mantissa, piece.tables, piece.positions, piece.gaps)
-    tensors = [torch.from_numpy(field).to(device) for field in fields]
+    arguments = [torch.from_numpy(field).to(device) for field in fields]
     out = torch.empty(piece.num_weights, dtype=torch.bfloat16, device=device)
     status = torch.zeros(last - first, dtype=torch.int32, device=device)
-    torch.ops.vllm_dfloat.decode_dfloat11(*tensors, out, status)
+    arguments += [out, status]
+    decode_dfloat11(*arguments)
     advice = "Codes contradict output_positions, gaps or luts: the file is damaged; fetch it again."
     check_status(status.cpu().numpy(), f"{unit.where}.encoded_exponent", "block", first, advice)
     begin = int(unit.positions[first])
     return out[start - begin : stop - begin]
-
-
-def _register() -> torch.library.Library:
-    library: Any = torch.library.Library("vllm_dfloat", "FRAGMENT")  # type: ignore[no-untyped-call]
-    library.define(SCHEMA)
-    for key in ("CPU", "CUDA"):
-        library.impl("decode_dfloat11", decode_dfloat11, key)
-    torch.library.register_fake("vllm_dfloat::decode_dfloat11", _decode_dfloat11_fake, lib=library)
-    return library  # type: ignore[no-any-return]
-
-
-_library = _register()

@@ -1,17 +1,16 @@
 """Weights held in the official DFloat11 layout while a model is served, each matrix a unit of its own.
 
-The same surface as the packed layout in ops.py, so that both can be measured in one harness. Ops (namespace
-`vllm_dfloat`), each with a CPU implementation (numba), a CUDA one (the two-phase Triton kernel) and a fake:
+The same surface as the packed layout in ops.py, so that both can be measured in one harness; numba on a CPU, the
+two-phase Triton kernel on a GPU:
 
-    decode_unit(desc, rows, cols, out, status)       the whole matrix into a buffer the caller lends
-    decode_unit_rows(desc, ids, rows, cols) -> rows  chosen rows only, by decoding the blocks they touch
+    decode(desc, rows, cols, out, status)       the whole matrix into a buffer the caller lends
+    decode_rows(desc, ids, rows, cols) -> rows  chosen rows only, by decoding the blocks they touch
 """
 
 import ctypes
 import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
@@ -175,7 +174,7 @@ def _payload_at(address: int, num_bytes: int) -> U8Array:
 
 
 def _sound(sections: _Sections, num_weights: int) -> _Sections:
-    """Return the sections with nothing in them that leads decode_blocks out of its arrays, whatever was in memory."""
+    """Clamp corrupt positions and tables so decoding stays in bounds."""
     tables, lengths = sections.tables, sections.tables >> LENGTH_SHIFT
     is_code = (tables & POINTER == 0) & (lengths > 0) & (lengths <= MAX_CODE_BITS)
     is_pointer = (tables & POINTER != 0) & (tables & 0xFF < len(tables))
@@ -310,34 +309,3 @@ def unpack_rows(packed: ops.PackedWeight, ids: torch.Tensor) -> torch.Tensor:
     packed.check_descriptor()
     packed.check_payload()  # before decoding: rows have no status
     return decode_rows(packed.desc, ids, packed.rows, packed.cols)
-
-
-_library = torch.library.Library("vllm_dfloat", "FRAGMENT")  # type: ignore[no-untyped-call]
-_SCHEMAS = (
-    "decode_unit(Tensor desc, int rows, int cols, Tensor(a!) out, Tensor(b!) status) -> ()",
-    "decode_unit_rows(Tensor desc, Tensor ids, int rows, int cols) -> Tensor",
-)
-
-
-def _decode_fake(
-    desc: torch.Tensor, rows: int, cols: int, out: torch.Tensor, status: torch.Tensor
-) -> None:
-    return None
-
-
-def _decode_rows_fake(desc: torch.Tensor, ids: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
-    return torch.empty(ids.numel(), cols, dtype=torch.bfloat16, device=ids.device)
-
-
-def _register() -> None:
-    library: Any = _library  # its methods carry no annotations
-    for schema in _SCHEMAS:
-        library.define(schema)
-    for key in ("CPU", "CUDA"):
-        library.impl("decode_unit", decode, key)
-        library.impl("decode_unit_rows", decode_rows, key)
-    torch.library.register_fake("vllm_dfloat::decode_unit", _decode_fake, lib=library)
-    torch.library.register_fake("vllm_dfloat::decode_unit_rows", _decode_rows_fake, lib=library)
-
-
-_register()

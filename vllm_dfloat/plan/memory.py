@@ -155,7 +155,7 @@ def _rank(
     slots: int,
 ) -> Rank:
     bf16 = dfloat11 = bf16_towers = dfloat11_towers = numel = coded = largest = scratch = 0
-    blocks: dict[str, list[int]] = {}
+    groups: dict[str, list[int]] = {}
     for weight in held:
         rows, cols = weight.shape_of_rank(settings.tp)
         plain = kept = weight.itemsize * rows * cols
@@ -165,14 +165,14 @@ def _rank(
             scratch = max(scratch, packed.scratch_bytes)
             largest = max(largest, plain)
             if block := innermost_block(weight.name):
-                blocks.setdefault(block, []).append(packed.scratch_bytes)
+                groups.setdefault(block, []).append(packed.scratch_bytes)
             if not packed.is_raw:
                 numel, coded = numel + rows * cols, coded + packed.num_bytes
         bf16, dfloat11 = bf16 + plain, dfloat11 + kept
         if weight.is_of_tower:
             bf16_towers, dfloat11_towers = bf16_towers + plain, dfloat11_towers + kept
     if settings.granularity == "block":
-        whole = [sum(sizes) for sizes in blocks.values() if 2 <= len(sizes) <= MAX_MEMBERS]
+        whole = [sum(sizes) for sizes in groups.values() if 2 <= len(sizes) <= MAX_MEMBERS]
         scratch = max([scratch, *whole])
     overhead = settings.overhead
     if overhead is None:

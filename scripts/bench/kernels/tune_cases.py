@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from bench.kernels.blocks import Block, captured, ignoring
 from bench.kernels.decode import buffers, check_decode
 from bench.kernels.fused import LLAMA_8B, check_fused, scratch_for
+from bench.kernels.groups import Group, captured, ignoring
 from bench.kernels.timing import Bench, Call
 from bench_setup import copy_of, normal
 from torch.nn import functional
@@ -117,8 +117,8 @@ def _compare(bench: Bench, rows: int, cols: int, num_x: int) -> None:
     bench.measure("fused_max_rows", f"{rows} x {cols}, {num_x} rows", calls, num_sets)
 
 
-def block_max_numel(bench: Bench) -> int:
-    """Return up to how many weights one launch decodes a transformer block faster than one per matrix; 0: never.
+def group_max_numel(bench: Bench) -> int:
+    """Return the largest group, in weights, for which one launch beats one per matrix; 0 if never.
 
     From CUDA graphs, as serving replays them; the sizes are those of models with 0.5 to 8 billion weights.
     """
@@ -126,19 +126,19 @@ def block_max_numel(bench: Bench) -> int:
     for hidden, inner in bench.pick([(896, 4864), (2048, 8192), (4096, 14_336)], [(64, 100)]):
         shapes = [(hidden * 3 // 2, hidden), (hidden, hidden), (2 * inner, hidden), (hidden, inner)]
         first = len(bench.rows)
-        _compare_block(bench, shapes)
+        _compare_group(bench, shapes)
         if bench.rows[first + 1]["ratio"] >= 1:
             break
         largest = sum(rows * cols for rows, cols in shapes)
     return largest
 
 
-def _compare_block(bench: Bench, shapes: list[tuple[int, int]]) -> None:
-    block = Block([normal(*shape, bench.device, seed=i) for i, shape in enumerate(shapes)])
-    works = {"a launch per matrix": block.one_by_one, "one launch": block.at_once}
+def _compare_group(bench: Bench, shapes: list[tuple[int, int]]) -> None:
+    group = Group([normal(*shape, bench.device, seed=i) for i, shape in enumerate(shapes)])
+    works = {"a launch per matrix": group.one_by_one, "one launch": group.at_once}
     runs = {name: captured(work).replay if bench.is_gpu else work for name, work in works.items()}
     for name, run in runs.items():
-        block.check(f"block, {name}", run)
+        group.check(f"group, {name}", run)
     calls: dict[str, Call] = {name: ignoring(run) for name, run in runs.items()}
     numel = sum(rows * cols for rows, cols in shapes)
-    bench.measure("block_decode_max_numel", f"{numel} weights", calls)
+    bench.measure("group_decode_max_numel", f"{numel} weights", calls)

@@ -35,11 +35,9 @@ def _install() -> None:
     from torch._inductor.fx_passes import post_grad
     from torch._inductor.pattern_matcher import CallFunction, KeywordArg, register_graph_pattern
 
-    names = ("rows", "cols", "gemm", "layout", "fused_rows", "block", "first_tile", "block_tiles")
     no_bias = None
-    product = CallFunction(
-        linear_op.op, KeywordArg("x"), KeywordArg("desc"), no_bias, *map(KeywordArg, names)
-    )
+    rest = map(KeywordArg, ("group", "sizes", "gemm", "layout"))
+    product = CallFunction(linear_op.op, KeywordArg("x"), KeywordArg("desc"), no_bias, *rest)
     for operands in ((product, KeywordArg("inp")), (KeywordArg("inp"), product)):
         register_graph_pattern(
             CallFunction(torch.ops.aten.add, *operands),
@@ -55,15 +53,15 @@ def _is_taken_in(match: Any) -> bool:
     from torch._prims_common import is_expandable_to
 
     given = match.kwargs
-    inp, x = given["inp"], given["x"].meta["val"]
+    inp, x, sizes = given["inp"], given["x"].meta["val"], linear_op.Sizes(*given["sizes"])
     value = inp.meta.get("val") if isinstance(inp, torch.fx.Node) else None
     return bool(
         isinstance(value, torch.Tensor)
         and is_gpu(value.device.type)
         and value.dtype == x.dtype
         and x.dim() == 2
-        and is_expandable_to(value.shape, (x.shape[0], given["rows"]))
-        and given["fused_rows"] == 0
+        and is_expandable_to(value.shape, (x.shape[0], sizes.rows))
+        and sizes.fused_rows == 0
         and linear_op.is_traced_as_matmul(given["gemm"])
         and not post_grad.should_prefer_unfused_addmm(match)  # type: ignore[no-untyped-call]
     )
@@ -71,14 +69,13 @@ def _is_taken_in(match: Any) -> bool:
 
 def _take_in(match: Any, **given: Any) -> None:
     """Replace the two nodes by the op with the addend for a bias, which is what addmm is."""
-    literals = [given[name] for name in ("rows", "cols", "gemm", "layout", "fused_rows")]
-    place = [given[name] for name in ("first_tile", "block_tiles")]
-    tensors = [given[name] for name in ("inp", "x", "desc", "block") if given[name] is not None]
+    literals = [given[name] for name in ("sizes", "gemm", "layout")]
+    tensors = [given[name] for name in ("inp", "x", "desc", "group") if given[name] is not None]
 
     def alone(inp: Any, x: Any, desc: Any) -> Any:
-        return linear_op.op(x, desc, inp, *literals, None, *place)
+        return linear_op.op(x, desc, inp, None, *literals)
 
-    def in_block(inp: Any, x: Any, desc: Any, block: Any) -> Any:
-        return linear_op.op(x, desc, inp, *literals, block, *place)
+    def in_group(inp: Any, x: Any, desc: Any, group: Any) -> Any:
+        return linear_op.op(x, desc, inp, group, *literals)
 
-    match.replace_by_example(alone if len(tensors) == 3 else in_block, tensors)
+    match.replace_by_example(alone if len(tensors) == 3 else in_group, tensors)

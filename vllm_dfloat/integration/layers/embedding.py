@@ -16,7 +16,7 @@ from vllm_dfloat.integration.seam import compat, layerwise
 from vllm_dfloat.integration.seam.names import logger
 
 # vLLM's cache of compiled models knows this file's text and not the ops': count up when they mean something else.
-OP_REVISION = 4
+OP_REVISION = 5
 
 
 class DFloat11EmbeddingMethod(PackedMethod, QuantizeMethodBase):  # type: ignore[misc]  # vLLM is untyped

@@ -1,4 +1,4 @@
-"""Which linear layers form a transformer block that is decoded in one launch."""
+"""Which linear layers form a group that is decoded in one launch: those of a transformer block."""
 
 from collections import defaultdict
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from vllm_dfloat.checkpoint.names import innermost_block
+from vllm_dfloat.codec.descriptor import MAX_MEMBERS
 from vllm_dfloat.codec.layout import TILE_WEIGHTS
 from vllm_dfloat.device import groups
 from vllm_dfloat.device.scratch import scratch
@@ -13,10 +14,10 @@ from vllm_dfloat.integration.layers import method as packed
 from vllm_dfloat.integration.layers.linear import DFloat11LinearMethod
 
 
-def group_blocks(model: torch.nn.Module) -> None:
+def group_layers(model: torch.nn.Module) -> None:
     """Let the compressed linear layers of each transformer block be decoded together, where that was asked for.
 
-    Called once the whole model is loaded. Blocks of one layer, or of more than a launch takes, are left as they are.
+    Called once the whole model is loaded. One layer alone, or more than a launch takes, are decoded one by one.
     """
     found: dict[str, list[Any]] = defaultdict(list)
     for name, layer in model.named_modules():
@@ -40,7 +41,7 @@ def _can_be_grouped(layer: Any) -> bool:
 
 
 def _is_wanted(layers: list[Any]) -> bool:
-    if not 2 <= len(layers) <= groups.MAX_MEMBERS:
+    if not 2 <= len(layers) <= MAX_MEMBERS:
         return False
     granularity = layers[0].quant_method.granularity
     if granularity != "auto":
@@ -53,10 +54,10 @@ def _group(layers: list[Any]) -> None:
     device = layers[0].weight.device
     shapes = [(layer.quant_method.rows, layer.quant_method.cols) for layer in layers]
     starts = groups.first_tiles(shapes)
-    table = groups.block_table([layer.dfloat11_desc for layer in layers], shapes)
+    table = groups.group_table([layer.dfloat11_desc for layer in layers], shapes)
     for layer, start in zip(layers, starts, strict=False):
-        layer.__dict__[packed.BLOCK] = table  # no buffer, which strangers could write
-        layer.quant_method.place_in_block = start, starts[-1]
-        layer.quant_method.block_table = table.cpu()
+        layer.__dict__[packed.GROUP] = table  # no buffer, which strangers could write
+        layer.quant_method.place_in_group = start, starts[-1]
+        layer.quant_method.group_table = table.cpu()
     scratch.require(device, starts[-1] * TILE_WEIGHTS)
     layers[0].quant_method.reserve_scratch(device)

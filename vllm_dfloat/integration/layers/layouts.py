@@ -15,13 +15,13 @@ class Layout:
     Attributes:
         pack: (weight, name) -> the weight, compressed, on its device.
         decode: (desc, rows, cols, out, status): the whole matrix into the scratch; called inside `vllm_dfloat::linear`.
-        lookup: (desc, ids, rows, cols) -> BF16 [n, cols], an op: chosen rows.
+        lookup: (desc, ids, rows, cols) -> BF16 [n, cols]: chosen rows; called inside `vllm_dfloat::lookup`.
         unpack: (packed) -> BF16 [rows, cols], every status checked.
     """
 
     pack: Callable[[torch.Tensor, str], ops.PackedWeight]
     decode: Callable[[torch.Tensor, int, int, torch.Tensor, torch.Tensor], None]
-    lookup: Callable[..., torch.Tensor]
+    lookup: Callable[[torch.Tensor, torch.Tensor, int, int], torch.Tensor]
     unpack: Callable[[ops.PackedWeight], torch.Tensor]
 
 
@@ -29,13 +29,13 @@ BY_NAME: Mapping[str, Layout] = {
     "packed": Layout(
         ops.pack,
         ops.launch_decode,
-        torch.ops.vllm_dfloat.decode_rows.default,
+        ops.decode_rows,
         ops.unpack,
     ),
     "dfloat11": Layout(
         unit_resident.pack,
         unit_resident.launch_decode,
-        torch.ops.vllm_dfloat.decode_unit_rows.default,
+        unit_resident.decode_rows,
         unit_resident.unpack,
     ),
 }

@@ -1,14 +1,15 @@
 """The op `vllm_dfloat::linear`: decode a weight into the scratch and run on it the GEMM that BF16 vLLM would run.
 
-One opaque op, because a decode op of its own would be hoisted: Inductor would decode all layers of a block before the
-first GEMM. By choice it decodes a whole transformer block for the first of its layers, or multiplies a small batch
+One opaque op, because a decode op of its own would be hoisted: Inductor would decode all layers of a transformer block
+before the first GEMM. By choice it decodes a whole group for the first of its layers, or multiplies a small batch
 straight from the packed weight.
 """
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 
@@ -16,6 +17,7 @@ from vllm_dfloat.codec.layout import TILE_WEIGHTS
 from vllm_dfloat.device import fused, groups, ops
 from vllm_dfloat.device.scratch import scratch
 from vllm_dfloat.integration.layers.layouts import BY_NAME
+from vllm_dfloat.integration.layers.registration import register
 from vllm_dfloat.integration.seam import compat
 
 # Names of GEMMs beside the values of vLLM's --linear-backend.
@@ -72,48 +74,78 @@ def settle_bias(layer: torch.nn.Module) -> None:
         _packed_for_cpu(layer.get_parameter("weight").data, bias)
 
 
+class Sizes(NamedTuple):
+    """The numbers that `linear` needs; none depends on what the weight holds, so a trace may keep them.
+
+    Attributes:
+        rows, cols: shape of the weight.
+        fused_rows: up to this many rows of x are multiplied without decoding the weight.
+        first_tile, group_tiles: where the weight lies in its decoded group, and the size of the group, in tiles.
+    """
+
+    rows: int
+    cols: int
+    fused_rows: int = 0
+    first_tile: int = 0
+    group_tiles: int = 0
+
+
 def linear(
     x: torch.Tensor,
     desc: torch.Tensor,
     bias: torch.Tensor | None,
-    rows: int,
-    cols: int,
+    group: torch.Tensor | None,
+    sizes: Sequence[int],
     gemm: str,
     layout: str,
-    fused_rows: int,
-    block: torch.Tensor | None,
-    first_tile: int,
-    block_tiles: int,
 ) -> torch.Tensor:
     """Return x @ weight.T + bias for the weight [rows, cols] that `desc` describes.
 
     Waits for nothing and allocates nothing but the result, once the scratch is reserved.
 
     Args:
+        group: table of the group that is decoded as a whole (groups.py), or None.
+        sizes: the numbers of a `Sizes`.
         gemm: name of the GEMM, for `find_gemm`.
         layout: how the weight is held, a name in layouts.py.
-        fused_rows: up to this many rows of x are multiplied without decoding the weight.
-        block: table of the transformer block that is decoded as a whole (groups.py), or None.
-        first_tile, block_tiles: where the weight lies in the decoded block, and the size of all, in tiles.
     """
-    lane = compat.lane(x.device)
+    rows, cols, fused_rows, first_tile, group_tiles = sizes
+    slot = compat.slot(x.device)
     if 0 < x.numel() <= fused_rows * cols:
-        memory = scratch.take(x.device, ops.padded_numel(rows, cols), lane)
+        memory = scratch.take(x.device, ops.padded_numel(rows, cols), slot)
         y = fused.launch_matmul(x.reshape(-1, cols), desc, rows, cols, bias, memory)
         return y.view(*x.shape[:-1], rows)
-    if block is None:
-        out, status = scratch.take(x.device, ops.padded_numel(rows, cols), lane)
+    if group is None:
+        out, status = scratch.take(x.device, ops.padded_numel(rows, cols), slot)
         BY_NAME[layout].decode(desc, rows, cols, out, status)
     else:
-        numel = block_tiles * TILE_WEIGHTS
-        (out, status), is_stale = scratch.take_for_block(
-            x.device, numel, block.data_ptr(), first_tile, lane
+        numel = group_tiles * TILE_WEIGHTS
+        (out, status), is_stale = scratch.take_for_group(
+            x.device, numel, group.data_ptr(), first_tile, slot
         )
         if is_stale:
-            groups.launch_decode_block(block, block_tiles, out, status)
+            groups.launch_decode_group(group, group_tiles, out, status)
         out = out[first_tile * TILE_WEIGHTS :]
     return find_gemm(gemm)(x, out[: rows * cols].view(rows, cols), bias)
 
+
+def _linear_fake(
+    x: torch.Tensor,
+    desc: torch.Tensor,
+    bias: torch.Tensor | None,
+    group: torch.Tensor | None,
+    sizes: Sequence[int],
+    gemm: str,
+    layout: str,
+) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], sizes[0]))
+
+
+op: Callable[..., torch.Tensor] = register(
+    "linear(Tensor x, Tensor desc, Tensor? bias, Tensor? group, int[] sizes, str gemm, str layout) -> Tensor",
+    linear,
+    _linear_fake,
+)
 
 _compiled: set[tuple[object, ...]] = set()
 
@@ -139,31 +171,3 @@ def compile_fused(packed: ops.PackedWeight | None, bias: torch.Tensor | None, ro
             _compiled.add(key)
             x = torch.zeros(num_x, packed.cols, dtype=torch.bfloat16, device=device)
             fused.matmul(x, packed.desc, *shape, given, memory)
-
-
-def _linear_fake(
-    x: torch.Tensor,
-    desc: torch.Tensor,
-    bias: torch.Tensor | None,
-    rows: int,
-    cols: int,
-    gemm: str,
-    layout: str,
-    fused_rows: int,
-    block: torch.Tensor | None,
-    first_tile: int,
-    block_tiles: int,
-) -> torch.Tensor:
-    return x.new_empty((*x.shape[:-1], rows))
-
-
-_library = torch.library.Library("vllm_dfloat", "FRAGMENT")  # type: ignore[no-untyped-call]
-_library.define(  # type: ignore[no-untyped-call]
-    "linear(Tensor x, Tensor desc, Tensor? bias, int rows, int cols, str gemm, str layout, int fused_rows, "
-    "Tensor? block, int first_tile, int block_tiles) -> Tensor"
-)
-for _key in ("CPU", "CUDA"):
-    _library.impl("linear", linear, _key)  # type: ignore[no-untyped-call]
-torch.library.register_fake("vllm_dfloat::linear", _linear_fake, lib=_library)
-
-op: Callable[..., torch.Tensor] = torch.ops.vllm_dfloat.linear.default

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 
 from vllm_dfloat.integration.layers.layouts import BY_NAME
+from vllm_dfloat.integration.layers.registration import register
 
 INDEX_DTYPE = torch.int32  # as vLLM's token ids
 
@@ -45,12 +46,8 @@ def _lookup_fake(
     return table, ids.new_empty((ids.shape[0],), dtype=INDEX_DTYPE)
 
 
-_library = torch.library.Library("vllm_dfloat", "FRAGMENT")  # type: ignore[no-untyped-call]
-_library.define(  # type: ignore[no-untyped-call]
-    "lookup(Tensor desc, Tensor ids, int rows, int cols, str layout) -> (Tensor, Tensor)"
+op: Callable[..., tuple[torch.Tensor, torch.Tensor]] = register(
+    "lookup(Tensor desc, Tensor ids, int rows, int cols, str layout) -> (Tensor, Tensor)",
+    _lookup,
+    _lookup_fake,
 )
-for _key in ("CPU", "CUDA"):
-    _library.impl("lookup", _lookup, _key)  # type: ignore[no-untyped-call]
-torch.library.register_fake("vllm_dfloat::lookup", _lookup_fake, lib=_library)
-
-op: Callable[..., tuple[torch.Tensor, torch.Tensor]] = torch.ops.vllm_dfloat.lookup.default

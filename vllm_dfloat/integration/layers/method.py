@@ -5,7 +5,7 @@ import functools
 import torch
 
 from vllm_dfloat.device import fused, ops
-from vllm_dfloat.device.scratch import MAIN_LANE, scratch
+from vllm_dfloat.device.scratch import MAIN_SLOT, scratch
 from vllm_dfloat.errors import UnsupportedError
 from vllm_dfloat.integration.layers import linear_op
 from vllm_dfloat.integration.layers.layouts import BY_NAME
@@ -15,7 +15,7 @@ from vllm_dfloat.integration.seam.options import Options
 
 PACKED = "dfloat11"  # the attribute of a compressed layer that holds its PackedWeight
 DESC = "dfloat11_desc"  # and the tensor that tells the ops where it lies; no parameter, which strangers could write
-BLOCK = "dfloat11_block"  # and the table of a layer that is decoded with its whole block
+GROUP = "dfloat11_group"  # and the table of the group that a layer is decoded with
 PROCESSED = "_already_called_process_weights_after_loading"  # vLLM's flag; it deletes it on reload
 
 
@@ -27,7 +27,7 @@ def packed_of(layer: torch.nn.Module) -> ops.PackedWeight | None:
 def hold(layer: torch.nn.Module, packed: ops.PackedWeight) -> None:
     """Let a layer hold a compressed weight, under the descriptor tensor it has had from its first one on.
 
-    Compiled graphs, captured CUDA graphs and block tables know the address of that tensor.
+    Compiled graphs, captured CUDA graphs and group tables know the address of that tensor.
     """
     desc = layer.__dict__.setdefault(DESC, packed.desc)
     if desc is not packed.desc:
@@ -55,12 +55,12 @@ class PackedMethod:
         self.granularity = options.granularity
         self.fused_rows = 0
         self.placeholder: WeightPlaceholder | None = None
-        self.place_in_block = 0, 0  # first tile, tiles of the whole block
-        self.block_table: torch.Tensor | None = None  # of the block, on the host
+        self.place_in_group = 0, 0  # first tile, tiles of the whole group
+        self.group_table: torch.Tensor | None = None  # a copy on the host
         self.gemm = (
             linear_op.BATCH_INVARIANT if compat.is_batch_invariant() else self._backend(config)
         )
-        self.lanes = compat.lanes(config)
+        self.slots = compat.slots(config)
         load_config = getattr(config, "load_config", None)
         self.makes_up_weights = getattr(load_config, "load_format", None) == "dummy"
 
@@ -95,8 +95,8 @@ class PackedMethod:
             decode = functools.partial(self.dequantize_weight, layer)
             self.placeholder = WeightPlaceholder(self.name, self.rows, self.cols, device, decode)
         layer.register_parameter("weight", self.placeholder)
-        if self.block_table is not None:  # sleep level 2 takes what lies on a GPU
-            layer.__dict__[BLOCK].copy_(self.block_table)
+        if self.group_table is not None:  # sleep level 2 takes what lies on a GPU
+            layer.__dict__[GROUP].copy_(self.group_table)
         layer.__dict__[PROCESSED] = True
 
     def _finish(self, layer: torch.nn.Module) -> None:
@@ -111,18 +111,19 @@ class PackedMethod:
             linear_op.compile_fused(packed_of(layer), bias, self.fused_rows)
 
     def reserve_scratch(self, device: torch.device) -> None:
-        """Allocate the buffers of all lanes for the largest layer or block noted."""
-        scratch.reserve(device, self.lanes if device.type == "cuda" else (MAIN_LANE,))
+        """Allocate the buffers of all slots for the largest layer or group noted."""
+        scratch.reserve(device, self.slots if device.type == "cuda" else (MAIN_SLOT,))
 
     def multiply(
         self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
         """Return x @ weight.T + bias."""
         self.check_in_place(layer)
+        sizes = linear_op.Sizes(self.rows, self.cols, self.fused_rows, *self.place_in_group)
+        group = getattr(layer, GROUP, None)
         return linear_op.op(
-            x, layer.dfloat11_desc, bias, self.rows, self.cols, self.gemm, self.layout,
-            self.fused_rows, getattr(layer, BLOCK, None), *self.place_in_block,
-        )  # fmt: skip
+            x, layer.dfloat11_desc, bias, group, list(sizes), self.gemm, self.layout
+        )
 
     def check_in_place(self, layer: torch.nn.Module) -> None:
         """Check that nobody has put another weight in the placeholder's place; compiled code does not look.

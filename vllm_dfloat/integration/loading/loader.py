@@ -57,7 +57,7 @@ class _Reporting:
             from vllm_dfloat.integration.updating import update, worker
 
             live_check.install()
-            grouping.group_blocks(model)
+            grouping.group_layers(model)
             tying.warn_if_different(model, model_config)
             report.log_summary(model)
             update.keep(model, vllm_config, model_config)

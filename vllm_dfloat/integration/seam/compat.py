@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from vllm_dfloat.device.scratch import MAIN_LANE
+from vllm_dfloat.device.scratch import MAIN_SLOT
 from vllm_dfloat.integration.seam.names import logger
 
 OLDEST = (0, 28)
@@ -197,14 +197,14 @@ def model_device() -> torch.device:
     return torch.device(current_platform.device_type)
 
 
-def lane(device: torch.device) -> Hashable:
-    """Return which of vLLM's concurrent streams of work is running: microbatch, and whether beside the main one.
+def slot(device: torch.device) -> Hashable:
+    """Return the scratch slot of the current stream: (microbatch, on the aux stream).
 
     Shared experts run on `aux_stream` while the routed ones run; two microbatches overlap under --enable-dbo. The
     streams for warm-up and for graph capture never overlap, so they share.
     """
     if device.type != "cuda":
-        return MAIN_LANE
+        return MAIN_SLOT
     from vllm.utils.torch_utils import aux_stream
     from vllm.v1.worker import ubatching
 
@@ -212,21 +212,21 @@ def lane(device: torch.device) -> Hashable:
         ubatch = int(ubatching.dbo_current_ubatch_id())
     except KeyError:  # microbatches run, but this thread is none of theirs
         ubatch = 0
-    return _lane(ubatch, torch.cuda.current_stream() == aux_stream())
+    return _slot(ubatch, torch.cuda.current_stream() == aux_stream())
 
 
-def _lane(ubatch: int, is_beside: bool) -> Hashable:
-    return (ubatch, is_beside) if ubatch or is_beside else MAIN_LANE
+def _slot(ubatch: int, is_aux: bool) -> Hashable:
+    return (ubatch, is_aux) if ubatch or is_aux else MAIN_SLOT
 
 
-def lanes(config: Any | None) -> list[Hashable]:
-    """Return every value that `lane` can take with this VllmConfig."""
+def slots(config: Any | None) -> list[Hashable]:
+    """Return every value that `slot` can take with this VllmConfig."""
     model = getattr(config, "model_config", None)
     parallel = getattr(config, "parallel_config", None)
     overlaps = getattr(parallel, "use_ubatching", False)
     num_ubatches = int(getattr(parallel, "num_ubatches", 1)) if overlaps else 1
-    beside = (False, True) if getattr(model, "is_moe", False) else (False,)
-    return [_lane(ubatch, side) for ubatch in range(num_ubatches) for side in beside]
+    on_aux = (False, True) if getattr(model, "is_moe", False) else (False,)
+    return [_slot(ubatch, aux) for ubatch in range(num_ubatches) for aux in on_aux]
 
 
 def checkpoint_files(

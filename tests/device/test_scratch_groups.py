@@ -1,4 +1,4 @@
-"""When a transformer block must be decoded into the shared buffer, and when it still lies there."""
+"""When a group must be decoded into the shared buffer, and when it still lies there."""
 
 import torch
 
@@ -7,19 +7,19 @@ from vllm_dfloat.device.scratch import ScratchArena
 CPU = torch.device("cpu")
 
 
-def decodes(arena: ScratchArena, calls: list[tuple[str, int]], lane: str = "main") -> list[bool]:
-    """Return for calls of (block, member) whether the block had to be decoded."""
-    return [arena.take_for_block(CPU, 4096, block, member, lane)[1] for block, member in calls]
+def decodes(arena: ScratchArena, calls: list[tuple[str, int]], slot: str = "main") -> list[bool]:
+    """Return for calls of (group, member) whether the group had to be decoded."""
+    return [arena.take_for_group(CPU, 4096, group, member, slot)[1] for group, member in calls]
 
 
-def test_a_block_is_decoded_once_per_pass() -> None:
+def test_a_group_is_decoded_once_per_pass() -> None:
     arena = ScratchArena()
-    one_pass = [(block, member) for block in "ab" for member in range(3)]
+    one_pass = [(group, member) for group in "ab" for member in range(3)]
     for _ in range(3):
         assert decodes(arena, one_pass) == [True, False, False, True, False, False]
 
 
-def test_a_model_of_one_block_decodes_it_in_every_pass() -> None:
+def test_a_model_of_one_group_decodes_it_in_every_pass() -> None:
     # Bug caught: a graph captured after warm-up would hold no decoding at all, and replay on whatever lies there.
     arena = ScratchArena()
     for _ in range(3):
@@ -32,14 +32,14 @@ def test_members_may_come_in_any_order_and_be_left_out() -> None:
     assert decodes(arena, [("a", 2), ("a", 2)]) == [False, True]  # a pass that was broken off
 
 
-def test_another_layer_in_the_buffer_ends_a_block() -> None:
+def test_another_layer_in_the_buffer_ends_a_group() -> None:
     arena = ScratchArena()
     assert decodes(arena, [("a", 0)]) == [True]
     arena.take(CPU, 2048, "main")  # an LM head, say
     assert decodes(arena, [("a", 1)]) == [True]
 
 
-def test_lanes_hold_blocks_of_their_own() -> None:
+def test_slots_hold_groups_of_their_own() -> None:
     arena = ScratchArena()
     assert decodes(arena, [("a", 0)]) == [True]
     assert decodes(arena, [("b", 0), ("b", 1)], "beside") == [True, False]
@@ -48,9 +48,9 @@ def test_lanes_hold_blocks_of_their_own() -> None:
 
 def test_a_buffer_that_had_to_grow_holds_nothing() -> None:
     arena = ScratchArena()
-    arena.take_for_block(CPU, 4096, "a", 0)
-    (out, status), is_stale = arena.take_for_block(CPU, 8192, "a", 1)
+    arena.take_for_group(CPU, 4096, "a", 0)
+    (out, status), is_stale = arena.take_for_group(CPU, 8192, "a", 1)
     assert is_stale
     assert (out.numel(), status.numel()) == (8192, 4)
     arena.release()
-    assert arena.take_for_block(CPU, 4096, "a", 2)[1]
+    assert arena.take_for_group(CPU, 4096, "a", 2)[1]

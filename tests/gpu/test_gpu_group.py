@@ -1,4 +1,4 @@
-"""Whole blocks of matrices in one launch, on a GPU: the bits of each member, in poisoned memory."""
+"""Groups of matrices in one launch, on a GPU: the bits of each member, in poisoned memory."""
 
 import pytest
 import torch
@@ -6,23 +6,24 @@ from gpu_helpers import DEVICE, NEEDS_GPU, buffers, captured, gaussian, no_rehea
 from helpers import hard_matrices, same_bits, to_torch, unlike
 
 from vllm_dfloat.codec import layout
+from vllm_dfloat.codec.descriptor import MAX_MEMBERS
 from vllm_dfloat.device import groups, ops
 
 pytestmark = NEEDS_GPU
 POISON = 0x7FC1
 LLAMA_8B = [(6144, 4096), (4096, 4096), (28_672, 4096), (4096, 14_336)]
-BLOCKS = of_size(
+GROUPS = of_size(
     [LLAMA_8B, [(4097, 1023)], [(1, 1), (37, 333), (4096, 2048)]], [[(3, 700), (1, 1)]]
 )
 
 
 def decode(packed: list[ops.PackedWeight], poison: int) -> list[torch.Tensor]:
-    """Return what a block decodes to, from poisoned memory, every status checked."""
+    """Return what a group decodes to, from poisoned memory, every status checked."""
     shapes = [(member.rows, member.cols) for member in packed]
     starts = groups.first_tiles(shapes)
     out, status = buffers(starts[-1], starts[-1] * layout.TILE_WEIGHTS, poison)
-    table = groups.block_table([member.desc for member in packed], shapes)
-    torch.ops.vllm_dfloat.decode_block(table, starts[-1], out, status)
+    table = groups.group_table([member.desc for member in packed], shapes)
+    groups.decode_group(table, starts[-1], out, status)
     assert not status.any()
     firsts = [start * layout.TILE_WEIGHTS for start in starts]
     return [
@@ -31,21 +32,21 @@ def decode(packed: list[ops.PackedWeight], poison: int) -> list[torch.Tensor]:
     ]
 
 
-def test_gpu_decodes_hard_matrices_as_one_block() -> None:
+def test_gpu_decodes_hard_matrices_as_one_group() -> None:
     hard = {
         name: bits
         for name, bits in hard_matrices().items()
         if bits.size and bits.size < of_size([1 << 30], [7000])[0] and 0x7FC1 not in bits
     }
-    names = list(hard)[: groups.MAX_MEMBERS]
+    names = list(hard)[:MAX_MEMBERS]
     weights = [to_torch(hard[name]).to(DEVICE) for name in names]
     packed = [ops.pack(weight, name) for weight, name in zip(weights, names, strict=True)]
     for name, weight, found in zip(names, weights, decode(packed, POISON), strict=True):
         assert same_bits(found, weight), name
 
 
-@pytest.mark.parametrize("shapes", BLOCKS)
-def test_gpu_decodes_blocks_of_real_size(shapes: list[tuple[int, int]]) -> None:
+@pytest.mark.parametrize("shapes", GROUPS)
+def test_gpu_decodes_groups_of_real_size(shapes: list[tuple[int, int]]) -> None:
     bits = [gaussian(*shape, seed=i) for i, shape in enumerate(shapes)]
     weights = [to_torch(member).to(DEVICE) for member in bits]
     poison = max(unlike(member) for member in bits)
@@ -55,7 +56,7 @@ def test_gpu_decodes_blocks_of_real_size(shapes: list[tuple[int, int]]) -> None:
 
 
 @no_rehearsal
-def test_gpu_decodes_a_block_of_more_than_two_billion_weights() -> None:
+def test_gpu_decodes_a_group_of_more_than_two_billion_weights() -> None:
     # Bug caught: a member's place in the output computed in 32 bits. Members share one payload, not their place.
     bits = gaussian(16_400, 16_384)
     weight = to_torch(bits).cuda()
@@ -67,7 +68,7 @@ def test_gpu_decodes_a_block_of_more_than_two_billion_weights() -> None:
 
 
 @no_rehearsal
-def test_gpu_block_in_a_captured_graph_sees_new_weights_after_a_reload() -> None:
+def test_gpu_group_in_a_captured_graph_sees_new_weights_after_a_reload() -> None:
     shapes = [(512, 640), (300, 1000)]
     old, new = (
         [ops.pack(to_torch(gaussian(*shape, seed=s)).cuda(), "w") for shape in shapes]
@@ -75,8 +76,8 @@ def test_gpu_block_in_a_captured_graph_sees_new_weights_after_a_reload() -> None
     )
     starts = groups.first_tiles(shapes)
     out, status = buffers(starts[-1], starts[-1] * layout.TILE_WEIGHTS, POISON)
-    table = groups.block_table([member.desc for member in old], shapes)
-    graph = captured(lambda: groups.decode_block(table, starts[-1], out, status))
+    table = groups.group_table([member.desc for member in old], shapes)
+    graph = captured(lambda: groups.decode_group(table, starts[-1], out, status))
     for generation, seed in ((old, 1), (new, 2)):
         for held, source in zip(old, generation, strict=True):
             source.described_in(held.desc)

@@ -1,4 +1,4 @@
-"""Measure whole transformer blocks: one launch or one per matrix, with and without a CUDA graph; decoding ahead.
+"""Measure groups, the matrices of a transformer block: one launch or one per matrix, CUDA graph or not; decoding ahead.
 
 Decoding ahead ("overlap") decodes the next matrix on a second stream into a second buffer while the GEMM of the current
 one runs; it is compared with the serial form and with GEMMs on BF16 weights, each replayed from a CUDA graph.
@@ -23,14 +23,14 @@ Work = Callable[[], object]
 
 def run(bench: Bench) -> None:
     shapes = bench.pick(list(LLAMA_8B.values()), [(3, 700), (1, 500)])
-    case = f"block of {len(shapes)}, {sum(rows * cols for rows, cols in shapes)} weights"
+    case = f"group of {len(shapes)}, {sum(rows * cols for rows, cols in shapes)} weights"
     if not bench.begin("block", case):
         return
     weights = [normal(*shape, bench.device, seed=i) for i, shape in enumerate(shapes)]
-    block = Block(weights)
-    _decode(bench, case, block, 2 * sum(weight.numel() for weight in weights))
+    group = Group(weights)
+    _decode(bench, case, group, 2 * sum(weight.numel() for weight in weights))
     if bench.is_gpu:
-        _overlap(bench, weights, block.packed)
+        _overlap(bench, weights, group.packed)
     else:
         bench.skip("overlap", case, "all", "needs a GPU")
 
@@ -45,8 +45,8 @@ def captured(work: Work) -> torch.cuda.CUDAGraph:
     return graph
 
 
-class Block:
-    """The matrices of a transformer block, to be decoded one behind the other into one buffer.
+class Group:
+    """The matrices of a transformer block, to be decoded one after the other into one buffer.
 
     Attributes:
         packed: the matrices, packed.
@@ -59,10 +59,10 @@ class Block:
         self._starts = groups.first_tiles(shapes)
         self._out = poisoned(self._starts[-1] * layout.TILE_WEIGHTS, device)
         self._status = torch.full((self._starts[-1],), -1, dtype=torch.int32, device=device)
-        self._table = groups.block_table([one.desc for one in self.packed], shapes)
+        self._table = groups.group_table([one.desc for one in self.packed], shapes)
 
     def at_once(self) -> None:
-        groups.decode_block(self._table, self._starts[-1], self._out, self._status)
+        groups.decode_group(self._table, self._starts[-1], self._out, self._status)
 
     def one_by_one(self) -> None:
         for one, start in zip(self.packed, self._starts, strict=False):
@@ -80,10 +80,10 @@ class Block:
             expect_same_bits(found, weight, what)
 
 
-def _decode(bench: Bench, case: str, block: Block, bf16_bytes: int) -> None:
+def _decode(bench: Bench, case: str, group: Group, bf16_bytes: int) -> None:
     work: dict[str, Work] = {
-        "a launch per matrix": block.one_by_one,
-        "one launch": block.at_once,
+        "a launch per matrix": group.one_by_one,
+        "one launch": group.at_once,
     }
     for name in list(work):
         if bench.is_gpu:
@@ -91,7 +91,7 @@ def _decode(bench: Bench, case: str, block: Block, bf16_bytes: int) -> None:
         else:
             bench.skip("block", case, f"{name}, CUDA graph", "needs a GPU")
     for name, call in work.items():
-        bench.compare(block.check, f"block, {name}", call)
+        bench.compare(group.check, f"group, {name}", call)
     calls: dict[str, Call] = {name: ignoring(call) for name, call in work.items()}
     bench.measure("block", case, calls, 1, bf16_bytes)
 

@@ -1,10 +1,11 @@
-"""Whole blocks of matrices in one launch: the bits of decoding them one by one, in the interpreter and on the CPU."""
+"""Groups of matrices in one launch: the bits of decoding them one by one, in the interpreter and on the CPU."""
 
 import pytest
 import torch
 from helpers import gaussian, hard_matrices, same_bits, to_torch
 
 from vllm_dfloat.codec import layout
+from vllm_dfloat.codec.descriptor import MAX_MEMBERS, ROW_WORDS
 from vllm_dfloat.device import groups, ops
 from vllm_dfloat.errors import FormatError, UnsupportedError
 from vllm_dfloat.kernels import group_decode as kernels
@@ -31,19 +32,19 @@ def decode(
     tiles: int = 4,
     table: torch.Tensor | None = None,
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Return what a block decodes to, from poisoned memory, and its status words."""
+    """Return what a group decodes to, from poisoned memory, and its status words."""
     monkeypatch.setenv("VLLM_DFLOAT_BACKEND", backend)
     shapes = [(p.rows, p.cols) for p in packed]
     starts = groups.first_tiles(shapes)
     out = torch.full((starts[-1] * layout.TILE_WEIGHTS,), POISON, dtype=torch.uint16)
     status = torch.full((starts[-1],), -1, dtype=torch.int32)
     if table is None:
-        table = groups.block_table([p.desc for p in packed], shapes)
-    assert table.shape == (len(packed) + 1, groups.ROW_WORDS)
+        table = groups.group_table([p.desc for p in packed], shapes)
+    assert table.shape == (len(packed) + 1, ROW_WORDS)
     if backend == "triton":
-        kernels.decode_block(table, starts[-1], out.view(torch.bfloat16), status, tiles)
+        kernels.decode_group(table, starts[-1], out.view(torch.bfloat16), status, tiles)
     else:
-        torch.ops.vllm_dfloat.decode_block(table, starts[-1], out.view(torch.bfloat16), status)
+        groups.decode_group(table, starts[-1], out.view(torch.bfloat16), status)
     matrices = []
     for start, (rows, cols) in zip(starts, shapes, strict=False):
         first = start * layout.TILE_WEIGHTS
@@ -54,7 +55,7 @@ def decode(
 @pytest.mark.parametrize(
     ("backend", "tiles"), [("numba", 4), ("triton", 4), ("triton", 1), ("triton", 8)]
 )
-def test_block_decodes_to_the_bits_of_its_members(
+def test_group_decodes_to_the_bits_of_its_members(
     backend: str, tiles: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights = members()
@@ -67,13 +68,13 @@ def test_block_decodes_to_the_bits_of_its_members(
 
 
 @pytest.mark.parametrize("backend", ["numba", "triton"])
-def test_descriptors_may_change_behind_the_table(
+def test_descriptors_may_change_after_the_table_is_made(
     backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Bug caught: a table that holds what the descriptors said when it was made; a reload would go unseen.
     first, second = (ops.pack(to_torch(gaussian(9, 700, seed=s)), "w") for s in (1, 2))
     expected = ops.unpack(first), ops.unpack(second)
-    table = groups.block_table([first.desc], [(9, 700)])
+    table = groups.group_table([first.desc], [(9, 700)])
     (before,), _ = decode([first], backend, monkeypatch, table=table)
     second.described_in(first.desc)
     (after,), _ = decode([first], backend, monkeypatch, table=table)
@@ -81,13 +82,13 @@ def test_descriptors_may_change_behind_the_table(
     assert same_bits(after, expected[1])
 
 
-def test_largest_block_and_no_larger_one() -> None:
+def test_largest_group_and_no_larger_one() -> None:
     one = ops.pack(to_torch(gaussian(1, 4096)), "w")
-    table = groups.block_table([one.desc] * groups.MAX_MEMBERS, [(1, 4096)] * groups.MAX_MEMBERS)
-    assert table[-1, :2].tolist() == [0, 2 * groups.MAX_MEMBERS]
-    for number, shape in ((groups.MAX_MEMBERS + 1, (1, 4096)), (0, (1, 4096)), (2, (0, 4096))):
-        with pytest.raises(UnsupportedError, match=f"block of {number} matrices .* 1 to 16"):
-            groups.block_table([one.desc] * number, [shape] * number)
+    table = groups.group_table([one.desc] * MAX_MEMBERS, [(1, 4096)] * MAX_MEMBERS)
+    assert table[-1, :2].tolist() == [0, 2 * MAX_MEMBERS]
+    for number, shape in ((MAX_MEMBERS + 1, (1, 4096)), (0, (1, 4096)), (2, (0, 4096))):
+        with pytest.raises(UnsupportedError, match=f"group of {number} matrices .* 1 to 16"):
+            groups.group_table([one.desc] * number, [shape] * number)
 
 
 @pytest.mark.parametrize("backend", ["numba", "triton"])
@@ -102,13 +103,3 @@ def test_damage_is_reported_for_the_tiles_of_its_member_only(
     assert not status[8:].any()
     with pytest.raises(FormatError, match=r"layers\.0\.1: tile"):
         ops.unpack(packed[1])
-
-
-def test_op_passes_opcheck(followed_anywhere: None) -> None:
-    packed = [ops.pack(to_torch(gaussian(9, 700, seed=s)), "w") for s in range(2)]
-    shapes = [(9, 700)] * 2
-    tiles = groups.first_tiles(shapes)[-1]
-    table = groups.block_table([p.desc for p in packed], shapes)
-    out = torch.zeros(tiles * layout.TILE_WEIGHTS, dtype=torch.bfloat16)
-    status = torch.zeros(tiles, dtype=torch.int32)
-    torch.library.opcheck(torch.ops.vllm_dfloat.decode_block, (table, tiles, out, status))
