@@ -1,11 +1,11 @@
 """Decode one block of an official DFloat11 stream: the body that the kernels in dfloat11_decode.py share.
 
-A block is 4096 stream bytes; each of its 512 windows of 8 bytes belongs to one lane. Codes are not aligned to weights,
-so a first pass counts the codes of every window, a scan gives each window its first weight, and a second pass decodes
-again and writes. Code lengths vary up to 32 bits: a lookup walks at most four tables of 256 entries.
+A block is 4096 stream bytes, 512 windows of 8 bytes; all windows are decoded in parallel. The number of codes in a
+window varies, so a first pass counts the codes of every window, a scan gives each window its first weight, and a second
+pass decodes again and writes. Codes have up to 32 bits: a lookup walks at most four tables of 256 entries.
 
-Equal bit for bit to vllm_dfloat.dfloat11.reference.decode. Whatever the bytes are, loops end after a number of
-steps fixed here and no access leaves the given tensors.
+The result equals vllm_dfloat.dfloat11.reference.decode bit for bit. For any bytes, the loops end after a fixed number
+of steps and no access leaves the given tensors.
 """
 
 import triton
@@ -14,9 +14,9 @@ import triton.language as tl
 from vllm_dfloat.dfloat11 import format
 
 WINDOWS = tl.constexpr(format.BLOCK_WINDOWS)
-# A code has at least one bit: at most so many codes start in a window.
+# A code has at least one bit, so at most this many codes start in a window.
 _WINDOW_BITS = tl.constexpr(format.WINDOW_BITS)
-_STRIDE = tl.constexpr(8)  # codes between two looks at whether any lane is still busy
+_STRIDE = tl.constexpr(8)  # codes decoded between two checks whether any window is still busy
 _LEVELS = tl.constexpr(format.MAX_DEPTH + 1)
 
 _POINTER = tl.constexpr(format.POINTER)
@@ -29,7 +29,7 @@ _GAP = tl.constexpr(format.STATUS_GAP)
 
 @triton.jit
 def _load_word(stream_ptr, at, num_bytes):
-    """Return 4 bytes from byte `at` on, most significant first, zeros beyond the end."""
+    """Return the 4 bytes from byte `at` on, most significant first; bytes past the end are 0."""
     word = tl.zeros_like(at).to(tl.uint32)
     for i in tl.static_range(4):
         byte = tl.load(stream_ptr + at + i, mask=at + i < num_bytes, other=0)
@@ -39,12 +39,12 @@ def _load_word(stream_ptr, at, num_bytes):
 
 @triton.jit
 def _load_gap(gaps_ptr, window, num_windows):
-    """Return the 5-bit field of each window, 0 beyond the last."""
+    """Return the 5-bit gap of each window, 0 past the last window."""
     bit = window * 5
     byte = bit >> 3
     inside = window < num_windows
     high = tl.load(gaps_ptr + byte, mask=inside, other=0).to(tl.int32)
-    # The last field of the array ends with its last byte, so its second byte is masked out.
+    # The last gap ends with the last byte of the array, so its second byte is masked out.
     more = inside & (byte + 1 < num_windows * 5 // 8)
     low = tl.load(gaps_ptr + byte + 1, mask=more, other=0).to(tl.int32)
     return (((high << 8) | low) >> (11 - (bit & 7)).to(tl.int32)) & 31
@@ -52,7 +52,7 @@ def _load_gap(gaps_ptr, window, num_windows):
 
 @triton.jit
 def _look_up(tables_ptr, num_rows, first, second, third, at, active):
-    """Return `symbol | length << 8` for the code at bit `at` (0..63) of each window, 0 if none."""
+    """Return `symbol | length << 8` for the code at bit `at` (0..63) of each window, 0 if there is no code."""
     high = tl.where(at < 32, first, second)
     low = tl.where(at < 32, second, third)
     shift = (at & 31).to(tl.uint32)
@@ -84,10 +84,10 @@ def decode_block(
     low,
     high,
 ):
-    """Decode a block, write those of its weights that are in low..high - 1 (0 <= low, high <= num_weights).
+    """Decode a block and write its weights with index low..high - 1 (0 <= low, high <= num_weights).
 
-    out = sign << 15 | symbol << 7 | mantissa. Both loops run at most 64 codes per window, so
-    corrupt bytes end with a status bit.
+    out = sign << 15 | symbol << 7 | mantissa. Both loops run at most 64 codes per window, so corrupt bytes cannot
+    keep them running.
     """
     window = block * WINDOWS + tl.arange(0, WINDOWS)
     num_windows = num_blocks * WINDOWS
@@ -96,11 +96,11 @@ def decode_block(
     second = _load_word(stream_ptr, byte + 4, num_bytes)
     third = _load_word(stream_ptr, byte + 8, num_bytes)
     gap = _load_gap(gaps_ptr, window, num_windows)
-    # Codes may neither start in the next window nor reach beyond the stream.
+    # A code must start in this window and end within the stream.
     end = tl.minimum(tl.maximum((num_bytes - byte) * 8, 0), 1 << 20).to(tl.int32)
     stop = tl.minimum(end, _WINDOW_BITS)
 
-    # Count. A lane halts at its window's end, or for good at bits that are no code.
+    # Count. A window stops at its end, or at bits that are no code.
     at = gap
     count = tl.zeros_like(gap)
     bad = gap != gap
@@ -118,7 +118,7 @@ def decode_block(
         busy = tl.max(((at < stop) & ~bad).to(tl.int32), axis=0)
         step += _STRIDE
 
-    # Scan, and compare with what the file says. Past the last weight anything may follow.
+    # Scan, and compare with the file's positions and gaps. Any bits may follow the last weight.
     here = tl.load(positions_ptr + block)
     after = tl.load(positions_ptr + block + 1)
     begin = here + (tl.cumsum(count, axis=0) - count).to(tl.int64)
@@ -135,7 +135,7 @@ def decode_block(
     if status_ptr is not None:
         tl.store(status_ptr + block, status)
 
-    # Write. The same walk, which now has a place for every code.
+    # Write. The same walk; now the index of every code's weight is known.
     limit = tl.minimum(after, high)
     most = tl.max(count, axis=0)
     at = gap

@@ -1,8 +1,8 @@
 """Decode the official DFloat11 layout on the GPU, one block of 4096 stream bytes per program (dfloat11_block.py).
 
-Three kernels share that body: one decodes a unit from its tensors, as it comes from a file; two decode a matrix that is
-held so while a model is served, the whole of it or chosen rows. These take a descriptor, for the reasons given in
-decode.py, and one run of bytes, each section starting on a multiple of 16:
+Three kernels share that body. One decodes a unit from the tensors of a file. Two decode a resident matrix, held in this
+layout while a model is served: the whole matrix, or chosen rows. These two take a descriptor, for the reasons given in
+tiles.py. It points to one payload, each section of which starts on a multiple of 16 bytes:
 
     desc  int64[4]  address of the payload, kind (0 coded, 1 raw BF16), bytes of the stream and number of tables, seal
 
@@ -12,11 +12,11 @@ decode.py, and one run of bytes, each section starting on a multiple of 16:
     sign_mantissa  uint8[num_weights]
     stream         uint8[num_bytes]
 
-or the BF16 bits themselves. How many blocks there are depends on the weights, and a launch must not: a matrix is coded
-only if its stream takes at most one byte per weight, so one program per 4096 weights is always enough, and most of them
-find nothing to do.
+or the BF16 bits themselves. The number of blocks depends on the weights, but the size of a launch must not. A matrix is
+coded only if its stream takes at most one byte per weight, so one program per 4096 weights is always enough; most
+programs find nothing to do.
 
-Nothing is read where a descriptor leads unless its seal is right; every weight is NaN then (kernels/tiles.py).
+No payload is read unless the seal of its descriptor is right. If it is wrong, every weight is NaN (kernels/tiles.py).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from vllm_dfloat.kernels.configs import config_of
 from vllm_dfloat.kernels.dfloat11_block import decode_block
 from vllm_dfloat.kernels.tiles import STATUS_DESCRIPTOR, _everywhere, _read, _section
 
-PROGRAM_WEIGHTS = BLOCK_BYTES  # for so many one program is launched, and copies them if raw
+PROGRAM_WEIGHTS = BLOCK_BYTES  # weights per program of a launch; it copies as many if they are raw
 _BLOCK_BYTES = tl.constexpr(BLOCK_BYTES)
 _BLOCK_GAP_BYTES = tl.constexpr(BLOCK_GAP_BYTES)
 _PROGRAM_WEIGHTS = tl.constexpr(PROGRAM_WEIGHTS)
@@ -53,9 +53,9 @@ def decode(
 ) -> None:
     """Write the weights of a unit to `out` and a status word per block to `status`.
 
-    A `status` with fewer words than there are blocks asks for the first blocks only. Sets every word of `status` and
-    syncs nothing; the caller looks for a word other than STATUS_OK.
-    A block whose status is not STATUS_OK may leave its part of `out` unwritten or wrong.
+    If `status` has fewer words than there are blocks, only the first blocks are decoded. Sets every word of `status`
+    and does not wait for the device; the caller looks for a word other than STATUS_OK.
+    The part of `out` of a block whose status is not STATUS_OK may be unwritten or wrong.
 
     Args:
         stream: uint8 [n_bytes], the unit's encoded_exponent.
@@ -103,7 +103,7 @@ def _check(name: str, tensor: torch.Tensor, dtype: torch.dtype, numel: int) -> N
         )
 
 
-# Sizes differ from unit to unit: one compiled kernel serves all of them.
+# Sizes are not specialized: one compiled kernel serves units of all sizes.
 @triton.jit(do_not_specialize=["num_bytes", "num_weights", "num_blocks", "num_rows"])
 def _decode_dfloat11_kernel(
     stream_ptr,  # uint8[num_bytes]             codes, most significant bit first
@@ -148,13 +148,13 @@ def _sections(payload, num_weights, num_bytes, num_tables):
 def _decode_resident_kernel(
     desc_ptr,  # int64[4]                       see above
     out_ptr,  # int16[num_weights]              BF16 bits
-    status_ptr,  # int32[num_tiles]             block b's status in word b, and what all share in others
+    status_ptr,  # int32[num_tiles]             word b: status of block b; others: of the descriptor
     num_weights,
     salt,  # int64                              of the seal, see vllm_dfloat/codec/descriptor.py
 ):
-    """Decode one block of a resident matrix per program, or copy 4096 weights of one held as BF16.
+    """Decode one block of a resident matrix per program, or copy 4096 weights of a matrix held as BF16.
 
-    Grid (ceil(num_weights / 4096),), which is at least the number of blocks and half the number of tiles.
+    Grid (ceil(num_weights / 4096),): at least the number of blocks, and at least half the number of tiles.
     """
     is_sound, payload, kind, sizes = _read(desc_ptr, salt)
     program = tl.program_id(0).to(tl.int64)
@@ -187,25 +187,25 @@ def _decode_resident_kernel(
 @triton.jit(do_not_specialize=["rows", "cols", "parts", "salt"])
 def _decode_resident_rows_kernel(
     desc_ptr,  # int64[4]                       see above
-    ids_ptr,  # int32 or int64[num_ids]         rows asked for
+    ids_ptr,  # int32 or int64[num_ids]         the chosen rows
     out_ptr,  # int16[num_ids, cols]            BF16 bits
     rows,
     cols,
-    parts,  # blocks a row can touch
+    parts,  # largest number of blocks that a row can touch
     salt,  # int64                              of the seal, see vllm_dfloat/codec/descriptor.py
 ):
-    """Decode one block that one chosen row touches, and store the part of it that is the row's.
+    """Decode one block that one chosen row touches, and store the row's weights of it.
 
     Grid (num_ids * parts,). An id outside the matrix reads the nearest row: vLLM masks such ids out
     afterwards.
     """
     is_sound, payload, kind, sizes = _read(desc_ptr, salt)
-    number = tl.program_id(0) // parts  # of the row among those asked for
+    number = tl.program_id(0) // parts  # index of the row in ids
     part = tl.program_id(0) % parts
     row = tl.minimum(tl.maximum(tl.load(ids_ptr + number).to(tl.int64), 0), rows - 1)
     first = row * cols
     end = first + cols
-    # Where weight 0 of the matrix would lie in the output.
+    # Where weight 0 of the matrix would be in the output, so that weight i of the matrix goes to out_ptr + i.
     out_ptr += number.to(tl.int64) * cols - first
     if (kind != 0) | ~is_sound:
         at = first + part * _ROW_PART + tl.arange(0, _ROW_PART)
@@ -219,7 +219,7 @@ def _decode_resident_rows_kernel(
         stream, sign_mantissa, tables, positions, gaps, num_blocks = _sections(
             payload, num_weights, num_bytes, num_tables
         )
-        # The last block that begins at or before the row's first weight.
+        # Binary search for the last block that begins at or before the row's first weight.
         block = tl.zeros([], tl.int64)
         for i in tl.static_range(_SEARCH_STEPS):
             ahead = block + (_FIRST_STEP >> i)
@@ -237,13 +237,14 @@ def _decode_resident_rows_kernel(
 def decode_resident(
     desc: torch.Tensor, num_weights: int, out: torch.Tensor, status: torch.Tensor
 ) -> None:
-    """Decode the matrix that `desc` describes into `out`; allocates nothing and waits for nothing.
+    """Decode the matrix that `desc` describes into `out`; allocates nothing and does not wait for the device.
 
     Args:
-        desc: int64 [4] on the device; the payload it points to was made by `resident_units.pack`.
+        desc: int64 [4] on the device; device/unit_resident.py made the payload that it points to.
         num_weights: rows times columns.
         out: BF16, flat, contiguous, at least `num_weights` elements, aligned to 16 bytes.
-        status: int32, at least one word per 2048 weights; word b becomes that of block b, all others 0.
+        status: int32, at least one word per 2048 weights; word b becomes that of block b, all others 0. All become
+            STATUS_DESCRIPTOR if the seal is wrong.
     """
     if num_weights:
         warps = config_of(out.device).dfloat11_num_warps
@@ -258,7 +259,7 @@ def decode_resident_rows(
 ) -> None:
     """Decode rows `ids` (int32 or int64 [n]) of the matrix that `desc` describes into `out`, BF16 [n, cols]."""
     if out.numel():
-        # A row may begin with the last weight of a block and end with the first of another.
+        # A row may begin with the last weight of one block and end with the first weight of another.
         parts = cols // MIN_BLOCK_WEIGHTS + 2
         warps = config_of(out.device).dfloat11_num_warps
         salt = descriptor.salt(desc.data_ptr(), -rows * cols)

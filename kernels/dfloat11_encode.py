@@ -1,14 +1,15 @@
 """Encode BF16 into the official DFloat11 layout on the GPU: measure the codes, write them, split off the other bits.
 
-The stream is one run of codes of up to 32 bits. A lane takes 32 weights that follow each other; where its codes start
-is known once all lanes before it were measured. It writes them with what tells where windows and blocks begin. Lanes
-share words, so words are joined by atomic OR on zeros; the bits are disjoint, and who comes first does not matter.
+The stream is one sequence of codes of up to 32 bits. A lane here is 32 consecutive weights; the start of its codes is
+known when all lanes before it are measured. A lane writes its codes, and the first bits of windows and first weights of
+blocks. Neighbouring lanes may share a word, so words are joined by atomic OR on zeros; the bits are disjoint, so the
+order does not matter.
 
-Equal byte for byte to vllm_dfloat.dfloat11.coder, whose interface vllm_dfloat.device.unit_coder puts around this.
-Kernels look codes up in two tables:
+The bytes equal those of vllm_dfloat.dfloat11.coder; vllm_dfloat.device.unit_coder gives both the same interface.
+The kernels look codes up in two tables:
 
     codes    uint32[256]  per exponent its code in the uppermost bits, zeros below
-    lengths  uint8[256]   its length, 0 for one that does not occur
+    lengths  uint8[256]   per exponent the length of its code, 0 if the exponent does not occur
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ _WINDOW_LOG = tl.constexpr(WINDOW_BITS.bit_length() - 1)
 _BLOCK_LOG = tl.constexpr(BLOCK_BITS.bit_length() - 1)
 
 
-# Pieces differ in size: one compiled kernel serves all of them.
+# Sizes are not specialized: one compiled kernel serves pieces of all sizes.
 @triton.jit(do_not_specialize=["num_weights", "num_lanes"])
 def _measure_kernel(
-    weights_ptr,  # uint32[num_lanes * 16]   pairs of BF16; what follows the last weight is ignored
+    weights_ptr,  # uint32[num_lanes * 16]   pairs of BF16; anything after the last weight is ignored
     lengths_ptr,  # uint8[256]               see above
     lane_bits_ptr,  # int32[num_lanes]       bits of the codes of each lane
     num_weights,  # int32
@@ -56,17 +57,17 @@ def _measure_kernel(
 
 @triton.jit
 def _append(words_ptr, bit, pending, code, length):
-    """Append a code of up to 32 bits, left-aligned, at `bit`; return the bit after it, and what waits.
+    """Append a code of up to 32 bits, left-aligned, at `bit`; return the bit after it, and the new `pending`.
 
-    pending: uint32, the bits of the current word so far, left-aligned; the word is written when it is full. Words go
-    in pairs, the second first: read as 64 bits they are a window with its first bit uppermost.
+    pending: uint32, the bits of the current word so far, left-aligned; the word is written when it is full. The two
+    words of a window are swapped: read as a 64-bit number, the window has its first bit uppermost.
     """
     fill = (bit & 31).to(tl.uint32)
     pending |= code >> fill
     end = bit + length
     is_full = (end >> _WORD_LOG) != (bit >> _WORD_LOG)
     tl.atomic_or(words_ptr + ((bit >> _WORD_LOG) ^ 1), pending, mask=is_full, sem="relaxed")
-    # In two shifts, because fill may be 0; then all bits fitted and none wait.
+    # Two shifts, because fill may be 0: then all bits fitted, and pending is 0.
     return end, tl.where(is_full, (code << 1) << (31 - fill), pending)
 
 
@@ -76,9 +77,9 @@ def _write_kernel(
     codes_ptr,  # uint32[256]                see above
     lengths_ptr,  # uint8[256]               see above
     starts_ptr,  # int64[num_lanes]          bit at which the codes of each lane start
-    words_ptr,  # uint32[2 * windows]        zeros before
-    first_bits_ptr,  # uint8[windows]        set for windows in which a code ends that began before
-    begins_ptr,  # int64[blocks]             set likewise: the weight behind that code
+    words_ptr,  # uint32[2 * windows]        zeros on entry
+    first_bits_ptr,  # uint8[windows]        set where a code from an earlier window ends: its end
+    begins_ptr,  # int64[blocks]             set likewise for blocks: the weight after that code
     num_weights,  # int32
     num_lanes,  # int32
     TILES: tl.constexpr,
@@ -86,8 +87,8 @@ def _write_kernel(
     """Write the codes of 16 * TILES lanes per program. Grid (ceil(num_lanes / (16 * TILES)),)."""
     first_lane = tl.program_id(0) * (TILES * LANES)
     lane = first_lane + tl.arange(0, TILES)[:, None] * LANES + tl.arange(0, LANES)[None, :]
-    lane = tl.minimum(lane, num_lanes - 1)  # the last one again does no harm
-    # Bits count from the block in which the program's first code starts: 32 bits are enough.
+    lane = tl.minimum(lane, num_lanes - 1)  # repeating the last lane does no harm
+    # Bits are counted from the block in which the program's first code starts, so 32-bit counts are enough.
     start = tl.load(starts_ptr + lane)
     block = tl.load(starts_ptr + first_lane) >> _BLOCK_LOG
     bit = (start - (block << _BLOCK_LOG)).to(tl.int32)
@@ -147,11 +148,11 @@ def measure(
     """Measure the codes of each lane of 32 weights.
 
     Args:
-        weights: BF16 (or other 16-bit words), flat, filled up to whole lanes with anything, aligned to 16 bytes.
-        num_weights: how many of them count, fewer than 2**31.
+        weights: BF16 (or other 16-bit words), flat, padded to whole lanes with any values, aligned to 16 bytes.
+        num_weights: weights without the padding, fewer than 2**31.
         lengths: uint8 [256], see above.
-        lane_bits: int32 [lanes], all written.
-        tiles_per_program: groups of 16 lanes; 0 for what configs.py says.
+        lane_bits: int32 [lanes], all written: bits of the codes of each lane.
+        tiles_per_program: lanes per program, in multiples of 16; 0 for the value in configs.py.
     """
     lanes = lane_bits.numel()
     config = config_of(weights.device)
@@ -182,9 +183,10 @@ def write(
         lengths: uint8 [256], see above.
         starts: int64 [lanes], bit at which the codes of each lane start.
         words: int32 [2 * windows], zeros; bits of the stream are set, as 64-bit windows with the first bit uppermost.
-        first_bits: uint8 [windows]; written for every window that begins behind the first bit, up to the last bit's.
-        begins: int64 [blocks]; written for the blocks likewise.
-        tiles_per_program: as above.
+        first_bits: uint8 [windows]; written for every window that begins after the first bit, up to the window of the
+            bit after the codes.
+        begins: int64 [blocks]; written for blocks by the same rule.
+        tiles_per_program: as for `measure`.
     """
     lanes = starts.numel()
     config = config_of(weights.device)
@@ -199,7 +201,7 @@ def split(weights: torch.Tensor, out: torch.Tensor, at_once: int = 0) -> None:
     """Write sign and mantissa of each weight (16-bit words, at least as many) to `out`, uint8 [num_weights].
 
     Args:
-        at_once: weights of a program; 0 for what configs.py says.
+        at_once: weights per program; 0 for the value in configs.py.
     """
     num_weights = out.numel()
     config = config_of(weights.device)

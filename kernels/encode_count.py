@@ -1,8 +1,9 @@
 """Count how often each exponent occurs in BF16 weights: the first pass of encoding, for both layouts.
 
-In two forms, chosen by the version of Triton. From 3.9 on `tl.histogram` adds with atomics in shared memory, in 4.5
-instructions per weight; before, it votes for each of 256 exponents, in 55. There, each thread counts the 16 exponents
-around the largest, where nearly all weights are, in registers, and adds the others one by one to the result.
+There are two forms, chosen by the version of Triton. The first uses `tl.histogram`: from Triton 3.9 on it adds with
+atomics in shared memory, in 4.5 instructions per weight. Before, it votes for each of 256 exponents, in 55. So older
+versions count in a window: each thread counts, in registers, a window of 16 exponents around the largest, where nearly
+all weights are, and adds the others one by one to the result.
 """
 
 import torch
@@ -17,7 +18,7 @@ SYMBOL_SHIFT = tl.constexpr(layout.SYMBOL_SHIFT)
 NUM_SYMBOLS = tl.constexpr(256)
 
 BY_WINDOW = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9)
-# A thread counts up to 8 weights a tile in a byte, and 256 such bytes are added up in 16 bits.
+# A counter of one byte counts at most 8 weights per tile; 256 counters are summed in 16 bits: 256 * 8 * 31 < 2**16.
 MAX_WINDOW_TILES = 31
 
 _WINDOW = tl.constexpr(16)
@@ -61,7 +62,7 @@ def _count_in_histogram(weights_ptr, counts_ptr, first, num_tiles, TILES: tl.con
 @triton.jit
 def _count_in_window(weights_ptr, counts_ptr, first, num_tiles, TILES: tl.constexpr):
     four = tl.arange(0, TILE_PAIRS // 4)[:, None] * 4 + tl.arange(0, 4)[None, :]
-    # The window ends with the exponent above the largest of the first tile.
+    # The window ends one above the largest exponent of the first tile.
     pairs = tl.load(weights_ptr + first * TILE_PAIRS + four)
     low = (pairs >> SYMBOL_SHIFT) & 0xFF
     high = (pairs >> (SYMBOL_SHIFT + 16)) & 0xFF
@@ -93,9 +94,10 @@ def _count_in_window(weights_ptr, counts_ptr, first, num_tiles, TILES: tl.conste
 
 @triton.jit
 def _count_four(symbol, nearest, counts_ptr):
-    """Return per four symbols [.., 4] how often each of the 16 from `nearest` on is among them, 4 bits each.
+    """Return, for each four symbols [.., 4], how often each of the 16 from `nearest` on occurs, 4 bits each.
 
-    Others are added to the counts one by one; but 0, which may be half of a matrix and would meet at one address.
+    Other symbols are added to the counts one by one. Symbol 0 is left to the caller: half of a matrix may be zeros, and
+    their atomics would all go to one address.
     """
     place = symbol - nearest
     is_near = place < _WINDOW
@@ -118,8 +120,8 @@ def count_exponents(
     Args:
         tiles: BF16 (or other 16-bit words), flat, whole tiles, aligned to 16 bytes.
         counts: int64 [256], added to.
-        tiles_per_program: 0 for what configs.py says; at most `MAX_WINDOW_TILES` count in a window.
-        by_window: see above.
+        tiles_per_program: 0 for the value in configs.py; with `by_window` at most `MAX_WINDOW_TILES` are used.
+        by_window: count in a window instead of a histogram.
     """
     num_tiles = tiles.numel() // layout.TILE_WEIGHTS
     if num_tiles:

@@ -1,15 +1,15 @@
-"""Decode a group of matrices in one launch, one after the other.
+"""Decode a group of matrices in one launch, one after the other in the output.
 
-A table describes them; its size and content do not change when the weights do:
+A table describes the group; its size and content do not change when the weights do:
 
-    table  int64[num_members + 1, 4]  of each matrix: address of its descriptor, its first tile in the output, the salt
-                                      of its descriptor, seal of the row; then 0, all tiles, 0, seal
+    table  int64[num_members + 1, 4]  per matrix: address of its descriptor, its first tile in the output, the salt of
+                                      its descriptor, seal of the row; in the last row: 0, number of tiles, 0, seal
 
-The addresses are those of descriptors (kernels/tiles.py), not of payloads, so a reload that rewrites descriptors in
-place is seen by graphs captured before it.
+The addresses are those of descriptors (kernels/tiles.py), not of payloads. A reload rewrites descriptors in place, so a
+CUDA graph captured before it sees the new weights.
 
-Every program checks the seals of all rows before it follows one: a wrong first tile in any of them would move the
-others. If one is wrong, the whole output becomes NaN.
+Every program checks the seals of all rows before it follows an address: one wrong first tile would move the other
+matrices. If a seal is wrong, the whole output becomes NaN.
 """
 
 import torch
@@ -34,11 +34,11 @@ _ROWS = tl.constexpr(2 * descriptor.MAX_MEMBERS)  # a power of two, with room fo
 
 @triton.jit
 def _member_of_program(table_ptr, num_members, num_tiles, salt, TILES: tl.constexpr):
-    """Return whether the table is sound, and the member that this program works for: its number, the address of its
-    descriptor, its first tile and number of tiles, and the program's place in it.
+    """Return whether the table is sound, and this program's member: its number, the address of its descriptor, its
+    first tile and number of tiles, and the program's index within it.
 
-    A program works for one member, so each member gets whole programs. Programs after the last one get num_members.
-    Where the table is not sound, the whole output is one member, with the table in place of a descriptor.
+    A program works for one member, so each member gets whole programs. Surplus programs get number num_members.
+    If the table is not sound, the whole output is one member, with the table in place of a descriptor.
     """
     index = tl.arange(0, _ROWS)
     row = table_ptr + index * _WORDS
@@ -80,7 +80,7 @@ def _decode_group_kernel(
     salt,  # int64                               of the seals of the rows, see vllm_dfloat/codec/descriptor.py
     TILES: tl.constexpr,
 ):
-    """Decode TILES tiles of one member per program. Grid (at least the sum of ceil(tiles of a member / TILES),)."""
+    """Decode TILES tiles of one member per program. Grid (at least the sum of ceil(member's tiles / TILES),)."""
     is_sound, member, desc, first_tile, tiles, place = _member_of_program(
         table_ptr, num_members, num_tiles, salt, TILES
     )
@@ -103,18 +103,18 @@ def decode_group(
     status: torch.Tensor,
     tiles_per_program: int = 0,
 ) -> None:
-    """Decode the matrices that `table` lists into `out`; allocates nothing and waits for nothing.
+    """Decode the matrices that `table` lists into `out`; allocates nothing and does not wait for the device.
 
     Args:
         table: int64 [members + 1, 4] on the device, see above; at most MAX_MEMBERS members (descriptor.py), none empty.
         num_tiles: tiles in all, as in the table's last row.
         out: BF16, flat, contiguous, at least `num_tiles * 2048` elements, aligned to 16 bytes.
         status: int32 [>= num_tiles]; 0 per tile, or a sum of STATUS_* bits.
-        tiles_per_program: 0 for what configs.py says.
+        tiles_per_program: 0 for the value in configs.py.
     """
     num_members = table.shape[0] - 1
     tiles = tiles_per_program or config_of(out.device).decode_tiles_per_program
-    grid = (triton.cdiv(num_tiles, tiles) + num_members,)  # members end in the middle of a program
+    grid = (triton.cdiv(num_tiles, tiles) + num_members,)  # a member's last one may be partial
     salt = descriptor.salt(table.data_ptr(), num_tiles)
     _decode_group_kernel[grid](
         table, out.view(torch.uint32), status, num_members, num_tiles, salt, tiles,

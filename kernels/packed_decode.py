@@ -1,7 +1,7 @@
 """Decode a whole matrix in the packed layout to BF16, in one pass; the tiles are those of kernels/tiles.py.
 
-One program decodes a few tiles, two a warp, one lane a thread, and stores 16 bytes for every 8 weights. There is no
-counting pass; the one barrier is that of the status word.
+One program decodes a few tiles, two per warp and one lane per thread, and stores 16 bytes for every 8 weights. There is
+no counting pass; the only barrier is the one of the status word.
 """
 
 import torch
@@ -80,8 +80,8 @@ def _decode_kernel(
     """Decode TILES tiles per program to BF16.
 
     Equal bit for bit to `vllm_dfloat.codec.reference.decode`. Grid (ceil(num_tiles / TILES),).
-    Reads about 10.8 bits and writes 16 per weight. A program past the end repeats the last tile: the same bits
-    written twice cost less than a mask on every store.
+    Reads about 10.8 bits and writes 16 per weight. Tiles past the end repeat the last tile: to write the same bits
+    twice costs less than a mask on every store.
     """
     tile = (tl.program_id(0) * TILES + tl.arange(0, TILES))[:, None]
     tile = tl.minimum(tile, num_tiles - 1).to(tl.int64)  # times 2048 it passes 2**31
@@ -96,14 +96,14 @@ def decode(
     status: torch.Tensor,
     tiles_per_program: int = 0,
 ) -> None:
-    """Decode the matrix that `desc` describes into `out`; allocates nothing and waits for nothing.
+    """Decode the matrix that `desc` describes into `out`; allocates nothing and does not wait for the device.
 
     Args:
-        desc: int64 [4] on the device, of a payload encoded here; unless its seal is right nothing is read there.
+        desc: int64 [4] on the device, made by this process; the payload is read only if its seal is right.
         num_tiles: tiles of the matrix.
         out: BF16, flat, contiguous, at least `num_tiles * 2048` elements, aligned to 16 bytes.
         status: int32 [>= num_tiles]; 0 per tile, or a sum of STATUS_* bits.
-        tiles_per_program: 0 for what configs.py says.
+        tiles_per_program: 0 for the value in configs.py.
     """
     if num_tiles:
         tiles = tiles_per_program or config_of(out.device).decode_tiles_per_program

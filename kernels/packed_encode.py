@@ -1,15 +1,15 @@
 """Encode BF16 into the packed layout on the GPU: count the exponents (encode_count.py), measure lanes, write the codes.
 
-Three passes over the weights, as in vllm_dfloat.codec.encode, and the same bytes come out. Between them the host makes
-the code from 256 counts, and allocates the payload once the number of words is known. Measuring and writing go two
-tiles a warp, one lane of 128 weights a thread, as decoding does.
+Three passes over the weights, as in vllm_dfloat.codec.encode, give the same bytes. Between the passes the host makes
+the code from 256 counts, and allocates the payload when the number of words is known. A warp measures or writes two
+tiles, a thread one lane of 128 weights, as in decoding.
 
-Neighbouring lanes share a word where one does not end at a word's last bit, so words are joined by atomic OR on zeros.
-The bits are disjoint: the result does not depend on who comes first.
+Neighbouring lanes share a word unless the first ends at a word's last bit, so words are joined by atomic OR on zeros.
+The bits are disjoint, so the result does not depend on the order.
 
-Kernels look codes up in a table:
+The kernels look codes up in a table:
 
-    table  uint32[256]  per exponent the code in the uppermost bits | its length; 0 for one that does not occur
+    table  uint32[256]  per exponent the code in the uppermost bits | its length; 0 if the exponent does not occur
 """
 
 import torch
@@ -34,7 +34,7 @@ from vllm_dfloat.kernels.tiles import (
 
 @triton.jit
 def _tiles_of_program(num_tiles, TILES: tl.constexpr):
-    """Return the tiles of this program, int64 [TILES, 1]; past the end the last one again, which does no harm."""
+    """Return the tiles of this program, int64 [TILES, 1]; past the end the last tile is repeated, without harm."""
     tile = (tl.program_id(0).to(tl.int64) * TILES + tl.arange(0, TILES))[:, None]
     return tl.minimum(tile, num_tiles.to(tl.int64) - 1)
 
@@ -42,7 +42,7 @@ def _tiles_of_program(num_tiles, TILES: tl.constexpr):
 # Sizes are not specialized: a layer of another size must not compile another kernel while the model loads.
 @triton.jit(do_not_specialize=["first_tile", "num_tiles"])
 def _measure_kernel(
-    weights_ptr,  # uint32[num_tiles * 1024]   as above, tile `first_tile` and following of the matrix
+    weights_ptr,  # uint32[num_tiles * 1024]   pairs of BF16, tiles `first_tile` and on of the matrix
     table_ptr,  # uint32[256]                  see above
     lane_lengths_ptr,  # uint8[all tiles, 16]  bits of each lane / 8, rounded up
     tile_words_ptr,  # int32[all tiles]        words of each tile
@@ -71,7 +71,7 @@ def _measure_kernel(
 
 @triton.jit
 def _append(words_ptr, bit, pending, codes, length):
-    """Append up to 30 bits of codes, left-aligned with zeros below, at `bit`; return the bit after, and what waits.
+    """Append up to 30 bits of codes, left-aligned with zeros below, at `bit`; return the bit after, and `pending`.
 
     pending: uint32, the bits of the current word so far, left-aligned; the word is written when it is full.
     """
@@ -80,7 +80,7 @@ def _append(words_ptr, bit, pending, codes, length):
     end = bit + length
     is_full = (end >> 5) != (bit >> 5)
     tl.atomic_or(words_ptr + (bit >> 5), pending, mask=is_full, sem="relaxed")
-    # In two shifts, because fill may be 0; then all bits fitted and none wait.
+    # Two shifts, because fill may be 0: then all bits fitted, and pending is 0.
     return end, tl.where(is_full, (codes << 1) << (31 - fill), pending)
 
 
@@ -88,7 +88,7 @@ def _append(words_ptr, bit, pending, codes, length):
 def _append_eight(
     words_ptr, bit, pending, table_ptr, w0, w1, w2, w3, GROUP: tl.constexpr = 30 // layout.MAX_CODE_BITS
 ):  # fmt: skip
-    """Append the codes of 8 weights, given as 4 pairs, GROUP at a time; return the bit after them, and what waits."""
+    """Append the codes of 8 weights, given as 4 pairs, GROUP at a time; return the bit after them, and `pending`."""
     codes = tl.zeros_like(pending)
     length = tl.zeros_like(pending)
     for j in tl.static_range(8):
@@ -102,7 +102,7 @@ def _append_eight(
             pair = w3
         symbol = (pair >> (SYMBOL_SHIFT + 16 * (j % 2))) & 0xFF
         entry = tl.load(table_ptr + symbol)
-        # Shifted by one bit or more for each code before it, the entry's length has left the bits that codes use.
+        # The low bits of an entry are its length. The shift by one bit or more per earlier code moves it off the codes.
         if j % GROUP == 0:
             codes = entry & (LENGTH_MASK ^ 0xFFFFFFFF)
             length = entry & LENGTH_MASK
@@ -116,19 +116,19 @@ def _append_eight(
 
 @triton.jit
 def _signs_and_mantissas(low, high):
-    """Return those of 4 weights as one word: the first two in place, the second two rotated left by 8."""
+    """Return the signs and mantissas of 4 weights as one word: two in place, the next two rotated left by 8 bits."""
     turned = high & SIGN_MANTISSA_MASK
     return (low & SIGN_MANTISSA_MASK) | (turned << 8) | (turned >> 24)
 
 
 @triton.jit(do_not_specialize=["first_tile", "num_tiles"])
 def _write_kernel(
-    weights_ptr,  # uint32[num_tiles * 1024]    as above, tile `first_tile` and following of the matrix
+    weights_ptr,  # uint32[num_tiles * 1024]    pairs of BF16, tiles `first_tile` and on of the matrix
     table_ptr,  # uint32[256]                   see above
     lane_lengths_ptr,  # uint8[all tiles, 16]   as measured
     tile_starts_ptr,  # int32[all tiles]        first word of each tile
     sign_mantissa_ptr,  # uint32[all tiles, 8, 16, 4]
-    words_ptr,  # uint32[num_words]             zeros before
+    words_ptr,  # uint32[num_words]             zeros on entry
     first_tile,  # int32
     num_tiles,  # int32
     TILES: tl.constexpr,
@@ -172,11 +172,11 @@ def measure(
 
     Args:
         tiles: BF16 (or other 16-bit words), flat, whole tiles, aligned to 16 bytes.
-        first_tile: which tile of the matrix the first of these is.
+        first_tile: index of the first of these tiles in the matrix.
         table: uint32 [256], see above.
         lane_lengths: uint8 [all tiles, 16]; written for these tiles: bits / 8, rounded up.
         tile_words: int32 [all tiles]; written for these tiles: words of the tile's codes.
-        tiles_per_program: 0 for what configs.py says.
+        tiles_per_program: 0 for the value in configs.py.
     """
     num_tiles = tiles.numel() // layout.TILE_WEIGHTS
     if num_tiles:
@@ -200,14 +200,14 @@ def write(
     """Write the codes, signs and mantissas of whole tiles into their sections of a payload.
 
     Args:
-        tiles: as above.
-        first_tile: which tile of the matrix the first of these is.
+        tiles: as for `measure`.
+        first_tile: index of the first of these tiles in the matrix.
         table: uint32 [256], see above.
         lane_lengths: uint8 [all tiles, 16], as measured.
         tile_starts: int32 [all tiles + 1], first word of each tile.
         sign_mantissa: uint32 [all tiles * 512], written for these tiles.
         words: uint32 [num_words], zeros where these tiles write.
-        tiles_per_program: 0 for what configs.py says.
+        tiles_per_program: 0 for the value in configs.py.
     """
     num_tiles = tiles.numel() // layout.TILE_WEIGHTS
     if num_tiles:

@@ -1,20 +1,19 @@
-"""Multiply a few rows of activations by a packed matrix whose weights go from the stream into registers only.
+"""Multiply a few rows of activations by a packed matrix; decoded weights stay in registers.
 
     y[m, n] = sum over k of x[m, k] * w[n, k], + bias[n]
 
-A first kernel makes partial sums: one for each tile, each row of w that the tile touches, and each row of x; for at
-most 4 rows of x in FP32 multiply-adds (packed_matmul_gemv.py), for up to 32 on the tensor cores
-(packed_matmul_dot.py). A second one adds those of each row in the order of its tiles. Every order of addition is
-fixed, and no sum holds anything of another row: the result is deterministic, and a row of x gets the same bits
-whatever the other rows hold. The two forms add in different orders, so a row's bits may change with the number of
-rows.
+A first kernel makes partial sums: one per tile, per row of w that the tile touches, and per row of x. For at most 4
+rows of x it uses FP32 multiply-adds (packed_matmul_gemv.py), for up to 32 rows the tensor cores (packed_matmul_dot.py).
+A second kernel adds the partial sums of each row of w in the order of the tiles. Every order of addition is fixed, and
+no sum mixes rows. So the result is deterministic, and the values of other rows of x do not change the bits of a row.
+The two forms add in different orders, so a row's bits may change with the number of rows.
 
 Error against the exact sum. The product of two BF16 numbers has 16 bits and is exact in FP32 (below 2**-126 it may lose
-up to that much, which rounding to BF16 hides unless the whole sum is as small). So what is lost is lost in additions: a
-row takes at most K + 1 of them, of numbers whose absolute values add up to S = sum |x w| + |bias|. FP32 loses at most
-2**-24 S in each; tensor cores align the addends of a group to the largest, itself at most S, and cut off below 24 bits,
-which loses at most 2**-23 S for each addend. Together |y - exact| <= (K + 1) 2**-23 S, and rounding y to BF16 adds
-2**-8 |y|.
+up to that much, which rounding to BF16 hides unless the whole sum is as small). So only additions lose bits: a row
+takes at most K + 1 additions, of numbers whose absolute values add up to S = sum |x w| + |bias|. Each FP32 addition
+loses at most 2**-24 S. Tensor cores align the addends that they add at once to the largest, itself at most S, and cut
+off below 24 bits, which loses at most 2**-23 S per addend. Together |y - exact| <= (K + 1) 2**-23 S, and rounding y to
+BF16 adds 2**-8 |y|.
 """
 
 import math
@@ -38,14 +37,15 @@ MAX_COLS = 2**31 // MAX_ROWS
 def is_supported(cols: int) -> bool:
     """Return whether `matmul` takes matrices of `cols` columns.
 
-    The 8 weights of a step must lie in one row, and places in 32 rows of x are counted with 32 bits.
+    The 8 weights of a step must lie in one row, a tile must not touch too many rows, and 32-bit offsets must reach all
+    of 32 rows of x.
     """
     is_whole = 0 < cols < MAX_COLS and cols % layout.STEP_WEIGHTS == 0
     return is_whole and num_segments(cols) <= MAX_SEGMENTS
 
 
 def compiled_rows(num_x: int) -> int:
-    """Return for how many rows of x the kernel that multiplies `num_x` of them is compiled: 1, 2, 4, 16 or 32."""
+    """Return the row count, 1, 2, 4, 16 or 32, of the compiled kernel that multiplies `num_x` rows of x."""
     padded = 1 << (num_x - 1).bit_length()
     return padded if num_x <= MAX_GEMV_ROWS else max(padded, 16)
 
@@ -57,7 +57,7 @@ def num_partials(num_tiles: int, cols: int, num_x: int) -> int:
 
 @triton.jit
 def _round(value):
-    """Return FP32 rounded to BF16, to nearest, ties to even, as bits; spelled out, as the interpreter cuts off."""
+    """Return FP32 rounded to BF16 (nearest, ties to even) as bits; done by hand, because the interpreter truncates."""
     bits = value.to(tl.uint32, bitcast=True)
     nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     return tl.where(value == value, nearest, (bits >> 16) | 0x40).to(tl.uint16)
@@ -107,11 +107,11 @@ def matmul(
     partials: torch.Tensor,
     status: torch.Tensor,
 ) -> None:
-    """Write x @ w.T + bias to `out`; allocates nothing and waits for nothing.
+    """Write x @ w.T + bias to `out`; allocates nothing and does not wait for the device.
 
     Args:
         x: BF16 [num_x, cols], contiguous, 1 to 32 rows; `is_supported(cols)`.
-        desc: int64 [4], of w [rows, cols], which was encoded here; unless its seal is right nothing is read there.
+        desc: int64 [4] of w [rows, cols], made by this process; the payload is read only if its seal is right.
         bias: BF16 or FP32 [rows], or None.
         cols: columns of w.
         out: BF16 [num_x, rows], contiguous.

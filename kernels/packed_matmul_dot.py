@@ -1,7 +1,7 @@
 """The fused multiplication for up to 32 rows of activations: decoded tiles go to the tensor cores.
 
-A program decodes 16 tiles that start at the same column of different rows, so that one slice of the activations serves
-them all: 16 rows of weights times 128 columns a step.
+A program decodes TILES tiles (16 by default) that start at the same column of different rows, so that one slice of the
+activations serves all of them: each step multiplies TILES rows of weights by 128 columns.
 """
 
 import triton
@@ -30,16 +30,16 @@ STEP_COLUMNS = tl.constexpr(layout.LANES * layout.STEP_WEIGHTS)  # weights of a 
 
 @triton.jit
 def _matrix(four, TILES: tl.constexpr, OPERAND: tl.constexpr):
-    """Return the weights of a step, two a word [TILES, LANES, 4], as [TILES, 128]."""
+    """Return the weights of a step, given as [TILES, LANES, 4] words of two weights, as [TILES, 128]."""
     pairs = tl.join(four & 0xFFFF, four >> 16).to(tl.uint16)
     return tl.reshape(pairs, [TILES, STEP_COLUMNS]).to(tl.bfloat16, bitcast=True).to(OPERAND)
 
 
 @triton.jit
 def _add_segment(acc, weights, x, at):
-    """Add the products of the columns where `at` [128] holds.
+    """Add the products of the columns where `at` [128] is true.
 
-    Both sides are selected: 0 times an infinite number would be no number, and end up in a row it does not belong to.
+    Both factors are set to 0 elsewhere: 0 times infinity is NaN, which would reach a row that it does not belong to.
     """
     zero = tl.zeros([1, 1], weights.dtype)
     return tl.dot(tl.where(at[None, :], weights, zero), tl.where(at[:, None], x, zero), acc)
@@ -51,7 +51,7 @@ def _add_step(
 ):  # fmt: skip
     """Add weights [TILES, 128] times their columns of x to the accumulators [TILES, ROWS] of the segments.
 
-    offset: int32 [16], columns counted from the start of the tiles' first rows; they and cols are in units of 8.
+    offset: int32 [16], columns counted from the start of the tiles' first rows; offset and cols are in units of 8.
     """
     row = tl.arange(0, ROWS)[None, None, :]
     column, segment = _wrap(offset, cols, SEGMENTS)
@@ -83,7 +83,7 @@ def _dot_kernel(
     num_tiles,  # int32
     cols,  # int32                                  a multiple of 8
     num_x,  # int32                                  rows of x, 1 to ROWS
-    period,  # int32                                  tiles from one to the next that starts at the same column
+    period,  # int32                                  distance in tiles of two that start at the same column
     salt,  # int64                                  of the seal, see vllm_dfloat/codec/descriptor.py
     TILES: tl.constexpr,
     ROWS: tl.constexpr,
@@ -92,7 +92,7 @@ def _dot_kernel(
 ):
     """Multiply TILES tiles per program by up to ROWS (16 or 32) rows of x.
 
-    Grid (period * ceil(num_tiles / period / TILES),), the programs of different columns first.
+    Grid (period * ceil(num_tiles / period / TILES),); the starting column varies fastest.
     """
     num_tiles = num_tiles.to(tl.int64)
     first = tl.program_id(0) % period

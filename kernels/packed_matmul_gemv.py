@@ -1,7 +1,7 @@
 """The fused multiplication for at most 4 rows of activations: a dot product per tile, in FP32 multiply-adds.
 
-Two tiles a warp and one lane a thread, as in decoding. A thread multiplies every 8 weights it decodes by 8 activations
-of each row, which the L1 cache holds.
+Two tiles per warp and one lane per thread, as in decoding. A thread multiplies every 8 weights that it decodes by 8
+activations of each row; the L1 cache holds the activations.
 """
 
 import triton
@@ -41,7 +41,7 @@ def _high(pair):
 
 @triton.jit
 def _dot_of_eight(a, b, c, d, x, column, TILES: tl.constexpr):
-    """Return per lane the sum of 8 products, in FP32: weights a..d, two a word, times 8 activations.
+    """Return per lane the sum of 8 products, in FP32: weights a..d, two per word, times 8 activations.
 
     x: pointer to pairs of BF16; column: int32 [TILES, LANES], in units of 8.
     """
@@ -61,9 +61,9 @@ def _dot_of_eight(a, b, c, d, x, column, TILES: tl.constexpr):
 def _dots_of_eight(
     a, b, c, d, x, column, cols, num_x, TILES: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip
-    """Return the same for ROWS rows of x: [TILES, LANES, ROWS]. Rows that do not exist repeat the last one.
+    """Return the sums of `_dot_of_eight` for ROWS rows of x: [TILES, LANES, ROWS]. Missing rows repeat the last one.
 
-    [TILES, LANES] for one row: Triton 3.6 moves blocks whose last dimension is 1 through shared memory.
+    [TILES, LANES] for one row: Triton 3.6 moves tensors whose last dimension is 1 through shared memory.
     """
     pairs = cols * 4
     last = num_x - 1
@@ -83,18 +83,18 @@ def _dots_of_eight(
 
 @triton.jit
 def _sum_of_lanes(acc, ROWS: tl.constexpr):
-    """Return the sums [TILES, ROWS] of what the lanes of each tile accumulated."""
+    """Return the sums [TILES, ROWS] over the lanes of each tile."""
     return tl.sum(acc, axis=1, keep_dims=ROWS == 1)
 
 
 @triton.jit
 def _add(acc0, acc1, acc2, acc3, dots, segment, ROWS: tl.constexpr, SEGMENTS: tl.constexpr):
-    """Add dots, of the form above, to the accumulator of each lane's segment, int32 [TILES, LANES]."""
+    """Add dots, from `_dots_of_eight`, to the accumulator of each lane's segment, int32 [TILES, LANES]."""
     if SEGMENTS == 1:
         acc0 += dots
     else:
         at = segment if ROWS == 1 else segment[:, :, None]
-        # Selected, not multiplied by 0: an infinite weight of one row must not reach another.
+        # Selected, not multiplied by 0: 0 times infinity is NaN, which must not reach another row.
         acc0 += tl.where(at == 0, dots, 0.0)
         acc1 += tl.where(at == 1, dots, 0.0)
         if SEGMENTS > 2:
@@ -122,7 +122,7 @@ def _gemv_kernel(
     """Multiply TILES tiles per program by up to ROWS (1, 2 or 4) rows of x. Grid (ceil(num_tiles / TILES),)."""
     num_tiles = num_tiles.to(tl.int64)
     tile = (tl.program_id(0).to(tl.int64) * TILES + tl.arange(0, TILES))[:, None]
-    tile = tl.minimum(tile, num_tiles - 1)  # the same sums stored twice cost less than masks
+    tile = tl.minimum(tile, num_tiles - 1)  # to store the same sums twice costs less than masks
     lane = tl.arange(0, LANES)[None, :]
     cols = (
         cols // STEP_WEIGHTS

@@ -1,6 +1,6 @@
-"""What both forms of the fused multiplication share: where a tile's weights lie in rows, and how its sums are kept.
+"""Shared by both forms of the fused multiplication: the rows that a tile's weights belong to, and the partial sums.
 
-A tile's 2048 weights run on from one row of the matrix to the next. The part of a tile that lies in one row is a
+A tile's 2048 weights continue from one row of the matrix into the next. The part of a tile that lies in one row is a
 *segment*; a tile has one segment if the number of columns is a multiple of 2048, and at most `MAX_SEGMENTS`.
 """
 
@@ -13,7 +13,7 @@ MAX_SEGMENTS = 4
 
 
 def num_segments(cols: int) -> int:
-    """Return how many rows of a matrix with `cols` columns one tile touches at most."""
+    """Return the largest number of rows of a matrix with `cols` columns that one tile touches."""
     if cols % layout.TILE_WEIGHTS == 0:
         return 1
     return (layout.TILE_WEIGHTS - layout.STEP_WEIGHTS) // cols + 2
@@ -40,6 +40,6 @@ def _store_sums(
     ROWS: tl.constexpr,
     SEGMENTS: tl.constexpr,
 ):
-    """Store sums [TILES, ROWS] of one segment of tiles int64 [TILES, 1] in float32[num_tiles, SEGMENTS, ROWS]."""
+    """Store sums [TILES, ROWS] of one segment of the tiles, int64 [TILES, 1], in float32[num_tiles, SEGMENTS, ROWS]."""
     row = tl.arange(0, ROWS)[None, :]
     tl.store(part_ptr + (tile * SEGMENTS + segment) * ROWS + row, sums, mask=is_stored)

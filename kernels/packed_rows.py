@@ -1,4 +1,4 @@
-"""Decode chosen rows of a matrix in the packed layout: what an embedding looks up, and no more."""
+"""Decode chosen rows of a matrix in the packed layout, for embedding look-ups."""
 
 import torch
 import triton
@@ -27,9 +27,9 @@ STEP_WEIGHTS = tl.constexpr(layout.STEP_WEIGHTS)
 
 @triton.jit
 def _store_part(out_ptr, tile, lane, step, words, first, cols, shift):
-    """Store the 8 weights of a step, four words [TILES, LANES], as far as they are in the row.
+    """Store those of the 8 weights of a step, four words [TILES, LANES], that are in the row.
 
-    One by one: as a block they would go through shared memory to other threads.
+    Each weight is stored by itself: one store of all would move them through shared memory to other threads.
     """
     weight = tile * TILE_WEIGHTS + (lane + step * LANES) * STEP_WEIGHTS
     for j in tl.static_range(8):
@@ -41,22 +41,22 @@ def _store_part(out_ptr, tile, lane, step, words, first, cols, shift):
 @triton.jit(do_not_specialize=["rows", "cols", "parts", "salt"])
 def _decode_rows_kernel(
     desc_ptr,  # int64[4]                        see kernels/tiles.py
-    ids_ptr,  # int64[num_ids]                  rows asked for
+    ids_ptr,  # int64[num_ids]                  the chosen rows
     out_ptr,  # uint16[num_ids, cols]           BF16 bits
     status_ptr,  # int32[num_ids, statuses_per_row]    0, or a sum of STATUS_* bits; or None
     rows,  # int32
     cols,  # int32
-    parts,  # int32                          programs of a row, statuses_per_row / TILES
+    parts,  # int32                          programs per row, statuses_per_row / TILES
     salt,  # int64                           of the seal, see vllm_dfloat/codec/descriptor.py
     TILES: tl.constexpr,
 ):
-    """Decode TILES of the tiles that one chosen row touches, and store the part of them that is the row's.
+    """Decode TILES of the tiles that one chosen row touches, and store the row's weights of them.
 
     Equal bit for bit to those rows of `vllm_dfloat.codec.reference.decode`. Grid (num_ids * parts,).
     An id outside the matrix reads the nearest row: vLLM masks such ids out afterwards.
     """
     num_tiles = (rows.to(tl.int64) * cols + TILE_WEIGHTS - 1) // TILE_WEIGHTS
-    number = tl.program_id(0) // parts  # of the row among those asked for
+    number = tl.program_id(0) // parts  # index of the row in ids
     part = tl.program_id(0) % parts
     row = tl.load(ids_ptr + number).to(tl.int64)  # times cols it can pass 2**31
     row = tl.minimum(tl.maximum(row, 0), rows - 1)
@@ -68,7 +68,7 @@ def _decode_rows_kernel(
     if tl.max(is_touched.to(tl.int32)) != 0:
         tile = tl.minimum(wanted, num_tiles - 1)
         lane = tl.arange(0, LANES)[None, :]
-        # Where weight 0 of the matrix would lie in the output.
+        # Where weight 0 of the matrix would be in the output.
         shift = number.to(tl.int64) * cols - first
         is_sound, payload, kind, sizes = _read(desc_ptr, salt)
         if is_sound & (kind == 0):
@@ -100,9 +100,9 @@ def _decode_rows_kernel(
 
 
 def statuses_per_row(cols: int) -> int:
-    """Return the status words of a row of `cols` weights: the tiles it touches at most, in whole programs.
+    """Return the status words per row of `cols` weights: the most tiles that it can touch, rounded up to programs.
 
-    A row starts anywhere in its first tile.
+    A row may start anywhere in its first tile.
     """
     touched = (cols - 2) // layout.TILE_WEIGHTS + 2 if cols > 1 else 1
     return -(-touched // TILES) * TILES
@@ -116,10 +116,10 @@ def decode_rows(
     out: torch.Tensor,
     status: torch.Tensor | None = None,
 ) -> None:
-    """Decode chosen rows of the matrix [rows, cols] that `desc` describes; allocates nothing and waits for nothing.
+    """Decode chosen rows of the matrix [rows, cols] that `desc` describes; allocates nothing, waits for nothing.
 
     Args:
-        desc: int64 [4] on the device, of a payload encoded here; unless its seal is right nothing is read there.
+        desc: int64 [4] on the device, made by this process; the payload is read only if its seal is right.
         ids: int64 [n], the rows.
         rows, cols: shape of the matrix.
         out: BF16 [n, cols], contiguous.

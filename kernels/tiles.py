@@ -1,19 +1,18 @@
-"""What the kernels of the packed layout share: how the lanes of a tile are found, and decoded 8 weights at a time.
+"""Shared by the kernels of the packed layout: find the lanes of a tile, and decode them 8 weights at a time.
 
-A tile has 16 lanes, so a warp decodes two, one lane a thread. A thread finds its lane's first bit by a scan over the
-lane lengths of its tile. Then it holds the two words of the stream where it is, and for every 8 weights looks up their
-codes, three in a window of 32 bits, and merges exponents with signs and mantissas two at a time.
+A tile has 16 lanes, so a warp decodes two tiles, one lane per thread. A thread finds its lane's first bit by a scan
+over the lane lengths of its tile. It holds the two words of the stream at its current bit. For every 8 weights it looks
+up their codes, three in a window of 32 bits, and merges exponents with signs and mantissas two at a time.
 
-The kernels take a descriptor instead of the payload itself, so that nothing whose size depends on the weights reaches a
-traced graph, and a captured CUDA graph sees new weights after a reload:
+The kernels take a descriptor instead of the payload. So a traced graph holds nothing whose size depends on the weights,
+and a captured CUDA graph sees new weights after a reload:
 
     desc  int64[4]  address of the payload, kind (0 packed, 1 raw), number of words and code_bits, seal
 
-Whatever the bytes of a payload say, every loop has a constant bound and no read leaves it: a lane starts at or before
-the last word that is not padding, and reads at most `PAD_WORDS` from there. Whatever the words of a descriptor say,
-nothing is read where they lead unless their seal is right (vllm_dfloat/codec/descriptor.py). If it is not, every
-weight is NaN and every tile has a status: the output still held another layer's weights, and those must not pass for
-an answer.
+For any bytes of a payload, every loop has a constant bound and no read leaves the payload: a lane starts at or before
+the last word that is not padding, and reads at most `PAD_WORDS` from there. For any words of a descriptor, the payload
+is read only if the seal is right (vllm_dfloat/codec/descriptor.py). If it is wrong, every weight becomes NaN and every
+tile gets a status: the output may still hold another layer's weights, and these must not be used.
 """
 
 import triton
@@ -41,11 +40,11 @@ ADDRESS_FACTOR = tl.constexpr(descriptor.ADDRESS_FACTOR)
 KIND_FACTOR = tl.constexpr(descriptor.KIND_FACTOR)
 SIZES_FACTOR = tl.constexpr(descriptor.SIZES_FACTOR)
 ROW_FACTOR = tl.constexpr(descriptor.ROW_FACTOR)
-NAN_PAIR = tl.constexpr(0x7FC07FC0)  # two weights that are no numbers
+NAN_PAIR = tl.constexpr(0x7FC07FC0)  # two weights that are NaN
 
 
 def num_warps(tiles: int) -> int:
-    """Return the warps of a program that works on `tiles` tiles: a thread for each of their lanes."""
+    """Return the warps of a program that works on `tiles` tiles: one thread per lane."""
     return max(1, tiles * layout.LANES // 32)
 
 
@@ -53,7 +52,7 @@ def num_warps(tiles: int) -> int:
 def _section(payload, offset, dtype: tl.constexpr):
     """Return a pointer to a section of the payload; payload and sections start on multiples of 16 bytes.
 
-    That the payload does is checked when its descriptor is made, and by `check_descriptor` (packed_weight.py).
+    `make_descriptor` and `check_descriptor` (packed_weight.py) check the alignment of the payload.
     """
     base = tl.multiple_of(payload.to(tl.pointer_type(tl.uint8)), 16)
     return (base + offset).to(tl.pointer_type(dtype))
@@ -61,9 +60,9 @@ def _section(payload, offset, dtype: tl.constexpr):
 
 @triton.jit
 def _read(desc_ptr, salt, is_known=None):
-    """Read a descriptor once; return whether it is sound, address of the payload, kind and sizes.
+    """Read a descriptor once; return whether it is sound, the address of the payload, kind and sizes.
 
-    Nothing else that it says may be used unless it is. is_known: false where it is not sound whatever it says.
+    The other results may be used only if it is sound. is_known: false if it must not count as sound, whatever it holds.
     """
     address = tl.load(desc_ptr)
     kind = tl.load(desc_ptr + 1)
@@ -78,22 +77,22 @@ def _read(desc_ptr, salt, is_known=None):
 
 @triton.jit
 def _everywhere(like, condition):
-    """Return a mask of the shape of an integer block that holds everywhere or, if `condition` does not, nowhere.
+    """Return a mask of the shape of the integer tensor `like`, equal to the scalar `condition` everywhere.
 
-    Triton's interpreter takes no single condition for a mask.
+    Triton's interpreter does not take a scalar as a mask.
     """
     return (tl.zeros_like(like) + condition.to(like.dtype)) != 0
 
 
 @triton.jit
 def _lut_bytes(code_bits):
-    # As a product, so that the compiler knows what lies behind the LUT to be aligned.
+    # As a product, so that the compiler knows that the sections after the LUT are aligned.
     return (tl.full([], 1, tl.int64) << (code_bits - 3)) * 16
 
 
 @triton.jit
 def _lane_starts(payload, tile, num_tiles, num_words, code_bits):
-    """Return per tile a pointer to its words, and whether its lanes fill them; per lane its first and last bit there.
+    """Return per tile a pointer to its words, and whether its lanes fill them; per lane its first bit and its end.
 
     Starts are clamped to the words that are not padding.
     """
@@ -118,13 +117,13 @@ def _lane_starts(payload, tile, num_tiles, num_words, code_bits):
 
 @triton.jit
 def _open(payload, sizes, tile, num_tiles):
-    """Return what is needed to decode tiles: what does not change, and the state of their lanes.
+    """Return the constants and the initial lane states needed to decode tiles.
 
     payload, sizes: from a descriptor whose seal is right.
-    tile: int64 [TILES, 1], tiles of the matrix that it describes, which has num_tiles, an int64.
+    tile: int64 [TILES, 1], tiles of the matrix; num_tiles: an int64, all tiles of the matrix.
 
-    Returns the LUT and the shift that leaves an index into it; per tile its signs and mantissas, its words and whether
-    its lanes fill them; per lane its last bit, and then its state: the bit it is at and the two words there.
+    Returns the LUT and the shift from a window to an index into it; per tile its signs and mantissas, its words and
+    whether its lanes fill them; per lane its end, and its state: the current bit and the two words there.
     """
     num_words = sizes.to(tl.uint32)  # its lower half
     code_bits = sizes >> 32
@@ -140,9 +139,9 @@ def _open(payload, sizes, tile, num_tiles):
 def _exponents_of_eight(
     words, bit, word0, word1, lut, shift, PER_WINDOW: tl.constexpr = 32 // layout.MAX_CODE_BITS
 ):
-    """Decode the next 8 weights of each lane; return 4 pairs of LUT entries, and the state behind them.
+    """Decode the next 8 weights of each lane; return 4 pairs of LUT entries, and the state after them.
 
-    A word is loaded once, when the lane comes to it, and not again for every look.
+    A word is loaded once, when the lane reaches it, and not again for every lookup.
     """
     window = tl.zeros_like(word0)
     first = window
@@ -154,7 +153,7 @@ def _exponents_of_eight(
     for j in tl.static_range(8):
         if j % PER_WINDOW == 0:
             fill = (bit & 31).to(tl.uint32)
-            # The form of the second shift lets the compiler see one funnel shift, also for shift 0.
+            # Written as two shifts, the right half is correct for fill 0 too, and compiles to one funnel shift.
             window = (word0 << fill) | ((word1 >> 1) >> (31 - fill))
         entry = tl.load(lut + (window >> shift)).to(tl.uint32)
         length = entry & LENGTH_MASK
@@ -183,7 +182,7 @@ def _exponents_of_eight(
 
 @triton.jit
 def _merge(sign_mantissa, low_pair, high_pair):
-    """Return the BF16 bits of 4 weights as two words: one bit-select each, the second after a rotation by 8."""
+    """Return the BF16 bits of 4 weights as two words: one bit-select each, the second after a rotation by 8 bits."""
     turned = (sign_mantissa >> 8) | (sign_mantissa << 24)
     low = (sign_mantissa & SIGN_MANTISSA_MASK) | (low_pair & EXPONENT_MASK)
     high = (turned & SIGN_MANTISSA_MASK) | (high_pair & EXPONENT_MASK)
@@ -192,7 +191,7 @@ def _merge(sign_mantissa, low_pair, high_pair):
 
 @triton.jit
 def _interleave(a, b, c, d):
-    """Return [..., 4] with a, b, c, d along the last axis, held by the thread that held them."""
+    """Return [..., 4] with a, b, c, d along the last axis; each thread keeps its values."""
     return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), a.shape + [4])  # noqa: RUF005 (Triton has no starred lists)
 
 
@@ -208,7 +207,7 @@ def _four_words(pointers, TILES: tl.constexpr):
 
 @triton.jit
 def _tile_status(bit, end, is_full):
-    """Return the status of tiles [TILES, 1] from the last and expected last bits of their lanes [TILES, LANES]."""
+    """Return the status of tiles [TILES, 1] from the reached and the expected end of their lanes [TILES, LANES]."""
     used = (bit + (LANE_LENGTH_UNIT - 1)) // LANE_LENGTH_UNIT * LANE_LENGTH_UNIT
     wrong = tl.max((used != end).to(tl.int32), axis=1, keep_dims=True) * STATUS_LANE_END
     return wrong + (1 - is_full.to(tl.int32)) * STATUS_TILE_END

@@ -1,4 +1,4 @@
-"""What the ops ask of a device and of the tensors they are handed, and one sentence for each thing that is wrong."""
+"""Checks of devices and tensors for the ops; each error is one sentence."""
 
 import functools
 import os
@@ -34,7 +34,8 @@ def uses_triton(device: torch.device) -> bool:
     VLLM_DFLOAT_BACKEND=triton asks for them on a CPU too (in Triton's interpreter), =numba for the CPU decoder.
 
     Raises:
-        DeviceError: they should, but Triton cannot be imported or not interpret; or the variable is neither.
+        DeviceError: Triton is to be used but cannot be imported or run on `device`; numba is asked for on a GPU; or
+            the variable has another value.
     """
     backend = os.environ.get("VLLM_DFLOAT_BACKEND", "")
     if backend not in ("", "triton", "numba"):
@@ -94,11 +95,11 @@ def check_tensor(
     device: torch.device,
     alignment: int = 1,
 ) -> None:
-    """Check a flat buffer that a kernel gets; waits for nothing.
+    """Check a flat buffer that a kernel gets; does not wait for the device.
 
     Args:
-        what: whose it is and what, for the message.
-        least: elements it must have.
+        what: op and argument, such as "decode: out", for the message.
+        least: the smallest number of elements allowed.
         alignment: bytes that its address must be a multiple of.
 
     Raises:
@@ -126,7 +127,7 @@ def check_tensor(
 
 
 def check_desc(what: str, desc: torch.Tensor) -> None:
-    """Raise UnsupportedError if `desc` does not have the form of a descriptor; what it says is not looked at."""
+    """Raise UnsupportedError if `desc` does not have the dtype and shape of a descriptor; its values are not read."""
     if desc.dtype != torch.int64 or desc.shape != (4,) or not desc.is_contiguous():
         raise UnsupportedError(
             f"{what}: descriptor {desc.dtype} {list(desc.shape)}; expected torch.int64 [4]. "
@@ -135,7 +136,7 @@ def check_desc(what: str, desc: torch.Tensor) -> None:
 
 
 def check_ids(what: str, ids: torch.Tensor, device: torch.device) -> None:
-    """Raise UnsupportedError if `ids` could not be rows on `device`; their values are not looked at."""
+    """Raise UnsupportedError if `ids` are not 1-D integers on `device`; their values are not read."""
     is_integer = ids.dtype in (torch.int64, torch.int32)
     if not is_integer or ids.dim() != 1 or ids.device != device:
         raise UnsupportedError(

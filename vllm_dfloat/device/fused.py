@@ -1,7 +1,7 @@
-"""The bridge to the fused kernels: multiply a few rows of activations by a packed weight, never decoded to memory.
+"""The bridge to the fused kernels: multiply a few rows of activations by a packed weight without decoding it to memory.
 
-Only Triton does this; on a CPU it runs in Triton's interpreter, for tests. The result is not promised to have the bits
-of a GEMM on the decoded weight, which adds in another order; kernels/packed_matmul.py derives how far it can be off.
+Only Triton does this; on a CPU it runs in Triton's interpreter, for tests. A GEMM on the decoded weight adds in another
+order, so the bits of the result may differ from its bits; kernels/packed_matmul.py derives a bound on the error.
 """
 
 import torch
@@ -13,7 +13,7 @@ from vllm_dfloat.errors import UnsupportedError
 
 
 def max_rows(device: torch.device, cols: int) -> int:
-    """Return up to how many rows of activations `matmul` is to be used for weights of `cols` columns; 0 for none.
+    """Return the largest number of rows of activations for which `matmul` is used, given `cols` columns; 0 for never.
 
     It is a launch parameter of the device (kernels/configs.py); without Triton, as on a CPU, nothing is fused.
     """
@@ -49,7 +49,8 @@ def matmul(
 ) -> torch.Tensor:
     """Return x @ w.T + bias, BF16 [num_x, rows], for the packed weight w [rows, cols] that `desc` describes.
 
-    Waits for nothing, and allocates nothing but the result if `scratch` is given.
+    Does not wait for the device. Allocates nothing but the result if `scratch` is given and `x` is contiguous and
+    aligned to 16 bytes; another `x` is copied.
 
     Args:
         x: BF16 [num_x, cols], 1 to 32 rows, on the device of `desc`.
@@ -82,13 +83,13 @@ def launch_matmul(
     bias: torch.Tensor | None,
     scratch: tuple[torch.Tensor, torch.Tensor],
 ) -> torch.Tensor:
-    """Do what `matmul` does without its checks: for every forward pass, whose tensors vLLM and the arena made."""
+    """Do what `matmul` does without its checks: for forward passes, whose tensors vLLM and the scratch arena made."""
     from vllm_dfloat.kernels import packed_matmul as kernels
 
     x = x.contiguous()
     if (
         x.data_ptr() % 16
-    ):  # a slice: Triton would compile another kernel for it, while requests wait
+    ):  # a misaligned slice: Triton would compile another kernel for it, while requests wait
         x = x.clone()
     num_x, num_tiles = x.shape[0], ops.num_tiles(rows, cols)
     out = torch.empty(num_x, rows, dtype=torch.bfloat16, device=x.device)
@@ -101,11 +102,11 @@ def launch_matmul(
 def multiply(
     packed: ops.PackedWeight, x: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Return what `matmul` returns, every tile's status and all bytes of the weight checked.
+    """Return what `matmul` returns, and check every tile's status and all bytes of the weight.
 
     Raises:
-        FormatError: the payload or the descriptor is not what was made.
-        UnsupportedError: as `matmul`.
+        FormatError: the payload or the descriptor changed after encoding.
+        DeviceError, UnsupportedError: as `matmul`.
     """
     packed.check_descriptor()
     scratch = _scratch(packed.rows, packed.cols, packed.desc.device)

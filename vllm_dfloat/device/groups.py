@@ -16,15 +16,15 @@ from vllm_dfloat.errors import FormatError, UnsupportedError
 
 
 def first_tiles(shapes: Sequence[tuple[int, int]]) -> list[int]:
-    """Return where each matrix of a group starts in the decoded output, in tiles, and where the last one ends."""
+    """Return the first tile of each matrix of a group in the decoded output, then the number of tiles of the group."""
     return list(accumulate((ops.num_tiles(*shape) for shape in shapes), initial=0))
 
 
 def group_table(descs: Sequence[torch.Tensor], shapes: Sequence[tuple[int, int]]) -> torch.Tensor:
     """Return the table that `decode_group` reads: int64 [members + 1, ROW_WORDS] on the device of the descriptors.
 
-    It holds the addresses of the descriptors, which must stay where they are as long as the table is used; what they
-    say may change. Each row has a seal as a descriptor has.
+    It holds the addresses of the descriptors. They must stay at these addresses as long as the table is used; their
+    content may change. Each row has a seal, as a descriptor has.
 
     Raises:
         UnsupportedError: no members, too many, or an empty one.
@@ -43,7 +43,7 @@ def group_table(descs: Sequence[torch.Tensor], shapes: Sequence[tuple[int, int]]
 def table_rows(
     table: torch.Tensor, descs: Sequence[torch.Tensor], shapes: Sequence[tuple[int, int]]
 ) -> list[list[int]]:
-    """Return what a table of these members holds as long as nothing has changed it (kernels/group_decode.py)."""
+    """Return the rows that a table of these members must hold (kernels/group_decode.py)."""
     starts = first_tiles(shapes)
     salts = [
         descriptor.salt(desc.data_ptr(), ops.num_tiles(*shape))
@@ -73,11 +73,11 @@ def max_numel(device: torch.device) -> int:
 def decode_group(
     table: torch.Tensor, num_tiles: int, out: torch.Tensor, status: torch.Tensor
 ) -> None:
-    """Decode the matrices that `table` lists; waits for nothing, allocates nothing on a GPU.
+    """Decode the matrices that `table` lists; does not wait for the device, allocates nothing on a GPU.
 
     Args:
         table: from `group_table`.
-        num_tiles: tiles of all of them, `first_tiles(shapes)[-1]`.
+        num_tiles: tiles of all matrices together, `first_tiles(shapes)[-1]`.
         out: BF16, flat, contiguous, at least `num_tiles * 2048` elements, aligned to 16 bytes.
         status: int32, at least `num_tiles`; 0 per tile, or a sum of STATUS_* bits.
 
@@ -99,7 +99,7 @@ def decode_group(
 def launch_decode_group(
     table: torch.Tensor, num_tiles: int, out: torch.Tensor, status: torch.Tensor
 ) -> None:
-    """Do what `decode_group` does without its checks: for every forward pass, whose buffers the scratch arena made."""
+    """Do what `decode_group` does without its checks: for forward passes, whose buffers the scratch arena made."""
     if ops.uses_triton(out.device):
         from vllm_dfloat.kernels.group_decode import decode_group as decode_group_triton
 
@@ -107,8 +107,8 @@ def launch_decode_group(
         return
     for (address, first, *_), (_, after, *_) in pairwise(_sound_rows(table, num_tiles)):
         words = (ctypes.c_int64 * ops.DESC_LENGTH).from_address(address)
-        desc = torch.frombuffer(words, dtype=torch.int64)  # at its own place, as its seal demands
-        # A matrix of as many whole tiles lies in memory as the member does.
+        desc = torch.frombuffer(words, dtype=torch.int64)  # no copy: the seal covers the address
+        # Packed memory is tile by tile: a matrix of the same tiles, each one row, has the same bytes as the member.
         shape = after - first, layout.TILE_WEIGHTS
         ops.launch_decode(desc, *shape, out[first * layout.TILE_WEIGHTS :], status[first:])
 
@@ -121,7 +121,7 @@ def _sound_rows(table: torch.Tensor, num_tiles: int) -> list[list[int]]:
     """Return the rows of a table in CPU memory.
 
     Raises:
-        FormatError: one of them is not what was made for this table.
+        FormatError: the seal of a row is wrong.
     """
     rows, salt = table.tolist(), descriptor.salt(table.data_ptr(), num_tiles)
     for number, (address, first, of_desc, seal) in enumerate(rows):
@@ -135,10 +135,10 @@ def _sound_rows(table: torch.Tensor, num_tiles: int) -> list[list[int]]:
 
 
 def unpack(members: Sequence[ops.PackedWeight]) -> list[torch.Tensor]:
-    """Return the BF16 matrices of a group, decoded in one launch, every tile's status and all bytes checked.
+    """Return the BF16 matrices of a group, decoded in one launch; check every tile's status and all bytes.
 
     Raises:
-        FormatError: a payload or descriptor is not what was made.
+        FormatError: a payload or descriptor changed after encoding.
         UnsupportedError: no members, too many, or an empty one.
     """
     shapes = [(packed.rows, packed.cols) for packed in members]

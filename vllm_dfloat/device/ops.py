@@ -1,12 +1,13 @@
 """The one bridge between the codec and the kernels: packed weights as torch tensors, and how they are read.
 
-    decode(desc, rows, cols, out, status)       the whole matrix into a buffer the caller lends
+    decode(desc, rows, cols, out, status)       the whole matrix into the caller's buffer
     decode_rows(desc, ids, rows, cols) -> rows  chosen rows only, for embedding look-ups
 
 Both run numba on a CPU and Triton on a GPU. They take a descriptor, int64[4] with the payload's address, and never the
-payload: its size depends on the weights, and nothing that does may reach a traced graph. The owner of a `PackedWeight`
-keeps the payload alive. A changed descriptor is not followed (descriptor.py): on a CPU that is a FormatError with the
-tensor's name; a GPU, for which nothing waits, writes NaN for every weight, and a status.
+payload: the payload's size depends on the weights, and a traced graph must not depend on the weights. The owner of a
+`PackedWeight` keeps the payload alive. A changed descriptor is not followed (descriptor.py): on a CPU it raises
+FormatError with the tensor's name; on a GPU every weight becomes NaN and `decode` sets a status, since nothing waits
+for the GPU.
 """
 
 import ctypes
@@ -31,17 +32,17 @@ from vllm_dfloat.errors import UnsupportedError
 
 
 def padded_numel(rows: int, cols: int) -> int:
-    """Return the elements that a decode output must hold: whole tiles."""
+    """Return the number of elements of a decode output: whole tiles."""
     return PackedLayout(rows, cols, 0).padded_numel
 
 
 def num_tiles(rows: int, cols: int) -> int:
-    """Return the status words that a decode writes."""
+    """Return the number of tiles, which is the number of status words that a decode writes."""
     return PackedLayout(rows, cols, 0).num_tiles
 
 
 def pack(weight: torch.Tensor, name: str = "") -> PackedWeight:
-    """Encode a BF16 matrix; the result lies on the matrix's device and does not keep the matrix.
+    """Encode a BF16 matrix on its device; the result holds no reference to the matrix.
 
     Args:
         weight: BF16 [rows, cols] on a CPU or an NVIDIA GPU.
@@ -81,7 +82,7 @@ def _packed_at(desc: torch.Tensor, rows: int, cols: int, name: str = "") -> Pack
 def decode(
     desc: torch.Tensor, rows: int, cols: int, out: torch.Tensor, status: torch.Tensor
 ) -> None:
-    """Decode the matrix [rows, cols] that `desc` describes; waits for nothing, allocates nothing on a GPU.
+    """Decode the matrix [rows, cols] that `desc` describes; does not wait for the device, allocates nothing on a GPU.
 
     Args:
         desc: int64 [4], from a PackedWeight.
@@ -102,7 +103,7 @@ def decode(
 def launch_decode(
     desc: torch.Tensor, rows: int, cols: int, out: torch.Tensor, status: torch.Tensor
 ) -> None:
-    """Do what `decode` does without its checks: for every forward pass, whose buffers the scratch arena made."""
+    """Do what `decode` does without its checks: for forward passes, whose buffers the scratch arena made."""
     if not rows * cols:
         return
     if uses_triton(out.device):
@@ -119,7 +120,8 @@ def decode_rows(desc: torch.Tensor, ids: torch.Tensor, rows: int, cols: int) -> 
 
     Raises:
         UnsupportedError: ids of another dtype, shape or device.
-        FormatError: on a CPU, the descriptor was changed.
+        IndexError: on a CPU, a row outside the matrix.
+        FormatError: on a CPU, the descriptor was changed, or a touched tile's codes contradict its lane lengths.
     """
     check_desc("decode_rows", desc)
     check_ids("decode_rows", ids, desc.device)
@@ -134,10 +136,10 @@ def decode_rows(desc: torch.Tensor, ids: torch.Tensor, rows: int, cols: int) -> 
 
 
 def unpack(packed: PackedWeight) -> torch.Tensor:
-    """Return the BF16 matrix [rows, cols] on the packed weight's device, every tile's status and all bytes checked.
+    """Return the BF16 matrix [rows, cols] on the packed weight's device; check every tile's status and all bytes.
 
     Raises:
-        FormatError: the payload or the descriptor is not what was made.
+        FormatError: the payload or the descriptor changed after encoding.
     """
     packed.check_descriptor()
     device = packed.desc.device
@@ -150,12 +152,12 @@ def unpack(packed: PackedWeight) -> torch.Tensor:
 
 
 def unpack_rows(packed: PackedWeight, ids: torch.Tensor) -> torch.Tensor:
-    """Return rows `ids`, int64 [n], as BF16 [n, cols], the status of every tile they touch and all bytes checked.
+    """Return rows `ids`, int64 [n], as BF16 [n, cols]; check the status of every tile they touch and all bytes.
 
     Raises:
         UnsupportedError: ids of another dtype, shape or device.
         IndexError: a row outside the matrix.
-        FormatError: the payload or the descriptor is not what was made.
+        FormatError: the payload or the descriptor changed after encoding.
     """
     rows, cols, name = packed.rows, packed.cols, packed.name
     check_rows(name, ids, rows, packed.desc.device)
@@ -166,7 +168,7 @@ def unpack_rows(packed: PackedWeight, ids: torch.Tensor) -> torch.Tensor:
 
 
 def check_rows(name: str, ids: torch.Tensor, rows: int, device: torch.device) -> None:
-    """Check that all `ids` are rows of a matrix of `rows` rows on `device`; waits for it.
+    """Check that all `ids` are rows of a matrix of `rows` rows on `device`; waits for the device.
 
     Raises:
         UnsupportedError: ids of another dtype, shape or device.

@@ -1,7 +1,7 @@
-"""Encode one BF16 matrix where it lies: kernels/packed_encode.py, and on the host the code that they write.
+"""Encode one BF16 matrix on its device with kernels/packed_encode.py; the host makes the Huffman code.
 
-The host waits for 256 counts, and for the number of words. Beside the matrix and its payload, which is allocated
-once and in its exact size, there are only arrays of 28 bytes per tile, which has 4096 bytes of BF16.
+The host waits for 256 counts, and for the number of words. The payload is allocated once, in its exact size. Temporary
+arrays take 28 bytes per tile of 4096 bytes of BF16.
 """
 
 from dataclasses import replace
@@ -30,8 +30,7 @@ def encode(weight: torch.Tensor, name: str = "") -> tuple[PackedLayout, torch.Te
         The layout, and uint8 [layout.num_bytes] on the matrix's device.
 
     Raises:
-        DeviceError: Triton is not installed.
-        DeviceError: the device counted another number of weights.
+        DeviceError: Triton is not installed, or the device counted another number of weights.
         UnsupportedError: over 2**31 words of code.
     """
     with needing_triton(weight.device):
@@ -84,14 +83,14 @@ def _check_counts(occurrences: np.ndarray, numel: int, name: str) -> None:
 
 
 def _aligned(weight: torch.Tensor) -> torch.Tensor:
-    """Return the bits of a matrix as int16 [numel], copied where the kernels could not load 16 bytes at once."""
+    """Return the bits of a matrix as int16 [numel], copied if the kernels cannot load 16 aligned bytes at once."""
     flat = weight.contiguous().view(-1).view(torch.int16)
     is_aligned = flat.data_ptr() % ALIGNMENT == 0 and flat.storage_offset() % 2 == 0
     return flat if is_aligned else flat.clone()
 
 
 def _tiles(flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the whole tiles, and the last one filled up with zeros for now (or nothing)."""
+    """Return the full tiles without a copy, and the partial last tile padded with zeros; empty if there is none."""
     body = flat[: flat.numel() // TILE_WEIGHTS * TILE_WEIGHTS]
     rest = flat[body.numel() :]
     if not rest.numel():
@@ -102,7 +101,7 @@ def _tiles(flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _table(lengths: U8Array) -> U32Array:
-    """Return per exponent its code, left-aligned, and its length below: what the kernels look up."""
+    """Return the kernels' table: per exponent its code, left-aligned, and its length in the low 5 bits."""
     bits = lengths.astype(np.uint32)
     codes = canonical_codes(lengths).astype(np.uint32)
     return codes << (-bits & np.uint32(31)) | bits
@@ -118,7 +117,7 @@ def _raw(flat: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
 def _payload(
     layout: PackedLayout, lengths: U8Array, lane_lengths: torch.Tensor, ends: torch.Tensor
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-    """Return a payload that lacks codes, signs and mantissas, and the sections that the write kernel takes."""
+    """Return a payload without codes, signs and mantissas, and the sections that the write kernel takes."""
     payload = torch.empty(layout.num_bytes, dtype=torch.uint8, device=ends.device)
     lut, plane, lane_section, starts, words = payload.tensor_split(
         (

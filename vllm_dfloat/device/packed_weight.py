@@ -1,9 +1,9 @@
-"""One compressed matrix on its device, and what tells whether its bytes are still those that were made.
+"""One compressed matrix on its device, and the checks that its bytes have not changed since encoding.
 
-A kernel's status word reports codes that contradict their lengths. A bit that flips in a sign, a mantissa or a symbol
-contradicts nothing, so a checksum of the payload is kept, and beside the descriptor a copy of it on the host. They are
-compared where a caller waits for a result anyway (`unpack` and the like), never in a forward pass. There every reader
-compares the seal of the descriptor (descriptor.py), which leads to everything else.
+A kernel's status word reports codes that contradict their lengths. A bit flip in a sign, a mantissa or a symbol
+contradicts nothing. So the host keeps a checksum of the payload, and the values that the descriptor must hold. They are
+compared where a caller waits for a result anyway (`unpack` and the like), never in a forward pass. In a forward pass
+every reader compares the seal of the descriptor (descriptor.py) before it uses the descriptor.
 """
 
 from dataclasses import dataclass, replace
@@ -21,8 +21,8 @@ from vllm_dfloat.codec.descriptor import Fields
 from vllm_dfloat.codec.layout import ALIGNMENT, PackedLayout
 from vllm_dfloat.errors import FormatError
 
-CHUNK_WORDS = 1 << 15  # fits a CPU's cache as int64: larger ones took ten times as long
-GPU_CHUNKS = 32  # chunks that a GPU sums at once: 8 MiB beside the payload, whatever its size
+CHUNK_WORDS = 1 << 15  # fits a CPU's cache as int64: larger chunks took ten times as long
+GPU_CHUNKS = 32  # chunks that a GPU sums at once: 8 MiB of temporary memory, whatever the size
 _DAMAGED = "They were changed after encoding; load the model again."
 
 
@@ -36,7 +36,7 @@ class PackedWeight:
         rows, cols: shape of the BF16 matrix.
         name: the tensor's name, for messages.
         fields: kind (0 packed, 1 raw BF16), number of words, longest code; on the host.
-        checksum: of the payload, as it was made.
+        checksum: of the payload at encoding.
     """
 
     def __post_init__(self) -> None:
@@ -52,7 +52,7 @@ class PackedWeight:
 
     @property
     def is_raw(self) -> bool:
-        """True where coding would not have made the matrix smaller, and it is held as BF16."""
+        """Whether the matrix is held as BF16, because coding would not have made it smaller."""
         return self.fields[0] == KIND_RAW
 
     @property
@@ -62,19 +62,19 @@ class PackedWeight:
 
     @property
     def size(self) -> int:
-        """What the seal of the descriptor covers of the shape."""
+        """The size that the seal of the descriptor covers: tiles of the matrix."""
         return PackedLayout(self.rows, self.cols, 0).num_tiles
 
     @property
     def words(self) -> list[int]:
-        """What the descriptor holds as long as nothing has changed it."""
+        """The words that the descriptor must hold."""
         salt = descriptor.salt(self.desc.data_ptr(), self.size)
         return descriptor.words(self.payload.data_ptr(), self.fields, salt)
 
     def described_in(self, desc: torch.Tensor) -> Self:
-        """Write the descriptor to `desc` too, another weight's, and return this weight with it.
+        """Overwrite `desc`, the descriptor of another weight, with this weight's, and return this weight with `desc`.
 
-        So whoever follows `desc`, as a captured CUDA graph does, sees this weight from now on.
+        Readers of `desc`, such as a captured CUDA graph, see this weight from now on.
         """
         moved = replace(self, desc=desc)
         desc.copy_(torch.tensor(moved.words, dtype=torch.int64, device="cpu"))
@@ -89,16 +89,16 @@ class PackedWeight:
         return PackedLayout(self.rows, self.cols, words, code_bits).num_bytes
 
     def to(self, device: torch.device | str) -> Self:
-        """Return it on another device, with a descriptor of its own; the payload is not copied if it is there."""
+        """Return the weight on a device, with its own descriptor; a payload already there is not copied."""
         payload = self.payload.to(device)
         desc = make_descriptor(payload, self.fields, self.size, self.name)
         return replace(self, payload=payload, desc=desc)
 
     def check_descriptor(self) -> None:
-        """Check what must hold before any kernel may follow the descriptor; waits for the device.
+        """Check payload and descriptor before a kernel follows the descriptor; waits for the device.
 
         Raises:
-            FormatError: a payload of another size or alignment, or a descriptor that says something else.
+            FormatError: a payload of another dtype, size or alignment, or a changed descriptor.
         """
         where, payload, desc = self.name or "packed tensor", self.payload, self.desc
         if payload.dtype != torch.uint8 or payload.shape != (self.expected_bytes,):
@@ -115,10 +115,10 @@ class PackedWeight:
             )
 
     def check_payload(self) -> None:
-        """Check that the payload holds the bytes that were made; waits for the device.
+        """Check that the payload has not changed since encoding; waits for the device.
 
         Raises:
-            FormatError: the checksum is another one.
+            FormatError: the checksum differs.
         """
         found = checksum(self.payload)
         if found != self.checksum:
@@ -152,7 +152,7 @@ def make_descriptor(
 
 
 def _check_alignment(payload: torch.Tensor, where: str) -> None:
-    """Raise FormatError unless a payload starts where the kernels, which load 16 bytes at once, rely on it to start."""
+    """Raise FormatError unless a payload starts on a multiple of 16 bytes: the kernels load 16 bytes at once."""
     if payload.data_ptr() % ALIGNMENT:
         raise FormatError(
             f"{where}: payload at {payload.data_ptr():#x} on {payload.device}; expected one that starts on a multiple "
@@ -161,15 +161,16 @@ def _check_alignment(payload: torch.Tensor, where: str) -> None:
 
 
 def follow(desc: torch.Tensor, size: int) -> tuple[int, Fields]:
-    """Return the address of the payload and the fields that a descriptor in CPU memory holds.
+    """Check a descriptor in CPU memory; return the address of the payload and the fields.
 
-    Every reader on a CPU calls it before it follows a descriptor; the kernels do the same with `_read` of tiles.py.
+    Every reader on a CPU calls this before it follows a descriptor; the kernels do the same with `_read` of tiles.py.
 
     Args:
         size: as for `descriptor.salt`.
 
     Raises:
-        FormatError: it does not hold what was made for its place and for this size, or its weight is gone.
+        FormatError: the descriptor was not made for its address and this size, or its words are not those of the
+            weight that has this descriptor.
     """
     found, place = desc.tolist(), desc.data_ptr()
     owner = _weights.get(place)
@@ -190,7 +191,7 @@ def name_at(place: int) -> str:
 
 
 def _owner(found: list[int]) -> PackedWeight | None:
-    """Return the weight that a descriptor at an unknown place was made for, going by its address or its seal."""
+    """Return the weight whose payload address or seal a descriptor at an unknown place has; None if there is none."""
     for weight in _weights.values():
         address, *_, seal = weight.words
         if found[0] == address or found[-1] == seal:
@@ -199,13 +200,13 @@ def _owner(found: list[int]) -> PackedWeight | None:
 
 
 def checksum(payload: torch.Tensor) -> int:
-    """Return the sum of a payload's 32-bit words, each times an odd number of its position, modulo 2**64.
+    """Return the sum of a payload's 32-bit words, each times odd factors of its position, modulo 2**64.
 
-    Any change within one word changes it: less than 2**32 times an odd number is no multiple of 2**64. Words that
-    changed places change it too, since their factors differ. The same on every device.
+    Any change within one word changes the sum: a difference below 2**32 times an odd number is no multiple of 2**64.
+    Two words that swap places change it too, since their factors differ. The result is the same on every device.
 
     Args:
-        payload: uint8 [n], contiguous, aligned to 4 bytes; the last word is filled up with zeros.
+        payload: uint8 [n], contiguous, aligned to 4 bytes; zeros complete the last word.
     """
     if not payload.numel():
         return 0
@@ -222,7 +223,7 @@ def checksum(payload: torch.Tensor) -> int:
     sums = [_dot(chunks[at : at + step], factors) for at in range(0, len(chunks), step)]
     sums.append(_dot(rest[None], factors))
     all_sums = torch.cat(sums)
-    # Other factors than those within a chunk, or word i of chunk j could change places with word j of chunk i.
+    # With the factors used within a chunk, word i of chunk j and word j of chunk i could swap unnoticed.
     return int((all_sums * _factors(1 << 20, all_sums.numel(), device)).sum())
 
 
@@ -232,7 +233,7 @@ def _dot(words: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
 
 
 def _factors(first: int, count: int, device: torch.device) -> torch.Tensor:
-    """Return `count` odd numbers without a pattern, int64: a multiplicative hash of first + 1 and on, mixed twice."""
+    """Return `count` odd pseudo-random numbers, int64: a multiplicative hash, mixed twice, of first + 1 and on."""
     x = torch.arange(first + 1, first + count + 1, dtype=torch.int64, device=device)
     for multiplier in (0x1E3779B97F4A7C15, 0x3F58476D1CE4E5B9):
         x.mul_(multiplier).bitwise_xor_(x >> 29)

@@ -1,8 +1,8 @@
 """The scratch arena: one BF16 buffer per device into which layers are decoded, one after the other.
 
-A layer's weights are valid in it until the next layer decodes, which is long enough: its GEMM is the next work on the
-same stream. Work on a side stream would overwrite them, so each stream that runs at the same time has a slot: a buffer
-of its own.
+A layer's weights are valid until the next layer decodes. That is long enough: the layer's GEMM is the next work on the
+same stream. Work on a side stream would overwrite them, so each stream that runs at the same time has its own buffer,
+a slot.
 """
 
 from collections.abc import Hashable, Iterable
@@ -35,7 +35,7 @@ class ScratchArena:
             self.take(device, self._needed.get(device, 0), slot)
 
     def num_bytes(self, device: torch.device) -> int:
-        """Return what the buffers of all slots on `device` take now."""
+        """Return the bytes that the buffers of all slots on `device` take now."""
         held = [buffers for (at, _), buffers in self._buffers.items() if at == device]
         return sum(out.nbytes + status.nbytes for out, status in held)
 
@@ -48,7 +48,7 @@ class ScratchArena:
             slot: key of the stream that asks; streams that never run at the same time share a slot.
 
         Returns:
-            BF16 [>= numel] and int32 [>= numel / 2048]; their content is the last layer's.
+            BF16 [>= numel] and int32 [>= numel / 2048]; they still hold the last layer decoded.
 
         Raises:
             DeviceError: the buffer would have to grow while a CUDA graph is captured.
@@ -64,7 +64,7 @@ class ScratchArena:
                 f"{held[0].numel()}. Reserve it before capture."
             )
         numel = max(numel, self._needed.get(device, 0))
-        self._buffers.pop(key, None)  # the old buffer goes before the new one comes
+        self._buffers.pop(key, None)  # free the old buffer before allocating the new one
         del held
         out = torch.empty(numel, dtype=torch.bfloat16, device=device)
         status = torch.zeros(numel // TILE_WEIGHTS, dtype=torch.int32, device=device)
@@ -81,14 +81,15 @@ class ScratchArena:
     ) -> tuple[Buffers, bool]:
         """Return a slot's buffer for a group of matrices, and whether the group must be decoded into it first.
 
-        Decode again if another group is held or `member` was already used: that starts a new pass, before which
-        anything may have happened. Passes call in the same order, so what is decided while a CUDA graph is captured
-        is right when it is replayed.
+        Decode if another group is held, the buffer is new, or `member` was already used. The last case means a new
+        forward pass, and weights may have changed since the previous one. Every pass calls the layers in the same
+        order, so a decision made while a CUDA graph is captured is right when the graph is replayed.
 
         Args:
-            device, numel, slot: as for `take`; numel is that of the whole group.
+            device, slot: as for `take`.
+            numel: BF16 elements of the whole group, whole tiles.
             group: a key that differs between groups.
-            member: which of its matrices is wanted.
+            member: the matrix wanted, a number that differs within the group.
         """
         key = device, slot
         held, used = self._groups.get(key, (None, set()))
@@ -99,7 +100,7 @@ class ScratchArena:
         return buffers, is_stale
 
     def release(self) -> None:
-        """Drop all buffers and notes, as when an engine shuts down in a process that goes on."""
+        """Drop all buffers and noted sizes, for example when an engine shuts down and its process goes on."""
         self._buffers.clear()
         self._groups.clear()
         self._needed.clear()

@@ -1,7 +1,7 @@
-"""Encode official DFloat11 units on a GPU, and compare them there: the kernels of kernels/dfloat11_encode.py.
+"""Encode official DFloat11 units on a GPU, and compare them there, with the kernels of kernels/dfloat11_encode.py.
 
-A coder for dfloat11/encode.py, with the bytes of the one that runs on a CPU. The code book is made on the host
-as for that one. On the device there is one piece of a unit at a time.
+DeviceCoder is a coder for dfloat11/encode.py; its bytes equal those of the CPU coder. Both use the code book that the
+host makes. For each thread, the device holds one piece of a unit at a time.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from vllm_dfloat.errors import DeviceError, FormatError
 
 
 class DeviceCoder:
-    """Works on pieces on a GPU, or on a CPU where Triton interprets its kernels; from any thread.
+    """Encodes pieces of units on a GPU, or on a CPU in Triton's interpreter; any thread may call it.
 
     Raises:
         DeviceError: Triton is not installed, or the device has too little memory.
@@ -34,8 +34,8 @@ class DeviceCoder:
     def __init__(self, device: torch.device, tiles_per_program: int = 0) -> None:
         """
         Args:
-            device: where to work.
-            tiles_per_program: of the kernels that encode; 0 for what kernels/configs.py says.
+            device: where the kernels run.
+            tiles_per_program: a launch parameter of the encode kernels; 0 for the value in kernels/configs.py.
         """
         self._device = device
         with needing_triton(device, ", or compress with --device cpu"):
@@ -91,7 +91,7 @@ class DeviceCoder:
         return torch.empty(size, dtype=dtype, device=self._device)
 
     def _upload(self, weights: U16Array, multiple: int = 1) -> torch.Tensor:
-        """Return the bits on the device, int16, with room up to the next multiple."""
+        """Return the bits on the device, int16, with unset elements up to the next multiple."""
         flat = self._empty(-(-weights.size // multiple) * multiple, torch.int16)
         flat[: weights.size] = torch.from_numpy(weights.view(np.int16))
         return flat
@@ -125,7 +125,7 @@ class _Cached(threading.local):
 
 
 def check_coder(coder: Coder, where: str) -> None:
-    """Encode a few weights and compare the bytes with the CPU's; compiles every kernel, before threads come to it.
+    """Encode a few weights and compare the bytes with the CPU coder's; compiles every kernel before threads use it.
 
     Raises:
         DeviceError: a byte differs.
@@ -133,7 +133,7 @@ def check_coder(coder: Coder, where: str) -> None:
     weights = [np.arange(1 << 14, dtype=np.uint16) * np.uint16(7), np.full(4099, 0x3C12, np.uint16)]
     weights[0] &= np.uint16(0xBFFF)  # exponents below 128
     expected = encode_unit(weights, where)
-    wrong, is_equal = list(expected), False  # also where wrong numbers let the host stumble
+    wrong, is_equal = list(expected), False  # also if wrong numbers make the host code raise
     with suppress(ArithmeticError, LookupError, ValueError, FormatError):
         made = encode_unit(weights, where, coder)
         wrong = [field for field in expected if not np.array_equal(made[field], expected[field])]
@@ -146,10 +146,10 @@ def check_coder(coder: Coder, where: str) -> None:
 
 
 def coder_of(name: str) -> DeviceCoder | None:
-    """Return the coder for a GPU: "cuda", "cuda:N", or "auto", which is None where there is none to use.
+    """Return the coder for a GPU: "cuda", "cuda:N", or "auto", which gives None without a usable GPU.
 
     Raises:
-        DeviceError: it is not there, or cannot be used.
+        DeviceError: there is no such GPU, it is too old, or it encodes wrongly.
     """
     count = torch.cuda.device_count()
     if name == "auto":

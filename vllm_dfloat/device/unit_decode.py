@@ -1,6 +1,6 @@
-"""The bridge for official DFloat11 units: decode them, or a range of weights, on the device where these are wanted.
+"""The bridge for official DFloat11 units: decode a unit, or a range of its weights, on a device.
 
-Numba on a CPU, the two-phase Triton kernel on a GPU.
+It runs numba on a CPU and the two-phase Triton kernel on a GPU.
 """
 
 import numpy as np
@@ -23,7 +23,7 @@ def decode_dfloat11(
 ) -> None:
     """Write the weights of a unit to `out` and a status word per block of 4096 stream bytes to `status`.
 
-    A `status` with fewer words than there are blocks asks for the first blocks only.
+    If `status` has fewer words than there are blocks, only the first blocks are decoded.
 
     Args:
         stream: uint8 [n_bytes], the unit's encoded_exponent.
@@ -32,7 +32,7 @@ def decode_dfloat11(
         positions: int64 [B + 1], first weight of each block, then N.
         gaps: uint8 [320 * B].
         out: BF16 [N], contiguous.
-        status: int32 [1 to B]; 0, or what contradicts the codes.
+        status: int32 [1 to B]; 0, or a sum of STATUS_* bits, if the codes contradict the rest.
     """
     if uses_triton(out.device):
         from vllm_dfloat.kernels.dfloat11_decode import decode
@@ -52,7 +52,7 @@ def decode_unit(
 ) -> torch.Tensor:
     """Return weights start..stop of the unit (stop excluded, default all), BF16 [stop - start] on `device`.
 
-    Only the blocks that hold them go to the device.
+    Only the blocks that hold these weights are copied to the device.
 
     Raises:
         FormatError: the codes contradict the unit's gaps, positions or tables.

@@ -1,9 +1,9 @@
-"""Weights held in the official DFloat11 layout while a model is served, each matrix a unit of its own.
+"""Weights held in the official DFloat11 layout while a model is served; each matrix is its own unit.
 
-The same surface as the packed layout in ops.py, so that both can be measured in one harness; numba on a CPU, the
-two-phase Triton kernel on a GPU:
+The functions are those of the packed layout in ops.py, so that one harness can measure both. They run numba on a CPU
+and the two-phase Triton kernel on a GPU:
 
-    decode(desc, rows, cols, out, status)       the whole matrix into a buffer the caller lends
+    decode(desc, rows, cols, out, status)       the whole matrix into the caller's buffer
     decode_rows(desc, ids, rows, cols) -> rows  chosen rows only, by decoding the blocks they touch
 """
 
@@ -35,14 +35,14 @@ class UnitWeight(ops.PackedWeight):
     """One matrix in the official layout on its device.
 
     Attributes:
-        payload: uint8, the sections of a `UnitLayout`, or the BF16 bits, filled up with zeros to whole tiles.
+        payload: uint8, the sections of a `UnitLayout`, or the BF16 bits, padded with zeros to whole tiles.
         fields: kind (0 coded, 1 raw BF16), bytes of the stream, number of tables.
         desc, rows, cols, name, checksum: as in PackedWeight.
     """
 
     @property
     def size(self) -> int:
-        """What the seal of the descriptor covers of the shape; below 0, unlike a number of tiles."""
+        """The size that the seal of the descriptor covers: minus the number of weights; a number of tiles is >= 0."""
         return -self.rows * self.cols
 
     @cached_property
@@ -60,7 +60,7 @@ def _aligned(num_bytes: int) -> int:
 
 @dataclass(frozen=True)
 class UnitLayout:
-    """Byte offsets of the sections of a payload; everything follows from these three numbers."""
+    """Byte offsets of the sections of a payload, computed from three numbers."""
 
     num_weights: int
     stream_bytes: int
@@ -111,10 +111,10 @@ def _sections(payload: U8Array, lay: UnitLayout) -> _Sections:
 
 
 def pack(weight: torch.Tensor, name: str = "") -> UnitWeight:
-    """Encode a BF16 matrix; the result lies on the matrix's device and does not keep the matrix.
+    """Encode a BF16 matrix on the host and put the result on its device; it holds no reference to the matrix.
 
-    A matrix that the format cannot hold, or that it would not make smaller, is held as BF16. So a coded one has at most
-    one stream byte per weight, on which the kernel's launch relies.
+    A matrix that the format cannot hold, or would not make smaller, is held as BF16. So a coded matrix has at most one
+    stream byte per weight; the kernel's launch relies on this.
 
     Args:
         weight: BF16 [rows, cols] on a CPU or an NVIDIA GPU.
@@ -139,7 +139,7 @@ def pack(weight: torch.Tensor, name: str = "") -> UnitWeight:
 
 
 def _encode(bits: U16Array, padded_numel: int, name: str) -> tuple[U8Array, tuple[int, int, int]]:
-    """Return the payload, and what a descriptor says of it beside its address."""
+    """Return the payload and the fields of its descriptor."""
     try:
         unit = as_unit(encode_unit([bits], name or "weight"), name or "weight")
     except UnsupportedError:
@@ -190,7 +190,7 @@ def _sound(sections: _Sections, num_weights: int) -> _Sections:
 
 
 def _decode_range(held: _Sections, wide: U64Array, start: int, out: U16Array) -> I64Array:
-    """Write weights from `start` on to `out`; return the status of every block, 0 where it holds none of them."""
+    """Write the `out.size` weights from `start` on to `out`; return one status per block, 0 for a block not decoded."""
     status = np.zeros((len(held.positions) - 1, 3), np.int64)
     first = int(np.searchsorted(held.positions[1:-1], start, "right"))
     last = int(np.searchsorted(held.positions[:-1], start + out.size, "left"))
@@ -213,14 +213,14 @@ def _open(desc: torch.Tensor, rows: int, cols: int) -> _Sections | U8Array:
 def decode(
     desc: torch.Tensor, rows: int, cols: int, out: torch.Tensor, status: torch.Tensor
 ) -> None:
-    """Decode the matrix [rows, cols] that `desc` describes; waits for nothing, allocates nothing on a GPU.
+    """Decode the matrix [rows, cols] that `desc` describes; does not wait for the device, allocates nothing on a GPU.
 
     Args:
         desc: int64 [4], from a UnitWeight.
         rows, cols: its shape.
         out: BF16, flat, contiguous, at least rows * cols elements, aligned to 16 bytes.
         status: int32, at least `ops.num_tiles(rows, cols)` words: word b for block b of the stream, 0 or a sum of
-            STATUS_* bits; words that no block has become 0.
+            STATUS_* bits; the other words become 0, or on a GPU the status of a changed descriptor.
 
     Raises:
         UnsupportedError: a tensor of another dtype, size, device or alignment.
@@ -236,7 +236,7 @@ def decode(
 def launch_decode(
     desc: torch.Tensor, rows: int, cols: int, out: torch.Tensor, status: torch.Tensor
 ) -> None:
-    """Do what `decode` does without its checks: for every forward pass, whose buffers the scratch arena made."""
+    """Do what `decode` does without its checks: for forward passes, whose buffers the scratch arena made."""
     numel = rows * cols
     if not numel:
         return
@@ -259,7 +259,8 @@ def decode_rows(desc: torch.Tensor, ids: torch.Tensor, rows: int, cols: int) -> 
 
     Raises:
         UnsupportedError: ids of another dtype, shape or device.
-        FormatError: on a CPU, the descriptor was changed, or the codes contradict what is stored beside them.
+        IndexError: on a CPU, a row outside the matrix.
+        FormatError: on a CPU, the descriptor was changed, or the codes contradict the gaps, positions or tables.
     """
     check_desc("decode_unit_rows", desc)
     check_ids("decode_unit_rows", ids, desc.device)
@@ -282,10 +283,10 @@ def decode_rows(desc: torch.Tensor, ids: torch.Tensor, rows: int, cols: int) -> 
 
 
 def unpack(packed: ops.PackedWeight) -> torch.Tensor:
-    """Return the BF16 matrix [rows, cols] on the weight's device, every block's status and all bytes checked.
+    """Return the BF16 matrix [rows, cols] on the weight's device; check every block's status and all bytes.
 
     Raises:
-        FormatError: the payload or the descriptor is not what was made.
+        FormatError: the payload or the descriptor changed after encoding.
     """
     packed.check_descriptor()
     rows, cols, device = packed.rows, packed.cols, packed.desc.device
@@ -298,12 +299,12 @@ def unpack(packed: ops.PackedWeight) -> torch.Tensor:
 
 
 def unpack_rows(packed: ops.PackedWeight, ids: torch.Tensor) -> torch.Tensor:
-    """Return rows `ids`, int64 [n], as BF16 [n, cols], all bytes checked.
+    """Return rows `ids`, int64 [n], as BF16 [n, cols]; check all bytes.
 
     Raises:
         UnsupportedError: ids of another dtype, shape or device.
         IndexError: a row outside the matrix.
-        FormatError: the payload or the descriptor is not what was made.
+        FormatError: the payload or the descriptor changed after encoding.
     """
     ops.check_rows(packed.name, ids, packed.rows, packed.desc.device)
     packed.check_descriptor()
