@@ -2,7 +2,7 @@
 
     python scripts/bench_load.py [--shape llama-3.2-1b | --model PATH] [--runs 3] [--tp 1] [--json FILE]
 
-Every load is vLLM's own loader in a process of its own (load_rank.py), in rounds of all variants; medians are printed.
+Every load is vLLM's own loader in a process of its own (bench/load/rank.py), in rounds of all variants; prints medians.
 "cold": the files are not in the page cache before; "warm": they are. Both compressed variants must hold the same bytes
 in the end, or there is no time and the exit status is 1. A random model lies in a temporary folder, or in `--folder`.
 """
@@ -18,8 +18,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from bench_serve_model import SHAPES, BenchError
-from load_scale import load_rank, write_model
+from bench.load.models import load_rank, write_model
+from bench.serve.model import SHAPES, BenchError
 
 GIB = 1 << 30
 VARIANTS = {  # name -> (which checkpoint, options)

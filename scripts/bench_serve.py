@@ -24,9 +24,9 @@ from typing import Any, NamedTuple
 
 from bench.serve import launch as bench_serve_launch
 from bench.serve import report
+from bench.serve.engine import tokens
+from bench.serve.model import BenchError
 from bench.serve.options import COMPARED, VARIANTS, Options, parse
-from bench_serve_engine import tokens
-from bench_serve_model import BenchError
 
 GIB = 1 << 30
 BATCHED_TOKENS = 8192  # at least; a prompt whose prefill is timed goes through in one step
@@ -56,7 +56,7 @@ def points(options: Options) -> list[Json]:
 
 
 def request(name: str, model: Path, options: Options, results: Json, deadline: float) -> Json:
-    """Return what bench_serve_engine.measure takes, for the variant `name`."""
+    """Return what engine.measure takes, for the variant `name`."""
     settings = {
         "dtype": "bfloat16",
         "skip_tokenizer_init": True,

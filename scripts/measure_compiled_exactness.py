@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
-ENGINE = ROOT / "scripts" / "measure_compiled_engine.py"
+ENGINE = ROOT / "scripts/bench/compiled/engine.py"
 sys.path.insert(0, str(ROOT / "tests"))  # for tiny_models.py, which knows the architectures
 
 SHAPES: dict[str, dict[str, int]] = {

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import bench_serve
-import bench_serve_engine
 import pytest
 import tiny_models
+from bench.serve import engine as bench_serve_engine
 from bench.serve import launch as bench_serve_launch
 from conftest import Checkpoint
 
@@ -76,7 +76,7 @@ def test_rehearsal_writes_a_table_a_report_and_plots_and_says_that_it_is_one(
 def check_plots(path: Path) -> None:
     """Assert a PNG of six panels, each with marks in the colours of BF16 and exact."""
     import numpy as np
-    from bench_serve_plot import COLOURS
+    from bench.serve.plot import COLOURS
     from matplotlib.colors import to_rgb
     from matplotlib.image import imread
 

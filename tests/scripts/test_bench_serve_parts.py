@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import bench_serve_model
 import pytest
 import torch
+from bench.serve import model
 from bench.serve.report import RESULTS, default_output, merge
 from safetensors.torch import load_file
 
@@ -15,11 +15,11 @@ def test_random_weights_are_bf16_with_the_deviation_of_fresh_models_and_are_writ
     tmp_path: Path,
 ) -> None:
     folder = tmp_path / "tiny"
-    bench_serve_model.write_random("tiny", folder)
+    model.write_random("tiny", folder)
     files = sorted(folder.glob("*.safetensors"))
     weights = {name: w for file in files for name, w in load_file(file).items()}
     config = json.loads((folder / "config.json").read_text())
-    shapes = [s for part in bench_serve_model.tensor_shapes(config) for s in part.items()]
+    shapes = [s for part in model.tensor_shapes(config) for s in part.items()]
     assert {name: tuple(w.shape) for name, w in weights.items()} == dict(shapes)
     for name, weight in weights.items():
         assert weight.dtype == torch.bfloat16
@@ -27,33 +27,33 @@ def test_random_weights_are_bf16_with_the_deviation_of_fresh_models_and_are_writ
             assert abs(weight.float().std().item() - 0.02) < 5e-4, name
             assert abs(weight.float().mean().item()) < 5e-4, name
     times = [file.stat().st_mtime_ns for file in files]
-    bench_serve_model.write_random("tiny", folder)
+    model.write_random("tiny", folder)
     assert [file.stat().st_mtime_ns for file in files] == times
 
 
 def test_interrupted_weights_are_written_anew(tmp_path: Path) -> None:
     # Bug caught: a folder left half written would be served.
-    bench_serve_model.write_random("tiny", tmp_path)
+    model.write_random("tiny", tmp_path)
     whole = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     (tmp_path / "config.json").unlink()
     (tmp_path / "model.safetensors.index.json").unlink()
     (tmp_path / "model-00002-of-00003.safetensors").write_bytes(b"half")
-    bench_serve_model.write_random("tiny", tmp_path)
+    model.write_random("tiny", tmp_path)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == whole
 
 
 def test_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("mine")
-    with pytest.raises(bench_serve_model.BenchError, match=r"holds thesis\.tex of something else"):
-        bench_serve_model.write_random("tiny", tmp_path)
+    with pytest.raises(model.BenchError, match=r"holds thesis\.tex of something else"):
+        model.write_random("tiny", tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_sizes_of_the_shapes_are_those_of_the_models() -> None:
     expected = {"llama-3.1-8b": 8_030_261_248, "llama-3.2-1b": 1_235_814_400}
     for name, parameters in expected.items():
-        config = {**bench_serve_model.LLAMA, **bench_serve_model.SHAPES[name]}
-        found = sum(map(bench_serve_model.num_bytes, bench_serve_model.tensor_shapes(config)))
+        config = {**model.LLAMA, **model.SHAPES[name]}
+        found = sum(map(model.num_bytes, model.tensor_shapes(config)))
         assert found == 2 * parameters, name
 
 

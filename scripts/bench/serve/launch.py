@@ -11,8 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from bench.serve.model import BenchError
 from bench.serve.options import Options
-from bench_serve_model import BenchError
 from bench_setup import commit
 
 GRACE_SECONDS = 30  # beyond the budget, for an engine to note that it is spent
@@ -100,14 +100,17 @@ def launch(request: Json, folder: Path, name: str) -> Json:
     """Run one engine and return its result; `error` says in one line what it could not do.
 
     Args:
-        request: what bench_serve_engine.measure takes; "environment" is set for the process.
+        request: what engine.measure takes; "environment" is set for the process.
         folder: for its files, NAME.json, NAME.result.json and NAME.log.
         name: of this run.
     """
     paths = [folder / f"{name}{ending}" for ending in (".json", ".result.json", ".log")]
     paths[0].write_text(json.dumps(request))
-    command = [sys.executable, str(SCRIPTS / "bench_serve_engine.py"), *map(str, paths[:2])]
+    # Not the working directory but scripts/ is where the engine's modules are.
+    command = [sys.executable, "-P", "-m", "bench.serve.engine", *map(str, paths[:2])]
     environment = {**QUIET, **os.environ, **request["environment"]}
+    found = os.pathsep.join([str(SCRIPTS), *filter(None, [environment.get("PYTHONPATH")])])
+    environment["PYTHONPATH"] = found
     with paths[2].open("wb") as log:
         process = subprocess.Popen(
             command,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from bench_serve_model import SHAPES, BenchError, read_config
+from bench.serve.model import SHAPES, BenchError, read_config
 
 COMPRESSED: dict[str, Any] = {"quantization": "dfloat11"}
 # name: what it is called in tables and plots, what vLLM gets

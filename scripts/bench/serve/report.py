@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from bench.serve.options import VARIANTS
+from bench.serve.plot import plot
+from bench.serve.values import count_runs, memory_unit, point_name, point_of
 
 RESULTS = Path(__file__).parents[2] / "results"
-GIB = 1 << 30
 METHOD = (
     "One LLM per process, the engine stepped in that process, the same random prompts for all, greedy, no prefix "
     "caching. Decode: wall time of a step in which every sequence of the batch gets one token, after a warm-up. "
@@ -76,10 +77,6 @@ def merge(runs: list[list[Json]]) -> list[Json]:
     return [summary([p for p in found if "ms" in p] or found[:1]) for found in merged.values()]
 
 
-def point_name(point: Json) -> str:
-    return f"decode {point['batch']}" if point["kind"] == "decode" else str(point["kind"])
-
-
 def summary(found: list[Json]) -> Json:
     """Return the statistics of one point's runs."""
     if "not_run" in found[0]:
@@ -138,8 +135,6 @@ def store(whole: Json, output: Path | None, say: Callable[[str], None] | None = 
             f"python scripts/bench_serve_plot.py {output}"
         )
         return
-    from bench_serve_plot import plot
-
     plot(whole, output.with_suffix(".png"))
     say(f"written: {output.with_suffix('.png')}")
 
@@ -172,17 +167,6 @@ def title_of(whole: Json) -> str:
     return "\n".join(text)
 
 
-def memory_unit(variants: Json) -> tuple[str, int]:
-    """Return the unit that suits the weights of these variants, and its bytes."""
-    sizes = [v["memory"]["resident_bytes"] for v in variants.values() if "memory" in v]
-    return ("GiB", GIB) if max(sizes) >= GIB else ("MiB", GIB >> 10)
-
-
-def count_runs(whole: Json) -> str:
-    runs = whole["settings"]["runs"]
-    return f"{runs} run{'s' * (runs != 1)}"
-
-
 def lines(variants: Json) -> list[tuple[str, Callable[[Json], str]]]:
     """Return the rows of the table: a title, and what makes a cell of a variant."""
     unit, size = memory_unit(variants)
@@ -205,11 +189,6 @@ def title_of_point(name: str) -> str:
     if name.startswith("decode"):
         return f"decode step, batch {name.split()[1]}, ms"
     return "prefill, ms" if name == "prefill" else "largest batch, decode step, ms"
-
-
-def point_of(variant: Json, name: str) -> Json:
-    """Return a variant's point of this name, or an empty one."""
-    return next((p for p in variant.get("points", []) if point_name(p) == name), {})
 
 
 def time_cell(point: Json) -> str:

@@ -1,4 +1,4 @@
-"""One engine of the serving benchmark, in a process of its own: python bench_serve_engine.py REQUEST.json RESULT.json
+"""One engine of the serving benchmark, in a process of its own: python -m bench.serve.engine REQUEST.json RESULT.json
 
 The request says what to start and what to measure (bench_serve.py makes it); the result is written anew after every
 point, so that what was measured outlives a crash.

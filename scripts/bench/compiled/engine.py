@@ -1,6 +1,6 @@
 """Ask one vLLM engine everything, and write it down: the child process of measure_compiled_exactness.py.
 
-python scripts/measure_compiled_engine.py MODEL SETTINGS RESULT.npz     # settings of vllm.LLM as JSON
+python scripts/bench/compiled/engine.py MODEL SETTINGS RESULT.npz     # settings of vllm.LLM as JSON
 """
 
 from __future__ import annotations

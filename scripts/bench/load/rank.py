@@ -1,6 +1,6 @@
 """Load one rank of a tensor-parallel model with vLLM's own loader, alone in this process, and print what it took.
 
-    python scripts/load_rank.py MODEL [--quantization dfloat11] [--tp 8] [--rank 0]
+    python scripts/bench/load/rank.py MODEL [--quantization dfloat11] [--tp 8] [--rank 0]
 
 The process is a group of one that takes itself for rank R of N: layers, weight loaders and vocabulary shards ask the
 group for nothing else while a model loads, so they cut exactly what that rank holds. It prints one line of JSON.
