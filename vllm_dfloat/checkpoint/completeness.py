@@ -18,11 +18,11 @@ from vllm_dfloat.errors import FormatError, shown
 Names = Collection[str]
 
 # Lists of transformer blocks, numbered without gaps. Other lists (`mlp.0`, `mlp.2`) may have gaps.
-_BLOCK_LIST = re.compile(r"layers?|h|\w*blocks?|\w*refiner")
+_LAYER_LIST = re.compile(r"layers?|h|\w*blocks?|\w*refiner")
 _ONE_MODULE = re.compile(r"[\w.]+")
-_ALL_BLOCKS = re.compile(r"([\w.]+)\.\\d\+\+?")
+_ALL_LAYERS = re.compile(r"([\w.]+)\.\\d\+\+?")
 # The transformer blocks that config.json counts, if a model has several lists of them.
-_TEXT_BLOCKS = (
+_TEXT_LAYERS = (
     "model.layers", "transformer.h", "model.language_model.layers", "language_model.model.layers",
 )  # fmt: skip
 _TOWERS = re.compile(r"vis|audio|speech|encoder")
@@ -52,7 +52,7 @@ def refuse_gaps(path: Path, config: Mapping[str, Any], patterns: Patterns, names
     text = config.get("text_config")
     text = text if isinstance(text, Mapping) else config
     count = next((text[key] for key in _LAYER_COUNTS if type(text.get(key)) is int), None)
-    stack = _text_blocks(modules)
+    stack = _text_layers(modules)
     if stack is None or count is None:
         return
     if not may_have_gaps:
@@ -84,8 +84,8 @@ def _check_key(path: Path, key: str, may_have_gaps: bool, modules: Mapping[str, 
     """
     if _ONE_MODULE.fullmatch(key) and key not in modules:
         _refuse(path, f"no tensor of {key}, which is a key of pattern_dict")
-    found = _ALL_BLOCKS.fullmatch(key)
-    if found and _BLOCK_LIST.fullmatch(found.group(1).rpartition(".")[2]):
+    found = _ALL_LAYERS.fullmatch(key)
+    if found and _LAYER_LIST.fullmatch(found.group(1).rpartition(".")[2]):
         numbers = modules.get(found.group(1))
         if not numbers:
             _refuse(path, f"no tensor of {found.group(1)}.0, which a key of pattern_dict matches")
@@ -93,24 +93,24 @@ def _check_key(path: Path, key: str, may_have_gaps: bool, modules: Mapping[str, 
             _refuse_gap(path, found.group(1), numbers, max(numbers) + 1)
 
 
-def _refuse_gap(path: Path, block_list: str, numbers: set[int], count: int) -> None:
+def _refuse_gap(path: Path, layer_list: str, numbers: set[int], count: int) -> None:
     """Refuse a list of blocks that lacks one of the numbers from 0 to count - 1."""
     ordered = sorted(numbers)
     missing = next((i for i, number in enumerate(ordered) if i != number), len(ordered))
     if missing < count:
-        _refuse(path, f"no tensor of {block_list}.{missing}, one of {shown(count)} such blocks")
+        _refuse(path, f"no tensor of {layer_list}.{missing}, one of {shown(count)} such blocks")
 
 
-def _text_blocks(modules: Mapping[str, set[int]]) -> str | None:
+def _text_layers(modules: Mapping[str, set[int]]) -> str | None:
     """Return the list of transformer blocks that config.json counts, None if that is not certain."""
     found = [
         path
         for path, numbers in modules.items()
         if numbers
-        and _BLOCK_LIST.fullmatch(path.rpartition(".")[2])
+        and _LAYER_LIST.fullmatch(path.rpartition(".")[2])
         and not any(part.isdecimal() for part in path.split("."))  # within a block
     ]
-    usual = [path for path in _TEXT_BLOCKS if path in found]
+    usual = [path for path in _TEXT_LAYERS if path in found]
     likely = usual or [path for path in found if not _TOWERS.search(path)]
     return likely[0] if len(likely) == 1 else None
 

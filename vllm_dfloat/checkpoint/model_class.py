@@ -128,9 +128,9 @@ def missing_parameters(model: torch.nn.Module, names: Collection[str]) -> list[s
         tied.setdefault(id(parameter), []).append(name)
     absent: list[str] = []
     present: list[str] = []
-    for group in tied.values():
-        is_there = any(_without_prefix(name) in known for name in group)
-        (present if is_there else absent).append(group[0])
+    for same in tied.values():
+        is_there = any(_without_prefix(name) in known for name in same)
+        (present if is_there else absent).append(same[0])
     usual = len(present) >= len(absent)
     kinds = {_kind(name) for name in names}
     return [

@@ -87,9 +87,9 @@ def open_checkpoint(path: str | Path, may_be_unfinished: bool = False) -> Dfloat
         refuse_other_files(path, manifest)
     tensors = stored_tensors(path, may_be_unfinished)
     parameters = manifest.parameters if manifest else frozenset()
-    groups = _group(tensors)
-    patterns.check_steps(list(groups))
-    units = {name: _unit(name, fields, patterns, parameters) for name, fields in groups.items()}
+    found = _fields(tensors)
+    patterns.check_steps(list(found))
+    units = {name: _unit(name, fields, patterns, parameters) for name, fields in found.items()}
     used = {tensor.name for unit in units.values() for tensor in unit.fields.values()}
     plain = {name: tensor for name, tensor in tensors.items() if name not in used}
     _refuse_stored_twice(units, plain)
@@ -101,7 +101,7 @@ def open_checkpoint(path: str | Path, may_be_unfinished: bool = False) -> Dfloat
     return checkpoint
 
 
-def _group(tensors: dict[str, StoredTensor]) -> dict[str, dict[str, StoredTensor]]:
+def _fields(tensors: dict[str, StoredTensor]) -> dict[str, dict[str, StoredTensor]]:
     """Return the fields of every unit: tensors named `<module path>.<field>`."""
     units: dict[str, dict[str, StoredTensor]] = {}
     for name, tensor in tensors.items():

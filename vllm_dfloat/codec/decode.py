@@ -155,12 +155,12 @@ def _decode_tile(tile, lut, sign_mantissa, lane_lengths, tile_starts, words, cod
     ends = np.empty(WAYS, np.int64)
     bit = begin * 32
     status = 0
-    for group in range(0, LANES, WAYS):
+    for first_lane in range(0, LANES, WAYS):
         for k in range(WAYS):
             positions[k] = min(bit, limit * 32)
-            bit += np.int64(lane_lengths[tile, group + k]) * LANE_LENGTH_UNIT
+            bit += np.int64(lane_lengths[tile, first_lane + k]) * LANE_LENGTH_UNIT
             ends[k] = bit
-        _decode_lanes(group, lut, sign_mantissa[tile], words, code_bits, positions, out)
+        _decode_lanes(first_lane, lut, sign_mantissa[tile], words, code_bits, positions, out)
         for k in range(WAYS):
             if (positions[k] + LANE_LENGTH_UNIT - 1) // LANE_LENGTH_UNIT * LANE_LENGTH_UNIT != ends[
                 k
@@ -172,7 +172,7 @@ def _decode_tile(tile, lut, sign_mantissa, lane_lengths, tile_starts, words, cod
 
 
 @njit(nogil=True, cache=True)
-def _decode_lanes(group, lut, sign_mantissa, words, code_bits, positions, out):  # type: ignore[no-untyped-def]
+def _decode_lanes(first_lane, lut, sign_mantissa, words, code_bits, positions, out):  # type: ignore[no-untyped-def]
     p0, p1, p2, p3 = positions[0], positions[1], positions[2], positions[3]
     shift = np.uint32(32 - code_bits)
     pairs = np.empty((WAYS, STEP_WEIGHTS // 2), np.uint32)
@@ -199,7 +199,7 @@ def _decode_lanes(group, lut, sign_mantissa, words, code_bits, positions, out): 
             pairs[2, pair] = np.uint32(e2) | np.uint32(f2) << np.uint32(16)
             pairs[3, pair] = np.uint32(e3) | np.uint32(f3) << np.uint32(16)
         for k in range(WAYS):
-            lane = group + k
+            lane = first_lane + k
             _merge(
                 sign_mantissa[step // 2, lane],
                 step % 2 * 2,

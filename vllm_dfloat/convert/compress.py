@@ -123,27 +123,27 @@ def plan_files(plan: UnitPlan, source: Source) -> list[FileJob]:
     sizes = {name: tensor.num_bytes for name, tensor in source.tensors.items()}
     used = {name for unit in plan.units for name in unit.tensors}
     plain = {name: sizes[name] for name in source.tensors if name not in used}
-    groups: dict[str, list[list[PlannedUnit]]] = {}
+    files_of: dict[str, list[list[PlannedUnit]]] = {}
     for unit in plan.units:
-        files = groups.setdefault(transformer_block(unit.name), [[]])
+        files = files_of.setdefault(transformer_block(unit.name), [[]])
         filled = sum(sizes[name] for other in files[-1] for name in other.tensors)
         if files[-1] and filled + sum(sizes[name] for name in unit.tensors) > FILE_BYTES:
             files.append([])
         files[-1].append(unit)
     owner = {
-        name: block
+        name: place
         for name in plain
-        for block in (transformer_block(name), module_of(name))
-        if block in groups
+        for place in (transformer_block(name), module_of(name))
+        if place in files_of
     }
     jobs: list[FileJob] = []
     taken = {REST_FILE}
-    for block, files in groups.items():
+    for place, files in files_of.items():
         for i, units in enumerate(files):
             beside = (
-                tuple(sorted(name for name in plain if owner.get(name) == block)) if i == 0 else ()
+                tuple(sorted(name for name in plain if owner.get(name) == place)) if i == 0 else ()
             )
-            file = _file_name(block if i == 0 else f"{block}.{i:05}", taken)
+            file = _file_name(place if i == 0 else f"{place}.{i:05}", taken)
             jobs.append(FileJob(file, tuple(units), beside))
     rest = tuple(sorted(name for name in plain if name not in owner))
     return [*jobs, FileJob(REST_FILE, (), rest, {"format": "pt"})] if rest else jobs

@@ -38,15 +38,15 @@ def linear(
         split: how tensor parallelism cuts it; each rank holds the biases of its rows.
     """
     parts = (parts,) if isinstance(parts, Part) else parts
-    block, _, own = name.rpartition(".")
+    parent, _, own = name.rpartition(".")
     tensors = tensors or {own: sum(part.rows for part in parts)}
     stored: dict[str, tuple[int, ...]]
-    stored = {f"{block}.{module}.weight": (rows, cols) for module, rows in tensors.items()}
+    stored = {f"{parent}.{module}.weight": (rows, cols) for module, rows in tensors.items()}
     yield Weight(
         name, parts, cols, split, at.place, at.layer, is_compressed, stored, has_plain_copy=has_plain_copy
     )  # fmt: skip
     if bias:
-        stored = {f"{block}.{module}.bias": (rows,) for module, rows in tensors.items()}
+        stored = {f"{parent}.{module}.bias": (rows,) for module, rows in tensors.items()}
         cut: Split = "rows" if split == "rows" else "none"
         yield Weight(f"{name}.bias", parts, 1, cut, at.place, at.layer, stored=stored)
 

@@ -48,7 +48,7 @@ def decoder_weights(config: ModelConfig, rules: Rules) -> list[Weight]:
     """
     weights = list(_ends(config, rules))
     for layer in range(config.num_layers):
-        weights += _block(config, rules, layer)
+        weights += _layer(config, rules, layer)
     return weights
 
 
@@ -69,7 +69,7 @@ def _ends(config: ModelConfig, rules: Rules) -> Iterator[Weight]:
         )  # fmt: skip
 
 
-def _block(config: ModelConfig, rules: Rules, layer: int) -> Iterator[Weight]:
+def _layer(config: ModelConfig, rules: Rules, layer: int) -> Iterator[Weight]:
     at, prefix = Spot(layer), f"model.layers.{layer}"
     if rules.is_latent:
         yield from latent_attention(config, at, f"{prefix}.self_attn")

@@ -17,7 +17,7 @@ class Experts:
 
     Attributes:
         width: the entry with the width of an expert.
-        block: the module that holds them, and `tensors` the names of an expert's gate, up and down in the checkpoint.
+        module: the module that holds them, and `tensors` the names of an expert's gate, up and down in the checkpoint.
         is_stacked: all experts are one tensor gate_up_proj [E, hidden, 2 * width] and one down_proj [E, width, hidden].
         router: the module that chooses experts.
         shared: the module that every token passes; its width is the product of the entries `shared_width`.
@@ -25,7 +25,7 @@ class Experts:
     """
 
     width: str
-    block: str = "mlp"
+    module: str = "mlp"
     tensors: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     is_stacked: bool = False
     router: str = "gate"
@@ -51,42 +51,42 @@ def experts(config: ModelConfig, kind: Experts, at: Spot, prefix: str) -> Iterat
     # Transformers may write any of these names for any architecture.
     named = next((name for name in COUNTS if config.count(name)), COUNTS[0])
     count, width, hidden = config.size(named), config.size(kind.width), config.hidden
-    block = f"{prefix}.{kind.block}"
-    first, second = _stored(kind, block, count, width, hidden)
+    module = f"{prefix}.{kind.module}"
+    first, second = _stored(kind, module, count, width, hidden)
     yield Weight(
-        f"{block}.experts.w13_weight", (Part(width), Part(width)), count * hidden, "rows",
+        f"{module}.experts.w13_weight", (Part(width), Part(width)), count * hidden, "rows",
         layer=at.layer, stored=first,
     )  # fmt: skip
     yield Weight(
-        f"{block}.experts.w2_weight", (Part(width),), count * hidden, "rows",
+        f"{module}.experts.w2_weight", (Part(width),), count * hidden, "rows",
         layer=at.layer, stored=second,
     )  # fmt: skip
-    yield plain(at, f"{block}.{kind.router}.weight", count, hidden)
+    yield plain(at, f"{module}.{kind.router}.weight", count, hidden)
     if config.text("topk_method") == "noaux_tc":
-        yield plain(at, f"{block}.{kind.router}.e_score_correction_bias", count, itemsize=4)
+        yield plain(at, f"{module}.{kind.router}.e_score_correction_bias", count, itemsize=4)
     if kind.has_shared_gate:
-        yield plain(at, f"{block}.shared_expert_gate.weight", 1, hidden)
+        yield plain(at, f"{module}.shared_expert_gate.weight", 1, hidden)
     if kind.shared and all(config.count(name) for name in kind.shared_width):
         shared = 1
         for name in kind.shared_width:
             shared *= config.size(name)
-        yield from mlp(at, f"{block}.{kind.shared}", hidden, shared)
+        yield from mlp(at, f"{module}.{kind.shared}", hidden, shared)
 
 
 def _stored(
-    kind: Experts, block: str, count: int, width: int, hidden: int
+    kind: Experts, module: str, count: int, width: int, hidden: int
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
     """Return the tensors of the checkpoint that w13 and w2 are fused from, with their shapes."""
     if kind.is_stacked:
         return (
-            {f"{block}.experts.gate_up_proj": (count, hidden, 2 * width)},
-            {f"{block}.experts.down_proj": (count, width, hidden)},
+            {f"{module}.experts.gate_up_proj": (count, hidden, 2 * width)},
+            {f"{module}.experts.down_proj": (count, width, hidden)},
         )
     gate, up, down = kind.tensors
     first: dict[str, tuple[int, ...]] = {}
     second: dict[str, tuple[int, ...]] = {}
     for i in range(count):
         for name in (gate, up):
-            first[f"{block}.experts.{i}.{name}.weight"] = width, hidden
-        second[f"{block}.experts.{i}.{down}.weight"] = hidden, width
+            first[f"{module}.experts.{i}.{name}.weight"] = width, hidden
+        second[f"{module}.experts.{i}.{down}.weight"] = hidden, width
     return first, second

@@ -106,15 +106,15 @@ def _encoder(vision: Sizes, layers: int, is_clip: bool) -> Iterator[Weight]:
     is_mlp_compressed = is_clip or not (width % SIGLIP_MULTIPLE or inner % SIGLIP_MULTIPLE)
     heads = Part(width, vision.size("num_attention_heads"), is_repeated=False)
     for layer in range(layers):
-        block = f"{prefix}.encoder.layers.{layer}"
+        path = f"{prefix}.encoder.layers.{layer}"
         tensors = {"q_proj": width, "k_proj": width, "v_proj": width}
         yield from linear(
-            EVERYWHERE, f"{block}.self_attn.qkv_proj", (heads,) * 3, width, "rows", tensors=tensors, bias=True
+            EVERYWHERE, f"{path}.self_attn.qkv_proj", (heads,) * 3, width, "rows", tensors=tensors, bias=True
         )  # fmt: skip
-        yield from linear(EVERYWHERE, f"{block}.self_attn.out_proj", Part(width), width, "cols", bias=True)  # fmt: skip
+        yield from linear(EVERYWHERE, f"{path}.self_attn.out_proj", Part(width), width, "cols", bias=True)  # fmt: skip
         for name in ("layer_norm1", "layer_norm2"):
-            yield from norm(EVERYWHERE, f"{block}.{name}", width, bias=True)
-        names = f"{block}.mlp.fc1", f"{block}.mlp.fc2"
+            yield from norm(EVERYWHERE, f"{path}.{name}", width, bias=True)
+        names = f"{path}.mlp.fc1", f"{path}.mlp.fc2"
         yield from two_layers(EVERYWHERE, names, (width, inner, width), is_compressed=is_mlp_compressed)  # fmt: skip
 
 
@@ -126,12 +126,12 @@ def _pixtral(vision: Sizes, layers: int) -> Iterator[Weight]:
     yield plain(EVERYWHERE, f"{TOWER}.patch_conv.weight", *shape)
     yield from norm(EVERYWHERE, f"{TOWER}.ln_pre", width)
     for layer in range(layers):
-        block = f"{TOWER}.transformer.layers.{layer}"
+        path = f"{TOWER}.transformer.layers.{layer}"
         tensors = {"q_proj": width, "k_proj": width, "v_proj": width}
         yield from linear(
-            EVERYWHERE, f"{block}.attention.qkv_proj", (heads,) * 3, width, "rows", tensors=tensors
+            EVERYWHERE, f"{path}.attention.qkv_proj", (heads,) * 3, width, "rows", tensors=tensors
         )
-        yield from linear(EVERYWHERE, f"{block}.attention.o_proj", Part(width), width, "cols")
-        yield from mlp(EVERYWHERE, f"{block}.feed_forward", width, inner)
+        yield from linear(EVERYWHERE, f"{path}.attention.o_proj", Part(width), width, "cols")
+        yield from mlp(EVERYWHERE, f"{path}.feed_forward", width, inner)
         for name in ("attention_norm", "ffn_norm"):
-            yield from norm(EVERYWHERE, f"{block}.{name}", width)
+            yield from norm(EVERYWHERE, f"{path}.{name}", width)

@@ -30,7 +30,7 @@ def llama4_tower(config: ModelConfig) -> Iterator[Weight]:
     for name in ("layernorm_pre", "layernorm_post"):
         yield from norm(EVERYWHERE, f"{TOWER}.{name}", width, bias=True)
     for layer in range(vision.size("num_hidden_layers")):
-        yield from _block(f"{TOWER}.model.layers.{layer}", width, inner, heads)
+        yield from _layer(f"{TOWER}.model.layers.{layer}", width, inner, heads)
     first, last = vision.size("projector_input_dim"), vision.size("projector_output_dim")
     names = f"{TOWER}.vision_adapter.mlp.fc1", f"{TOWER}.vision_adapter.mlp.fc2"
     bias = vision.flag("multi_modal_projector_bias")
@@ -41,16 +41,16 @@ def llama4_tower(config: ModelConfig) -> Iterator[Weight]:
     )  # fmt: skip
 
 
-def _block(block: str, width: int, inner: int, heads: int) -> Iterator[Weight]:
+def _layer(prefix: str, width: int, inner: int, heads: int) -> Iterator[Weight]:
     tensors = {"q_proj": width, "k_proj": width, "v_proj": width}
     yield from linear(
-        EVERYWHERE, f"{block}.self_attn.qkv_proj", (Part(width, heads, is_repeated=False),) * 3, width, "rows",
+        EVERYWHERE, f"{prefix}.self_attn.qkv_proj", (Part(width, heads, is_repeated=False),) * 3, width, "rows",
         tensors=tensors, bias=True, is_compressed=False,
     )  # fmt: skip
     yield from linear(
-        EVERYWHERE, f"{block}.self_attn.o_proj", Part(width), width, "cols", bias=True, is_compressed=False
+        EVERYWHERE, f"{prefix}.self_attn.o_proj", Part(width), width, "cols", bias=True, is_compressed=False
     )  # fmt: skip
-    names = f"{block}.mlp.fc1", f"{block}.mlp.fc2"
+    names = f"{prefix}.mlp.fc1", f"{prefix}.mlp.fc2"
     yield from two_layers(EVERYWHERE, names, (width, inner, width), is_compressed=False)
     for name in ("input_layernorm", "post_attention_layernorm"):
-        yield from norm(EVERYWHERE, f"{block}.{name}", width, bias=True)
+        yield from norm(EVERYWHERE, f"{prefix}.{name}", width, bias=True)

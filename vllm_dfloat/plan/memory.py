@@ -164,8 +164,8 @@ def _rank(
             kept = packed.num_bytes + plain * weight.has_plain_copy
             scratch = max(scratch, packed.scratch_bytes)
             largest = max(largest, plain)
-            if block := innermost_block(weight.name):
-                groups.setdefault(block, []).append(packed.scratch_bytes)
+            if name := innermost_block(weight.name):
+                groups.setdefault(name, []).append(packed.scratch_bytes)
             if not packed.is_raw:
                 numel, coded = numel + rows * cols, coded + packed.num_bytes
         bf16, dfloat11 = bf16 + plain, dfloat11 + kept

@@ -15,12 +15,12 @@ def qwen2_vl_tower(config: ModelConfig) -> Iterator[Weight]:
     width = vision.size("embed_dim")
     inner = int(width * vision.ratio("mlp_ratio", 4))
     yield from _patches(vision, width)
-    for block in _blocks(vision):
-        yield from _attention(block, width, (Part(3 * width),))
-        names = f"{block}.mlp.fc1", f"{block}.mlp.fc2"
+    for prefix in _layers(vision):
+        yield from _attention(prefix, width, (Part(3 * width),))
+        names = f"{prefix}.mlp.fc1", f"{prefix}.mlp.fc2"
         yield from two_layers(EVERYWHERE, names, (width, inner, width))
         for name in ("norm1", "norm2"):
-            yield from norm(EVERYWHERE, f"{block}.{name}", width, bias=True)
+            yield from norm(EVERYWHERE, f"{prefix}.{name}", width, bias=True)
     yield from norm(EVERYWHERE, "visual.merger.ln_q", width, bias=True)
     yield from _merger(vision, width, config.hidden, "visual.merger.mlp.0", "visual.merger.mlp.2")
 
@@ -30,13 +30,13 @@ def qwen2_5_vl_tower(config: ModelConfig) -> Iterator[Weight]:
     vision = vision_of(config, "qwen2_5_vl")
     width = vision.size("hidden_size")
     yield from _patches(vision, width)
-    for block in _blocks(vision):
-        yield from _attention(block, width, _heads(vision, width))
+    for prefix in _layers(vision):
+        yield from _attention(prefix, width, _heads(vision, width))
         yield from mlp(
-            EVERYWHERE, f"{block}.mlp", width, vision.size("intermediate_size"), bias=True
+            EVERYWHERE, f"{prefix}.mlp", width, vision.size("intermediate_size"), bias=True
         )
         for name in ("norm1", "norm2"):
-            yield from norm(EVERYWHERE, f"{block}.{name}", width)
+            yield from norm(EVERYWHERE, f"{prefix}.{name}", width)
     yield from norm(EVERYWHERE, "visual.merger.ln_q", width)
     out = vision.size("out_hidden_size", config.hidden)
     yield from _merger(vision, width, out, "visual.merger.mlp.0", "visual.merger.mlp.2")
@@ -52,12 +52,12 @@ def qwen3_vl_tower(config: ModelConfig) -> Iterator[Weight]:
         EVERYWHERE, "visual.pos_embed.weight", vision.size("num_position_embeddings"), width
     )
     sizes = width, vision.size("intermediate_size"), width
-    for block in _blocks(vision):
-        yield from _attention(block, width, _heads(vision, width))
-        names = f"{block}.mlp.linear_fc1", f"{block}.mlp.linear_fc2"
+    for prefix in _layers(vision):
+        yield from _attention(prefix, width, _heads(vision, width))
+        names = f"{prefix}.mlp.linear_fc1", f"{prefix}.mlp.linear_fc2"
         yield from two_layers(EVERYWHERE, names, sizes)
         for name in ("norm1", "norm2"):
-            yield from norm(EVERYWHERE, f"{block}.{name}", width, bias=True)
+            yield from norm(EVERYWHERE, f"{prefix}.{name}", width, bias=True)
     merged = vision.size("spatial_merge_size", 2) ** 2 * width
     mergers = {"visual.merger": width}
     mergers |= {f"visual.deepstack_merger_list.{i}": merged for i in range(_looked_into(vision))}
@@ -76,7 +76,7 @@ def _patches(vision: Sizes, width: int) -> Iterator[Weight]:
     yield plain(EVERYWHERE, "visual.patch_embed.proj.weight", *shape)
 
 
-def _blocks(vision: Sizes) -> list[str]:
+def _layers(vision: Sizes) -> list[str]:
     return [f"visual.blocks.{i}" for i in range(vision.size("depth"))]
 
 
@@ -85,9 +85,9 @@ def _heads(vision: Sizes, width: int) -> tuple[Part, ...]:
     return (Part(width, vision.size("num_heads"), is_repeated=False),) * 3
 
 
-def _attention(block: str, width: int, parts: tuple[Part, ...]) -> Iterator[Weight]:
-    yield from linear(EVERYWHERE, f"{block}.attn.qkv", parts, width, "rows", bias=True)
-    yield from linear(EVERYWHERE, f"{block}.attn.proj", Part(width), width, "cols", bias=True)
+def _attention(prefix: str, width: int, parts: tuple[Part, ...]) -> Iterator[Weight]:
+    yield from linear(EVERYWHERE, f"{prefix}.attn.qkv", parts, width, "rows", bias=True)
+    yield from linear(EVERYWHERE, f"{prefix}.attn.proj", Part(width), width, "cols", bias=True)
 
 
 def _merger(vision: Sizes, width: int, out: int, first: str, second: str) -> Iterator[Weight]:

@@ -20,7 +20,7 @@ from vllm_dfloat.storage.safetensors_read import StoredTensor
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
-_BLOCK = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)\.")
+_LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)\.")
 _TOWER = re.compile(r"vis|audio|speech")
 
 
@@ -131,7 +131,7 @@ def weights_of_files(files: Files, config: ModelConfig) -> list[Weight]:
         if name == HEAD and config.tied:
             continue
         rows, cols = _as_matrix(tensor.shape)
-        found = _BLOCK.search(name)
+        found = _LAYER.search(name)
         layer = int(found.group(1)) if found else -1
         is_matrix = len(tensor.shape) == 2 and name.endswith(".weight") and tensor.dtype in DTYPES
         is_vocab = rows == config.vocab and layer < 0
