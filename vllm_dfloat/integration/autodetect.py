@@ -1,4 +1,4 @@
-"""Recognition of official DFloat11 checkpoints, which vLLM would take for unquantized ones."""
+"""Recognise official DFloat11 checkpoints; without this, vLLM loads them as unquantized ones."""
 
 from functools import cache
 from typing import Any
@@ -8,10 +8,10 @@ from vllm_dfloat.integration.seam.names import METHOD
 
 
 def install() -> None:
-    """Let vLLM's parser of Hugging Face configs see what `CONFIG_KEY` means. A second call changes nothing."""
+    """Make vLLM's parser of Hugging Face configs understand `CONFIG_KEY`. A second call changes nothing."""
     from vllm.transformers_utils import config as hf
 
-    # register_config_parser would do the same, with a warning in every run on this machine.
+    # register_config_parser does the same, but logs a warning in every run on this machine.
     parsers = hf._CONFIG_FORMAT_TO_CONFIG_PARSER
     parser = parsers["hf"]
     if not getattr(parser, "knows_dfloat11", False):
@@ -20,7 +20,7 @@ def install() -> None:
 
 
 def _let_compressed_lm_heads_be_seen() -> None:
-    """Let vLLM, from 0.30 on, find an LM head in checkpoints whose config ties it, also where it is a DFloat11 unit."""
+    """Make vLLM's search for an LM head in checkpoints with tied weights (0.30 and later) recognise DFloat11 units."""
     from vllm.config import model
 
     if hasattr(model, "checkpoint_has_lm_head"):
@@ -29,7 +29,7 @@ def _let_compressed_lm_heads_be_seen() -> None:
 
 @cache
 def checkpoint_has_lm_head(model: str, *, revision: str | None = None) -> bool | None:
-    """Return what vLLM's function of that name does: whether there is an LM head, None if that cannot be told."""
+    """Replace vLLM's function of this name: return whether there is an LM head, None if that is not known."""
     from vllm.transformers_utils.config import get_safetensors_params_metadata
 
     names = get_safetensors_params_metadata(model, revision=revision)

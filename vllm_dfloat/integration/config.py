@@ -1,4 +1,4 @@
-"""The quantization config `dfloat11`: decides, layer by layer, what is compressed."""
+"""The quantization config `dfloat11`: decides for each layer whether it is compressed."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,13 +15,13 @@ from vllm_dfloat.integration.seam import compat
 from vllm_dfloat.integration.seam.names import METHOD, logger
 from vllm_dfloat.integration.seam.options import Options
 
-NAMELESS_EMBEDDING = "model.embed_tokens"  # some models build theirs without telling its name
+NAMELESS_EMBEDDING = "model.embed_tokens"  # for models that create the embedding without a name
 
 
 class DFloat11Config(QuantizationConfig):  # type: ignore[misc]  # vLLM is untyped
     """Options of one run, and the choice of a method for each layer.
 
-    vLLM makes it in the front-end process and pickles it into every worker.
+    vLLM creates it in the front-end process and sends it, pickled, to every worker.
     """
 
     def __init__(self, options: Options | None = None, is_official: bool = False) -> None:
@@ -35,7 +35,7 @@ class DFloat11Config(QuantizationConfig):  # type: ignore[misc]  # vLLM is untyp
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        _install()  # in the process of the engine or of a rank that received this config
+        _install()  # runs in each process that receives this config: the engine's and the ranks'
 
     def __repr__(self) -> str:
         return f"DFloat11Config({self.options})"
@@ -118,7 +118,7 @@ class DFloat11Config(QuantizationConfig):  # type: ignore[misc]  # vLLM is untyp
         return False
 
     def log_unused_ignore(self, num_stages: int) -> None:
-        """Once a model is built: say which entries of `ignore` match none of its layers, or of this stage's."""
+        """After the model is built: warn of entries of `ignore` that match none of its layers on this stage."""
         unused = [entry for entry in self.options.ignore if entry in self._unused_ignore]
         if unused:
             logger.warning(
@@ -134,7 +134,7 @@ class DFloat11Config(QuantizationConfig):  # type: ignore[misc]  # vLLM is untyp
             logger.info("dfloat11: left uncompressed: %s", kind)
 
     def _start(self) -> None:
-        """Once a VllmConfig can be seen: read the command line's options, refuse what cannot work."""
+        """Once, when a VllmConfig is current: read the command line's options, and refuse those that cannot work."""
         from vllm_dfloat.integration.compiling import settings
 
         config = compat.current_config()
@@ -175,4 +175,4 @@ def _install() -> None:
 
     loader.install()
     replies.install()
-    compat.let_numba_be_scanned()  # by the worker that vLLM starts next
+    compat.let_numba_be_scanned()  # for the worker that vLLM starts next

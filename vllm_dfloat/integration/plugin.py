@@ -4,10 +4,10 @@ from vllm_dfloat.integration.seam.names import METHOD, logger
 
 
 def register() -> None:
-    """Make vLLM know `--quantization dfloat11` and recognise official checkpoints.
+    """Register `--quantization dfloat11` with vLLM, and let vLLM recognise official checkpoints.
 
-    vLLM calls this in every run on the machine, also in those that never use the plugin, and lets an exception end
-    them. So it does little, may be called again, and reports a failure in one line of the log.
+    vLLM calls this in every run on the machine, also in runs that do not use the plugin, and an exception would end
+    the run. So it does little, may be called again, and logs a failure in one line.
     """
     try:
         _register()

@@ -1,4 +1,4 @@
-"""A folder that compress or decompress has not finished: vLLM only finds no config.json there, or an old one."""
+"""Refuse a folder that compress or decompress has not finished: it has no config.json for vLLM, or an old one."""
 
 import sys
 from functools import wraps
@@ -10,9 +10,9 @@ from vllm_dfloat.checkpoint.reader import open_checkpoint
 
 
 def install() -> None:
-    """Let vLLM say what to do about such a folder. A second call changes nothing.
+    """Make vLLM's front end refuse such a folder. A second call changes nothing.
 
-    Only where the front end has loaded its arguments: workers see the folder when they read it.
+    Does nothing in a process that has not imported vllm.engine.arg_utils: workers refuse the folder when they read it.
     """
     arguments = getattr(sys.modules.get("vllm.engine.arg_utils"), "EngineArgs", None)
     make = getattr(arguments, "create_engine_config", None)
@@ -29,10 +29,10 @@ def install() -> None:
 
 
 def refuse(folder: Path) -> None:
-    """Refuse a folder that a command of ours has not finished; anything else, and no folder, passes.
+    """Refuse a folder that compress or decompress has not finished; other folders, and paths of no folder, pass.
 
     Raises:
-        FormatError: it holds a journal, or units of a DFloat11 checkpoint that nothing names.
+        FormatError: it holds a journal, or units of a DFloat11 checkpoint without a config.json.
     """
     if not folder.is_dir():
         return

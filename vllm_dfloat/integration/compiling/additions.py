@@ -1,9 +1,10 @@
-"""What Inductor does to BF16 vLLM's matmuls on a GPU, done to compressed layers too.
+"""An Inductor pattern that fuses additions into compressed layers on a GPU, as Inductor does for BF16 vLLM's matmuls.
 
-Inductor takes an addition to the result of `aten.mm`, say of a residual stream, into the GEMM (`addmm` in
-torch/_inductor/fx_passes/post_grad.py), unless all that follows is pointwise: the sum is rounded once then, not twice.
-It does not know our op for a matmul, so this pattern stands beside its own, under the same conditions. It matters for
-models that add in BF16 to a linear layer without a bias (Nemotron, StableLM); most add in float32, inside a norm.
+Inductor fuses an addition to the result of `aten.mm`, for example of a residual stream, into the GEMM (`addmm` in
+torch/_inductor/fx_passes/post_grad.py), unless all users of the sum are pointwise. The sum is then rounded once, not
+twice. Inductor does not know that our op is a matmul, so this module adds a pattern with the same conditions. It
+matters for models that add in BF16 to a linear layer without a bias (Nemotron, StableLM); most add in float32, in a
+norm.
 """
 
 import functools
@@ -17,7 +18,7 @@ from vllm_dfloat.integration.seam.names import logger
 
 @functools.cache
 def install() -> None:
-    """Teach Inductor the pattern, once per process. If its inside has changed, say in one line what that costs."""
+    """Register the pattern, once per process. If Inductor's internals have changed, log the consequence in one line."""
     try:
         _install()
     except Exception as error:
@@ -47,7 +48,7 @@ def _install() -> None:
 
 
 def _is_taken_in(match: Any) -> bool:
-    """Return whether Inductor would take the addition into BF16 vLLM's matmul on this device."""
+    """Return whether Inductor would fuse the addition into BF16 vLLM's matmul on this device."""
     from torch._inductor.fx_passes import post_grad
     from torch._inductor.utils import is_gpu
     from torch._prims_common import is_expandable_to
@@ -68,7 +69,7 @@ def _is_taken_in(match: Any) -> bool:
 
 
 def _take_in(match: Any, **given: Any) -> None:
-    """Replace the two nodes by the op with the addend for a bias, which is what addmm is."""
+    """Replace the two nodes by one op with the addend as its bias, which is equal to addmm."""
     literals = [given[name] for name in ("sizes", "gemm", "layout")]
     tensors = [given[name] for name in ("inp", "x", "desc", "group") if given[name] is not None]
 

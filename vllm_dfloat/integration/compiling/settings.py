@@ -1,6 +1,7 @@
-"""Models compiled for a GPU: what we do, and what only the user can, to have the answers of compiled BF16 vLLM.
+"""Settings for models compiled for a GPU, so that they give the answers of compiled BF16 vLLM.
 
-docs/exactness.md says why. On a CPU nothing is needed: Inductor times nothing there, and vLLM's GEMMs are opaque to it.
+Some settings are made here; for others a warning tells the user what to change. docs/exactness.md gives the reasons. On
+a CPU nothing is needed: Inductor does not time kernels there, and vLLM's GEMMs are opaque to it.
 """
 
 from collections.abc import Mapping
@@ -10,13 +11,13 @@ from vllm_dfloat.integration.compiling import additions
 from vllm_dfloat.integration.seam import compat
 from vllm_dfloat.integration.seam.names import logger
 
-# What Inductor does in these modes to the matmuls that it sees, it cannot do to compressed layers.
+# In these modes Inductor replaces the matmuls that it sees; it does not see those of compressed layers.
 OWN_GEMMS = ("max_autotune", "max_autotune_gemm", "coordinate_descent_tuning")
 ADVICE = '--compilation-config \'{"inductor_compile_config": {"deterministic": true, "combo_kernels": false}}\''
 
 
 def prepare(config: Any) -> None:
-    """Prepare Inductor for compressed layers, and log in one line what may part the answers from BF16 vLLM's."""
+    """Prepare Inductor for compressed layers; log in one line the settings that can make answers differ from BF16."""
     if not compat.is_compiled_for_gpu(config):
         return
     additions.install()
@@ -29,7 +30,7 @@ def prepare(config: Any) -> None:
 
 
 def differences(compilation: Any) -> list[str]:
-    """Return what in vLLM's CompilationConfig lets compiled BF16 vLLM answer otherwise, each with its remedy."""
+    """Return the settings of a CompilationConfig that can make compiled BF16 vLLM's answers differ, with remedies."""
     options: Mapping[str, Any] = compilation.inductor_compile_config
     found = []
     if compat.inductor_times_kernels(options):

@@ -15,16 +15,16 @@ from vllm_dfloat.integration.layers.method import PackedMethod
 from vllm_dfloat.integration.seam import compat, layerwise
 from vllm_dfloat.integration.seam.names import logger
 
-# vLLM's cache of compiled models knows this file's text and not the ops': count up when they mean something else.
+# vLLM's compile cache hashes this file's text, but not that of the ops: increase this when an op's meaning changes.
 OP_REVISION = 5
 
 
 class DFloat11EmbeddingMethod(PackedMethod, QuantizeMethodBase):  # type: ignore[misc]  # vLLM is untyped
-    """Looks rows up by decoding only them; as an LM head multiplies by the whole matrix.
+    """Decodes only the rows that are looked up; as an LM head it multiplies by the whole matrix.
 
     Attributes:
-        twin: the embedding of this LM head, or the reverse, where a stored copy may be equal (tying.py).
-        may_be_empty: vLLM puts another layer in its place if the checkpoint of a draft model has nothing for it.
+        twin: for an LM head the embedding, for an embedding the LM head, if the checkpoint stores both (tying.py).
+        may_be_empty: whether vLLM replaces this layer if the checkpoint of a draft model has no weight for it.
     """
 
     twin: "weakref.ref[torch.nn.Module] | None" = None
@@ -59,7 +59,7 @@ class DFloat11EmbeddingMethod(PackedMethod, QuantizeMethodBase):  # type: ignore
         return rows.view(*input_.shape, self.cols)
 
     def tie_weights(self, layer: torch.nn.Module, embed_tokens: torch.nn.Module) -> torch.nn.Module:
-        """Return the embedding, which serves as the LM head too: sharing `weight` would share an empty one."""
+        """Return the embedding, which then is the LM head too: to share `weight` would share only the placeholder."""
         return embed_tokens
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
@@ -78,17 +78,17 @@ class DFloat11EmbeddingMethod(PackedMethod, QuantizeMethodBase):  # type: ignore
         super()._replace_weight(layer, tying.shared(packed, self.twin() if self.twin else None))
 
     def _backend(self, config: object) -> str:
-        return "auto"  # as in vLLM, where --linear-backend does not reach LM heads
+        return "auto"  # as in vLLM, where --linear-backend does not apply to LM heads
 
 
 class IgnoredLMHeadMethod(UnquantizedEmbeddingMethod):  # type: ignore[misc]  # vLLM is untyped
-    """An LM head left in BF16. If it is tied, the embedding decides how their one matrix is held."""
+    """An LM head left in BF16. If it is tied, the embedding's method decides how their one matrix is held."""
 
     twin: "weakref.ref[torch.nn.Module] | None" = None  # the embedding, if both are stored
 
     def tie_weights(self, layer: torch.nn.Module, embed_tokens: torch.nn.Module) -> torch.nn.Module:
         if self.twin is not None:
-            # vLLM offers to share the parameter of an equal copy. An update that makes them differ would end in both.
+            # vLLM would share the parameter of an equal copy. An update of one would then change both.
             return layer
         logger.info("dfloat11: ignore: the LM head is the embedding, and is held as that is")
         return embed_tokens

@@ -1,4 +1,4 @@
-"""Which linear layers form a group that is decoded in one launch: those of a transformer block."""
+"""Form groups that are decoded in one launch: the linear layers of each transformer block."""
 
 from collections import defaultdict
 from typing import Any
@@ -15,9 +15,9 @@ from vllm_dfloat.integration.layers.linear import DFloat11LinearMethod
 
 
 def group_layers(model: torch.nn.Module) -> None:
-    """Let the compressed linear layers of each transformer block be decoded together, where that was asked for.
+    """Group the compressed linear layers of each transformer block, as the option `granularity` says.
 
-    Called once the whole model is loaded. One layer alone, or more than a launch takes, are decoded one by one.
+    Called when the whole model is loaded. A single layer, or more layers than a launch takes, stay ungrouped.
     """
     found: dict[str, list[Any]] = defaultdict(list)
     for name, layer in model.named_modules():
@@ -56,7 +56,7 @@ def _group(layers: list[Any]) -> None:
     starts = groups.first_tiles(shapes)
     table = groups.group_table([layer.dfloat11_desc for layer in layers], shapes)
     for layer, start in zip(layers, starts, strict=False):
-        layer.__dict__[packed.GROUP] = table  # no buffer, which strangers could write
+        layer.__dict__[packed.GROUP] = table  # not a buffer: other code could write to that
         layer.quant_method.place_in_group = start, starts[-1]
         layer.quant_method.group_table = table.cpu()
     scratch.require(device, starts[-1] * TILE_WEIGHTS)

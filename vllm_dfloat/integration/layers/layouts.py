@@ -1,4 +1,4 @@
-"""The layouts in which compressed weights can be held: one name, one set of functions with the same signatures each."""
+"""The layouts in which compressed weights can be held: for each name a set of functions with the same signatures."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,13 +10,13 @@ from vllm_dfloat.device import ops, unit_resident
 
 @dataclass(frozen=True)
 class Layout:
-    """What linear layers and embeddings need of a layout. Descriptors of all layouts are int64 [ops.DESC_LENGTH].
+    """The functions that linear layers and embeddings use. Every layout's descriptors are int64 [ops.DESC_LENGTH].
 
     Attributes:
-        pack: (weight, name) -> the weight, compressed, on its device.
+        pack: (weight, name) -> the compressed weight on the same device.
         decode: (desc, rows, cols, out, status): the whole matrix into the scratch; called inside `vllm_dfloat::linear`.
         lookup: (desc, ids, rows, cols) -> BF16 [n, cols]: chosen rows; called inside `vllm_dfloat::lookup`.
-        unpack: (packed) -> BF16 [rows, cols], every status checked.
+        unpack: (packed) -> BF16 [rows, cols]; checks every status and all bytes.
     """
 
     pack: Callable[[torch.Tensor, str], ops.PackedWeight]

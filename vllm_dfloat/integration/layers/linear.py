@@ -1,4 +1,4 @@
-"""Compressed linear layers, of every kind that vLLM has: column, row, fused qkv and gate_up, replicated."""
+"""Compressed linear layers of every kind in vLLM: column, row, fused qkv and gate_up, replicated."""
 
 from typing import Any
 
@@ -13,13 +13,13 @@ from vllm.model_executor.utils import set_weight_attrs
 from vllm_dfloat.integration.layers.method import PackedMethod
 from vllm_dfloat.integration.seam import compat
 
-# vLLM's cache of compiled models knows this file's text and not the op's: count up when `linear` means something else.
+# vLLM's compile cache hashes this file's text, but not that of the op: increase this when the op's meaning changes.
 OP_REVISION = 5
 
 
 @register_weight_loader_v2_supported_method
 class DFloat11LinearMethod(PackedMethod, LinearMethodBase):  # type: ignore[misc]  # vLLM is untyped
-    """Loads like vLLM's unquantized method, on the meta device; multiplies as it does, from packed weights."""
+    """Loads like vLLM's unquantized method, but on the meta device; multiplies with the same GEMM."""
 
     def create_weights(
         self,

@@ -1,8 +1,8 @@
-"""The op `vllm_dfloat::linear`: decode a weight into the scratch and run on it the GEMM that BF16 vLLM would run.
+"""The op `vllm_dfloat::linear`: decode a weight into the scratch and run the GEMM that BF16 vLLM would run on it.
 
-One opaque op, because a decode op of its own would be hoisted: Inductor would decode all layers of a transformer block
-before the first GEMM. By choice it decodes a whole group for the first of its layers, or multiplies a small batch
-straight from the packed weight.
+Decode and GEMM are one opaque op: Inductor would hoist a separate decode op, and decode all layers of a transformer
+block before the first GEMM. Options can make the op decode a whole group at the group's first layer, or multiply a
+small batch directly by the packed weight.
 """
 
 import functools
@@ -20,7 +20,7 @@ from vllm_dfloat.integration.layers.layouts import BY_NAME
 from vllm_dfloat.integration.layers.registration import register
 from vllm_dfloat.integration.seam import compat
 
-# Names of GEMMs beside the values of vLLM's --linear-backend.
+# Names of GEMMs in addition to the values of vLLM's --linear-backend.
 BATCH_INVARIANT = "batch_invariant"
 PLAIN = "plain"
 
@@ -29,7 +29,7 @@ Gemm = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 @functools.cache
 def find_gemm(name: str) -> Gemm:
-    """Return the function (x, weight, bias) that BF16 vLLM calls under this name on this platform."""
+    """Return BF16 vLLM's GEMM (x, weight, bias) of this name on this platform."""
     from vllm.platforms import current_platform
 
     if name == PLAIN:
@@ -43,15 +43,15 @@ def find_gemm(name: str) -> Gemm:
 
 
 def is_traced_as_matmul(name: str) -> bool:
-    """Return whether torch.compile sees BF16 vLLM's GEMM of this name as a matmul, and may rewrite it."""
+    """Return whether torch.compile sees BF16 vLLM's GEMM of this name as a matmul, which it may rewrite."""
     if name == BATCH_INVARIANT:
         return False
     return name == PLAIN or compat.is_plain_gemm(compat.unquantized_gemm(name))
 
 
 def _cpu_gemm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Do what BF16 vLLM does on a CPU: pack the weight for oneDNN or sgl, then multiply; other kernels, other bits."""
-    # A bias of its own for the packing: 0.28 takes it from the layer, later versions change the layer's.
+    """Do what BF16 vLLM does on a CPU, for equal bits: pack the weight for oneDNN or sgl, then multiply."""
+    # Packing gets a detached bias: 0.28 takes the bias from the layer, later versions change the layer's bias.
     layer = _packed_for_cpu(weight, None if bias is None else bias.detach())
     return layer.cpu_linear(x, weight, layer.bias)  # type: ignore[no-any-return]
 
@@ -65,22 +65,22 @@ def _packed_for_cpu(weight: torch.Tensor, bias: torch.Tensor | None) -> SimpleNa
 
 
 def settle_bias(layer: torch.nn.Module) -> None:
-    """Bring a loaded layer's bias into the form that the platform's GEMM wants, as BF16 vLLM does after loading."""
+    """Convert a loaded layer's bias to the form that the platform's GEMM needs, as BF16 vLLM does after loading."""
     from vllm.platforms import current_platform
 
     bias = getattr(layer, "bias", None)
     if current_platform.is_cpu() and bias is not None:
-        # One of its kernels wants, and makes it, float32.
+        # Packing for one of the CPU kernels converts the bias to float32.
         _packed_for_cpu(layer.get_parameter("weight").data, bias)
 
 
 class Sizes(NamedTuple):
-    """The numbers that `linear` needs; none depends on what the weight holds, so a trace may keep them.
+    """The numbers that `linear` needs; none depends on the weight's values, so a traced graph may keep them.
 
     Attributes:
         rows, cols: shape of the weight.
-        fused_rows: up to this many rows of x are multiplied without decoding the weight.
-        first_tile, group_tiles: where the weight lies in its decoded group, and the size of the group, in tiles.
+        fused_rows: largest number of rows of x that are multiplied without decoding the weight; 0 for never.
+        first_tile, group_tiles: start of the weight in its decoded group, and size of the group, in tiles.
     """
 
     rows: int
@@ -101,10 +101,10 @@ def linear(
 ) -> torch.Tensor:
     """Return x @ weight.T + bias for the weight [rows, cols] that `desc` describes.
 
-    Waits for nothing and allocates nothing but the result, once the scratch is reserved.
+    Does not wait for the device. Once the scratch is reserved, allocates only the result and what the GEMM needs.
 
     Args:
-        group: table of the group that is decoded as a whole (groups.py), or None.
+        group: table of the layer's group (groups.py), or None if the layer is decoded alone.
         sizes: the numbers of a `Sizes`.
         gemm: name of the GEMM, for `find_gemm`.
         layout: how the weight is held, a name in layouts.py.
@@ -151,19 +151,19 @@ _compiled: set[tuple[object, ...]] = set()
 
 
 def compile_fused(packed: ops.PackedWeight | None, bias: torch.Tensor | None, rows: int) -> None:
-    """Compile what a layer will need for up to `rows` rows of activations, and for more, on a GPU.
+    """On a GPU, compile every kernel that a layer needs: for up to `rows` rows of activations, and for more.
 
-    vLLM's own warm-up may not come across every number of rows, and nothing compiles while requests wait.
+    vLLM's own warm-up may not use every number of rows, and nothing may compile while requests wait.
     """
     if packed is None or packed.desc.device.type != "cuda":
         return
     device, shape = packed.desc.device, (packed.rows, packed.cols)
     memory = scratch.take(device, ops.padded_numel(*shape))  # reserved by now
     if rows and (device,) not in _compiled:
-        # An LM head may see few rows in the whole warm-up, and as many as a prompt has when prompt_logprobs are wanted.
+        # An LM head may get only few rows in the warm-up, but as many as a prompt has for prompt_logprobs.
         _compiled.add((device,))
         ops.decode(packed.desc, *shape, *memory)
-    # A layer with a bias may multiply without it: with skip_bias_add, and row-parallel ones on all ranks but the first.
+    # A layer with a bias multiplies without it for skip_bias_add, and if row-parallel on all ranks but the first.
     biases = [None] if bias is None else [bias, None]
     for num_x, given in itertools.product(fused.compiled_for(rows), biases):
         key = (device, fused.num_segments(packed.cols), given is None, num_x)

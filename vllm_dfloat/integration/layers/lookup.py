@@ -1,10 +1,10 @@
-"""The op `vllm_dfloat::lookup`: rows of a compressed embedding, in a form that Inductor fuses as it fuses BF16 vLLM's.
+"""The op `vllm_dfloat::lookup`: rows of a compressed embedding, in a form that Inductor fuses like BF16 vLLM's.
 
-BF16 vLLM looks rows up with `F.embedding(ids, weight)`, which Inductor does not run by itself: it gathers the rows
-again in every kernel that uses them. The result of an opaque op is a buffer instead. It counts as one read where the
-gather counts as two, so Inductor stores the residual stream after another layer and adds up the squares of a norm in
-another order, and answers part in the last bit. So a compiled model gathers too: the op returns the rows asked for
-and an index of them, 0, 1, 2, ..., and `F.embedding(index, rows)` makes of that the same kernels.
+BF16 vLLM looks rows up with `F.embedding(ids, weight)`. Inductor does not run this alone: it gathers the rows again in
+every kernel that uses them. The result of an opaque op is a buffer instead. A buffer counts as one read, a gather as
+two. With a buffer, Inductor would store the residual stream after another layer and add the squares of a norm in
+another order, and answers would differ in the last bit. So a compiled model gathers too: the op returns the rows and an
+index 0, 1, 2, ..., and for `F.embedding(index, rows)` Inductor makes the same kernels as for BF16 vLLM.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ INDEX_DTYPE = torch.int32  # as vLLM's token ids
 def look_up(
     desc: torch.Tensor, ids: torch.Tensor, rows: int, cols: int, layout: str
 ) -> torch.Tensor:
-    """Return BF16 [n, cols], row i being row ids[i] of the weight [rows, cols] that `desc` describes.
+    """Return BF16 [n, cols]: row i is row ids[i] of the weight [rows, cols] that `desc` describes.
 
     Args:
         ids: int64 [n].

@@ -1,4 +1,4 @@
-"""What linear layers and embeddings have in common: a weight that vLLM loads as BF16 and we hold compressed."""
+"""Shared by linear layers and embeddings: a weight that vLLM loads as BF16 and the plugin holds compressed."""
 
 import functools
 
@@ -14,8 +14,8 @@ from vllm_dfloat.integration.seam import arrivals, compat, layerwise
 from vllm_dfloat.integration.seam.options import Options
 
 PACKED = "dfloat11"  # the attribute of a compressed layer that holds its PackedWeight
-DESC = "dfloat11_desc"  # and the tensor that tells the ops where it lies; no parameter, which strangers could write
-GROUP = "dfloat11_group"  # and the table of the group that a layer is decoded with
+DESC = "dfloat11_desc"  # its descriptor; not a parameter or buffer, which other code could write
+GROUP = "dfloat11_group"  # the table of the layer's group
 PROCESSED = "_already_called_process_weights_after_loading"  # vLLM's flag; it deletes it on reload
 
 
@@ -25,9 +25,9 @@ def packed_of(layer: torch.nn.Module) -> ops.PackedWeight | None:
 
 
 def hold(layer: torch.nn.Module, packed: ops.PackedWeight) -> None:
-    """Let a layer hold a compressed weight, under the descriptor tensor it has had from its first one on.
+    """Give a layer a compressed weight; the layer keeps the descriptor tensor of its first one, with new values.
 
-    Compiled graphs, captured CUDA graphs and group tables know the address of that tensor.
+    Compiled graphs, captured CUDA graphs and group tables hold the address of that tensor.
     """
     desc = layer.__dict__.setdefault(DESC, packed.desc)
     if desc is not packed.desc:
@@ -36,10 +36,10 @@ def hold(layer: torch.nn.Module, packed: ops.PackedWeight) -> None:
 
 
 class PackedMethod:
-    """A mixin for vLLM's quantization methods: `weight` arrives on the meta device and ends packed.
+    """A mixin for vLLM's quantization methods: `weight` is created on the meta device and packed after loading.
 
     vLLM materializes the layer when its last weight has arrived, calls process_weights_after_loading and frees the
-    BF16 copy before the next layer. After the whole model is loaded it calls once more for every layer.
+    BF16 copy before the next layer. After the whole model is loaded, vLLM calls it a second time for every layer.
     """
 
     uses_meta_device = True
@@ -75,7 +75,7 @@ class PackedMethod:
         is_update = self.placeholder is not None
         if (is_update or not self.makes_up_weights) and not layerwise.keeps_rest(layer):
             arrivals.check_weight(layer, self.name)
-        if getattr(layer, "_cpu_skip_gemm_dispatch", False):  # vLLM's wish for MLA's kv_b_proj
+        if getattr(layer, "_cpu_skip_gemm_dispatch", False):  # vLLM sets this for MLA's kv_b_proj
             self.gemm = linear_op.PLAIN
         else:
             linear_op.settle_bias(layer)
@@ -95,23 +95,23 @@ class PackedMethod:
             decode = functools.partial(self.dequantize_weight, layer)
             self.placeholder = WeightPlaceholder(self.name, self.rows, self.cols, device, decode)
         layer.register_parameter("weight", self.placeholder)
-        if self.group_table is not None:  # sleep level 2 takes what lies on a GPU
+        if self.group_table is not None:  # sleep level 2 discards the table on the GPU
             layer.__dict__[GROUP].copy_(self.group_table)
         layer.__dict__[PROCESSED] = True
 
     def _finish(self, layer: torch.nn.Module) -> None:
-        # Now all layers are known; later vLLM measures what is left for the KV cache.
+        # Now all layers are known. Next vLLM measures the memory left for the KV cache.
         device = layer.get_parameter("weight").device
         self.reserve_scratch(device)
         if (
             self.mode == "fused" and self.gemm != linear_op.PLAIN
-        ):  # PLAIN: the result must be the weight itself
+        ):  # PLAIN: vLLM multiplies the identity by the weight, to get the exact weight
             self.fused_rows = fused.max_rows(device, self.cols)
             bias = getattr(layer, "bias", None)
             linear_op.compile_fused(packed_of(layer), bias, self.fused_rows)
 
     def reserve_scratch(self, device: torch.device) -> None:
-        """Allocate the buffers of all slots for the largest layer or group noted."""
+        """Allocate the scratch buffers of all slots for the largest layer or group required so far."""
         scratch.reserve(device, self.slots if device.type == "cuda" else (MAIN_SLOT,))
 
     def multiply(
@@ -126,10 +126,10 @@ class PackedMethod:
         )
 
     def check_in_place(self, layer: torch.nn.Module) -> None:
-        """Check that nobody has put another weight in the placeholder's place; compiled code does not look.
+        """Check that the layer's weight is still the placeholder; compiled code does not check.
 
         Raises:
-            UnsupportedError: somebody has, or vLLM is about to, in the middle of an update.
+            UnsupportedError: other code has replaced it, or an update of the layer has begun and not finished.
         """
         if torch.compiler.is_compiling():
             return
@@ -142,7 +142,7 @@ class PackedMethod:
             )
 
     def dequantize_weight(self, layer: torch.nn.Module) -> torch.Tensor:
-        """Return the BF16 weight, for vLLM's callers that must see it."""
+        """Return the decoded BF16 weight [rows, cols], for callers in vLLM that need the values."""
         packed = packed_of(layer)
         if packed is None:
             raise UnsupportedError(f"{self.name}: its weights have not been loaded yet.")

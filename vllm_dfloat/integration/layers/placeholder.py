@@ -1,8 +1,8 @@
-"""What stands where vLLM and trainers look for the BF16 weight of a compressed layer.
+"""The placeholder: the parameter `weight` of a compressed layer, where vLLM and trainers expect a BF16 weight.
 
-It has the weight's shape, dtype and device and no values: one NaN, expanded. Whatever only looks at it works; whatever
-would read or write values raises a sentence that names the layer and the way that works. Without it, a trainer's write
-would be lost in silence, and the engine would go on answering from the old weights.
+It has the weight's shape, dtype and device, but no values: one NaN, expanded. Code may read its shape, dtype or device.
+Operations that read or write values raise one sentence with the layer's name and the supported way. Without the
+placeholder, a trainer's write would be lost without an error, and the engine would keep answering from the old weights.
 """
 
 import weakref
@@ -45,7 +45,7 @@ _detach_decodes = ContextVar("detach_decodes", default=False)
 
 @contextmanager
 def decoded_by_detach() -> Iterator[None]:
-    """Let detach() return the BF16 weight, in memory of its own, to code that only reads what it returns."""
+    """Let detach() return a decoded copy of the BF16 weight, for code that only reads it."""
     token = _detach_decodes.set(True)
     try:
         yield
@@ -56,8 +56,8 @@ def decoded_by_detach() -> Iterator[None]:
 class WeightPlaceholder(Parameter):
     """A parameter without values.
 
-    It gives itself where torch would give another view of the same memory (`data`, `detach()`), and so does a
-    conversion to what it is. Copying it onto itself does nothing: so ends vLLM's reload of a layer.
+    `data`, `detach()` and conversions to its own device and dtype return the placeholder itself, not a new view. A copy
+    of the placeholder onto itself does nothing: vLLM ends the reload of a layer with one.
     """
 
     layer_name: str
@@ -66,15 +66,15 @@ class WeightPlaceholder(Parameter):
     def __new__(
         cls, layer_name: str, rows: int, cols: int, device: torch.device, decode: Decode
     ) -> "WeightPlaceholder":
-        """Return a placeholder for the BF16 weight [rows, cols] of a layer, which `decode` returns."""
+        """Return a placeholder for the BF16 weight [rows, cols] of a layer; `decode` returns the weight."""
         nan = torch.full((1, 1), torch.nan, dtype=torch.bfloat16, device=device)
         self: WeightPlaceholder = _T._make_subclass(cls, nan.expand(rows, cols), False)
         self.layer_name, self.decode = layer_name, decode
         return self
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # Also what torch.nn.Parameter(placeholder) calls, which gives the placeholder. A tensor that somebody holds a
-        # weak reference to is not swapped for another one (torch.utils.swap_tensors).
+        # torch.nn.Parameter(placeholder) returns the placeholder and calls this too. torch.utils.swap_tensors refuses
+        # a tensor that has a weak reference, so the placeholder holds one to itself.
         self._stays = weakref.ref(self)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
@@ -106,14 +106,14 @@ class WeightPlaceholder(Parameter):
     def __torch_dispatch__(  # type: ignore[override]  # torch declares another one for itself
         cls, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Refuse what torch does without asking __torch_function__: torch.tensor, as_subclass, _make_subclass."""
+        """Refuse operations that do not call __torch_function__: torch.tensor, as_subclass, _make_subclass."""
         if func in _ATEN_ABOUT_IT:
             with torch._C._DisableTorchDispatch():
                 return func(*args, **(kwargs or {}))
         _find(args, kwargs or {}).refuse(func.overloadpacket.__name__)
 
     def refuse(self, what: str) -> NoReturn:
-        """Raise the sentence for an operation that needs values.
+        """Raise the error for an operation that needs values.
 
         Raises:
             UnsupportedError: always.
@@ -123,16 +123,16 @@ class WeightPlaceholder(Parameter):
         )
 
     def weight_loader(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refuse what vLLM's loaders, called one by one on a loaded model, would write."""
+        """Refuse a weight loader of vLLM that is called directly on a loaded model."""
         self.refuse("weight_loader")
 
-    # What vLLM's linear layers ask of their own kinds of parameters, in weight_loader_v2.
+    # The methods of vLLM's own parameter classes that linear layers call in weight_loader_v2.
     load_column_parallel_weight = load_row_parallel_weight = weight_loader
     load_merged_column_weight = load_qkv_weight = weight_loader
 
     def set_(
         self, *args: Any, **kwargs: Any
-    ) -> NoReturn:  # for which torch asks no __torch_function__
+    ) -> NoReturn:  # torch does not call __torch_function__ for set_
         self.refuse("set_")
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
@@ -179,5 +179,5 @@ def _name_of(func: Callable[..., Any]) -> str:
     return name
 
 
-# Dynamo then takes shape, dtype and device as constants, and refuses the rest; otherwise it would read the storage.
+# With this, Dynamo takes shape, dtype and device as constants and refuses all else; without, it would read the storage.
 torch._dynamo.config.nontraceable_tensor_subclasses.add(WeightPlaceholder)

@@ -1,4 +1,4 @@
-"""How the plugin's ops get into torch: the namespace `vllm_dfloat`, of which a traced graph sees no inside."""
+"""Register the plugin's ops with torch, in the namespace `vllm_dfloat`. They are opaque to a traced graph."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,9 +15,9 @@ def register(
     """Register an op for CPU and CUDA tensors and return it.
 
     Args:
-        schema: its name and arguments, in torch's notation.
-        function: what it does.
-        fake: the same for tensors without storage, from which a trace learns shapes and dtypes.
+        schema: name and arguments of the op, in torch's notation.
+        function: its implementation.
+        fake: its implementation for tensors without storage; tracing gets shapes and dtypes from it.
     """
     name = schema.partition("(")[0]
     _library.define(schema)

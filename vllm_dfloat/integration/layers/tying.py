@@ -1,7 +1,7 @@
 """An LM head that a checkpoint stores although its config ties it to the embedding.
 
-vLLM then takes the two apart, and makes one of them again if they turn out equal, but only where both are unquantized.
-Compressed ones stay two layers that share one payload, so that an update which makes them differ is served as it is.
+vLLM then unties the two layers. If their weights are equal, vLLM ties them again, but only if both are unquantized.
+Compressed layers stay two layers that share one payload, so an update may make their weights differ.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from vllm_dfloat.integration.seam.names import logger
 
 
 def prepare(model: torch.nn.Module, vllm_config: Any, model_config: Any) -> None:
-    """Before weights arrive: tell embedding and LM head of each other, if vLLM took them apart, and of a target's."""
+    """Before loading: set `may_be_empty`, and set `twin` of embedding and LM head if vLLM has untied them."""
     layers: list[Any] = [layer for layer in model.modules() if layer_kinds.is_vocabulary(layer)]
     for layer in layers:
         if hasattr(layer.quant_method, "may_be_empty"):
@@ -27,14 +27,14 @@ def prepare(model: torch.nn.Module, vllm_config: Any, model_config: Any) -> None
         return
     heads = [layer for layer in layers if layer_kinds.is_lm_head(layer)]
     embeddings = [layer for layer in layers if not layer_kinds.is_lm_head(layer)]
-    if len(heads) == len(embeddings) == 1:  # as vLLM; a model with more, such as MTP, is left alone
+    if len(heads) == len(embeddings) == 1:  # as vLLM: models with more, such as MTP, are not tied
         for layer, twin in ((heads[0], embeddings[0]), (embeddings[0], heads[0])):
             if hasattr(layer.quant_method, "twin"):
                 layer.quant_method.twin = weakref.ref(twin)
 
 
 def shared(packed: ops.PackedWeight, twin: torch.nn.Module | None) -> ops.PackedWeight:
-    """Return the same weight, on the payload of `twin` if that holds the same bits. Payloads are never written to."""
+    """Return the same weight, with the payload of `twin` if that has the same bytes. Payloads are never written to."""
     other = packed_of(twin) if twin is not None else None
     if other is None or not _is_same(packed, other):
         return packed
@@ -49,7 +49,7 @@ def _is_same(left: ops.PackedWeight, right: ops.PackedWeight) -> bool:
 
 
 def warn_if_different(model: torch.nn.Module, model_config: Any) -> None:
-    """After loading: say, as vLLM does, that an LM head is used though config.json says that it is the embedding."""
+    """After loading: warn, as vLLM does, if the LM head differs from the embedding to which config.json ties it."""
     for name, layer in model.named_modules():
         twin = getattr(getattr(layer, "quant_method", None), "twin", None)
         if twin is None or not layer_kinds.is_lm_head(layer):

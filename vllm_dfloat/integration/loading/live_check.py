@@ -1,9 +1,9 @@
-"""A check of a live server: are the compressed weights in memory still those that were made?
+"""A check of a live server: have the compressed weights in memory changed since encoding?
 
     llm.collective_rpc("check_dfloat11_weights")        # one report per rank
 
-A forward pass compares no checksum, so a bit that flips in a payload while serving changes answers in silence. This
-finds it. It reads all payloads once; requests wait meanwhile.
+A forward pass does not compare checksums, so a bit flip in a payload while serving changes answers without an error.
+This check finds it. It reads all payloads once; requests wait meanwhile.
 """
 
 from collections.abc import Iterator
@@ -20,17 +20,17 @@ METHOD_NAME = "check_dfloat11_weights"
 
 
 def install() -> None:
-    """Give the method to vLLM's workers, where `collective_rpc` looks it up. A second call changes nothing."""
+    """Add the method to vLLM's worker class, where `collective_rpc` finds it. A second call changes nothing."""
     setattr(compat.worker_class(), METHOD_NAME, check_worker)
 
 
 def check_worker(worker: Any) -> dict[str, Any]:
-    """Compare every compressed weight of a rank, its draft model's too, with its checksum and descriptor.
+    """Compare every compressed weight of a rank, including its draft model's, with its checksum and descriptor.
 
     Returns:
-        Plain data: `rank`; `tensors` and `bytes` that were compared; `damaged`, a sentence for each tensor that is not
-        as it was made, with its name; `not_compared`, the bytes of parameters held as BF16, which have no checksum:
-        trainers may write to them.
+        Plain data: `rank`; `tensors` and `bytes`, the number compared; `damaged`, one sentence with the name for each
+        tensor that has changed since encoding; `not_compared`, the bytes of parameters held as BF16, which have no
+        checksum: trainers may write to them.
     """
     report: dict[str, Any] = {"rank": int(getattr(worker, "rank", 0)), "tensors": 0, "bytes": 0}
     report |= {"damaged": [], "not_compared": 0}
@@ -45,7 +45,7 @@ def check_worker(worker: Any) -> dict[str, Any]:
 
 
 def _weights_of(model: torch.nn.Module, seen: set[int]) -> Iterator[PackedWeight]:
-    """Yield the compressed weights of a model that are not in `seen`, tied ones once."""
+    """Yield the compressed weights of a model that are not in `seen`; tied weights once."""
     for layer in model.modules():
         weight = packed_of(layer)
         if weight is not None and id(weight) not in seen:

@@ -1,4 +1,4 @@
-"""Model loaders: vLLM's own, which also read official DFloat11 checkpoints and report what was compressed."""
+"""Model loaders: subclasses of vLLM's that also read official DFloat11 checkpoints and log what was compressed."""
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,9 +25,9 @@ Weights = Iterator[tuple[str, torch.Tensor]]
 
 
 def install() -> None:
-    """Put our loaders where vLLM looks them up by load format. A second call changes nothing.
+    """Register our loaders for vLLM's load formats. A second call changes nothing.
 
-    vLLM's register_model_loader would do the same, with two lines of log per format.
+    vLLM's register_model_loader does the same, but logs two lines per format.
     """
     ours = {DefaultModelLoader: DFloat11ModelLoader, DummyModelLoader: DFloat11DummyLoader}
     formats = model_loader._LOAD_FORMAT_TO_MODEL_LOADER
@@ -42,7 +42,7 @@ def reads_official(load_format: str) -> bool:
 
 
 class _Reporting:
-    """A mixin for vLLM's loaders: after loading, say what was compressed."""
+    """A mixin for vLLM's loaders: after loading, prepare groups and updates, and log what was compressed."""
 
     _vllm_config: Any = None
 
@@ -64,18 +64,18 @@ class _Reporting:
             worker.install()
             if not layer_kinds.is_draft(
                 model_config
-            ):  # whose layers the same options need not mean
+            ):  # the options name the target's layers; a draft may have others
                 num_stages = vllm_config.parallel_config.pipeline_parallel_size
                 vllm_config.quant_config.log_unused_ignore(num_stages)
         return model
 
 
 class DFloat11DummyLoader(_Reporting, DummyModelLoader):  # type: ignore[misc]  # vLLM is untyped
-    """Made-up weights, compressed like real ones."""
+    """Creates random weights for --load-format dummy; they are compressed like real ones."""
 
 
 class DFloat11ModelLoader(_Reporting, DefaultModelLoader):  # type: ignore[misc]  # vLLM is untyped
-    """Hands (name, BF16 tensor) pairs to vLLM's weight loaders, whatever the checkpoint holds, and misses none."""
+    """Gives vLLM's weight loaders (name, BF16 tensor) pairs of plain or official checkpoints; refuses missing ones."""
 
     enable_weights_track: bool | None
     _arrivals: Arrivals | None = None
@@ -83,8 +83,8 @@ class DFloat11ModelLoader(_Reporting, DefaultModelLoader):  # type: ignore[misc]
     def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
         if model_config.quantization != METHOD:
             return super().load_weights(model, model_config)  # type: ignore[no-any-return]
-        if self.enable_weights_track is None:  # by the user
-            self.enable_weights_track = True  # vLLM does so for unquantized models only
+        if self.enable_weights_track is None:  # not set by the user
+            self.enable_weights_track = True  # vLLM's default for unquantized models only
         from vllm_dfloat.integration.layers import tying
 
         tying.prepare(model, self._vllm_config, model_config)
@@ -98,16 +98,16 @@ class DFloat11ModelLoader(_Reporting, DefaultModelLoader):  # type: ignore[misc]
     def track_weights_loading(
         self, model: torch.nn.Module, loaded_weights: set[str] | None, **version: Any
     ) -> None:
-        """Refuse what BF16 vLLM refuses, and whatever else never arrived.
+        """Refuse a model with weights that never arrived: those that BF16 vLLM misses, and all others.
 
         Raises:
-            UnsupportedError: names of the missing weights.
+            UnsupportedError: it names the missing weights.
         """
         if self._arrivals is None:
             return super().track_weights_loading(model, loaded_weights, **version)  # type: ignore[no-any-return]
         where = str(self._model_config.model)
         try:
-            super().track_weights_loading(model, loaded_weights)  # as for an unquantized model
+            super().track_weights_loading(model, loaded_weights)  # the check of unquantized models
         except ValueError as error:
             raise UnsupportedError(f"{where}: {error}. {EXPECTED}") from error
         configs = self._vllm_config, self._model_config
@@ -118,15 +118,15 @@ class DFloat11ModelLoader(_Reporting, DefaultModelLoader):  # type: ignore[misc]
     def get_all_weights(self, model_config: Any, model: torch.nn.Module) -> Weights:
         if model_config.quantization != METHOD:
             return super().get_all_weights(model_config, model)  # type: ignore[no-any-return]
-        # Asked of the files, not of model_config: vLLM reloads from other folders too. vLLM's own choice of files is
-        # no guide to a DFloat11 folder, in which an index is that of the original.
+        # The files decide, not model_config: vLLM may reload from another folder. vLLM's choice of files does not work
+        # for a DFloat11 folder, because an index there is that of the original checkpoint.
         folder = Path(model_config.model)
         if not folder.is_dir():
             folder, _ = compat.checkpoint_files(self, model_config, model)
         if is_dfloat11(folder):
             self.counter_before_loading_weights = time.perf_counter()  # for vLLM's log
             pairs = official_weights(folder, model_config.hf_config, model)
-            # Of other files beside it, or of other models, as vLLM reads them; of their tensors no header is read.
+            # vLLM reads the secondary weights (other files, or other models); we do not read the headers of these.
             others = [
                 self._get_weights_iterator(s) for s in getattr(model, "secondary_weights", ())
             ]
@@ -135,7 +135,7 @@ class DFloat11ModelLoader(_Reporting, DefaultModelLoader):  # type: ignore[misc]
             return pairs
         stored = stored_in(compat.checkpoint_files(self, model_config, model)[1])
         is_all_read = compat.reads_all_files(self, model)
-        # A layer counts what arrives for it, so nothing may arrive twice.
+        # vLLM counts the elements that arrive for a layer, so no tensor may arrive twice.
         pairs = each_once(super().get_all_weights(model_config, model), repeated(stored))
         if compat.reads_lazily(self.load_config):
             pairs = read_ahead(pairs, wanted(stored, model))
@@ -144,9 +144,9 @@ class DFloat11ModelLoader(_Reporting, DefaultModelLoader):  # type: ignore[misc]
 
 
 def official_weights(folder: Path, hf_config: Any, model: torch.nn.Module) -> Weights:
-    """Return the weights of an official checkpoint; each is decoded, on the model's device, where vLLM copies it to.
+    """Return the weights of an official checkpoint; each is decoded while vLLM copies it, on the model's device.
 
-    Their shapes come from the manifest, or else from the model that config.json describes, or else from `hf_config`.
+    Shapes come from the manifest; without one, from the model that config.json describes, or else from `hf_config`.
     """
     from vllm_dfloat.checkpoint.members import plan, shapes_of, spans
     from vllm_dfloat.checkpoint.reader import open_checkpoint
@@ -169,23 +169,23 @@ def official_weights(folder: Path, hf_config: Any, model: torch.nn.Module) -> We
 
 
 def wanted(tensors: Iterable[StoredTensor], model: torch.nn.Module) -> list[StoredTensor]:
-    """Return the tensors without those of layers that another pipeline stage has."""
+    """Return the tensors except those of layers on other pipeline stages."""
     return [tensor for tensor in tensors if not compat.is_elsewhere(tensor.name, model)]
 
 
 def stored_in(files: Sequence[Path]) -> list[StoredTensor]:
-    """Return the tensors of safetensors files in the order in which vLLM reads them; none if that is not known."""
+    """Return the tensors of safetensors files in the order in which vLLM reads them; none if a header is refused."""
     try:
         return [tensor for file in files for tensor in read_header(file).values()]
     except DFloatError:
-        return []  # vLLM itself says what is wrong, or knows a dtype that we do not
+        return []  # vLLM reports the error, or supports a dtype that we do not
 
 
 def biases_after_weights(pairs: Iterable[tuple[str, torch.Tensor]]) -> Weights:
     """Yield the same pairs, each bias after the weight of its layer.
 
-    vLLM counts a layer's elements from its first weight on. A bias that came before would be missed, and the layer
-    would wait, uncompressed, for the end of the checkpoint.
+    vLLM counts a layer's elements from its weight on. It would not count a bias that comes before, and the layer would
+    stay uncompressed until the end of the checkpoint.
     """
     waiting: dict[str, torch.Tensor] = {}
     seen: set[str] = set()

@@ -1,4 +1,4 @@
-"""The line that says, after loading, what compression gave."""
+"""The log line after loading: what was compressed, and the memory saved."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -17,19 +17,19 @@ DEFAULT_LAYOUT = Options().layout
 
 @dataclass(frozen=True)
 class Summary:
-    """What one rank's model holds.
+    """Sizes of the model of one rank.
 
     Attributes:
-        num_layers: linear and embedding layers, ignored ones included.
+        num_layers: linear and embedding layers, including ignored ones.
         num_compressed: how many of them are held compressed.
-        layout: how, a name in layouts.py.
+        layout: layout of the compressed weights, a name in layouts.py.
         is_fused: whether mode "fused" was asked for.
-        fused_rows: of the layers that use it, up to how many rows of activations.
-        raw_names: layers that coding would not have made smaller, held as BF16.
-        weights, packed_bytes: of the compressed layers.
-        bf16_bytes: all parameters as BF16 vLLM would hold them.
-        held_bytes: all parameters as held now.
-        scratch_bytes: the buffer that layers are decoded into.
+        fused_rows: for each layer that uses it, the largest number of rows of activations.
+        raw_names: layers held as BF16, because coding would not have made them smaller.
+        weights, packed_bytes: elements and resident bytes of the compressed layers.
+        bf16_bytes: bytes of all parameters in BF16 vLLM.
+        held_bytes: bytes of all parameters as held now.
+        scratch_bytes: bytes of the scratch buffers of all slots.
     """
 
     num_layers: int
@@ -46,7 +46,7 @@ class Summary:
 
     @property
     def freed_bytes(self) -> int:
-        """Memory left over for the KV cache; 0 for a model so small that the scratch outweighs the gain."""
+        """Bytes freed for the KV cache; 0 for a small model whose scratch buffers take more than compression saves."""
         return max(0, self.bf16_bytes - self.held_bytes - self.scratch_bytes)
 
     def __str__(self) -> str:
@@ -61,7 +61,7 @@ class Summary:
 
 
 def summarize(model: torch.nn.Module) -> Summary:
-    """Return what a loaded model holds. Tied layers count once, and so does the matrix of two equal ones."""
+    """Return the sizes of a loaded model. Tied layers count once; a payload that two layers share counts once."""
     layers: list[Any] = [module for module in model.modules() if is_weight_layer(module)]
     of_layers = [w for layer in layers if (w := packed_of(layer)) is not None]
     held = list({id(weight.payload): weight for weight in of_layers}.values())
@@ -71,7 +71,7 @@ def summarize(model: torch.nn.Module) -> Summary:
     plain_bytes = sum(
         parameter.nbytes
         for parameter in model.parameters()
-        if not isinstance(parameter, WeightPlaceholder)  # which has the size of the BF16 weight
+        if not isinstance(parameter, WeightPlaceholder)  # its nbytes are those of the BF16 weight
     )
     devices = {weight.payload.device for weight in held}
     return Summary(
@@ -92,7 +92,7 @@ def summarize(model: torch.nn.Module) -> Summary:
 
 
 def is_weight_layer(module: torch.nn.Module) -> bool:
-    """Return whether the module is of a kind that can be compressed."""
+    """Return whether the module is a linear layer, an embedding or an LM head: the kinds that can be compressed."""
     from vllm.model_executor.layers.linear import LinearBase
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
@@ -100,7 +100,7 @@ def is_weight_layer(module: torch.nn.Module) -> bool:
 
 
 def log_summary(model: torch.nn.Module) -> None:
-    """Log what was compressed, one line per rank, and a line naming layers that would not shrink, if any."""
+    """Log what was compressed: one line per rank, one for mode "fused", and one that names layers kept as BF16."""
     summary = summarize(model)
     logger.info("dfloat11: %s", summary)
     if summary.is_fused:

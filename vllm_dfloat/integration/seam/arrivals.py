@@ -1,8 +1,8 @@
-"""Which weights of a model a checkpoint brings, part by part: a projection of a fused layer, an expert, a bias.
+"""Check that a checkpoint loads every part of a model's weights: projections of a fused layer, experts, biases.
 
-vLLM's own check counts a parameter as loaded once any part of it has arrived, and passes over every layer that has a
-quantization method, which linear layers, embeddings and experts always have. So a model without k_proj, or without
-one expert, would be served from memory that nobody has written.
+vLLM's own check counts a parameter as loaded when any part of it has arrived. It skips every layer that has a
+quantization method, and linear layers, embeddings and experts always have one. So a model without k_proj, or without
+one expert, would be served from uninitialised memory.
 """
 
 from collections import defaultdict
@@ -17,7 +17,7 @@ from vllm_dfloat.errors import UnsupportedError
 from vllm_dfloat.integration.seam import layer_kinds, layerwise
 from vllm_dfloat.integration.seam.layer_parts import Part, num_rows, parts_of
 
-# What weight loaders write with. Arithmetic in place brings nothing new.
+# The ops with which weight loaders write. In-place arithmetic is no arrival.
 _WRITES = frozenset(
     getattr(torch.ops.aten, name)
     for name in (
@@ -31,7 +31,7 @@ _WRITES = frozenset(
         "scatter_",
     )
 )
-_SHOWN = 4  # incomplete layers that a message names
+_SHOWN = 4  # largest number of incomplete parameters that a message names
 EXPECTED = (
     "All were expected: the checkpoint is incomplete or belongs to another model. Get it whole."
 )
@@ -41,12 +41,12 @@ Box = tuple[int, int, int, int]  # first row, stop, first column, width
 
 @dataclass
 class Awaited:
-    """One parameter, its parts, and the boxes of it that were written.
+    """One parameter, its parts, and the boxes written in it so far.
 
     Attributes:
-        layer: the module that has it.
+        layer: the module of the parameter.
         name: path of the parameter.
-        row_numel: elements of a row.
+        row_numel: elements per row.
     """
 
     layer: torch.nn.Module
@@ -57,7 +57,7 @@ class Awaited:
     boxes: set[Box] = field(default_factory=set)
 
     def note(self, view: torch.Tensor) -> None:
-        """Note that a view of the parameter was written."""
+        """Record that a view of the parameter was written."""
         if not view.numel():
             return
         if view.dim() > 2 and not view.is_contiguous():  # padding lies between its matrices
@@ -71,7 +71,7 @@ class Awaited:
         self.boxes.add((start, stop, first % self.row_numel, view.numel() // (stop - start)))
 
     def arrived(self, part: Part) -> int:
-        """Return how many elements of a part were written; those written twice count once."""
+        """Return how many elements of a part were written; elements written twice count once."""
         by_columns: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
         for start, stop, column, width in self.boxes:
             start, stop = max(start, part.start), min(stop, part.stop)
@@ -101,7 +101,7 @@ def _union(intervals: list[tuple[int, int]]) -> int:
 
 
 class _Noting(TorchDispatchMode):
-    """Notes, while it is entered, what is written into some parameters."""
+    """A dispatch mode that records the writes into some parameters."""
 
     def __init__(self, parameters: Iterable[Awaited]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -120,7 +120,7 @@ class _Noting(TorchDispatchMode):
 
 
 class Arrivals(_Noting):  # type: ignore[no-untyped-call]  # TorchDispatchMode's __init_subclass__
-    """Notes, while it is entered, what is written into the parameters that a model has when this is made."""
+    """A dispatch mode that records the writes into the parameters that a model has when this object is created."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         fused: Mapping[str, list[str]] = getattr(model, "packed_modules_mapping", {})
@@ -129,14 +129,14 @@ class Arrivals(_Noting):  # type: ignore[no-untyped-call]  # TorchDispatchMode's
     def check(
         self, model: torch.nn.Module, where: str, may_be_empty: Callable[[torch.nn.Module], bool]
     ) -> None:
-        """Refuse a model of which something never arrived.
+        """Refuse a model with parts that never arrived.
 
         Args:
-            where: what was loaded, for the message.
-            may_be_empty: whether a layer for which nothing arrived at all is replaced later.
+            where: path or name of the checkpoint, for the message.
+            may_be_empty: whether vLLM may replace a layer later, so that it may be without any arrival.
 
         Raises:
-            UnsupportedError: it names the layers and what of them is missing.
+            UnsupportedError: it names the incomplete parameters and their missing parts.
         """
         kept = set(model.modules())
         incomplete = [
@@ -151,13 +151,13 @@ class Arrivals(_Noting):  # type: ignore[no-untyped-call]  # TorchDispatchMode's
 
 
 def check_weight(layer: Any, name: str) -> int:
-    """Check a layer whose weight vLLM is about to have processed, while it still has the calls that brought it.
+    """Check that a layer's weight is complete before it is packed, by repeating vLLM's recorded calls of its loader.
 
     Returns:
-        How many of its elements arrived.
+        The number of elements that arrived.
 
     Raises:
-        UnsupportedError: not all did; it says which are missing.
+        UnsupportedError: some did not arrive; it names the missing parts.
     """
     meta = layerwise.on_meta(layer.weight)
     fused = getattr(getattr(layer, "quant_config", None), "packed_modules_mapping", {})
@@ -171,9 +171,9 @@ def check_weight(layer: Any, name: str) -> int:
 
 
 def missing_experts(layer: Any, name: str) -> str:
-    """Return what has not arrived in an update of routed experts that still wait for it on the meta device, or "".
+    """Return a description of what has not arrived in an update of routed experts on the meta device, "" if all has.
 
-    A kernel's padding never arrives, so counting elements does not tell; here each matrix of each expert is looked at.
+    Padding for a kernel never arrives, so the count of elements is not enough; each matrix of each expert is checked.
     """
     incomplete = []
     for leaf, parameter in layer.named_parameters(recurse=False):
@@ -190,7 +190,7 @@ def missing_experts(layer: Any, name: str) -> str:
 def _storage(tensor: torch.Tensor) -> int:
     try:
         return int(tensor.untyped_storage()._cdata)
-    except (NotImplementedError, RuntimeError):  # a tensor without memory of its own
+    except (NotImplementedError, RuntimeError):  # a tensor without storage
         return 0
 
 

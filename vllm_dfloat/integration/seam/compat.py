@@ -36,10 +36,10 @@ def warn_if_untested_version() -> None:
 
 
 def let_numba_be_scanned() -> None:
-    """Spare the next engine in this process a crash that numba, once imported, causes in vLLM's CPU worker.
+    """Prevent a crash of vLLM's CPU worker in the next engine of this process, after numba was imported.
 
-    The worker (0.32) calls vars() on every attribute of every module. llvmlite's library handle answers any attribute
-    with a function, `__dict__` too, unless its table of functions already has an entry.
+    The worker (0.32) calls vars() on every attribute of every module. llvmlite's library handle returns a function for
+    any attribute, also for `__dict__`, unless its table of functions already has an entry of that name.
     """
     ffi = sys.modules.get("llvmlite.binding.ffi")
     table = getattr(getattr(ffi, "lib", None), "_fntab", None)
@@ -55,17 +55,17 @@ def current_config() -> Any | None:
 
 
 def as_current(config: Any) -> AbstractContextManager[Any]:
-    """Return a context in which vLLM's layers find this VllmConfig."""
+    """Return a context in which this VllmConfig is vLLM's current one."""
     from vllm.config import set_current_vllm_config
 
     return set_current_vllm_config(config)  # type: ignore[no-any-return]
 
 
 def is_ignored(name: str, ignore: Iterable[str], fused: Mapping[str, list[str]]) -> bool:
-    """Return whether `ignore` covers the layer, as vLLM's online quantization would say.
+    """Return whether `ignore` matches the layer, by the rules of vLLM's online quantization.
 
     Raises:
-        ValueError: it covers some parts of a fused layer, and not the others.
+        ValueError: it matches some parts of a fused layer, and not the others.
     """
     from vllm.model_executor.layers.quantization.compressed_tensors.utils import (
         should_ignore_layer,
@@ -77,7 +77,7 @@ def is_ignored(name: str, ignore: Iterable[str], fused: Mapping[str, list[str]])
 
 
 def touches(name: str, entry: str, fused: Mapping[str, list[str]]) -> bool:
-    """Return whether an entry of `ignore` covers the layer or, if it is a fused one, a part of it."""
+    """Return whether an entry of `ignore` matches the layer or, for a fused layer, one of its parts."""
     try:
         return is_ignored(name, [entry], fused)
     except ValueError:  # some parts, and not the others
@@ -85,7 +85,7 @@ def touches(name: str, entry: str, fused: Mapping[str, list[str]]) -> bool:
 
 
 def refusal(config: Any) -> str | None:
-    """Return why a run with this VllmConfig cannot work with weights compressed while loading, or None."""
+    """Return why weights cannot be compressed while loading with this VllmConfig, or None if they can."""
     load_format = str(config.load_config.load_format)
     if load_format in ("sharded_state", "runai_streamer_sharded", "tensorizer", "ipc_cache"):
         return (
@@ -109,7 +109,7 @@ def refusal(config: Any) -> str | None:
 
 
 def linear_backend(config: Any | None) -> str:
-    """Return the user's --linear-backend; vLLM has it since 0.30."""
+    """Return the user's --linear-backend, an option since vLLM 0.30; "auto" before."""
     return str(getattr(getattr(config, "kernel_config", None), "linear_backend", "auto"))
 
 
@@ -132,7 +132,7 @@ def is_compiled_for_gpu(config: Any) -> bool:
 
 
 def inductor_times_kernels(options: Mapping[str, Any]) -> bool:
-    """Return whether Inductor with these options lets its stopwatch choose between kernels of other bits."""
+    """Return whether Inductor with these options chooses, by timing, between kernels that give different bits."""
     from torch._inductor import config
 
     if not options.get("deterministic", getattr(config, "deterministic", False)):
@@ -141,7 +141,7 @@ def inductor_times_kernels(options: Mapping[str, Any]) -> bool:
 
 
 def inductor_keeps_biases(options: Mapping[str, Any]) -> bool:
-    """Return whether Inductor with these options leaves a bias in the GEMM that eager mode puts it in."""
+    """Return whether Inductor with these options keeps a bias in the GEMM, as eager mode does."""
     from torch._inductor import config
 
     name = "keep_addmm_fused_for_half_dtypes"
@@ -149,7 +149,7 @@ def inductor_keeps_biases(options: Mapping[str, Any]) -> bool:
 
 
 def tunes_single_sizes() -> bool:
-    """Return whether vLLM lets Inductor tune what it compiles for one batch size."""
+    """Return whether vLLM lets Inductor tune graphs that are compiled for a single batch size."""
     from vllm import envs
 
     return bool(
@@ -159,7 +159,7 @@ def tunes_single_sizes() -> bool:
 
 
 def is_plain_gemm(gemm: Callable[..., torch.Tensor]) -> bool:
-    """Return whether this GEMM of vLLM's for BF16 weights is F.linear, which torch.compile sees through."""
+    """Return whether this GEMM of vLLM's for BF16 weights is plain F.linear, which torch.compile sees as a matmul."""
     from vllm.model_executor.layers.utils import default_unquantized_gemm
 
     return gemm is default_unquantized_gemm
@@ -169,13 +169,13 @@ def batch_invariant_gemm() -> Callable[..., torch.Tensor]:
     """Return vLLM's GEMM (x, weight, bias) under VLLM_BATCH_INVARIANT."""
     try:
         from vllm.model_executor.determinism.batch_invariant import linear_batch_invariant
-    except ImportError:  # before it moved
+    except ImportError:  # older versions have it here
         from vllm.model_executor.layers.batch_invariant import linear_batch_invariant
     return linear_batch_invariant  # type: ignore[no-any-return]
 
 
 def is_batch_invariant() -> bool:
-    """Return whether BF16 vLLM would call `batch_invariant_gemm`."""
+    """Return whether BF16 vLLM calls `batch_invariant_gemm` in this process."""
     from vllm import envs
     from vllm.platforms import current_platform
 
@@ -184,7 +184,7 @@ def is_batch_invariant() -> bool:
 
 
 def process_when_complete(layer: torch.nn.Module) -> None:
-    """Ask vLLM to hand the layer to process_weights_after_loading as soon as its last weight has arrived."""
+    """Ask vLLM to call process_weights_after_loading as soon as the layer's last weight has arrived."""
     from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
 
     initialize_online_processing(layer)
@@ -201,7 +201,7 @@ def slot(device: torch.device) -> Hashable:
     """Return the scratch slot of the current stream: (microbatch, on the aux stream).
 
     Shared experts run on `aux_stream` while the routed ones run; two microbatches overlap under --enable-dbo. The
-    streams for warm-up and for graph capture never overlap, so they share.
+    streams for warm-up and for graph capture never overlap, so they share a slot.
     """
     if device.type != "cuda":
         return MAIN_SLOT
@@ -210,7 +210,7 @@ def slot(device: torch.device) -> Hashable:
 
     try:
         ubatch = int(ubatching.dbo_current_ubatch_id())
-    except KeyError:  # microbatches run, but this thread is none of theirs
+    except KeyError:  # microbatches run, but not in this thread
         ubatch = 0
     return _slot(ubatch, torch.cuda.current_stream() == aux_stream())
 
@@ -232,7 +232,7 @@ def slots(config: Any | None) -> list[Hashable]:
 def checkpoint_files(
     loader: Any, model_config: Any, model: torch.nn.Module
 ) -> tuple[Path, list[Path]]:
-    """Return the local folder, downloaded by vLLM if need be, and the files of weights in the order of reading."""
+    """Return the local folder, downloaded by vLLM if needed, and the weight files in the order in which vLLM reads."""
     from vllm.model_executor.model_loader.weight_utils import download_weights_from_hf
 
     wanted = {
@@ -252,13 +252,13 @@ def checkpoint_files(
 
 
 def natural(name: str) -> list[tuple[int, str]]:
-    """Return the key by which vLLM sorts files before it reads them: model-2 before model-10."""
+    """Return vLLM's sort key for file names: model-2 comes before model-10."""
     parts = re.split(r"(\d+)", name)
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
 
 
 def reads_lazily(load_config: Any) -> bool:
-    """Return whether vLLM maps safetensors files and leaves the reading to the first touch."""
+    """Return whether vLLM maps safetensors files into memory, so that they are read on first access."""
     if str(load_config.load_format) not in ("auto", "hf", "safetensors"):
         return False
     if (load_config.model_loader_extra_config or {}).get("enable_multithread_load"):
@@ -267,7 +267,7 @@ def reads_lazily(load_config: Any) -> bool:
 
 
 def reads_all_files(loader: Any, model: torch.nn.Module) -> bool:
-    """Return whether vLLM reads every tensor of the files of `checkpoint_files`, and of no others."""
+    """Return whether vLLM reads every tensor of the files of `checkpoint_files`, and no other files."""
     filters = (
         getattr(loader, "_encoder_only_lm_prefixes", None),
         getattr(model, "is_unused_checkpoint_weight", None),
@@ -277,14 +277,14 @@ def reads_all_files(loader: Any, model: torch.nn.Module) -> bool:
 
 
 def is_elsewhere(name: str, model: torch.nn.Module) -> bool:
-    """Return whether a tensor of the checkpoint belongs to a layer of another pipeline stage."""
+    """Return whether a tensor of the checkpoint belongs to a layer on another pipeline stage."""
     from vllm.model_executor.models.utils import is_pp_missing_parameter
 
     return bool(is_pp_missing_parameter(name, model))
 
 
 def is_gate(layer: torch.nn.Module) -> bool:
-    """Return whether the layer is a router with GEMMs of its own, which it keeps only if unquantized."""
+    """Return whether the layer is a router with its own GEMMs, which vLLM uses only if the layer is unquantized."""
     return any(cls.__name__ == "GateLinear" for cls in type(layer).__mro__)
 
 
@@ -296,14 +296,14 @@ def worker_class() -> Any:
 
 
 def executor_class() -> Any:
-    """Return the base of what vLLM's engine talks to its ranks through."""
+    """Return the base class of vLLM's executors, through which the engine calls its ranks."""
     from vllm.v1.executor.abstract import Executor
 
     return Executor
 
 
 def models_of(worker: Any) -> list[torch.nn.Module]:
-    """Return the model of a worker, and that of its drafter, if it has one of its own."""
+    """Return the model of a worker and, if it has one, the draft model."""
     runner = worker.model_runner
     drafter = getattr(runner, "drafter", None) or getattr(runner, "speculator", None)
     draft = getattr(drafter, "model", None)
@@ -322,16 +322,16 @@ def holds_a_matrix(layer: torch.nn.Module) -> bool:
 
 
 def keeps_form_of_experts(layer: Any) -> bool:
-    """Return whether the kernel of these unquantized experts takes their weights in the form of a checkpoint.
+    """Return whether the kernel of these unquantized experts keeps the checkpoint's order of the weights.
 
-    Others swap or shuffle them into tensors of the same shape.
+    Other kernels swap or shuffle the weights into tensors of the same shape.
     """
     backend = getattr(layer.quant_method, "unquantized_backend", None)
     return getattr(backend, "name", "") in ("TRITON", "BATCHED_TRITON")
 
 
 def renew_cpu_kernel(experts: Any) -> None:
-    """Have vLLM's CPU kernel pack the weights that an update brings: one that exists takes them for packed already."""
+    """Make vLLM's CPU kernel pack the weights of an update: an existing kernel assumes that they are packed already."""
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu() and getattr(experts.quant_method, "moe_kernel", None) is not None:
@@ -339,7 +339,7 @@ def renew_cpu_kernel(experts: Any) -> None:
 
 
 def kernel_of_experts(experts: Any) -> dict[str, Any]:
-    """Return the attributes of an experts' method that hold vLLM's kernel."""
+    """Return the attributes of the experts' quantization method that hold vLLM's kernel."""
     names = ("moe_kernel", "moe_quant_config")
     return {
         name: getattr(experts.quant_method, name)
@@ -349,13 +349,13 @@ def kernel_of_experts(experts: Any) -> dict[str, Any]:
 
 
 def num_padding(layer: torch.nn.Module, weight: torch.Tensor) -> int:
-    """Return how many elements of a layer's weight no checkpoint has: the rows that pad a vocabulary."""
+    """Return the number of padding elements of a layer's weight: the vocabulary rows that no checkpoint has."""
     shard: Any = getattr(layer, "shard_indices", None)
     return 0 if shard is None else (weight.shape[0] - shard.num_org_elements) * weight.shape[1]
 
 
 def check_loaded(model: torch.nn.Module, loaded: set[str] | None, config: Any) -> None:
-    """Raise ValueError if parameters have not been loaded that vLLM misses in an unquantized model."""
+    """Run vLLM's check of unquantized models: raise ValueError if parameters have not been loaded."""
     from vllm.model_executor.model_loader import get_model_loader
 
     if loaded is not None:

@@ -1,4 +1,4 @@
-"""(name, tensor) pairs on their way into a loaded model, and what vLLM's weight loaders make of each."""
+"""The (name, tensor) pairs of an update, checked while vLLM's weight loaders load them into a model."""
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -14,24 +14,23 @@ AS_BEFORE = "All weights are as before."
 
 
 class Incoming(Iterator[tuple[str, torch.Tensor]]):
-    """Passes pairs on, each name once, and knows which came last and whether their source failed.
+    """Yields the pairs and refuses a name given twice; remembers the last pair, and an error of the source.
 
-    A layer that is not complete yet keeps what came for it until it is. Before the source goes on, which may fill the
-    same memory again, that is copied.
+    vLLM keeps the tensors of a layer until the layer is complete. The source may reuse their memory for the next
+    pair, so the kept tensors are copied before the source continues.
 
     Attributes:
-        error: what the source raised.
+        error: the exception that the source raised, or None.
     """
 
     def __init__(
         self, pairs: Iterable[tuple[str, torch.Tensor]], seen: set[str], own_memory: bool
     ) -> None:
-        """Make them ready.
-
+        """
         Args:
-            pairs: where they come from.
-            seen: names that have come in this update; grows.
-            own_memory: each tensor has memory that nobody writes to again.
+            pairs: the source.
+            seen: names that this update has given so far; new names are added.
+            own_memory: whether the source never writes to a tensor's memory again.
         """
         self._pairs = iter(pairs)
         self._seen = seen
@@ -62,10 +61,10 @@ class Incoming(Iterator[tuple[str, torch.Tensor]]):
         return f"{self._name}{self._shape}"
 
     def called(self, loader: Callable[..., Any], call: BoundArguments, arrived: int) -> None:
-        """Take note of a call of a weight loader, which vLLM keeps until its layer is complete.
+        """Check and record a call of a weight loader, which vLLM keeps until its layer is complete.
 
         Raises:
-            UnsupportedError: the tensor is larger than what the layer takes of it, or smaller.
+            UnsupportedError: the tensor is larger or smaller than the layer expects.
         """
         given = sum(tensor.numel() for _, tensor in _tensors(call))
         taken = _taken(getattr(loader, "__self__", None), call, arrived, given)
@@ -78,7 +77,7 @@ class Incoming(Iterator[tuple[str, torch.Tensor]]):
             self._kept.append(weakref.ref(call))
 
     def copy_kept(self) -> None:
-        """Copy what layers keep of what has come since the last time; nobody keeps that of a complete layer."""
+        """Copy the tensors that layers still keep of those given since the last call; complete layers keep none."""
         calls = [call for kept in self._kept if (call := kept()) is not None]
         self._kept.clear()
         for call in calls:
@@ -87,16 +86,17 @@ class Incoming(Iterator[tuple[str, torch.Tensor]]):
 
 
 def _tensors(call: BoundArguments) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield what a weight loader was given to load."""
+    """Yield the tensors that a weight loader was given to load, by argument name."""
     for name, value in call.arguments.items():
         if name != "param" and isinstance(value, torch.Tensor):
             yield name, value
 
 
 def _taken(layer: Any, call: BoundArguments, arrived: int, given: int) -> int:
-    """Return how many elements of a tensor a layer takes on all ranks together; `given`, where that cannot be told.
+    """Return how many elements of a tensor a layer takes on all ranks together; `given` if that is not known.
 
-    vLLM cuts what is too large without a word, and takes an expert that is too small. Vocabularies it compares itself.
+    vLLM cuts a tensor that is too large without an error, and accepts an expert that is too small. It checks the sizes
+    of vocabularies itself.
     """
     if not arrived:
         return given

@@ -1,4 +1,4 @@
-"""What kind of layer a module of vLLM is, and what of it a checkpoint may leave out."""
+"""Kinds of vLLM's layers, and the parts that a checkpoint may lack."""
 
 from typing import Any
 
@@ -20,26 +20,26 @@ def is_vocabulary(layer: torch.nn.Module) -> bool:
 
 
 def is_lm_head(layer: torch.nn.Module) -> bool:
-    """Return whether the layer is an LM head of its own, not an embedding that serves as one."""
+    """Return whether the layer is a separate LM head, not an embedding that also serves as one."""
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
     return isinstance(layer, ParallelLMHead)
 
 
 def is_untied_by_checkpoint(model_config: Any) -> bool:
-    """Return whether vLLM has found an LM head in a checkpoint whose config ties it; 0.28 does not look."""
+    """Return whether vLLM has untied an LM head because the checkpoint stores one; 0.28 never does."""
     return bool(getattr(model_config, "word_embeddings_untied_by_checkpoint", False))
 
 
 def is_draft(model_config: Any) -> bool:
-    """Return whether the model is one that makes drafts for another, the target."""
+    """Return whether the model is a draft model of speculative decoding; the model it drafts for is the target."""
     return str(getattr(model_config, "runner_type", "")) == "draft"
 
 
 def may_be_the_targets(layer: torch.nn.Module, vllm_config: Any, model_config: Any) -> bool:
-    """Return whether vLLM puts the target's embedding or LM head there if the checkpoint of a draft has none.
+    """Return whether vLLM uses the target's embedding or LM head for this layer if a draft's checkpoint has none.
 
-    It does for EAGLE, MTP and the like, not for whole models that draft; and not for embeddings if there are stages.
+    It does so for EAGLE, MTP and similar drafts, not for method "draft_model"; with pipeline stages only for LM heads.
     """
     method = getattr(getattr(vllm_config, "speculative_config", None), "method", None)
     if not is_draft(model_config) or method == "draft_model" or not is_vocabulary(layer):
@@ -54,7 +54,7 @@ def is_experts(layer: torch.nn.Module) -> bool:
 
 
 def expert_matrices(layer: Any) -> dict[str, list[str]]:
-    """Return what each parameter of routed experts holds of an expert, by the names that checkpoints have for it."""
+    """Return, for each parameter of routed experts, the checkpoint's names of the matrices it holds per expert."""
     gate, up, down = (
         str(getattr(layer, f"ckpt_{kind}_proj_name", None) or f"{kind}_proj")
         for kind in ("gate", "up", "down")
@@ -69,15 +69,15 @@ def expert_matrices(layer: Any) -> dict[str, list[str]]:
 
 
 def numel_of_expert(layer: Any, name: str) -> int | None:
-    """Return how many elements of one of its parameters a checkpoint has for an expert on this rank, without padding.
+    """Return the elements, without padding, that a checkpoint has for one parameter of one expert on this rank.
 
-    None: that is not known.
+    None if that is not known.
     """
     config = layer.moe_config
     inner = getattr(config, "intermediate_size_per_partition_unpadded", None)
     outer = getattr(config, "hidden_dim_unpadded", None)
     if not inner or not outer or getattr(config, "tp_shard_with_padding", False):
-        return None  # the last ranks get less
+        return None  # the last ranks get fewer
     gates = 2 if getattr(config, "is_act_and_mul", True) else 1
     sizes = {
         "w13_weight": gates * inner * outer,
@@ -96,7 +96,7 @@ def has_padded_experts(layer: Any) -> bool:
 
 
 def local_experts(layer: Any) -> list[int]:
-    """Return which experts of the model a layer of routed experts holds, in its order."""
+    """Return the global numbers of the experts that a layer of routed experts holds, in the layer's order."""
     mapping = getattr(layer, "_expert_map", None)
     if mapping is None:
         return list(range(layer.local_num_experts))
@@ -105,5 +105,5 @@ def local_experts(layer: Any) -> list[int]:
 
 
 def may_lack_bias(owner: torch.nn.Module) -> bool:
-    """Return whether a model sets a fused bias to zero itself: its checkpoints have it for some projections only."""
+    """Return whether the model's code zeroes a fused bias: its checkpoints have biases for some projections only."""
     return type(owner).__name__ == "FunAudioChatAudioAttention"

@@ -14,10 +14,10 @@ class Part:
     """Rows of a parameter that arrive together.
 
     Attributes:
-        label: what they are ("k_proj", "expert 3: w1"), or nothing if they are the whole parameter.
+        label: name of the part ("k_proj", "expert 3 gate_proj"), or "" if it is the whole parameter.
         start, stop: the rows, stop excluded; all dimensions but the last are flattened into rows.
-        is_whole: every element must arrive; else at least one.
-        due: how many must arrive, where a kernel's padding stays empty; None: all of them.
+        is_whole: True if every expected element must arrive, False if one is enough.
+        due: number of elements expected, if padding for a kernel stays empty; None: all of them.
     """
 
     label: str
@@ -28,19 +28,19 @@ class Part:
 
 
 def num_rows(parameter: torch.Tensor) -> int:
-    """Return the rows of a parameter, all dimensions but the last flattened; elements, if it has only one."""
+    """Return the number of rows of a parameter, all dimensions but the last flattened; of a 1-D one its elements."""
     return parameter.numel() // (parameter.shape[-1] if parameter.dim() > 1 else 1)
 
 
 def parts_of(
     layer: Any, path: str, name: str, parameter: torch.Tensor, fused: Mapping[str, list[str]]
 ) -> Iterator[Part]:
-    """Yield what must arrive of a parameter; nothing for a layer that vLLM's own check covers."""
+    """Yield the parts of a parameter that must arrive; none for kinds of layers that vLLM's own check covers."""
     count = num_rows(parameter)
     if layer_kinds.is_experts(layer):
         yield from _expert_parts(layer, name, parameter)
     elif layer_kinds.is_vocabulary(layer):
-        # The rows that pad the vocabulary never arrive, and a rank may have no others.
+        # The rows that pad the vocabulary never arrive, and a rank may have only such rows.
         yield Part("", 0, min(count, layer.shard_indices.num_org_elements))
     elif layer_kinds.is_linear(layer):
         yield from _linear_parts(layer, path, count, fused, is_weight=name in ("weight", "bias"))
@@ -64,10 +64,10 @@ def _linear_parts(
 
 
 def _expert_parts(layer: Any, name: str, parameter: torch.Tensor) -> Iterator[Part]:
-    """Yield the matrices of every expert that this rank has: gate, up and down; and its biases, if it has any.
+    """Yield the parts of one parameter of routed experts: per expert of this rank the matrices or biases it holds.
 
-    Where a kernel's padding parts gate from up, checkpoints that have both in one tensor do not fill each half alike:
-    there something of each must arrive, and all of both.
+    Padding for a kernel may lie between gate and up. A checkpoint with both in one tensor then fills the two halves
+    unequally, so at least one element of each must arrive, and all elements of both together.
     """
     count = parameter.shape[0]
     kinds = layer_kinds.expert_matrices(layer).get(name, [])

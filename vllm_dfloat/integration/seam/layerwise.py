@@ -1,8 +1,8 @@
-"""vLLM's layerwise reload: its private names, and the points of it at which we take part.
+"""vLLM's layerwise reload: its private names, and the hooks of the plugin in it.
 
-A reload sets aside what each layer holds (its "kernel tensors"), puts the layer on the meta device and counts what
-arrives. A complete layer is materialized, loaded and processed, and copied into the tensors set aside, which take its
-place again. Layers that got nothing get back what was set aside.
+A reload sets aside the tensors of each layer (its "kernel tensors"), puts the layer on the meta device and counts the
+elements that arrive. A complete layer is materialized, loaded and processed; then its values are copied into the
+tensors set aside, and the layer gets these tensors back. A layer that received nothing gets them back unchanged.
 """
 
 import functools
@@ -21,12 +21,12 @@ WATCHER = "dfloat11_watcher"  # the attribute of every module of a watched model
 
 
 class Watcher(Protocol):
-    """What is told of a model's reloads.
+    """The interface of an object that is notified of a model's reloads.
 
     Attributes:
         model: the root of the watched modules.
-        counts: while it is true, layers that are complete are not processed.
-        fills_in: whether layers that are materialized get the values they had.
+        counts: while true, arrivals are only counted, and complete layers are not processed.
+        fills_in: whether a materialized layer keeps its old values for parts that have not arrived.
     """
 
     model: torch.nn.Module
@@ -34,50 +34,50 @@ class Watcher(Protocol):
     fills_in: bool
 
     def begins(self) -> None:
-        """All layers are about to be set aside."""
+        """Called before the tensors of all layers are set aside."""
 
     def changes(self, layer: torch.nn.Module) -> None:
-        """What the layer holds is about to be changed; said at least once."""
+        """Called at least once before the layer's weights are changed."""
 
     def is_about_to_load(self, layer: torch.nn.Module) -> None:
-        """The layer still waits on the meta device, and gets no more than what has arrived."""
+        """Called before the layer leaves the meta device; no more of it will arrive."""
 
     def materialized(self, layer: torch.nn.Module) -> None:
-        """The layer has got memory, not filled yet."""
+        """Called when the layer has memory, but no values yet."""
 
     def finishing(self) -> AbstractContextManager[None]:
-        """Enclose the end of a reload."""
+        """Return a context that encloses the end of a reload."""
 
 
 def watch(model: torch.nn.Module, watcher: Watcher) -> None:
-    """Have a watcher told of reloads of `model`. An attribute: a registry would keep the model alive."""
+    """Notify a watcher of reloads of `model`. It is kept in an attribute: a registry would keep the model alive."""
     _install()
     for layer in model.modules():
         layer.__dict__[WATCHER] = watcher
 
 
 def watcher_of(layer: torch.nn.Module) -> Watcher | None:
-    """Return who watches the reloads of a layer's model, if anybody does."""
+    """Return the watcher of the reloads of a layer's model, or None."""
     return layer.__dict__.get(WATCHER)
 
 
 def is_open(layer: torch.nn.Module) -> bool:
-    """Return whether a reload has begun, and this layer waits for weights or for the end."""
+    """Return whether a reload has begun and this layer still waits for weights, or for the end of the reload."""
     return bool(vllm.get_layerwise_info(layer).can_load())
 
 
 def begin(model: torch.nn.Module) -> None:
-    """Set all layers aside and wait for weights."""
+    """Start a reload: set aside the tensors of all layers."""
     vllm.initialize_layerwise_reload(model)
 
 
 def finish(model: torch.nn.Module, model_config: Any) -> None:
-    """Process layers that wait for padding, and give the others back what they had."""
+    """End a reload: process layers that have received a part, such as all but padding; restore untouched layers."""
     vllm.finalize_layerwise_reload(model, model_config)
 
 
 def abandon(model: torch.nn.Module) -> None:
-    """End a reload: layers that are not complete get back what was set aside."""
+    """Cancel a reload: layers that are not complete get back the tensors set aside."""
     for layer in model.modules():
         info = vllm.get_layerwise_info(layer)
         if info.can_load() and info.kernel_tensors is not None:
@@ -89,7 +89,7 @@ def abandon(model: torch.nn.Module) -> None:
 
 
 def forget_arrivals(model: torch.nn.Module) -> None:
-    """Go back to where nothing has arrived yet."""
+    """Reset every layer's record of arrivals, as at the start of the reload."""
     for layer in model.modules():
         info = vllm.get_layerwise_info(layer)
         info.load_numel = 0
@@ -97,11 +97,11 @@ def forget_arrivals(model: torch.nn.Module) -> None:
 
 
 def arrived(layer: torch.nn.Module) -> tuple[int, int]:
-    """Return how many elements have arrived in an update, and how many must, so that none is left without a value."""
+    """Return how many elements of a layer have arrived in an update, and how many are needed to leave none unset."""
     info = vllm.get_layerwise_info(layer)
     begun = {name for name, _ in info.loaded_weights}
     tensors = {**dict(layer._parameters), **dict(layer._buffers)}
-    # What is written in place keeps its value if nothing arrives for it.
+    # A tensor that is written in place keeps its value if nothing arrives for it.
     counted = [t for name, t in tensors.items() if t is not None and (t.is_meta or name in begun)]
     weight = layer._parameters.get("weight")
     padding = 0 if weight is None else compat.num_padding(layer, weight)
@@ -109,19 +109,19 @@ def arrived(layer: torch.nn.Module) -> tuple[int, int]:
 
 
 def without_arrivals(layer: torch.nn.Module) -> list[str]:
-    """Return the parameters without memory of a layer for which nothing has arrived; attention's scales may stay."""
+    """Return the names of a layer's meta parameters for which nothing has arrived; none for attention layers."""
     if vllm.is_deferred_attention_layer(layer):
         return []
     return [name for name, _ in layer.named_parameters(recurse=False) if is_deaf(layer, name)]
 
 
 def has_nothing(layer: torch.nn.Module) -> bool:
-    """Return whether vLLM's loaders were never called for a layer that is being processed."""
+    """Return whether no weight loader was called for a layer that is being processed."""
     return not vllm.get_layerwise_info(layer).loaded_weights
 
 
 def is_deaf(layer: torch.nn.Module, name: str) -> bool:
-    """Return whether a parameter still waits on the meta device, and its weight loader was never called."""
+    """Return whether a parameter is still on the meta device and its weight loader was never called."""
     parameter = layer._parameters.get(name)
     if parameter is None or not is_open(layer) or not parameter.is_meta:
         return False
@@ -129,12 +129,12 @@ def is_deaf(layer: torch.nn.Module, name: str) -> bool:
 
 
 def on_meta(parameter: torch.Tensor) -> torch.Tensor:
-    """Return a parameter without memory, with the class and the attributes that vLLM's weight loaders look at."""
+    """Return a meta copy of a parameter, with the class and the attributes that vLLM's weight loaders use."""
     return meta.to_meta_tensor(parameter)  # type: ignore[no-any-return]
 
 
 def repeat_loading(layer: torch.nn.Module, name: str, parameter: torch.Tensor) -> None:
-    """Repeat, into `parameter`, the calls that have loaded the parameter `name` of a layer, without counting them."""
+    """Repeat the recorded weight-loader calls for the parameter `name`, into `parameter`, without counting them."""
     loader = vllm._get_original_loader(getattr(layer, name))
     for loaded, call in vllm.get_layerwise_info(layer).loaded_weights:
         if loaded == name:
@@ -145,7 +145,7 @@ def repeat_loading(layer: torch.nn.Module, name: str, parameter: torch.Tensor) -
 
 
 def keeps_rest(layer: torch.nn.Module) -> bool:
-    """Return whether what has not arrived of a layer in an update is there already, from before."""
+    """Return whether a layer in an update keeps its old values for parts that have not arrived."""
     watcher = watcher_of(layer)
     return watcher is not None and watcher.fills_in and is_open(layer)
 
@@ -157,7 +157,7 @@ def set_aside(layer: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def written_in_place(layer: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Return the tensors of a layer that a reload leaves where they are, and writes as soon as they arrive."""
+    """Return the tensors of a layer that a reload does not set aside; values for them are written on arrival."""
     tensors = {**dict(layer._parameters), **dict(layer._buffers)}
     skips_all = type(layer).__name__ in meta.SKIP_MODULES
     return {
@@ -168,7 +168,7 @@ def written_in_place(layer: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def process_attention(model: torch.nn.Module, model_config: Any) -> None:
-    """Let attention layers derive again what they derive from other layers' weights, as at the end of a reload."""
+    """Let attention layers recompute the tensors that they derive from other layers, as at the end of a reload."""
     for layer in model.modules():
         if vllm.is_deferred_attention_layer(layer):
             layer.process_weights_after_loading(model_config.dtype)  # type: ignore[operator]
@@ -176,7 +176,7 @@ def process_attention(model: torch.nn.Module, model_config: Any) -> None:
 
 @contextmanager
 def without_warnings() -> Iterator[None]:
-    """Spare the log a line for each layer that keeps its weights."""
+    """Suppress vLLM's warning for each layer that keeps its weights."""
 
     def is_wanted(record: logging.LogRecord) -> bool:
         return "Failed to load weights" not in record.msg
@@ -190,7 +190,7 @@ def without_warnings() -> Iterator[None]:
 
 @functools.cache
 def _install() -> None:
-    """Put our functions, once, where vLLM's look each other up by name, whoever has imported them."""
+    """Once per process, replace the functions in vLLM's module by wrappers; vLLM's other functions there call these."""
     hooks = {
         "restore_layer_on_meta": _restore,
         "materialize_layer": _materialize,
@@ -219,7 +219,7 @@ def _watched(
 
 
 def _restore(watcher: Watcher, layer: torch.nn.Module, call: Callable[[], None]) -> None:
-    if layer is watcher.model:  # the first of all
+    if layer is watcher.model:  # the root is the first
         watcher.begins()
     call()
 

@@ -1,4 +1,4 @@
-"""The calls of weight loaders that vLLM's layerwise reload counts, and keeps until a layer is complete."""
+"""Listen to the weight-loader calls that vLLM's layerwise reload counts, and keeps until a layer is complete."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -12,14 +12,14 @@ from vllm.model_executor.model_loader.reload import layerwise as vllm
 WeightLoader = Callable[..., Any]
 Listener = Callable[
     [WeightLoader, BoundArguments, int], None
-]  # the int: elements that it has copied
+]  # the int: number of elements that the call copied
 
 _listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
 
 
 @contextmanager
 def told_to(listener: Listener) -> Iterator[None]:
-    """Tell of every call right after it was counted."""
+    """Call `listener` for every weight-loader call, right after vLLM has counted it."""
     token = _listener.set(listener)
     try:
         yield
@@ -28,7 +28,7 @@ def told_to(listener: Listener) -> Iterator[None]:
 
 
 def install() -> None:
-    """Put our function where vLLM looks up the one that counts."""
+    """Replace vLLM's counting function by one that also calls the listener."""
     count = vllm.get_numel_loaded
     vllm.get_numel_loaded = functools.wraps(count)(functools.partial(_counted, count))
 

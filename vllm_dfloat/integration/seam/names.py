@@ -1,8 +1,8 @@
-"""Names that vLLM and users know the plugin by."""
+"""The plugin's names in vLLM: of the quantization method and of the logger."""
 
 import logging
 
 METHOD = "dfloat11"  # what users pass as --quantization
 
-# vLLM configures only the loggers below its own name; under another name INFO lines would be lost.
+# vLLM configures only loggers below its own name; INFO lines of another logger would be lost.
 logger = logging.getLogger("vllm.dfloat11")

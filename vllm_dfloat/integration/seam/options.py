@@ -1,4 +1,4 @@
-"""The options a user can give, where they come from, and what is wrong with them."""
+"""The options that a user can give, and the checks of their values."""
 
 import re
 from collections.abc import Mapping
@@ -7,22 +7,22 @@ from typing import Any
 
 from vllm_dfloat.errors import UnsupportedError
 
-LAYOUTS = ("packed", "dfloat11")  # layouts.py has their functions
+LAYOUTS = ("packed", "dfloat11")  # their functions are in layouts.py
 MODES = ("exact", "fused")
 GRANULARITIES = ("auto", "layer", "block")
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the user chose.
+    """The options of one run.
 
     Attributes:
-        ignore: layers left in BF16: names, names with * and ?, or "re:" and a regular expression, as vLLM's
-            online quantization takes them. A fused layer (qkv_proj) may be named itself or by all its parts.
-        layout: how compressed weights are held: "packed", made for the kernel, or "dfloat11", the official one.
-        mode: "exact" gives the bits of BF16 vLLM; "fused" multiplies small batches straight from packed weights.
-        granularity: decode a "layer" at a time, or all linear layers of a transformer "block" in one launch; "auto" is
-            what was measured to be faster for blocks of that size on that GPU (kernels/configs.py).
+        ignore: layers left in BF16: names, names with * and ?, or "re:" and a regular expression, as in vLLM's
+            online quantization. A fused layer (qkv_proj) may be given by its own name or by the names of all its parts.
+        layout: how compressed weights are held: "packed", made for the kernels, or "dfloat11", the official layout.
+        mode: "exact" gives the bits of BF16 vLLM; "fused" multiplies small batches directly by packed weights.
+        granularity: decode one "layer" per launch, or all linear layers of a transformer "block"; "auto" takes the one
+            that was measured to be faster for groups of that size on that GPU (kernels/configs.py).
     """
 
     ignore: tuple[str, ...] = ()
@@ -31,11 +31,13 @@ class Options:
     granularity: str = "auto"
 
     def updated(self, given: Mapping[str, Any], where: str) -> "Options":
-        """Return these options with the entries of `given` on top.
+        """Return a copy of these options with the entries of `given` replaced.
+
+        Args:
+            where: the origin of `given`, for messages.
 
         Raises:
-            UnsupportedError: an unknown option, a value it cannot take, or values that exclude each other; `where`
-                says whose they are.
+            UnsupportedError: an unknown option, a wrong value, or values that exclude each other.
         """
         merged = asdict(self)
         for name, value in given.items():

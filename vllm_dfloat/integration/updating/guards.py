@@ -1,4 +1,4 @@
-"""Ways past a compressed layer's placeholder, and what stands in them: load_state_dict and another parameter."""
+"""Guards of a compressed layer's placeholder: refuse load_state_dict and registering another parameter."""
 
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -12,7 +12,10 @@ from vllm_dfloat.integration.seam import layerwise
 
 
 def guard(model: torch.nn.Module) -> None:
-    """Refuse what would give a compressed layer of this model another weight, before anything is changed."""
+    """Make load_state_dict and register_parameter refuse another weight for a compressed layer of this model.
+
+    They refuse before anything is changed.
+    """
     for module in model.modules():
         layers = dict(_compressed(module))
         if layers:
@@ -22,14 +25,14 @@ def guard(model: torch.nn.Module) -> None:
 
 
 def placeholder_of(layer: torch.nn.Module) -> WeightPlaceholder | None:
-    """Return what stands in the place of a compressed layer's weight."""
+    """Return the placeholder of a compressed layer's weight; None for other layers."""
     weight = layer._parameters.get("weight")
     is_compressed = packed_of(layer) is not None and isinstance(weight, WeightPlaceholder)
     return weight if is_compressed else None  # type: ignore[return-value]
 
 
 def refuse(model: torch.nn.Module, what: str) -> None:
-    """Raise the sentence of the first compressed layer, if there is one, for something that would write into it."""
+    """Raise UnsupportedError for the first compressed layer, if there is one; `what` is the refused operation."""
     for _, placeholder in _compressed(model):
         placeholder.refuse(what)
 
@@ -48,9 +51,9 @@ def _load_state_dict(
     strict: bool = True,
     assign: bool = False,
 ) -> Any:
-    """Stand in for a module's load_state_dict: refuse compressed layers' weights before torch copies any other.
+    """Replace a module's load_state_dict: refuse compressed layers' weights before torch copies any other weight.
 
-    A strict state dict must have them, so it is refused without them too: torch would copy the others, then complain.
+    With `strict`, a state dict without these weights is refused too: torch would copy the others before it raises.
     """
     for path, placeholder in _compressed(module):
         if strict or f"{path}.weight".lstrip(".") in state_dict:
@@ -64,7 +67,7 @@ def _register_parameter(
     name: str,
     param: torch.nn.Parameter | None,
 ) -> None:
-    """Stand in for a compressed layer's register_parameter, which setattr and vLLM's replace_parameter call too."""
+    """Replace a compressed layer's register_parameter; setattr and vLLM's replace_parameter call it too."""
     is_reload = layerwise.is_open(layer) or (param is not None and param.is_meta)
     if name == "weight" and param is not placeholder and not is_reload:
         placeholder.refuse("another parameter in place")

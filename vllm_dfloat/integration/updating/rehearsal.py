@@ -1,7 +1,7 @@
-"""A checkpoint compared with the model that it is to update, from the headers of its files, before anything changes.
+"""Compare a checkpoint with the model that it will update, using the files' headers, before anything changes.
 
-The model's own load_weights is given tensors without data. So every name map, every cut for a rank and every shape that
-it asks for is its own, and what the checkpoint lacks is what vLLM counts as missing.
+The model's own load_weights gets tensors without data. So its own name maps, shards per rank and shape checks apply,
+and vLLM's own records show what is missing.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,12 +20,12 @@ Pairs = Iterator[tuple[str, torch.Tensor]]
 
 @dataclass
 class StoredWeights(Iterator[tuple[str, torch.Tensor]]):
-    """The (name, tensor) pairs of a checkpoint on their way into a model.
+    """An iterator over the (name, tensor) pairs of a checkpoint, with their shapes.
 
     Attributes:
-        pairs: where they come from.
+        pairs: the pairs.
         where: the checkpoint, for messages.
-        shapes: (name, shape) of all of them, from the files' headers; empty if these are not known.
+        shapes: (name, shape) of all pairs, from the files' headers; empty if these are not known.
     """
 
     pairs: Pairs
@@ -42,7 +42,7 @@ class StoredWeights(Iterator[tuple[str, torch.Tensor]]):
 
 
 class _WithoutData(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its __init_subclass__
-    """Lets a tensor without data be copied into one that has memory, as biases have: nothing is written."""
+    """Makes a copy of a meta tensor into a tensor with memory, such as a bias, do nothing instead of fail."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
@@ -58,7 +58,7 @@ def rehearse(
     """Refuse a checkpoint that does not fit a model whose layers wait for weights.
 
     Args:
-        load: gives pairs to the model's load_weights; layers that are complete must not be processed meanwhile.
+        load: passes pairs to the model's load_weights; it must not process complete layers meanwhile.
 
     Raises:
         UnsupportedError: a tensor is missing, unknown or of another shape.
@@ -69,16 +69,16 @@ def rehearse(
         with _WithoutData():  # type: ignore[no-untyped-call]
             loaded = load(stored.without_data())
         _check_missing(model, loaded, stored.where, vllm_config)
-    except NotImplementedError as error:  # a model that looks into its tensors
+    except NotImplementedError as error:  # the model reads the values of its tensors
         logger.debug("dfloat11: %s was not compared with the model before: %s", stored.where, error)
     finally:
         layerwise.forget_arrivals(model)
 
 
 def what_is_short(layer: torch.nn.Module, name: str) -> str:
-    """Return what has arrived of a layer and what not, in the words of a message; "" if all has, or nothing was due.
+    """Return, for a message, what has and has not arrived of a layer; "" if it is complete.
 
-    Layers without matrices that got nothing are left to vLLM's own check.
+    Also "" for layers without matrices for which nothing arrived: vLLM's own check covers them.
     """
     arrived, expected = layerwise.arrived(layer)
     if arrived >= expected:
@@ -92,7 +92,7 @@ def what_is_short(layer: torch.nn.Module, name: str) -> str:
 
 
 def needs_data(error: Exception) -> bool:
-    """Return whether a model failed only because it looked into tensors that have no data."""
+    """Return whether a model failed only because it read the values of tensors without data."""
     return isinstance(error, NotImplementedError) or "meta tensor" in str(error)
 
 

@@ -1,8 +1,9 @@
-"""Replies of several ranks to vLLM's collective_rpc, kept in step.
+"""Keep the replies of several ranks to vLLM's collective_rpc in step with the calls.
 
-vLLM's multiprocess executor stops reading replies at the first rank that failed or came too late. What the ranks after
-it say stays in their queues and is taken for the reply to the next call: after one refused update, later calls would
-fail although they took effect, or tell of an earlier one. Here such replies are owed, and dropped when they come.
+vLLM's multiprocess executor stops reading replies at the first rank that fails or is late. The replies of the ranks
+after it stay in their queues and are taken for replies to the next call: after one refused update, later calls would
+fail although they took effect, or return the result of an earlier call. Here such replies are counted as owed, and
+dropped when they arrive.
 """
 
 import functools
@@ -14,7 +15,7 @@ from vllm_dfloat.integration.seam import compat
 
 
 def install() -> None:
-    """Keep the replies to executors that are made from here on in step. A second call changes nothing."""
+    """Keep replies in step in executors that are created after this call. A second call changes nothing."""
     executor = compat.executor_class()
     make = executor.__init__
     if hasattr(make, "_dfloat11_guard"):
@@ -24,7 +25,7 @@ def install() -> None:
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         make(self, *args, **kwargs)
         queues = getattr(self, "response_mqs", None)
-        if type(queues) is list:  # one with a process for each rank
+        if type(queues) is list:  # an executor with one process per rank
             self.response_mqs = Queues(queues)
 
     vars(init)["_dfloat11_guard"] = True
@@ -32,7 +33,7 @@ def install() -> None:
 
 
 class Queue:
-    """One rank's queue of replies, of which the first `owed` answer calls that nobody waits for any more."""
+    """One rank's queue of replies; the first `owed` replies belong to earlier calls and are dropped."""
 
     def __init__(self, queue: Any) -> None:
         self._queue = queue
@@ -42,7 +43,7 @@ class Queue:
         return getattr(self._queue, name)
 
     def dequeue(self, timeout: float | None = None, **kwargs: Any) -> Any:
-        """Return (status, result) of the oldest call that is waited for."""
+        """Drop the owed replies and return the next one, (status, result)."""
         deadline = None if timeout is None else time.monotonic() + timeout
         while self.owed:
             self._queue.dequeue(timeout=timeout, **kwargs)
@@ -53,7 +54,7 @@ class Queue:
 
 
 class Queues(list[Queue]):
-    """The queues of all ranks. Iterating over them is reading the replies to one call."""
+    """The queues of all ranks. One iteration over them reads the replies to one call."""
 
     def __init__(self, queues: Sequence[Any]) -> None:
         super().__init__(map(Queue, queues))
@@ -66,9 +67,9 @@ class Queues(list[Queue]):
 
 
 class _OfOneCall:
-    """A rank's queue while the reply to one call is read; after a failure the replies of the ranks after it are owed.
+    """A rank's queue during one call: after a failure, the replies of the ranks after it are owed.
 
-    Whoever reads on after a failure (vLLM 0.33 with fault tolerance) gets them.
+    A caller that reads on after a failure (vLLM 0.33 with fault tolerance) still gets them.
     """
 
     def __init__(self, queue: Queue, rest: Sequence[Queue], owing: set[Queue]) -> None:

@@ -1,4 +1,4 @@
-"""What a model was before its weights changed, as far as they have changed, to put it back."""
+"""Saved values of those weights of a model that an update changes, to restore them."""
 
 from typing import Any
 
@@ -9,20 +9,20 @@ from vllm_dfloat.integration.layers import method
 from vllm_dfloat.integration.layers.placeholder import WeightPlaceholder
 from vllm_dfloat.integration.seam import compat, layer_kinds, layerwise
 
-# Attributes of a module that are put back otherwise, or never change.
+# Attributes of a module that are restored in another way, or never change.
 _OTHERS = frozenset(
     ["_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", method.PACKED]
 )
 
 
 class SavedWeights:
-    """Old values of what is about to be changed, on the host: a GPU has no room for two models.
+    """Old values of changed weights, kept on the host: a GPU has no room for two models.
 
-    On a CPU a compressed weight is kept by reference, and only while the change lasts.
+    On a CPU a compressed weight is kept by reference, and only while the update lasts.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
-        """Note what can be noted for nothing, and the small tensors that a reload writes in place."""
+        """Save the modules' attributes by reference, and copies of the small tensors that a reload writes in place."""
         self._attributes = {layer: _attributes(layer) for layer in model.modules()}
         self._packed: dict[torch.nn.Module, PackedWeight | None] = {}
         self._kernels: dict[torch.nn.Module, dict[str, Any]] = {}
@@ -32,13 +32,13 @@ class SavedWeights:
                 self.save_tensor(tensor)
 
     def save_tensor(self, tensor: torch.Tensor) -> None:
-        """Keep the values of a tensor that is about to be written; the first time counts."""
+        """Save the values of a tensor before it is written; later calls for the same tensor do nothing."""
         has_values = not isinstance(tensor, WeightPlaceholder) and not tensor.is_meta
         if has_values and id(tensor) not in self._tensors:
             self._tensors[id(tensor)] = tensor, tensor.detach().to("cpu", copy=True)
 
     def save_layer(self, layer: torch.nn.Module) -> None:
-        """Keep all that a layer holds, before a reload changes it; the first time counts."""
+        """Save the weights of a layer before a reload changes it; later calls for the same layer do nothing."""
         if layer in self._packed:
             return
         held = method.packed_of(layer)
@@ -50,7 +50,7 @@ class SavedWeights:
 
     @torch.no_grad()
     def put_back(self, model: torch.nn.Module, model_config: Any) -> None:
-        """Give every layer back what it held."""
+        """Restore the saved weights of every layer."""
         for tensor, values in self._tensors.values():
             tensor.data.copy_(values)
         for layer, held in self._packed.items():
@@ -69,7 +69,7 @@ def _attributes(layer: torch.nn.Module) -> dict[str, Any]:
 
 
 def _set_attributes(layer: torch.nn.Module, before: dict[str, Any] | None) -> None:
-    """Undo what processing a layer set beside its tensors: a packed copy for a CPU's kernel, flags."""
+    """Restore the attributes that processing sets in addition to a layer's tensors: flags, a packed copy for a CPU."""
     if before is None:
         return
     for name in _attributes(layer).keys() - before.keys():

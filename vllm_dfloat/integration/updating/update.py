@@ -1,7 +1,7 @@
-"""Changes of a loaded model's weights: each takes effect as a whole, or not at all.
+"""Updates of a loaded model's weights: each takes effect as a whole, or not at all.
 
-BF16 vLLM that fails in the middle of a reload is left with layers without memory. Here the engine goes on with the
-weights that it had, and the caller gets a sentence.
+When a reload fails halfway in BF16 vLLM, layers are left without memory. Here the engine continues with its old
+weights, and the caller gets an error of one sentence.
 """
 
 import functools
@@ -28,16 +28,16 @@ from vllm_dfloat.integration.updating.saved import SavedWeights
 Pairs = Iterable[tuple[str, torch.Tensor]]
 LoadWeights = Callable[..., Any]
 
-_COPY = torch.Tensor.copy_  # vLLM's sparse patches put another one in its place
+_COPY = torch.Tensor.copy_  # vLLM's sparse patches replace it while they load
 
 
 class Updates:
-    """All changes of one model's weights, one after the other.
+    """Applies updates to one model's weights, one after the other; a layerwise.Watcher of its reloads.
 
     Attributes:
         model: a loaded model with compressed layers.
-        counts: a checkpoint is being compared with the model, and nothing is loaded.
-        fills_in: the current update was given parts of layers; the rest of these layers keeps its values.
+        counts: whether a checkpoint is being compared with the model, so that nothing is loaded.
+        fills_in: whether the current update may give only parts of a layer; the rest keeps its values.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Updates:
         self._is_partial = self._keeps_rest = False
         self._depth = 0
 
-    # What vLLM's layerwise reload tells us.
+    # Notifications from vLLM's layerwise reload.
 
     def begins(self) -> None:
         self._saved = SavedWeights(self.model)
@@ -91,11 +91,11 @@ class Updates:
         with self.undone_on_error():
             yield
 
-    # What callers do.
+    # Methods for callers.
 
     @contextmanager
     def undone_on_error(self) -> Iterator[None]:
-        """Undo the current update if what is enclosed fails. Of nested ones the outermost makes an update final."""
+        """Undo the current update if the enclosed code fails. When nested, the outermost makes the update final."""
         self._depth += 1
         try:
             yield
@@ -108,7 +108,7 @@ class Updates:
             self._saved = None
 
     def undo(self) -> None:
-        """Put back whatever the current update has changed."""
+        """Restore all weights that the current update has changed."""
         saved, self._saved = self._saved, None
         if saved is not None:
             layerwise.abandon(self.model)
@@ -116,16 +116,16 @@ class Updates:
             logger.warning("dfloat11: an update of the weights failed; all weights are as before")
 
     def save_tensor(self, tensor: torch.Tensor) -> None:
-        """Keep a tensor's values, which something outside a reload is about to write."""
+        """Save a tensor's values before code outside a reload writes to it."""
         if self._saved is None:
             self._saved = SavedWeights(self.model)
         self._saved.save_tensor(tensor)
 
     def load_weights(self, weights: Pairs, *args: Any, **kwargs: Any) -> Any:
-        """Do what the model's load_weights does, in a reload or by itself.
+        """Do what the model's load_weights does, within a reload or outside of one.
 
-        By itself it has vLLM reload the layers that are named. A layer of which only a part is given (q_proj of
-        qkv_proj) keeps the rest, as if it were written in place.
+        Outside, vLLM reloads the layers for which weights are given. If only a part of a layer is given (q_proj of
+        qkv_proj), the rest keeps its values, as if the part were written in place.
 
         Raises:
             UnsupportedError: a tensor does not fit the model.
@@ -168,7 +168,7 @@ class Updates:
             raise
         except Exception as error:
             if error is current.error:
-                raise  # the caller's own
+                raise  # an error of the caller's iterator
             if self.counts and needs_data(error):
                 raise NotImplementedError(str(error)) from error
             raise UnsupportedError(
@@ -177,7 +177,7 @@ class Updates:
             ) from error
 
     def _check_heard(self, loaded: Iterable[str]) -> None:
-        """Refuse what a model says it has loaded while nothing has arrived: it wrote to a tensor without memory."""
+        """Refuse a weight that the model reports as loaded although nothing arrived: it wrote to a meta tensor."""
         modules = dict(self.model.named_modules())
         for name in loaded:
             path, _, leaf = name.rpartition(".")
@@ -197,10 +197,10 @@ _NO_PATCHES = (
 
 
 def _fill_in(layer: torch.nn.Module, needs_all: bool) -> None:
-    """Fill a layer that is about to be loaded, with a part of its weights, with the values it had.
+    """Fill a materialized layer with its old values, before the part of its weights that has arrived is loaded.
 
     Raises:
-        UnsupportedError: they are gone, or in another form than a checkpoint's, and all are needed.
+        UnsupportedError: `needs_all`, and old values are in another form than a checkpoint's; or they are gone.
     """
     before, stays = layerwise.set_aside(layer), layerwise.written_in_place(layer)
     has_its_form = not layer_kinds.is_experts(layer) or compat.keeps_form_of_experts(layer)
@@ -229,7 +229,7 @@ def _values(layer: Any) -> torch.Tensor:
 
 
 def keep(model: torch.nn.Module, vllm_config: Any, model_config: Any) -> None:
-    """Let the weights of a loaded model change as a whole or not at all, by whatever way."""
+    """Make every update of a loaded model's weights take effect as a whole or not at all."""
     load_weights: LoadWeights | None = getattr(model, "load_weights", None)
     if load_weights is None or not any(map(method.packed_of, model.modules())):
         return
@@ -242,6 +242,6 @@ def keep(model: torch.nn.Module, vllm_config: Any, model_config: Any) -> None:
 
 
 def updates_of(model: torch.nn.Module) -> Updates | None:
-    """Return what keeps a model's weights whole, if it has compressed layers."""
+    """Return the Updates of a model, or None if it has no compressed layers."""
     watcher = layerwise.watcher_of(model)
     return watcher if isinstance(watcher, Updates) else None

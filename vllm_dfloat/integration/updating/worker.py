@@ -1,4 +1,4 @@
-"""Where vLLM's model runner and worker take new weights: what fails on one rank is undone on all of them."""
+"""Guards of the methods by which vLLM's model runner and worker take new weights: a failure on one rank undoes all."""
 
 import functools
 import inspect
@@ -24,14 +24,14 @@ _SOURCE = (
     "model",
     "model_weights",
     "revision",
-)  # what a reload from a path changes in the ModelConfig
+)  # fields of the ModelConfig that a reload from a path changes
 
 Method = Callable[..., Any]
 Pairs = Iterable[tuple[str, torch.Tensor]]
 
 
 def install() -> None:
-    """Guard the classes that run in this process. A second call changes nothing."""
+    """Guard the runner and worker classes imported in this process. A second call changes nothing."""
     for place in _RUNNERS:
         _wrap(place, "reload_weights", _reload_weights)
     for name in ("update_weights", "finish_weight_update"):
@@ -69,10 +69,10 @@ def _reload_weights(runner: Any, method: Method, *args: Any, **kwargs: Any) -> A
 
 
 def _saving(updates: Updates, pairs: Pairs) -> Iterator[tuple[str, torch.Tensor]]:
-    """Pass on weights in a kernel's format, each after the tensor that it will be written to was saved.
+    """Yield weights in a kernel's format; before each, save the tensor that it will overwrite.
 
     Raises:
-        UnsupportedError: it is a compressed layer's.
+        UnsupportedError: a weight of a compressed layer.
     """
     for name, weight in pairs:
         path, _, leaf = name.rpartition(".")
@@ -95,7 +95,7 @@ def _of_transfer(worker: Any, method: Method, *args: Any, **kwargs: Any) -> Any:
         with _on_all_ranks(updates):
             return method(worker, *args, **kwargs)
     except BaseException:
-        # As vLLM does if update_weights itself fails on this rank; else nobody could begin again.
+        # As vLLM does if update_weights itself fails on this rank; otherwise no later update could start.
         worker._weight_update_active = False
         worker.weight_transfer_engine.reset_weight_update_target()
         raise
@@ -106,7 +106,7 @@ def _start_of_transfer(worker: Any, method: Method) -> Any:
     if updates is not None and engine.startswith("Sparse"):
         guards.refuse(updates.model, f"{engine}, which changes single values in place,")
     if worker._weight_update_active:
-        return method(worker)  # which refuses, and leaves the update that has begun alone
+        return method(worker)  # it raises, and does not touch the update that is in progress
     return _of_transfer(worker, method)
 
 
@@ -121,17 +121,17 @@ def _checksums(worker: Any, method: Method) -> Any:
 
 
 def _receiver(worker: Any) -> Updates | None:
-    """Return what keeps the weights of the model that the worker's transfer engine writes to: target or draft."""
+    """Return the Updates of the model that the worker's transfer engine writes to, target or draft."""
     model = getattr(worker.weight_transfer_engine, "model", None)
     return None if model is None else updates_of(model)
 
 
 @contextmanager
 def _on_all_ranks(updates: Updates) -> Iterator[None]:
-    """Undo an update on every rank if it failed on one: else some would serve new weights, and some old ones.
+    """Undo an update on every rank if it failed on one: otherwise ranks would serve different weights.
 
     Raises:
-        UnsupportedError: it failed on others only; the sentence has theirs, since vLLM passes on that of one rank.
+        UnsupportedError: it failed on other ranks only; the message has their reasons, since vLLM reports one rank.
     """
     with updates.undone_on_error():
         error: Exception | None = None
@@ -150,7 +150,7 @@ def _on_all_ranks(updates: Updates) -> Iterator[None]:
 
 
 def _from_all_ranks(sentences: list[str]) -> list[str]:
-    """Return what the ranks of this engine have to say, each sentence once; each of them asks once."""
+    """Return the sentences of all ranks of this engine, without repeats; every rank must call this once."""
     from vllm.distributed import parallel_state
 
     for kind in ("tp", "pp", "pcp"):
@@ -164,7 +164,7 @@ def _from_all_ranks(sentences: list[str]) -> list[str]:
 
 @contextmanager
 def _same_source_on_error(model_config: Any) -> Iterator[None]:
-    """Let a later reload without a path read what it would have read before one with a path failed."""
+    """If a reload from a path fails, restore the source in the ModelConfig, for later reloads without a path."""
     before = {name: getattr(model_config, name) for name in _SOURCE if hasattr(model_config, name)}
     try:
         yield
