@@ -8,7 +8,6 @@ One thread; the median of several runs; weights N(0, 0.02).
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -19,6 +18,7 @@ from typing import Any
 os.environ["VLLM_DFLOAT_THREADS"] = "1"
 
 import numpy as np
+from bench.results import processor, write_json
 
 from vllm_dfloat.codec.decode import decode
 from vllm_dfloat.codec.encode import count_exponents, encode
@@ -55,13 +55,6 @@ def parts(packed: PackedTensor, weight: np.ndarray) -> dict[str, float]:
     return {name: round(value / lay.numel, 4) for name, value in bits.items()}
 
 
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next(
-        (line.split(":")[1].strip() for line in lines if "model name" in line), platform.machine()
-    )
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=4096)
@@ -94,9 +87,7 @@ def main() -> int:
         "threads": 1,
     }
     print(json.dumps(result, indent=1))
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(args.json, result)
     return 0
 
 

@@ -10,7 +10,6 @@ in the end, or there is no time and the exit status is 1. A random model lies in
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.load.models import load_rank, write_model
+from bench.results import write_json
 from bench.serve.model import SHAPES, BenchError
 
 GIB = 1 << 30
@@ -100,9 +100,7 @@ def main() -> int:
     except BenchError as trouble:
         print(trouble, file=sys.stderr)
         return 2
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(args.json, result)
     if not result["same_bytes"]:
         print(
             "the two compressed variants hold different bytes: no time is reported", file=sys.stderr

@@ -1,7 +1,7 @@
 """Damage checkpoints in every way, and see that each is refused in a sentence or decodes to what its bytes say.
 
 python scripts/fuzz_checkpoints.py --count 100000 --seed 1     # a night's run; cases 0..99999 of seed 1
-python scripts/fuzz_checkpoints.py --count 1000 --start 5000 --seed 1   # goes on after a run that was ended
+python scripts/fuzz_checkpoints.py --count 1000 --start 5000 --seed 1   # continues a run that was interrupted
 python scripts/fuzz_checkpoints.py --seed 1 --only 4711        # one case again, with its message or traceback
 
 Exit status 0: every case ended as it must; 1: some did not.

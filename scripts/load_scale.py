@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.load.models import load_rank, write_model
+from bench.results import write_json
 from bench.serve.model import SHAPES, BenchError
 
 GIB = 1 << 30
@@ -168,9 +169,7 @@ def main() -> int:
         print(trouble, file=sys.stderr)
         return 2
     print(summary_of(result))
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(args.json, result)
     within = all(rank["peak_bytes"] <= rank["bound_bytes"] for rank in result["ranks"])
     return 0 if within else 1
 

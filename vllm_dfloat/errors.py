@@ -1,6 +1,6 @@
 """The exceptions of this package.
 
-Every message is one sentence group in the order: where, what was found, what was expected, what to do.
+Every message says in this order: where, what was found, what was expected, what to do.
 """
 
 from typing import Any
@@ -36,8 +36,10 @@ class DeviceError(DFloatError):
 
 
 def one_line(text: str, limit: int = MAX_MESSAGE) -> str:
-    """Return `text` with unprintable characters escaped (line ends, terminal codes, lone surrogates), cut in the
-    middle to `limit` characters: what was wrong stands at the end of a message."""
+    """Return `text` in `limit` characters at most, unprintable ones escaped (line ends, terminal codes, surrogates).
+
+    It is cut in the middle: the end of a message says what was wrong.
+    """
     text = _cut(text, limit)
     if not text.isprintable():
         escaped = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
@@ -51,7 +53,7 @@ def _cut(text: str, limit: int) -> str:
 
 
 def shown(value: Any) -> str:
-    """Return a short form of anything that JSON can hold, for messages; a deep or huge value is not walked through."""
+    """Return a short form of anything that JSON can hold, for messages; never walks through a deep or huge value."""
     if isinstance(value, dict | list):
         kind = "an object" if isinstance(value, dict) else "a list"
         simple = all(isinstance(item, int | float | str | None) for item in list(value)[:4])

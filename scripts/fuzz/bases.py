@@ -1,4 +1,4 @@
-"""The checkpoints that a fuzz run damages: small official ones from the test vectors, and some of our own making."""
+"""The checkpoints that a fuzz run damages: small official ones from the test vectors, and some made here."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Base:
         name: for reports.
         files: what it consists of.
         original: folder of the BF16 model that it decodes to.
-        share: how often it is taken, against the others.
+        share: how often it is chosen, relative to the others.
     """
 
     name: str

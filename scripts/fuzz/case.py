@@ -1,4 +1,4 @@
-"""One case of a fuzz run: damage a checkpoint, read it, and judge what came of it."""
+"""One case of a fuzz run: damage a checkpoint, read it, and judge the outcome."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class TooSlow(BaseException):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a case.
+    """The outcome of a case.
 
     Attributes:
         number, base: which case, and what was damaged.
@@ -100,7 +100,7 @@ def damaged(number: int, seed: int, bases: Sequence[Base]) -> tuple[Base, Folder
 
 
 def run_case(number: int, seed: int, bases: Sequence[Base], work: Path) -> Outcome:
-    """Run a case in this process, in the folder `work`; what is wrong is told, not raised."""
+    """Run a case in this process, in the folder `work`; what is wrong is reported, not raised."""
     base, folder, kinds = damaged(number, seed, bases)
     target = work / "target"
     num_bytes = write_folder(folder, target)
@@ -143,7 +143,7 @@ def _too_slow(*_: object) -> None:
 
 
 def _judge(target: Path, base: Base, limits: Limits, names: Sequence[str]) -> str:
-    """Return the sentence with which the checkpoint is refused, nothing if it decodes as it must.
+    """Return the sentence that refuses the checkpoint, "" if it decodes as it must.
 
     Raises:
         Wrong: the reader or a command did something else.
@@ -180,7 +180,7 @@ def _judge(target: Path, base: Base, limits: Limits, names: Sequence[str]) -> st
 
 
 def _decoded(target: Path, limits: Limits) -> Tensors:
-    """Return what the reader under test gives out."""
+    """Return the tensors from the reader under test."""
     with limits():
         if is_dfloat11(target):
             items = typed_weights(open_checkpoint(target), keep_tied=True)
@@ -190,7 +190,7 @@ def _decoded(target: Path, limits: Limits) -> Tensors:
 
 
 def _check_comparison(target: Path, base: Base, limits: Limits) -> None:
-    """Let verify compare with the original, and hold the answer against what is true."""
+    """Let verify compare with the original, and check its answer."""
     originals = original_tensors(base.original)
     stored = bf16_tensors(target) if not is_dfloat11(target) else open_checkpoint(target).plain
     modules = {name.removesuffix(".weight") for name in originals}

@@ -13,11 +13,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Special:
-    """What lies in a folder and is no plain file.
+    """An entry of a folder that is not a plain file.
 
     Attributes:
         kind: "link", "pipe", "folder", or "sparse": a file with a long hole at its end.
-        content: where a link leads to; what a sparse file begins with.
+        content: target of a link, or start of a sparse file.
         size: of a sparse file, in bytes.
     """
 
@@ -109,7 +109,7 @@ def unpack(content: bytes) -> list[Stored]:
 def pack(
     tensors: list[Stored], change: Callable[[dict[str, Any]], Any] = lambda header: None
 ) -> bytes:
-    """Return a safetensors file; `change` may make its header lie before it is written."""
+    """Return a safetensors file; `change` may falsify its header first."""
     header: dict[str, Any] = {}
     at = 0
     for tensor in tensors:

@@ -33,7 +33,7 @@ def change_somewhere(content: Any, rng: Random) -> None:
 
 
 def broken_text(text: bytes, rng: Random) -> bytes:
-    """Return JSON text that is none, or hardly."""
+    """Return text that is not JSON, or barely."""
     at = rng.randrange(len(text) + 1)
     deep = rng.choice((b"[", b'{"a":')) * rng.choice((100, 20_000))
     middle = rng.choice(
@@ -80,7 +80,7 @@ def _edit(
 
 @mutation
 def lie_in_a_header(folder: Folder, rng: Random) -> bool:
-    """A shape, a dtype, an offset or the whole entry of a tensor that the bytes do not bear out."""
+    """Write a wrong shape, dtype, offset or entry of a tensor into a header."""
     found = some_tensors(folder, rng)
     if not found:
         return False

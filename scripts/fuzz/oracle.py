@@ -1,7 +1,7 @@
-"""What a damaged checkpoint says, read as naively as can be: json, slices of bytes, and the slow reference decoder.
+"""Read a damaged checkpoint as simply as possible: json, slices of bytes, and the slow reference decoder.
 
-Shares nothing with the reader under test but dfloat11/reference.py. It may raise anything on broken input: it is
-asked only where the reader found nothing to refuse.
+Shares nothing with the reader under test but dfloat11/reference.py. It may raise anything on broken input: it is used
+only if the reader has refused nothing.
 """
 
 from __future__ import annotations

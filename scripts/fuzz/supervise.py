@@ -1,4 +1,4 @@
-"""Run numbered cases in child processes that may die or hang, and lose no case but the one that did it."""
+"""Run numbered cases in child processes that may die or hang; only the case that did it is lost."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Report = dict[str, Any]
 
 @dataclass
 class _Child:
-    """A process, and where it is in its cases.
+    """A child process, and its place among its cases.
 
     Attributes:
         cases: those it has not begun.
