@@ -32,6 +32,15 @@ CANDIDATES: dict[str, tuple[int, ...]] = {  # Triton takes powers of two
     "fused_dot_num_warps": (2, 4, 8),
 }
 DERIVED = ("fused_max_rows", "group_decode_max_numel")
+NOT_TUNED = (  # of the encoders, which see a weight once
+    "count_window_tiles_per_program",
+    "count_tiles_per_program",
+    "count_num_warps",
+    "encode_tiles_per_program",
+    "dfloat11_encode_tiles_per_program",
+    "dfloat11_encode_num_warps",
+    "dfloat11_split_weights",
+)
 
 
 def best_of(bench: Bench, field: str, case: Case, config: Any) -> Any:
