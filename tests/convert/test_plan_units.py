@@ -7,7 +7,7 @@ import pytest
 
 from vllm_dfloat.checkpoint.patterns import compile_patterns
 from vllm_dfloat.convert.units import PlannedUnit, build_patterns, plan_units
-from vllm_dfloat.storage.safetensors_read import StoredTensor
+from vllm_dfloat.storage.stored_tensor import StoredTensor
 
 LL = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
 LL += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]

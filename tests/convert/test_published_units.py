@@ -11,7 +11,7 @@ import pytest
 
 from vllm_dfloat.checkpoint.patterns import compile_patterns
 from vllm_dfloat.convert.units import build_patterns, plan_units
-from vllm_dfloat.storage.safetensors_read import StoredTensor
+from vllm_dfloat.storage.stored_tensor import StoredTensor
 
 ATTENTION = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
 LL = [*ATTENTION, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]

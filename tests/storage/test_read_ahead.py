@@ -14,7 +14,7 @@ from vllm_dfloat.checkpoint.members import plan, spans
 from vllm_dfloat.checkpoint.reader import open_checkpoint
 from vllm_dfloat.checkpoint.shapes import module_shapes
 from vllm_dfloat.storage import read_ahead
-from vllm_dfloat.storage.safetensors_read import StoredTensor
+from vllm_dfloat.storage.stored_tensor import StoredTensor
 
 Asked = list[tuple[str, int, int]]
 

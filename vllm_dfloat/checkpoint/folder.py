@@ -14,7 +14,8 @@ from vllm_dfloat.checkpoint.listing import (
 from vllm_dfloat.dfloat11.format import FIELDS
 from vllm_dfloat.errors import DFloatError, FormatError, UnsupportedError
 from vllm_dfloat.storage.json_file import read_object
-from vllm_dfloat.storage.safetensors_read import StoredTensor, read_header, read_names
+from vllm_dfloat.storage.safetensors_read import read_header, read_names
+from vllm_dfloat.storage.stored_tensor import StoredTensor
 
 COMPRESS_JOURNAL, DECOMPRESS_JOURNAL = (
     ".vllm-dfloat-compress.jsonl",

@@ -11,7 +11,8 @@ import numpy as np
 from vllm_dfloat.checkpoint.folder import refuse_unfinished, stored_tensors
 from vllm_dfloat.checkpoint.listing import ModelFiles, model_files
 from vllm_dfloat.errors import FormatError, shown
-from vllm_dfloat.storage.safetensors_read import StoredTensor, read_header
+from vllm_dfloat.storage.safetensors_read import read_header
+from vllm_dfloat.storage.stored_tensor import StoredTensor
 
 _PIECE_BYTES = 16 << 20
 

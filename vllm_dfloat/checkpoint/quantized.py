@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from vllm_dfloat.errors import UnsupportedError, shown
 from vllm_dfloat.storage.json_file import read_object
-from vllm_dfloat.storage.safetensors_read import StoredTensor
+from vllm_dfloat.storage.stored_tensor import StoredTensor
 
 METHOD = "dfloat11"  # ours: a quantization_config of BF16 weights may hold options for serving
 _MODELOPT_FILE = "hf_quant_config.json"

@@ -21,7 +21,7 @@ from vllm_dfloat.codec.arrays import Bits
 from vllm_dfloat.errors import FormatError
 from vllm_dfloat.storage.pieces import read_pieces
 from vllm_dfloat.storage.progress import Advance, Bytes, Start, ignore, no_start
-from vllm_dfloat.storage.safetensors_read import StoredTensor
+from vllm_dfloat.storage.stored_tensor import StoredTensor
 
 _PIECE_BYTES = 4 << 20
 

@@ -15,7 +15,7 @@ from vllm_dfloat.codec.arrays import Bits
 from vllm_dfloat.dfloat11.decode import decode_range, decode_unit
 from vllm_dfloat.dfloat11.unit import Unit, UnitEntry
 from vllm_dfloat.storage.pieces import piece_weights
-from vllm_dfloat.storage.safetensors_read import StoredTensor
+from vllm_dfloat.storage.stored_tensor import StoredTensor
 
 if TYPE_CHECKING:
     import torch

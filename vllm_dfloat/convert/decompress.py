@@ -25,7 +25,7 @@ from vllm_dfloat.convert.source_files import SourceFiles
 from vllm_dfloat.convert.work import Work
 from vllm_dfloat.storage.folder_lock import FolderLock
 from vllm_dfloat.storage.progress import Advance, ignore
-from vllm_dfloat.storage.safetensors_read import StoredTensor
+from vllm_dfloat.storage.stored_tensor import StoredTensor
 
 SHARD_BYTES = 5_000_000_000
 

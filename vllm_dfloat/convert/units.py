@@ -14,7 +14,7 @@ from typing import Any
 from vllm_dfloat.checkpoint.names import natural, transformer_block
 from vllm_dfloat.checkpoint.patterns import MAX_PATH
 from vllm_dfloat.checkpoint.tied import is_lm_head, ties_embeddings
-from vllm_dfloat.storage.safetensors_read import StoredTensor
+from vllm_dfloat.storage.stored_tensor import StoredTensor
 
 WEIGHT = ".weight"
 

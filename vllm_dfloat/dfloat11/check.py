@@ -9,7 +9,7 @@ from vllm_dfloat.dfloat11.unit import UnitEntry
 from vllm_dfloat.errors import FormatError
 from vllm_dfloat.storage.pieces import StoredWeights
 from vllm_dfloat.storage.progress import Advance
-from vllm_dfloat.storage.safetensors_read import StoredTensor
+from vllm_dfloat.storage.stored_tensor import StoredTensor
 
 
 def check_unit(

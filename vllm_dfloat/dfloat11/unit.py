@@ -22,7 +22,7 @@ from vllm_dfloat.dfloat11.format import (
 )
 from vllm_dfloat.dfloat11.tables import build_tables
 from vllm_dfloat.errors import FormatError
-from vllm_dfloat.storage.safetensors_read import StoredTensor
+from vllm_dfloat.storage.stored_tensor import StoredTensor
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ from vllm_dfloat.codec.layout import SYMBOL_SHIFT
 from vllm_dfloat.plan.packed_size import ASSUMED_CODE_BITS, mean_code_bits
 from vllm_dfloat.plan.stored import DTYPES, Files
 from vllm_dfloat.plan.weights import Weight
-from vllm_dfloat.storage.safetensors_read import StoredTensor
+from vllm_dfloat.storage.stored_tensor import StoredTensor
 
 Counts = I64Array
 

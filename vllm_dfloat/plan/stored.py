@@ -16,7 +16,7 @@ from vllm_dfloat.errors import FormatError, UnsupportedError
 from vllm_dfloat.plan.architectures import name_in_vllm
 from vllm_dfloat.plan.config import ModelConfig
 from vllm_dfloat.plan.weights import Part, Place, Split, Weight
-from vllm_dfloat.storage.safetensors_read import StoredTensor
+from vllm_dfloat.storage.stored_tensor import StoredTensor
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}

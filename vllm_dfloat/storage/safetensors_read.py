@@ -15,8 +15,7 @@ from vllm_dfloat.errors import FormatError, UnsupportedError, shown
 from vllm_dfloat.storage.file_identity import FileIdentity, require_same
 from vllm_dfloat.storage.json_file import read_text, regular_size
 from vllm_dfloat.storage.lfs import refuse_pointer
-from vllm_dfloat.storage.stored_tensor import BITS_DTYPES as BITS_DTYPES
-from vllm_dfloat.storage.stored_tensor import StoredTensor as StoredTensor
+from vllm_dfloat.storage.stored_tensor import BITS_DTYPES, StoredTensor
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 _LENGTH_BYTES = 8

@@ -21,7 +21,7 @@ from vllm_dfloat.codec.arrays import Bits
 from vllm_dfloat.errors import FormatError
 from vllm_dfloat.storage.file_identity import AGAIN
 from vllm_dfloat.storage.pieces import read_pieces
-from vllm_dfloat.storage.safetensors_read import BITS_DTYPES, StoredTensor
+from vllm_dfloat.storage.stored_tensor import BITS_DTYPES, StoredTensor
 
 TEMPORARY = ".tmp-"  # prefix of files that are being written
 _PIECE_BYTES = 1 << 20  # still in the cache when it is written after being hashed

@@ -19,7 +19,8 @@ from vllm_dfloat.integration.seam.arrivals import EXPECTED, Arrivals
 from vllm_dfloat.integration.seam.names import METHOD
 from vllm_dfloat.integration.updating.rehearsal import StoredWeights
 from vllm_dfloat.storage.read_ahead import read_ahead
-from vllm_dfloat.storage.safetensors_read import StoredTensor, read_header
+from vllm_dfloat.storage.safetensors_read import read_header
+from vllm_dfloat.storage.stored_tensor import StoredTensor
 
 Weights = Iterator[tuple[str, torch.Tensor]]
 
