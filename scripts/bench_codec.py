@@ -38,7 +38,7 @@ def median_seconds(call: Callable[[], Any]) -> float:
 
 
 def parts(packed: PackedTensor, weight: np.ndarray) -> dict[str, float]:
-    """Return where the bits of a packed matrix go, per weight."""
+    """Return the bits per weight of each section of a packed matrix."""
     lay = packed.layout
     counts = count_exponents(weight.reshape(-1))
     code = int(counts @ code_lengths(counts, lay.code_bits).astype(np.int64))

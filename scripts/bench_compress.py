@@ -2,10 +2,10 @@
 
     python scripts/bench_compress.py [--gigabytes 2.4] [--units 1] [--workers 1] [--threads 1] [--json FILE]
 
-Makes a checkpoint of random weights N(0, 0.02) in a temporary folder (with `--folder`, there), runs the real commands
-in processes of their own, and removes everything. `compress` reads, encodes, writes, hashes, decodes what it wrote and
-compares; what `decompress` wrote is compared before anything is reported. CPU seconds are user and system time of all
-processes of a command, start included, so the number per core-second holds on a busy machine too.
+Makes a checkpoint of random weights N(0, 0.02) in a temporary folder (or in `--folder`), runs the real commands in
+their own processes, and removes everything. `compress` reads, encodes, writes, hashes, decodes its output and compares;
+the output of `decompress` is compared before anything is reported. CPU seconds are user and system time of all
+processes of a command, including their start, so the number per core-second is valid on a busy machine too.
 """
 
 import argparse
@@ -31,7 +31,7 @@ ROWS_AT_ONCE = 1024
 
 
 def random_rows(rows: int, seed: int) -> Iterator[np.ndarray]:
-    """Yield BF16 bits of N(0, 0.02), cut off, not rounded."""
+    """Yield BF16 bits of N(0, 0.02), truncated, not rounded."""
     rng = np.random.default_rng(seed)
     for first in range(0, rows, ROWS_AT_ONCE):
         shape = (min(ROWS_AT_ONCE, rows - first), COLUMNS)
@@ -40,7 +40,7 @@ def random_rows(rows: int, seed: int) -> Iterator[np.ndarray]:
 
 
 def make_checkpoint(folder: Path, num_bytes: int, units: int) -> None:
-    """Write a model of `units` blocks with about `num_bytes` bytes in all."""
+    """Write a model of `units` transformer blocks with about `num_bytes` bytes in total."""
     folder.mkdir()
     rows = max(1, num_bytes // (2 * COLUMNS * units * len(MEMBERS)))
     names = [f"model.layers.{i}.{member}.weight" for i in range(units) for member in MEMBERS]

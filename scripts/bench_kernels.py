@@ -3,9 +3,9 @@
     python scripts/bench_kernels.py [--seconds 150] [--only SECTION ...] [--output FILE]
     python scripts/bench_kernels.py --device cpu    # a rehearsal in Triton's interpreter; its times mean nothing
 
-Prints each row, and writes it to scripts/results/<gpu>/kernels-<date>.json, as soon as it is measured. Wrong bits mark
-the rows of their case. Exit status 0; 1 if a kernel's bits are wrong or a part failed; 2 if it cannot run here. A peer
-that is missing is a line in the table.
+Prints each row, and writes it to scripts/results/<gpu>/kernels-<date>.json, as soon as it is measured. If bits are
+wrong, the rows of the case are marked. Exit status 0; 1 if a kernel's bits are wrong or a section failed; 2 if it
+cannot run here. A missing peer is a line in the table.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from bench_setup import CannotRunError, environment, prepare
 if TYPE_CHECKING:
     from bench.kernels.timing import Bench
 
-SECTIONS = {  # what is wanted most comes first: time may run out
+SECTIONS = {  # the most important come first: time may run out
     "decode": ("bench.kernels.decode", "run"),
     "encode": ("bench.kernels.decode", "run_encode"),
     "fused": ("bench.kernels.fused", "run"),
@@ -46,20 +46,20 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def measure(bench: Bench, sections: Sequence[str]) -> list[str]:
-    """Run the sections; return what failed, a sentence each."""
+    """Run the sections; return one sentence per failure."""
     failures = []
     for name in sections:
         module, function = SECTIONS[name]
         try:
             getattr(importlib.import_module(module), function)(bench)
-        except Exception as error:  # one part that fails must not cost the others' numbers
+        except Exception as error:  # a failed section must not stop the others
             traceback.print_exc()
             failures.append(f"{name}: {type(error).__name__}: {error}".splitlines()[0])
     return failures
 
 
 def output_path(given: Path | None, facts: dict[str, Any], is_gpu: bool) -> Path | None:
-    """Return where the JSON goes; a rehearsal leaves none behind unless it is asked to."""
+    """Return the path of the JSON file; None for a rehearsal without --output."""
     if given is None and is_gpu:
         return bench_report.default_path(facts["device"], "kernels")
     return given

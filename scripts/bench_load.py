@@ -2,9 +2,10 @@
 
     python scripts/bench_load.py [--shape llama-3.2-1b | --model PATH] [--runs 3] [--tp 1] [--json FILE]
 
-Every load is vLLM's own loader in a process of its own (bench/load/rank.py), in rounds of all variants; prints medians.
-"cold": the files are not in the page cache before; "warm": they are. Both compressed variants must hold the same bytes
-in the end, or there is no time and the exit status is 1. A random model lies in a temporary folder, or in `--folder`.
+Every load is vLLM's own loader in its own process (bench/load/rank.py), in rounds of all variants; prints medians.
+"cold": the files are not in the page cache at the start; "warm": they are. Both compressed variants must hold the same
+bytes after loading, or no time is printed and the exit status is 1. A random model is written to a temporary folder, or
+to `--folder`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ VARIANTS = {  # name -> (which checkpoint, options)
 
 
 def checkpoints(args: argparse.Namespace, folder: Path) -> dict[str, Path]:
-    """Return the BF16 model and its compressed form, made if they are not there."""
+    """Return the BF16 model and its compressed form; make them if they do not exist."""
     original = args.model or folder / "bf16"
     if not args.model:
         write_model(args.shape, SHAPES[args.shape]["num_hidden_layers"], original)
@@ -42,7 +43,7 @@ def checkpoints(args: argparse.Namespace, folder: Path) -> dict[str, Path]:
 
 
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Load every variant `args.runs` times, cold and warm in turns; return all seconds."""
+    """Load every variant `args.runs` times, alternating cold and warm; return all times in seconds."""
     paths = checkpoints(args, folder)
     seconds: dict[str, dict[str, list[float]]] = {
         name: {"cold": [], "warm": []} for name in VARIANTS
@@ -68,7 +69,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Return the medians, and how they compare with BF16 vLLM."""
+    """Return the medians, and their ratios to BF16 vLLM."""
     base = {
         cache: statistics.median(result["seconds"]["BF16 vLLM"][cache])
         for cache in ("cold", "warm")

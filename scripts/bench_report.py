@@ -19,7 +19,7 @@ HEADS = ("section", "case", "name", "us", "ratio", "of_copy", "gb_per_s", "bits_
 
 
 def default_path(device_name: str, kind: str) -> Path:
-    """Return where results of a GPU belong: scripts/results/<gpu>/<kind>-<date>.json."""
+    """Return the path for results of a GPU: scripts/results/<gpu>/<kind>-<date>.json."""
     file = f"{kind}-{time.strftime('%Y-%m-%d')}.json"
     return ROOT / "scripts/results" / folder_name(device_name) / file
 
@@ -39,7 +39,7 @@ HEAD = _in_columns(HEADS)
 
 
 def line(row: Mapping[str, Any]) -> str:
-    """Return a row as text below `HEAD`; `ratio` is to the first contender of a case, where 1 is its time."""
+    """Return a row as text with the columns of `HEAD`; `ratio` is the time relative to the case's first contender."""
     if "not_measured" in row:
         reason = f"not measured: {row['not_measured']}"
         return _in_columns([*(str(row[head]) for head in HEADS[:3]), reason])

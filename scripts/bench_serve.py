@@ -5,9 +5,9 @@
     python scripts/bench_serve.py --shape tiny --eager --output FILE.json      # a rehearsal, also on a CPU
 
 Variants: BF16; DFloat11 exact; DFloat11 fused; BF16 with as many bytes of weights in pinned host memory as DFloat11
-saves. Each engine is a process of its own; whole runs are repeated in alternating order. The result is a table, a JSON
-file and a PNG, under scripts/results/<gpu>/ or where --output says. Exit status: 0 measured; 1 the tokens of exact
-differ from those of BF16, or one of these two did not run; 2 bad input.
+saves. Each engine is its own process; whole runs are repeated in alternating order. The result is a table, a JSON file
+and a PNG, under scripts/results/<gpu>/ or at --output. Exit status: 0 measured; 1 the tokens of exact differ from those
+of BF16, or one of these two did not run; 2 bad input.
 """
 
 import datetime
@@ -29,14 +29,14 @@ from bench.serve.model import BenchError
 from bench.serve.options import COMPARED, VARIANTS, Options, parse
 
 GIB = 1 << 30
-BATCHED_TOKENS = 8192  # at least; a prompt whose prefill is timed goes through in one step
+BATCHED_TOKENS = 8192  # at least; a prompt whose prefill is timed must run in one step
 
 Json = dict[str, Any]
 Launch = Callable[[Json, Path, str], Json]
 
 
 class Files(NamedTuple):
-    """Where the checkpoint lies, where the engines' files go, and the report, if it is to be written."""
+    """The paths of the checkpoint, of the engines' files, and of the report, if one is written."""
 
     model: Path
     logs: Path
@@ -44,11 +44,11 @@ class Files(NamedTuple):
 
 
 class NoTimes(Exception):
-    """Why no time may be reported."""
+    """No time may be reported; the message is the reason."""
 
 
 def points(options: Options) -> list[Json]:
-    """Return what is measured on every engine, cheap and telling points first."""
+    """Return the points measured on every engine; cheap and important points come first."""
     context = options.context
     decode = [{"kind": "decode", "batch": n, "context": context} for n in options.batches]
     capacity = {"kind": "capacity", "context": options.hold}
@@ -90,7 +90,7 @@ def request(name: str, model: Path, options: Options, results: Json, deadline: f
 
 
 def reason_against(name: str, options: Options, machine: Json, results: Json) -> str | None:
-    """Return why a variant cannot or need not run here, or None."""
+    """Return the reason why a variant cannot or need not run here, or None."""
     if machine["gpu"] is None:
         if name == "offload":
             return "needs a GPU"
@@ -104,7 +104,7 @@ def reason_against(name: str, options: Options, machine: Json, results: Json) ->
 
 
 def judge(name: str, run: int, results: Json) -> None:
-    """Raise NoTimes if the latest result of BF16 or exact forbids to report any."""
+    """Raise NoTimes if no time may be reported because of the latest result of BF16 or exact."""
     if name not in COMPARED:
         return
     latest, label = results[name][-1], VARIANTS[name][0]
@@ -127,14 +127,14 @@ def first_difference(a: list[list[int]], b: list[list[int]]) -> tuple[int, int]:
 
 
 def rounds(options: Options) -> Iterator[tuple[int, str]]:
-    """Yield (run, variant); every other run goes backwards, so that no variant is always the first or the warmest."""
+    """Yield (run, variant); every second run is in reverse order, so that no variant is always first or warmest."""
     for run in range(options.runs):
         for name in options.variants[:: -1 if run % 2 else 1]:
             yield run, name
 
 
 def run_all(options: Options, head: Json, files: Files, launch: Launch, until: float) -> Json:
-    """Run the engines, store after each what is proven so far, and return the report."""
+    """Run the engines, store after each the results that may be reported, and return the report."""
     results: Json = {name: [] for name in options.variants}
     skipped: dict[str, str] = {}
     for run, name in rounds(options):
@@ -170,18 +170,18 @@ def say(text: str) -> None:
 
 @contextmanager
 def log_folder(options: Options) -> Iterator[Path]:
-    """Give a folder for the engines' files, which is removed afterwards; with --logs they are in the archive then."""
+    """Yield a folder for the engines' files, which is removed afterwards; --logs keeps the files in an archive."""
     if options.logs:
         make_folder(options.logs.parent, "--logs")
     with tempfile.TemporaryDirectory(prefix="bench-serve-") as folder:
         try:
             yield Path(folder)
-        finally:  # what an engine that was ended has said, too
+        finally:  # also the logs of an engine that was stopped
             archive(Path(folder), options.logs)
 
 
 def archive(folder: Path, file: Path | None) -> None:
-    """Write the engines' files, three for each, into one archive, whole or not at all."""
+    """Write the engines' files, three per engine, into one archive, as a whole or not at all."""
     if file is None:
         return
     part = file.with_name(f".{file.name}.part")

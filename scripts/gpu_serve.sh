@@ -4,16 +4,16 @@
 #     scripts/gpu_serve.sh [--out DIR] [--limit SECONDS] [--commit HASH] [--site FOLDER] [BENCH_SERVE ARGUMENT...]
 #     scripts/gpu_serve.sh --device cpu      # a rehearsal with vLLM's CPU build, on a tiny model
 #
-# Takes the vLLM that is installed, or one in FOLDER (put on PYTHONPATH; FOLDER/env.sh is sourced if there is one), and
-# this checkout as its plugin. Random weights in the shape of Llama 3.1 8B are written to memory where it has room. vLLM
-# may use 28 GiB of the GPU, as on a smaller card, so that what DFloat11 saves decides how many sequences fit; decode
-# steps run from CUDA graphs, without torch.compile, which would take half a minute more per engine. Results are written
-# after each engine; if the first attention backend gives none, another is tried once. Further arguments go to
+# Uses the installed vLLM, or one in FOLDER (put on PYTHONPATH; FOLDER/env.sh is sourced if it exists), with this
+# checkout as its plugin. Random weights in the shape of Llama 3.1 8B are written to memory if it has room. vLLM may use
+# 28 GiB of the GPU, as on a smaller card, so that the memory saved decides how many sequences fit. Decode steps run
+# from CUDA graphs, without torch.compile, which would take half a minute more per engine. Results are written after
+# each engine; if the first attention backend gives none, another is tried once. Further arguments go to
 # scripts/bench_serve.py and replace these choices.
 #
-# DIR gets serve.json, serve.png, logs.tar.gz and serve.log; by default it is scripts/results/<gpu>/serve-<date>, for a
-# rehearsal a temporary folder. Exit status 0 measured, 1 other tokens than BF16's or an engine that did not run, 2 it
-# cannot run here. PYTHON names the interpreter.
+# serve.json, serve.png, logs.tar.gz and serve.log are written to DIR, by default scripts/results/<gpu>/serve-<date>,
+# for a rehearsal a temporary folder. Exit status 0 measured, 1 other tokens than BF16's or an engine that did not run,
+# 2 it cannot run here. PYTHON names the interpreter.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -56,7 +56,7 @@ if [[ -n $site ]]; then
 fi
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-# What vLLM finds plugins by, for a checkout that is not installed.
+# Entry-point metadata by which vLLM finds the plugin in a checkout that is not installed.
 plugin=$work/plugin/vllm_dfloat-0.0.0.dist-info
 mkdir -p "$plugin"
 printf 'Metadata-Version: 2.1\nName: vllm-dfloat\nVersion: 0.0.0\n' >"$plugin/METADATA"
@@ -73,7 +73,7 @@ if [[ -z $out && $device == cuda ]]; then
 fi
 out=${out:-$(mktemp -d)}
 mkdir -p "$out"
-rm -f "$out"/serve.{json,png,log} "$out/logs.tar.gz" # nothing of an earlier run may be taken for this one's
+rm -f "$out"/serve.{json,png,log} "$out/logs.tar.gz" # no file of an earlier run may be mistaken for this run's
 exec > >(tee "$out/serve.log") 2>&1
 echo "$facts"
 
@@ -83,7 +83,7 @@ if [[ $device == cpu ]]; then
 else
   shape=llama-3.1-8b attention=(FLASH_ATTN TRITON_ATTN) graphs=$GRAPHS folder=$work/weights
   room=$(df -BG --output=avail /dev/shm 2>/dev/null | tail -n 1 | tr -dc 0-9)
-  if ((${room:-0} >= 24)); then # 16 GB, and some for the engines
+  if ((${room:-0} >= 24)); then # 16 GB of weights, and room for the engines
     folder=/dev/shm/vllm-dfloat-$$
     trap 'rm -rf "$work" "$folder"' EXIT
   fi
@@ -93,7 +93,7 @@ else
     --gpu-memory "$share" --variants bf16,exact,fused,official)
 fi
 
-# The weights are made on the GPU and written while vLLM is imported once, so that the engines find its files in memory.
+# While the GPU makes the weights, vLLM is imported once, so that the engines find its files in the page cache.
 "$PYTHON" scripts/bench_serve_model.py "$shape" "$folder" >"$work/weights.log" 2>&1 &
 writer=$!
 "$PYTHON" -c 'from vllm import LLM; import vllm; print("vLLM", vllm.__version__)' 2>&1 | tail -n 1
@@ -122,7 +122,7 @@ serve() { # ATTENTION_BACKEND ARGUMENT...
 if ! serve "${attention[0]}" "$@" && [[ ! -s $out/serve.json ]] && ((${#attention[@]} > 1)); then
   serve "${attention[1]}" "$@" || true
 fi
-# What the engines said of sizes and loading.
+# Show the engines' log lines about sizes and loading.
 tar -xzOf "$out/logs.tar.gz" --wildcards '*.log' 2>/dev/null |
   grep -hE 'dfloat11:|Model loading took|Loading weights took|GPU KV cache size|Graph capturing finished' |
   sed 's/^.*\] //' | cut -c1-200 || true

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# The verdict of a GPU on this project's kernels, in under 6 minutes: the facts that are wanted most come first.
+# Check and measure this project's kernels on a GPU in under 6 minutes; the most important results come first.
 #
 #     scripts/gpu_verdict.sh [--out DIR] [--limit SECONDS] [--commit HASH]
 #     scripts/gpu_verdict.sh --device cpu    # a rehearsal in Triton's interpreter, on tiny sizes
 #
 # Needs an NVIDIA GPU, PyTorch, Triton, numba and pytest; no network, no vLLM, nothing installed. Sections: environment;
-# the bits of every kernel on small sizes; times of decode, encode and fused beside a device copy and cuBLAS; the tests
-# marked `gpu`; times of blocks, rows and the official layout; memcheck; more than 2^31 weights; hardware counters;
-# racecheck; tuning. Each has a limit of its own and none begins after --limit (345 s) in all, so that what was measured
-# is kept: every row is printed and written when it is known. Wrong bits and failed tests mark the times, and end with 1.
+# the bits of every kernel on small sizes; times of decode, encode and fused next to a device copy and cuBLAS; the tests
+# marked `gpu`; times of groups, rows and the official layout; memcheck; more than 2^31 weights; hardware counters;
+# racecheck; tuning. Each section has its own time limit, and none begins after --limit (345 s) in total. Every row is
+# printed and written as soon as it is known. After wrong bits or failed tests, times are marked and the status is 1.
 #
-# DIR gets at most 8 files; by default it is scripts/results/<gpu>/verdict-<date>, for a rehearsal a temporary folder.
+# At most 8 files are written to DIR, by default scripts/results/<gpu>/verdict-<date>, for a rehearsal a temporary one.
 # Exit status 0 all good, 1 wrong bits or something failed, 2 it cannot run here. PYTHON names the interpreter.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -47,13 +47,13 @@ verdict() { # STATUS SENTENCE
   exit "$1"
 }
 
-# Say once what is wrong, and go on.
+# Print and record a problem, and continue.
 problem() {
   problems+=("$1")
   echo "problem: $1"
 }
 
-# Run a part within its limit and what is left of the whole; $status is how it ended, 124 or 137 by time.
+# Run a section within its own limit and the remaining total; sets $status: 124 or 137 if it ran out of time.
 section() { # NAME MOST_SECONDS LOG COMMAND...
   local name=$1 most=$2 begun=$SECONDS left=$((limit - SECONDS))
   log=$3
@@ -73,18 +73,18 @@ section() { # NAME MOST_SECONDS LOG COMMAND...
   ! ended_by_time || notes+=("$name was ended after $most s")
 }
 
-# What the last part wrote into its log.
+# Print what the last section wrote into its log.
 printed() { tail -c "+$((log_start + 1))" "$log"; }
 
 ended_by_time() { ((status == 124 || status == 137)); }
 
-# The same, where any other end than a good one, or that by time, is a problem.
+# Run a section; a status other than success or timeout is a problem.
 checked_section() {
   section "$@"
   ((status == 0)) || ended_by_time || problem "$1 ended with status $status; see $3"
 }
 
-# Bits of every kernel, compiled by many processes at once.
+# Compare the bits of every kernel; many processes compile at the same time.
 small_checks() {
   local i jobs=2
   [[ $device == cpu ]] || jobs=$(($(nproc) < 16 ? $(nproc) : 16))
@@ -107,7 +107,7 @@ run_bits() {
 run_times() { # NAME MOST_SECONDS FILE SECTION...
   local name=$1 most=$2 file=$3 grace=20
   shift 3
-  [[ $device == cuda ]] || most=$((4 * most)) # the interpreter takes its time
+  [[ $device == cuda ]] || most=$((4 * most)) # the interpreter is slow
   checked_section "$name" "$most" "$out/times.log" "$PYTHON" scripts/bench_kernels.py --device "$device" \
     --seconds $((most - grace)) --only "$@" --output "$out/$file"
   printed | grep -vE '^(Traceback|  )' | cut -c1-170 || true
@@ -121,7 +121,7 @@ run_tests() { # NAME MOST_SECONDS EXPRESSION OPTION...
     files=(tests/gpu/test_gpu_group.py)
     export VLLM_DFLOAT_GPU_REHEARSAL=1
   fi
-  # Interrupted as from the keyboard, pytest still says what failed so far.
+  # On SIGINT, as from the keyboard, pytest still reports what has failed so far.
   stop_signal=INT section "$name" "$most" "$out/tests.log" "$PYTHON" -m pytest -v -m gpu -k "$which" \
     -p no:cacheprovider --tb=short --durations=8 "$@" "${files[@]}"
   printed | grep -E '^(FAILED|ERROR)|passed|failed|no tests ran' | cut -c1-200 | tail -n 12 || true
@@ -143,7 +143,7 @@ sanitize() { # TOOL MOST_SECONDS CHECK...
   fi
 }
 
-# One launch of a decode, with what it waited for.
+# Profile one launch of a decode kernel, with its stall reasons.
 run_counters() {
   section counters 45 "$out/counters.txt" ncu --clock-control none --target-processes all \
     -k regex:_decode_kernel -s 4 -c 1 --section SpeedOfLight --section MemoryWorkloadAnalysis \
@@ -154,7 +154,7 @@ run_counters() {
 
 on_gpu_only() {
   if command -v compute-sanitizer >/dev/null; then
-    # Without PyTorch's pool, or a read beyond a tensor stays inside the pool and is not seen.
+    # Without PyTorch's memory pool: within the pool, a read past a tensor's end would not be detected.
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 sanitize memcheck 50 packed_decode encoder packed_rows official_held \
       packed_group official_encoder official_unit
   else
@@ -176,7 +176,7 @@ if [[ -z $out && $device == cuda ]]; then
 fi
 out=${out:-$(mktemp -d)}
 mkdir -p "$out"
-# Nothing of an earlier run may be taken for this one's.
+# No file of an earlier run may be mistaken for this run's.
 rm -f "$out"/{verdict.log,bits.log,times.log,tests.log,sanitizer.log,counters.txt,times1.json,times2.json}
 exec > >(tee "$out/verdict.log")
 

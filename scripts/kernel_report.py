@@ -3,11 +3,11 @@
     python scripts/kernel_report.py            # a table
     python scripts/kernel_report.py --json     # the same as JSON
 
-Per kernel and target: registers per thread, spilled bytes, shared memory, barriers, SASS instructions, and how many
-of them run per weight: those of a loop as often as it runs, all others once, on both sides of a branch; times the
-threads of a program, divided by its weights; and those of each loop alone, in the order of the code (that over packed
-weights comes before that over weights held as BF16). For the official layout, whose loops run as often as the data
-says, each is counted once, so there it is the size of the code.
+Per kernel and target it reports registers per thread, spilled bytes, shared memory, barriers, SASS instructions, and
+executed instructions per weight. For the last, instructions in loops count as often as the loops run, all others once,
+on both sides of a branch; the sum is multiplied by the threads of a program and divided by its weights. The same number
+is given for each loop alone, in code order: the loop over packed weights, then the one over weights held as BF16. In
+the official layout loops run as often as the data requires, so each is counted once: the number is the code size.
 """
 
 import argparse
@@ -49,15 +49,15 @@ def dump(option: str, cubin: Path) -> str:
 
 
 def instructions(sass: str) -> list[tuple[int, str, str]]:
-    """Return address, name and last operand if that is a number, without the NOPs that fill up the last line."""
+    """Return address, name and last operand (if it is a number) of each instruction, without the padding NOPs."""
     found = INSTRUCTION.findall(sass)
     return [(int(address, 16), name, number) for address, name, number in found if name != "NOP"]
 
 
 def loops_of(code: list[tuple[int, str, str]]) -> list[tuple[int, int]]:
-    """Return the first and last address of each loop: from where a branch leads back to, up to the branch.
+    """Return the first and last address of each loop: the target of a backward branch, and the branch.
 
-    Where threads of a warp may have parted, BRA.DIV leads to the end of the code and a branch from there back: no loop.
+    Where threads of a warp may diverge, BRA.DIV jumps to the end of the code and a branch jumps back: this is no loop.
     """
     tails = [int(target, 16) for _, name, target in code if name == "BRA.DIV" and target]
     end = min(tails, default=code[-1][0] + 1)
@@ -104,7 +104,7 @@ def measure(spec: CompileSpec, capability: int) -> dict[str, Any]:
 
 
 def measure_by_index(index: int, capability: int) -> dict[str, Any]:
-    """Return the row of one kernel, found by its place in `specs()`, since specs do not travel between processes."""
+    """Return the row of one kernel, given by its index in `specs()`, because specs cannot be sent between processes."""
     return measure(specs()[index], capability)
 
 

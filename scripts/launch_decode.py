@@ -1,4 +1,4 @@
-"""Launch the decode kernel eight times on a layer of real size: what a profiler looks at.
+"""Launch the decode kernel eight times on a layer of real size, for a profiler.
 
 ncu -k regex:_decode_kernel -s 4 -c 1 python scripts/launch_decode.py
 """

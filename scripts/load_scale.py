@@ -27,7 +27,7 @@ GIB = 1 << 30
 
 
 def planned(model: Path, tp: int, code_bits: float | None = None) -> dict[str, int]:
-    """Return what `vllm-dfloat plan` says of a rank, in bytes."""
+    """Return the numbers of `vllm-dfloat plan` for a rank, in bytes."""
     from vllm_dfloat.plan.memory import Settings
     from vllm_dfloat.plan.plan import make_plan
 
@@ -40,7 +40,7 @@ def planned(model: Path, tp: int, code_bits: float | None = None) -> dict[str, i
 
 
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Make the checkpoints, load every rank from each; return everything."""
+    """Make the checkpoints and load every rank from each; return all results."""
     original, compressed = folder / "bf16", folder / "dfloat11"
     config = write_model(args.shape, args.layers, original)
     if not (compressed / "dfloat11_manifest.json").exists():
@@ -103,7 +103,7 @@ def line_of(rank: dict[str, Any]) -> str:
 
 
 def summary_of(result: dict[str, Any]) -> str:
-    """Return what it comes to for all layers, beside the plan."""
+    """Return the total for all layers of the model, and the plan's numbers."""
     worst = max(result["ranks"], key=lambda rank: rank["extrapolated_peak_bytes"])
     plan, whole = result["plan"], result["plan_of_all_layers"]
     rows = [

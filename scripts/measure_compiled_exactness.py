@@ -3,10 +3,10 @@
     python scripts/measure_compiled_exactness.py [--models llama,qwen2] [--shape small] [--quick] [--json FILE]
     python scripts/measure_compiled_exactness.py --model PATH [--json FILE]
 
-Every run is a vLLM engine in a process of its own, with folders of its own for the caches of vLLM, Inductor and Triton,
-or with those that another run has filled. All greedy tokens and all log-probabilities, of prompts and of answers, are
-compared to the last bit. Random models lie in a temporary folder. Exit status: 0 if compressed weights always answered
-as BF16 vLLM did in the same mode, 1 if not, 2 if something could not run.
+Every run is a vLLM engine in its own process, with its own cache folders for vLLM, Inductor and Triton, or with those
+that another run has filled. All greedy tokens and all log-probabilities, of prompts and of answers, are compared to the
+last bit. Random models are written to a temporary folder. Exit status: 0 if compressed weights always gave the answers
+of BF16 vLLM in the same mode, 1 if not, 2 if something could not run.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Run:
 
     Attributes:
         name: for tables.
-        ours: compressed weights, else BF16.
+        ours: whether weights are compressed; else BF16.
         mode: "compiled", "deterministic" (compiled, with Inductor's deterministic mode) or "eager".
         cache: name of the folder of caches; runs with the same name share it.
     """
@@ -82,7 +82,7 @@ RUNS = [
     Run("dfloat11, eager", True, "eager", "h"),
 ]
 QUICK = ("bf16", "bf16, again", "dfloat11")
-# What is compared, and whether the plugin promises that it is equal.
+# The pairs of runs that are compared, and whether the plugin promises equal answers.
 PAIRS = [
     ("bf16", "bf16, again", False),
     ("bf16", "bf16, cache of the first", False),
@@ -110,7 +110,7 @@ def run(one: Run, model: Path, folder: Path) -> dict[str, Any]:
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }
-    environment.pop("VLLM_CPU_CI_ENV", None)  # it would take Inductor out
+    environment.pop("VLLM_CPU_CI_ENV", None)  # it would disable Inductor
     log = folder / f"{one.name}.log"
     given = [str(model), json.dumps(one.settings()), str(result)]
     with log.open("wb") as out:
@@ -127,7 +127,7 @@ def run(one: Run, model: Path, folder: Path) -> dict[str, Any]:
 
 
 def compare(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """Return how two runs' answers differ. Once tokens part, so do the log-probabilities after them."""
+    """Return how two runs' answers differ. After the first different token, later log-probabilities differ too."""
     a, b = one["logprobs"], other["logprobs"]
     same = np.array_equal(a.view(np.uint64), b.view(np.uint64))
     return {
@@ -140,7 +140,7 @@ def compare(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure(model: Path, folder: Path, chosen: list[Run]) -> dict[str, Any]:
-    """Run the chosen engines on one model and compare those of which both were."""
+    """Run the chosen engines on one model and compare the pairs of which both were run."""
     found = {}
     for one in chosen:
         found[one.name] = run(one, model, folder)
@@ -155,7 +155,7 @@ def measure(model: Path, folder: Path, chosen: list[Run]) -> dict[str, Any]:
 
 
 def models(args: argparse.Namespace, folder: Path) -> Iterator[tuple[str, Path]]:
-    """Give name and folder of each model, made here if need be."""
+    """Yield name and folder of each model; make it first if needed."""
     if args.model:
         yield args.model.name, args.model
         return
@@ -170,7 +170,7 @@ def models(args: argparse.Namespace, folder: Path) -> Iterator[tuple[str, Path]]
 
 
 def report(name: str, pairs: list[dict[str, Any]]) -> bool:
-    """Print a line per pair; return whether all that is promised was equal."""
+    """Print a line per pair; return whether all pairs with promised equality were equal."""
     for pair in pairs:
         count = f"{pair['logprobs_differing']} of {pair['logprobs']} logprobs"
         verdict = "equal" if pair["equal"] else f"DIFFERENT in {count}"

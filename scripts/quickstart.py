@@ -24,14 +24,14 @@ from typing import Any
 PROMPT = "Return the "
 MAX_TOKENS = 64
 MAX_LEN = 1024
-START_SECONDS = 1800  # until the server must be ready; a hub model is fetched in this time
+START_SECONDS = 1800  # limit until the server is ready, including the download of a hub model
 LOG_TAIL_LINES = 30
 # The plugin's line about the loaded model, "dfloat11: compressed ... (BF16 -> held bytes)".
 BYTES_IN_LOG = re.compile(r"dfloat11: compressed .*\((\d+) -> (\d+) bytes\)")
 
 
 class QuickstartError(Exception):
-    """What went wrong, in words for the person at the terminal."""
+    """An error with a message for the person at the terminal."""
 
 
 def read_config(model: str) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def read_config(model: str) -> dict[str, Any]:
 
 
 def free_port() -> int:
-    """Return a port on the loopback interface that nothing listens on."""
+    """Return a free port on the loopback interface."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -82,7 +82,7 @@ def wait_until_ready(server: subprocess.Popen[bytes], url: str) -> None:
 
 
 def stop(server: subprocess.Popen[bytes]) -> None:
-    """End the server, then whatever is left of its process group: workers must not outlive it."""
+    """End the server, then all processes left in its group: workers must not outlive it."""
     for sign, seconds in ((signal.SIGTERM, 10), (signal.SIGKILL, 10)):
         try:
             os.killpg(server.pid, sign)
@@ -95,9 +95,9 @@ def stop(server: subprocess.Popen[bytes]) -> None:
 
 @contextmanager
 def serving(model: str, max_len: int, options: list[str], log: Path) -> Iterator[str]:
-    """Run `vllm serve` for the duration of the block and yield its URL.
+    """Run `vllm serve` inside the `with` statement and yield its URL.
 
-    A QuickstartError from the start or from the block gets the end of the server's log put before it.
+    A QuickstartError from the start or from the enclosed code is prefixed with the end of the server's log.
     """
     port = free_port()
     command = ["vllm", "serve", model, "--host", "127.0.0.1", "--port", str(port)]
@@ -105,7 +105,7 @@ def serving(model: str, max_len: int, options: list[str], log: Path) -> Iterator
     environment = {
         "VLLM_CPU_KVCACHE_SPACE": "1",
         **os.environ,
-    }  # GiB; else vLLM asks for 92 % of the memory
+    }  # GiB; without it vLLM takes 92 % of the memory
     if Path(model).is_dir():
         environment["HF_HUB_OFFLINE"] = "1"
     print("$", " ".join([*command[:3], *options]), file=sys.stderr, flush=True)
@@ -135,7 +135,7 @@ def complete(url: str) -> dict[str, Any]:
         "max_tokens": MAX_TOKENS,
         "temperature": 0,
         "logprobs": 5,
-        "return_tokens_as_token_ids": True,  # bytes that are no text on their own would share one name
+        "return_tokens_as_token_ids": True,  # tokens that are not text alone would have equal names
     }
     request = urllib.request.Request(
         f"{url}/v1/completions",
@@ -173,7 +173,7 @@ def run(model: str, original: str | None) -> int:
     """Do what the module says and return the exit status."""
     config = read_config(model)
     official = "dfloat11_config" in config
-    # Short: the KV cache of a long context may not fit beside the weights.
+    # Short: the KV cache of a long context may not fit in memory with the weights.
     max_len = min(MAX_LEN, config.get("max_position_embeddings", MAX_LEN))
     plain_model = original if official or original else model
     with tempfile.TemporaryDirectory(prefix="quickstart-") as folder:

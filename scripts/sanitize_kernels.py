@@ -2,10 +2,10 @@
 
     compute-sanitizer --tool memcheck python scripts/sanitize_kernels.py
     python scripts/sanitize_kernels.py packed_decode encoder    # these checks only
-    python scripts/sanitize_kernels.py --share 0/4     # every fourth check: they compile in parallel so
+    python scripts/sanitize_kernels.py --share 0/4     # every fourth check, so that 4 processes compile in parallel
     python scripts/sanitize_kernels.py --device cpu    # in Triton's interpreter
 
-Prints a line per check; one that fails does not end the others. Exit status 0 all right, 1 wrong bits or a kernel that
+Prints a line per check; a failed check does not stop the others. Exit status 0 all right, 1 wrong bits or a kernel that
 does not compile or launch, 2 it cannot run here.
 """
 
@@ -28,7 +28,7 @@ ROWS, COLS = 37, 333  # the last tile is partly filled
 
 
 def some_rows(weight: torch.Tensor) -> torch.Tensor:
-    """Return the first row, the last and another; in the interpreter, where each takes a second, one."""
+    """Return the first row, the last and another one; in the interpreter, where a row takes a second, only one."""
     import torch
 
     rows = weight.shape[0]
@@ -46,7 +46,7 @@ def packed_decode(device: torch.device) -> None:
 
 
 def packed_rows(device: torch.device) -> None:
-    """Without a status, as the embedding look-up asks for rows, and with a status word per tile."""
+    """Check rows without a status, as for an embedding look-up, and with a status word per tile."""
     from bench.kernels.decode import check_rows
     from bench.kernels.timing import expect_same_bits
     from bench_setup import nan_memory
@@ -62,7 +62,7 @@ def packed_rows(device: torch.device) -> None:
 
 
 def packed_group(device: torch.device) -> None:
-    """Members that end within a program, one of a single weight."""
+    """Check a group with members that end within a program, and one of a single weight."""
     from bench.kernels.groups import Group
 
     shapes = [(ROWS, COLS), (1, 1), (12, 700)]
@@ -91,7 +91,7 @@ def official_unit(device: torch.device) -> None:
 
 
 def official_encoder(device: torch.device) -> None:
-    """As `compress` encodes: two members, pieces of which the last lane is partly filled."""
+    """Check the encoder as `compress` uses it: two members, and pieces with a partly filled last lane."""
     import torch
     from bench.kernels.timing import WrongBitsError
 
@@ -127,7 +127,7 @@ def fused_product(device: torch.device, cols: int, num_x: int) -> None:
 
 
 def fused_products(device: torch.device) -> dict[str, Callable[[], None]]:
-    """Return a check for each kernel: for each number of rows it is compiled for, each number of segments."""
+    """Return a check per fused kernel: for each compiled number of rows and each number of segments."""
     from vllm_dfloat.codec import layout
     from vllm_dfloat.device import fused
     from vllm_dfloat.kernels import packed_matmul as kernels
@@ -146,7 +146,7 @@ def fused_products(device: torch.device) -> dict[str, Callable[[], None]]:
 
 
 def checks(device: torch.device) -> dict[str, Callable[[], None]]:
-    """Return every check by name, those that take longest to compile first."""
+    """Return every check by name; those that compile longest come first."""
     parts = (
         packed_group, packed_decode, packed_rows, encoder, official_unit, official_encoder, official_held,
     )  # fmt: skip
@@ -163,11 +163,11 @@ def share(text: str) -> tuple[int, int]:
 
 
 def is_right(name: str, check: Callable[[], None]) -> bool:
-    """Run a check, and print its line: what is wrong with the kernel, if anything is."""
+    """Run a check and print its line, with the error if there is one; return whether it passed."""
     begun = time.monotonic()
     try:
         check()
-    except Exception as error:  # wrong bits, or whatever Triton and the driver raise
+    except Exception as error:  # wrong bits, or any exception of Triton and the driver
         traceback.print_exc()
         reason = next(iter(str(error).splitlines()), "")
         print(f"WRONG: {name}: {type(error).__name__}: {reason[:200]}", flush=True)

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Lint, types and the whole test suite, in .venv with the test extra. Arguments go to pytest; without any, each core
-# runs a file at a time, and what needs all cores comes last.
+# Lint, types and the whole test suite, in .venv with the test extra. Arguments go to pytest. Without arguments, each
+# core runs one file at a time, and tests that need all cores run last.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/env.sh
 
-# All checks of .pre-commit-config.yaml, which asks git for the files. Without a repository here, ruff's two only.
+# All checks of .pre-commit-config.yaml, which gets the files from git; outside a git repository only ruff's two.
 check_files() {
   local place
   if place=$(git rev-parse --show-prefix 2>/dev/null) && [ -z "$place" ]; then
@@ -25,4 +25,4 @@ if [ $# -gt 0 ]; then
   exec pytest "$@"
 fi
 pytest --numprocesses auto --dist loadfile --no-loadscope-reorder -m "not alone"
-exec pytest -m alone      # engines of two ranks need every core, and wait for each other
+exec pytest -m alone      # engines of two ranks need every core, and their ranks wait for each other

@@ -1,14 +1,13 @@
 """Train the small model in models/tiny from scratch on text that every Python ships with.
 
-What: a byte-level Llama of 3.3 M parameters (4 layers, hidden 256, 4 heads of 64, 2 KV heads, lm_head of its
-own), saved in BF16 as an ordinary Hugging Face folder. It shows a person that serving works: its samples are
-recognisably text. A test of exactness needs no training; an eye does.
+What: a byte-level Llama of 3.3 M parameters (4 layers, hidden 256, 4 heads of 64, 2 KV heads, separate lm_head),
+saved in BF16 as an ordinary Hugging Face folder. It shows a person that serving works: its samples are recognisably
+text. Tests of exactness would need no training.
 
-How: the text is the documentation strings of the running interpreter's standard library and the language
-reference that `help()` prints, one document after another between BOS and EOS. Weights inside the layers are
-trained with Muon, embeddings, norms and lm_head with AdamW; cosine schedule, BF16 autocast. A fixed
-seed draws weights, split and batches. Another Python version has other text and gives another model; the
-versions, the hash of the text and the losses are recorded in training.json.
+How: the text is the docstrings of the running interpreter's standard library and the language reference that `help()`
+prints, one document after another between BOS and EOS. Matrices inside the layers are trained with Muon, all else with
+AdamW; cosine schedule, BF16 autocast. Weights, split and batches come from a fixed seed. Another Python version has
+other text and gives another model; training.json records the versions, the hash of the text and the losses.
 
     python scripts/train_tiny.py --out models/tiny        # 5 to 10 minutes on 2 CPU cores
 """
@@ -43,7 +42,7 @@ SKIPPED_FOLDERS = frozenset(
 
 
 def read_documents() -> list[str]:
-    """Return the standard library's documentation texts, each once, in a fixed order."""
+    """Return the standard library's docstrings and the language reference, each text once, in a fixed order."""
     root = Path(sysconfig.get_path("stdlib"))
     texts: set[str] = set()
     for path in sorted(root.rglob("*.py")):
@@ -69,8 +68,8 @@ def split_and_join(documents: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a tokenizer whose ids are the bytes themselves, with BOS put in front of a prompt."""
-    # ByteLevel writes each byte as one printable character; this is the same table, byte -> character.
+    """Return a tokenizer whose ids are the byte values; it puts BOS before a prompt."""
+    # ByteLevel writes each byte as one printable character; this is its table, byte -> character.
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     character = {byte: chr(byte) for byte in printable}
@@ -122,7 +121,7 @@ def loss_of(model: LlamaForCausalLM, ids: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def evaluate(model: LlamaForCausalLM, ids: torch.Tensor) -> float:
-    """Return the loss over up to 128 windows that follow one another in `ids`."""
+    """Return the loss over up to 128 consecutive windows of `ids`."""
     windows = ids[: len(ids) // WINDOW * WINDOW].view(-1, WINDOW)[:128]
     return sum(loss_of(model, part).item() * len(part) for part in windows.split(16)) / len(windows)
 
@@ -184,7 +183,7 @@ def save(
     model.save_pretrained(out)
     (out / "model.safetensors").chmod(0o644)
     tokenizer.save_pretrained(out)
-    # Transformers 5 writes a class name that older versions do not know; both know this one.
+    # Transformers 5 writes a class name that older versions do not have; this one exists in both.
     path = out / "tokenizer_config.json"
     settings = json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
     path.write_text(json.dumps(settings, indent=2) + "\n")

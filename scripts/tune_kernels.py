@@ -3,9 +3,9 @@
     python scripts/tune_kernels.py [--seconds 300] [--only FIELD ...]
     python scripts/tune_kernels.py --device cpu    # a rehearsal in Triton's interpreter; its choice means nothing
 
-Parameters are tried one after the other, each with the best of those before it; the others stay as configs.py has them.
-A candidate replaces what is there only where it is faster by more than 2 %. Exit status 0; 1 wrong bits, and then no
-choice is printed; 2 it cannot run here.
+Parameters are tried one after the other, each with the best values of those before it; later ones have the values of
+configs.py. A candidate replaces the current value only if it is more than 2 % faster. Exit status 0; 1 wrong bits, and
+then no choice is printed; 2 it cannot run here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from bench.kernels.timing import Bench
     from bench.kernels.tune_cases import Case
 
-WORTH = 0.98  # of the time that the present value takes
+WORTH = 0.98  # a candidate must take less than this part of the current value's time
 CANDIDATES: dict[str, tuple[int, ...]] = {  # Triton takes powers of two
     "decode_tiles_per_program": (1, 2, 4, 8, 16),
     "dfloat11_num_warps": (2, 4, 8, 16),
@@ -47,7 +47,7 @@ def best_of(bench: Bench, field: str, case: Case, config: Any) -> Any:
     """Return `config` with the best value of a field.
 
     Raises:
-        WrongBitsError: a candidate changed what a kernel computes.
+        WrongBitsError: a kernel gave wrong results with a candidate.
     """
     from vllm_dfloat.kernels import configs
 
@@ -98,7 +98,7 @@ def tune(bench: Bench, names: Sequence[str]) -> Any:
 
 
 def entry(config: Any, environment: dict[str, Any]) -> str:
-    """Return a line of CONFIGS, whose key is the device's name."""
+    """Return a line of CONFIGS with the device's name as its key."""
     from vllm_dfloat.kernels.configs import DEFAULT
 
     changed = [

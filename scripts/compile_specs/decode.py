@@ -46,7 +46,7 @@ ROWS = [
         fn=packed_rows._decode_rows_kernel,
         signature=dict(
             desc_ptr="*i64",
-            ids_ptr="*i32",  # what vLLM passes on a GPU
+            ids_ptr="*i32",  # vLLM passes 32-bit ids on a GPU
             out_ptr="*u16", status_ptr=status_type, rows="i32", cols="i32", parts="i32", salt="i64", TILES=CONSTANT,
         ),
         constexprs={"TILES": _ROWS_TILES, **absent},

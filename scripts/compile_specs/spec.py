@@ -1,8 +1,8 @@
-"""How to compile one kernel without a GPU: the signature and constants that its launcher uses.
+"""Compile one kernel without a GPU, with the signature and constants that its launcher uses.
 
 The other modules here list every kernel; the kernel report compiles them for several GPUs and counts their registers
-and instructions. Works only where TRITON_INTERPRET is unset: under the interpreter `triton.jit` makes functions that
-cannot be compiled.
+and instructions. TRITON_INTERPRET must not be set: with the interpreter, `triton.jit` makes functions that cannot be
+compiled.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from triton.compiler import ASTSource
 
 TARGETS = (80, 89, 90, 100)  # compute capability times ten
 CONSTANT = "constexpr"
-_ALIGNMENT = 16  # bytes; what Triton's launcher finds out about pointers and sizes by itself
+_ALIGNMENT = 16  # bytes; Triton's launcher specialises on pointers and sizes divisible by it
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class CompileSpec:
         constexprs: value of every argument whose type is "constexpr".
         aligned_args: arguments that the launcher guarantees to be divisible by 16.
         num_warps: as launched.
-        weights_per_program: weights that one program handles, typical where it varies.
-        loop_runs: how often the loops that the compiler leaves run, for counting instructions; 1 where it varies.
+        weights_per_program: weights that one program handles; a typical number if it varies.
+        loop_runs: how often the compiled loops run, to count executed instructions; 1 if it varies.
     """
 
     name: str

@@ -35,7 +35,7 @@ class Base:
 
     Attributes:
         name: for reports.
-        files: what it consists of.
+        files: its files.
         original: folder of the BF16 model that it decodes to.
         share: how often it is chosen, relative to the others.
     """
@@ -47,7 +47,7 @@ class Base:
 
 
 def make_bases(root: Path) -> list[Base]:
-    """Make all bases; originals are written below `root`."""
+    """Make all bases; the originals are written to folders in `root`."""
     made = _model(root / "model", _layer_shapes())
     experts = _model(root / "experts", _expert_shapes())
     compress(open_source(made), root / "made", workers=1)

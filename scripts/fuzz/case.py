@@ -32,9 +32,9 @@ from vllm_dfloat.cli import main
 from vllm_dfloat.commands import progress
 from vllm_dfloat.errors import MAX_MESSAGE, DFloatError, one_line
 
-progress.tells_compiling = False  # what stderr holds is not to depend on numba's cache
-CPU_SECONDS = 1.0  # for all that the reader and the commands do with a case
-# Address space beyond what the process has: a fixed part, and for each byte of the files what parsed JSON may take.
+progress.tells_compiling = False  # stderr must not depend on numba's cache
+CPU_SECONDS = 1.0  # limit for the reader and all commands of a case together
+# Limit of additional address space: a fixed part, and per byte of the files the memory of parsed JSON.
 ROOM, ROOM_PER_BYTE = 32 << 20, 64
 MAX_LINE = MAX_MESSAGE + 200
 
@@ -51,11 +51,11 @@ _NOT_APPLICABLE = (
 
 
 class Wrong(Exception):
-    """The package did what it must never do."""
+    """The package behaved wrongly."""
 
 
 class TooSlow(BaseException):
-    """The case took its CPU time; no handler of the package may catch this."""
+    """The case exceeded its CPU time. A BaseException, so that no handler of the package catches it."""
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,10 @@ class Outcome:
     """The outcome of a case.
 
     Attributes:
-        number, base: which case, and what was damaged.
-        kinds: the mutations, in their order.
-        result: "refused", "decoded" (as the bytes say), or "wrong".
-        told: the refusal, or what was wrong.
+        number, base: number of the case, and name of the damaged base.
+        kinds: the mutations, in order.
+        result: "refused", "decoded" (to the weights that the bytes describe), or "wrong".
+        told: the message of the refusal, or a description of the error.
     """
 
     number: int
@@ -80,17 +80,17 @@ class Outcome:
 
 
 def damaged(number: int, seed: int, bases: Sequence[Base]) -> tuple[Base, Folder, tuple[str, ...]]:
-    """Return the base of a case, its files with the damage done, and the mutations; the same for the same numbers."""
+    """Return the base of a case, its damaged files, and the mutations; the same for the same number and seed."""
     rng = Random(f"{seed} {number}")
     base = rng.choices(bases, [base.share for base in bases])[0]
     folder = dict(base.files)
     kinds: list[str] = []
     wanted = rng.choice((1, 1, 1, 2, 3, 5))
-    for _ in range(50):  # not every mutation finds something to work on
+    for _ in range(50):  # not every mutation applies to every folder
         kind = rng.choice(sorted(MUTATIONS))
         try:
             applied = MUTATIONS[kind](folder, rng)
-        except _NOT_APPLICABLE:  # earlier damage left nothing that this one can take apart
+        except _NOT_APPLICABLE:  # earlier damage left nothing that this mutation can parse
             continue
         if applied:
             kinds.append(kind)
@@ -116,7 +116,7 @@ def run_case(number: int, seed: int, bases: Sequence[Base], work: Path) -> Outco
 
 
 class Limits:
-    """Bounds the CPU time and the memory of what runs under it; the time is for all of it together."""
+    """Limits the memory of each enclosed piece of code, and the CPU time of all of them together."""
 
     def __init__(self, num_bytes: int) -> None:
         self.cpu_seconds = CPU_SECONDS
@@ -196,7 +196,7 @@ def _check_comparison(target: Path, base: Base, limits: Limits) -> None:
     modules = {name.removesuffix(".weight") for name in originals}
     try:
         expected = expected_tensors(target, modules)
-    except StoredTwice:  # only the names in the original show that it is
+    except StoredTwice:  # only the names in the original show this
         expected = {}
     equal = expected == {name: (dtype, data) for name, (dtype, _, data) in originals.items()}
     equal = equal and all(
@@ -211,7 +211,7 @@ def command(limits: Limits, *arguments: str) -> tuple[int, str]:
     """Run vllm-dfloat in this process; return its exit status and what it printed.
 
     Raises:
-        Wrong: output that no terminal should get, or a status that contradicts it.
+        Wrong: output with control characters or of a wrong form, or a status that contradicts the output.
     """
     streams = [io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2)]
     saved = sys.stdout, sys.stderr
@@ -246,10 +246,10 @@ def _check_sentence(text: str, target: Path, names: Sequence[str]) -> None:
 
 
 def self_check(bases: Sequence[Base], work: Path) -> None:
-    """Run every base without damage: it must decode and equal its original. Also compiles what a case will run.
+    """Check that every base without damage decodes and equals its original. Also compiles the code that cases run.
 
     Raises:
-        Wrong: it does not.
+        Wrong: a base does not.
     """
     for base in bases:
         write_folder(base.files, work / "target")

@@ -1,4 +1,4 @@
-"""A checkpoint in memory that a mutation can change: files by name, and safetensors files taken apart."""
+"""A checkpoint in memory that a mutation can change: files by name, and the tensors of safetensors files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Special:
 
 Folder = dict[
     str, "bytes | Special"
-]  # names may hold anything, surrogates of bytes that are no UTF-8 included
+]  # names may hold any characters, also surrogates for bytes that are not UTF-8
 
 
 def read_folder(path: Path) -> Folder:
@@ -37,7 +37,7 @@ def read_folder(path: Path) -> Folder:
 
 
 def write_folder(folder: Mapping[str, bytes | Special], path: Path) -> int:
-    """Write a folder anew; return the bytes of its plain files. A name that no file can have is left out."""
+    """Empty and rewrite a folder; return the bytes of its plain files. Names that no file can have are skipped."""
     clear(path)
     total = 0
     for name, content in folder.items():
@@ -48,7 +48,7 @@ def write_folder(folder: Mapping[str, bytes | Special], path: Path) -> int:
             else:
                 file.write_bytes(content)
                 total += len(content)
-        except (OSError, ValueError):  # too long, NUL, a slash, surrogates of their own
+        except (OSError, ValueError):  # too long, NUL, a slash, lone surrogates
             continue
     return total
 
@@ -56,7 +56,7 @@ def write_folder(folder: Mapping[str, bytes | Special], path: Path) -> int:
 def clear(path: Path) -> None:
     """Make `path` an empty folder."""
     path.mkdir(parents=True, exist_ok=True)
-    for entry in os.scandir(path):  # an entry of its own kind: what a link leads to is not touched
+    for entry in os.scandir(path):  # removes links themselves, not their targets
         if entry.is_dir(follow_symlinks=False):
             shutil.rmtree(entry.path)
         else:
@@ -77,7 +77,7 @@ def _write_special(special: Special, file: Path) -> None:
 
 @dataclass
 class Stored:
-    """One tensor of a safetensors file: what the header says, and its bytes."""
+    """One tensor of a safetensors file: its header entry and its bytes."""
 
     name: str
     dtype: str
@@ -86,10 +86,10 @@ class Stored:
 
 
 def unpack(content: bytes) -> list[Stored]:
-    """Return the tensors of a safetensors file that is intact.
+    """Return the tensors of an intact safetensors file.
 
     Raises:
-        ValueError, KeyError, TypeError, AttributeError: it is not.
+        ValueError, KeyError, TypeError, AttributeError: the file is not intact.
     """
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
@@ -130,7 +130,7 @@ def with_header(text: bytes, data: bytes) -> bytes:
 
 
 def weight_files(folder: Folder) -> list[str]:
-    """Return the names of the safetensors files that are still plain files and can be taken apart."""
+    """Return the names of the safetensors files that are still plain files and can be parsed."""
     found = []
     for name, content in folder.items():
         if name.endswith(".safetensors") and isinstance(content, bytes):

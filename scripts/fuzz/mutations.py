@@ -1,4 +1,4 @@
-"""How a fuzz run damages a checkpoint: the table of mutations, what they share, and those that know bytes only."""
+"""Mutations of a fuzz run: their table, shared helpers, and the mutations of raw bytes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from random import Random
 
 from fuzz.folder import Folder, Special, Stored, pack, unpack, weight_files
 
-# Changes the folder; False where it has nothing to work on.
+# Changes the folder; returns False if it does not apply.
 Mutation = Callable[[Folder, Random], bool]
 MUTATIONS: dict[str, Mutation] = {}
 
@@ -18,7 +18,7 @@ def mutation(change: Mutation) -> Mutation:
 
 
 def some_file(folder: Folder, rng: Random, ending: str = "") -> tuple[str, bytes] | None:
-    """Return name and bytes of a plain file that is not empty."""
+    """Return name and bytes of a random plain file that is not empty; None if there is none."""
     names = [
         n for n, c in folder.items() if n.endswith(ending) and not isinstance(c, Special) and c
     ]
@@ -30,7 +30,7 @@ def some_file(folder: Folder, rng: Random, ending: str = "") -> tuple[str, bytes
 
 
 def some_tensors(folder: Folder, rng: Random) -> tuple[str, list[Stored]] | None:
-    """Return the name and the tensors of an intact weight file."""
+    """Return name and tensors of a random intact weight file; None if there is none."""
     names = weight_files(folder)
     if not names:
         return None
@@ -40,7 +40,7 @@ def some_tensors(folder: Folder, rng: Random) -> tuple[str, list[Stored]] | None
 
 
 def some_field(folder: Folder, rng: Random, field: str) -> tuple[str, list[Stored], Stored] | None:
-    """Return a file, its tensors, and among them one that is this field of a unit."""
+    """Return a file, its tensors, and one of these that is this field of a unit; None if there is none."""
     found = []
     for name in weight_files(folder):
         tensors = unpack(folder[name])

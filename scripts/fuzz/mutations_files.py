@@ -1,4 +1,4 @@
-"""How a fuzz run damages a folder: links, pipes, devices, odd names, files too many or too few."""
+"""Mutations of a folder: links, pipes, devices, odd names, missing or additional files."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def remove_a_file(folder: Folder, rng: Random) -> bool:
 
 @mutation
 def move_the_settings_into_a_header(folder: Folder, rng: Random) -> bool:
-    """Do as files for ComfyUI may: no config.json, or one without dfloat11_config."""
+    """Imitate files for ComfyUI: no config.json, or one without dfloat11_config."""
     config = json.loads(folder["config.json"])
     settings = config.pop("dfloat11_config", None)
     names = weight_files(folder)

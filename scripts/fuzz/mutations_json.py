@@ -1,4 +1,4 @@
-"""How a fuzz run makes JSON lie: headers, config.json, patterns, the index and the manifest."""
+"""Mutations of JSON: headers, config.json, patterns, the index and the manifest."""
 
 from __future__ import annotations
 

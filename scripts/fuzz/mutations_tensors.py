@@ -1,4 +1,4 @@
-"""How a fuzz run damages tensors of files that stay intact as such: their bytes, sizes and places."""
+"""Mutations of the bytes, sizes and places of tensors; the files stay valid safetensors files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def swap_tensors(folder: Folder, rng: Random) -> bool:
     if not found or len(found[1]) < 2:
         return False
     one, two = rng.sample(found[1], 2)
-    if rng.random() < 0.5:  # the same field of another unit, perhaps
+    if rng.random() < 0.5:  # often the same field of another unit
         alike = [t for t in found[1] if t.name.split(".")[-1] == one.name.split(".")[-1]]
         two = rng.choice(alike)
     one.data, two.data = two.data, one.data
@@ -53,7 +53,7 @@ def duplicate_a_tensor(folder: Folder, rng: Random) -> bool:
         folder[rng.choice(("again.safetensors", "model.safetensors", "a.safetensors"))] = pack(
             [tensor]
         )
-    else:  # as a plain weight beside its unit
+    else:  # as a plain weight in addition to its unit
         module = tensor.name.rpartition(".")[0]
         tensors.append(Stored(f"{module}.weight", "BF16", [1, 2], b"abcd"))
         folder[name] = pack(tensors)
@@ -80,7 +80,7 @@ def resize_a_tensor(folder: Folder, rng: Random) -> bool:
 
 
 def _set_numbers(folder: Folder, rng: Random, field: str, dtype: str, values: list[int]) -> bool:
-    """Change some entries of an integer tensor to hostile ones, or to their neighbours."""
+    """Change some entries of an integer tensor to extreme values, or by one."""
     found = some_field(folder, rng, field)
     if not found or not found[2].data:
         return False
@@ -123,7 +123,7 @@ def lie_in_the_tables(folder: Folder, rng: Random) -> bool:
     rows = np.frombuffer(tensor.data, np.uint8).reshape(-1, 256).copy()
     row = rng.randrange(len(rows))
     way = rng.randrange(7)
-    if way == 0:  # pointers: to itself, to the root's place, beyond the end
+    if way == 0:  # pointers: to itself, to the root, past the end
         rows[row, rng.randrange(256) :] = rng.choice((255, 254, 240, 239, (256 - row) % 256))
     elif way == 1:  # code lengths
         rows[-1, rng.randrange(256)] = rng.choice((0, 1, 8, 9, 16, 17, 24, 25, 32, 33, 64, 255))
@@ -131,7 +131,7 @@ def lie_in_the_tables(folder: Folder, rng: Random) -> bool:
         rows[[row, rng.randrange(len(rows))]] = rows[[rng.randrange(len(rows)), row]]
     elif way == 3:
         rows[row] = np.frombuffer(rng.randbytes(256), np.uint8)
-    elif way == 4:  # codes that differ from what their runs say, by one slot
+    elif way == 4:  # codes that differ by one table entry from those of their runs
         slot = rng.randrange(255)
         rows[0, slot] = rows[0, slot + 1]
     elif way == 5:

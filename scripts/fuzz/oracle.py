@@ -32,15 +32,15 @@ Tensors = dict[str, tuple[str, bytes]]  # name -> dtype, bytes
 
 
 class StoredTwice(ValueError):
-    """A weight has two places, so that the bytes do not say one thing."""
+    """A weight is stored twice, so that the bytes are ambiguous."""
 
 
 def expected_tensors(folder: Path, modules: Collection[str] = ()) -> Tensors:
-    """Return every tensor under its original name, those of units decoded by the reference.
+    """Return every tensor by its original name; the reference decodes those of units.
 
     Args:
-        modules: those of the original. A unit that is one of them and holds one weight is that weight, whatever its
-            pattern lists.
+        modules: names of the original's modules. A unit with the name of one of them that holds one weight is the
+            weight of this module, whatever its pattern lists.
     """
     settings = _json(folder / "config.json").get("dfloat11_config")
     for file in _plain_files(folder) if settings is None else ():
@@ -77,7 +77,7 @@ def original_tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...], byte
 
 
 def manifest_holds(folder: Path) -> bool:
-    """Return whether every file is as the manifest says, and no weight file is beside them; True without one."""
+    """Return whether every file matches the manifest, and no other weight file exists; True without a manifest."""
     content = _json(folder / "dfloat11_manifest.json")
     if not content:
         return True

@@ -19,9 +19,9 @@ class _Child:
     """A child process, and its place among its cases.
 
     Attributes:
-        cases: those it has not begun.
-        current: the one that it is at.
-        since: when that began, by the clock of this process.
+        cases: the cases not yet begun.
+        current: the running case.
+        since: the start of the running case, by the parent's clock.
     """
 
     pid: int
@@ -35,14 +35,15 @@ class _Child:
 def supervise(
     run: Callable[[int, int], Report], cases: Sequence[int], workers: int, wall_seconds: float
 ) -> Iterator[Report]:
-    """Yield `run(case, worker)` of every case as it ends; {"number", "result": "wrong", "told"} of one that killed its
-    process or did not end.
+    """Yield `run(case, worker)` of every case when it ends; {"number", "result": "wrong", "told"} for a case that
+    killed its process or did not end.
 
     Args:
-        run: called in a fork of this process, which must have one thread only.
-        cases: their numbers.
-        workers: processes at a time.
-        wall_seconds: after which a process is killed. CPU time is bounded elsewhere; this is for those that wait.
+        run: called in a fork of this process, which must have only one thread.
+        cases: the numbers of the cases.
+        workers: number of processes at the same time.
+        wall_seconds: wall-clock limit per case, after which its process is killed. It is for cases that wait; CPU time
+            is limited elsewhere.
     """
     children = {w: _start(run, list(cases[w::workers]), w) for w in range(workers)}
     try:
@@ -74,7 +75,7 @@ def _start(run: Callable[[int, int], Report], cases: list[int], worker: int) -> 
         status = 1
         try:
             os.close(reader)
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             for case in cases:
                 _send(writer, {"begin": case})
@@ -93,7 +94,7 @@ def _send(pipe: int, content: Report) -> None:
 
 
 def _reports(child: _Child) -> Iterator[Report]:
-    """Yield what a child has sent; return whether it may send more."""
+    """Yield the reports that a child has sent; return whether it may send more."""
     data = os.read(child.pipe, 1 << 20)
     child.buffer += data
     *lines, child.buffer = child.buffer.split(b"\n")

@@ -1,4 +1,4 @@
-"""Names, patterns and values that a fuzz run writes where others are expected."""
+"""Names, patterns and values that a fuzz run writes in place of expected ones."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def nested(depth: int) -> Any:
 
 
 def absurd(rng: Random) -> Any:
-    """Return a value that is expected nowhere."""
+    """Return a value that no reader expects."""
     return rng.choice(
         (
             1 << 62, 1 << 63, 1 << 64, 10**400, -1, 0, 1, 0.5, 1e308, True, False, None, float("nan"), float("inf"),

@@ -1,4 +1,4 @@
-"""Ask one vLLM engine everything, and write it down: the child process of measure_compiled_exactness.py.
+"""Run all prompts on one vLLM engine and write the answers: the child process of measure_compiled_exactness.py.
 
 python scripts/bench/compiled/engine.py MODEL SETTINGS RESULT.npz     # settings of vllm.LLM as JSON
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-# Lengths of the prompts of each batch: one token, one prompt, several, and more than run together.
+# Prompt lengths of each batch: one token, one prompt, several prompts, and more than run at the same time.
 BATCHES = [[1], [37], [5, 14, 23], [3, 3, 3, 3], [90, 2, 64, 17, 120, 33, 8, 1, 50]]
 NUM_TOKENS = 12
 
@@ -28,7 +28,7 @@ def prompts() -> list[list[list[int]]]:
 
 
 def answer(model: str, settings: dict[str, Any], result: str) -> None:
-    """Ask one engine everything; write tokens, log-probabilities and what Inductor did."""
+    """Run all batches on one engine; write tokens, log-probabilities and what Inductor did."""
     import torch
     import vllm
     from torch._dynamo.utils import counters
@@ -77,7 +77,7 @@ def answer(model: str, settings: dict[str, Any], result: str) -> None:
 
 
 def device_name() -> str:
-    """Return the GPU's name, or the CPU's with what decides its GEMM."""
+    """Return the GPU's name, or the CPU's name with the features that decide its GEMM."""
     import torch
 
     if torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""Measure the packed layout: decoding whole matrices, chosen rows, and encoding, against copies of the same bytes."""
+"""Measure the packed layout against copies of the same bytes: decode whole matrices and chosen rows, and encode."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vllm_dfloat.device import ops, packed_encode
 from vllm_dfloat.device.packed_weight import checksum, make_descriptor
 
 TABLE = (128_256, 4096)  # embeddings and LM head of Llama 3.1 8B
-# What is wanted most comes first: time may run out.
+# The most important sizes come first: time may run out.
 SIZES = [
     (4096, 4096), (14_336, 4096), TABLE, (28_672, 4096), (16_384, 16_384), (1024, 1024),
     (2048, 2048), (8192, 8192), (16_384, 53_248),
@@ -46,7 +46,7 @@ def run_encode(bench: Bench) -> None:
 
 
 def buffers(packed: ops.PackedWeight) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a poisoned output and status words for a matrix."""
+    """Return an output filled with NaN, and status words, for a matrix."""
     device = packed.desc.device
     num_tiles = ops.num_tiles(packed.rows, packed.cols)
     status = torch.full((num_tiles,), -1, dtype=torch.int32, device=device)
@@ -54,7 +54,7 @@ def buffers(packed: ops.PackedWeight) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def check_decode(packed: ops.PackedWeight, weight: torch.Tensor, what: str, decode: Any) -> None:
-    """Raise WrongBitsError unless `decode` fills a poisoned buffer with the bits of `weight`."""
+    """Raise WrongBitsError unless `decode` fills a buffer of NaN with the bits of `weight`."""
     out, status = buffers(packed)
     decode(packed.desc, packed.rows, packed.cols, out, status)
     expect_no_status(status, what)
@@ -95,7 +95,7 @@ def _decode(bench: Bench, rows: int, cols: int) -> None:
 
 
 def copy_call(bench: Bench, num_bytes: int, num_sets: int) -> Call:
-    """Return a device copy of so many bytes, which reads and writes each once."""
+    """Return a call that copies `num_bytes` bytes on the device: it reads and writes each byte once."""
     make = lambda: [  # noqa: E731 (two lists of the same kind)
         torch.zeros(num_bytes, dtype=torch.uint8, device=bench.device) for _ in range(num_sets)
     ]
@@ -120,7 +120,7 @@ def _rows(bench: Bench, table: torch.Tensor, packed: ops.PackedWeight, num_ids: 
 
 
 def device_encoded(weight: torch.Tensor) -> ops.PackedWeight:
-    """Return what the GPU encoder makes of a matrix; on a CPU it is interpreted, where ops.pack takes another."""
+    """Encode a matrix with the GPU encoder, interpreted on a CPU; ops.pack would use the CPU encoder there."""
     lay, payload = packed_encode.encode(weight, "w")
     fields = (ops.KIND_RAW if lay.is_raw else ops.KIND_PACKED, lay.num_words, lay.code_bits)
     desc = make_descriptor(payload, fields, lay.num_tiles)

@@ -1,6 +1,6 @@
 """Measure the fused matrix product against cuBLAS on BF16 weights, and against decoding and then cuBLAS.
 
-Weights rotate; the scratch that a layer is decoded into does not, as in serving, where all layers share it.
+Each call uses the next set of weights, but the same scratch buffer, as in serving, where all layers share it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.nn import functional
 from vllm_dfloat.codec import layout
 from vllm_dfloat.device import fused, ops
 
-# Linear layers of Llama 3.1 8B as vLLM fuses them: rows, columns. What is wanted most comes first: time may run out.
+# Linear layers of Llama 3.1 8B as vLLM fuses them: rows, columns. The most important come first: time may run out.
 LLAMA_8B = {
     "gate_up": (28_672, 4096),
     "o": (4096, 4096),
@@ -74,7 +74,7 @@ def scratch_for(rows: int, cols: int, device: torch.device) -> tuple[torch.Tenso
 
 
 def check_fused(packed: ops.PackedWeight, weight: torch.Tensor, x: torch.Tensor, what: str) -> None:
-    """Raise WrongBitsError unless the product is within the bound of kernels/packed_matmul.py, and the same twice."""
+    """Raise WrongBitsError unless two products are equal and within the bound of kernels/packed_matmul.py."""
     rows, cols = weight.shape
     memory, status = scratch_for(rows, cols, x.device)
     memory.view(torch.int16).fill_(-1)  # a NaN

@@ -1,7 +1,7 @@
-"""Measure groups, the matrices of a transformer block: one launch or one per matrix, CUDA graph or not; decoding ahead.
+"""Measure groups, the matrices of a transformer block: one launch or one per matrix, with and without a CUDA graph.
 
-Decoding ahead ("overlap") decodes the next matrix on a second stream into a second buffer while the GEMM of the current
-one runs; it is compared with the serial form and with GEMMs on BF16 weights, each replayed from a CUDA graph.
+Measure decoding ahead ("overlap") too: while a GEMM runs, the next matrix is decoded on a second stream into a second
+buffer. It is compared with the serial form and with GEMMs on BF16 weights, each replayed from a CUDA graph.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def captured(work: Work) -> torch.cuda.CUDAGraph:
 
 
 class Group:
-    """The matrices of a transformer block, to be decoded one after the other into one buffer.
+    """The matrices of a transformer block, which are decoded into one buffer, one after the other.
 
     Attributes:
         packed: the matrices, packed.
@@ -70,7 +70,7 @@ class Group:
             ops.decode(one.desc, one.rows, one.cols, at, self._status[start:])
 
     def check(self, what: str, work: Work | None = None) -> None:
-        """Raise WrongBitsError unless `work`, by default `at_once`, fills poisoned memory with the weights."""
+        """Raise WrongBitsError unless `work`, by default `at_once`, fills memory of NaN with the weights."""
         self._out.view(torch.int16).fill_(-1)  # a NaN
         self._status.fill_(-1)
         (work or self.at_once)()
@@ -97,7 +97,7 @@ def _decode(bench: Bench, case: str, group: Group, bf16_bytes: int) -> None:
 
 
 def ignoring(work: Work) -> Call:
-    """Return a call that takes no notice of which set of inputs is asked for."""
+    """Return a call that ignores which set of inputs is asked for."""
     return lambda _: work()
 
 
@@ -139,7 +139,7 @@ class Layers:
     """Matrices that are decoded and multiplied one after the other, in two ways.
 
     Attributes:
-        outs: what the last work, or replay of it, made of each matrix.
+        outs: the result for each matrix of the last work or replay.
     """
 
     def __init__(self, packed: Sequence[ops.PackedWeight], xs: Sequence[torch.Tensor]) -> None:
@@ -172,7 +172,7 @@ class Layers:
         main = torch.cuda.current_stream()
         self._decode(0, 0)
         for k in range(len(self._packed)):
-            self._side.wait_stream(main)  # the buffer's last GEMM is queued before this
+            self._side.wait_stream(main)  # after the last GEMM that reads this buffer
             if k + 1 < len(self._packed):
                 with torch.cuda.stream(self._side):
                     self._decode(k + 1, (k + 1) % 2)

@@ -1,6 +1,6 @@
-"""Other decoders, measured where they are installed: the kernel of the package dfloat11, and NVIDIA nvCOMP.
+"""Other decoders, measured if they are installed: the kernel of the package dfloat11, and NVIDIA nvCOMP.
 
-Nothing of them is installed or imported by this project otherwise.
+No other part of this project installs or imports them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 from vllm_dfloat.dfloat11.format import BLOCK_BYTES, BLOCK_WINDOWS
 
-DEFAULT_SHARED_BYTES = 48 * 1024  # more must be asked for
+DEFAULT_SHARED_BYTES = 48 * 1024  # a kernel must request more explicitly
 MAX_DYNAMIC_SHARED_SIZE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 NVCOMP_ALGORITHMS = ("ANS", "Bitcomp", "Cascaded")
 
@@ -30,7 +30,7 @@ class OfficialKernel:
     Its arguments: luts, stream, sign_mantissa, output_positions, gaps, output; numbers of luts, bytes and weights.
 
     Raises:
-        NotHereError: no GPU, no such package, or the driver does not take its PTX.
+        NotHereError: there is no GPU, the package is not installed, or the driver does not take its PTX.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -60,7 +60,7 @@ class OfficialLaunch:
         stored = tensors["output_positions"].view("<u4").astype(np.int64)
         positions = np.append(stored, tensors["sign_mantissa"].size)  # may be one entry short
         fields = ("luts", "encoded_exponent", "sign_mantissa", "output_positions", "gaps")
-        # The kernel reads a few bytes beyond the last gap and position.
+        # The kernel reads a few bytes past the last gap and position.
         self._held = [_padded(tensors[field], device) for field in fields]
         num_bytes = tensors["encoded_exponent"].size
         self._grid = -(-num_bytes // BLOCK_BYTES)
@@ -102,10 +102,10 @@ def _padded(array: Any, device: torch.device) -> torch.Tensor:
 
 
 class Nvcomp:
-    """One algorithm of nvCOMP on BF16 weights, as its Python package offers it.
+    """One algorithm of nvCOMP on BF16 weights, called through its Python package.
 
     Raises:
-        NotHereError: no GPU, or no such package.
+        NotHereError: there is no GPU, or the package is not installed.
     """
 
     def __init__(self, algorithm: str, device: torch.device) -> None:
@@ -116,7 +116,7 @@ class Nvcomp:
         except ImportError as error:
             raise NotHereError("the package nvidia-nvcomp is not installed") from error
         self._nvcomp, self._stream = nvcomp, torch.cuda.current_stream(device).cuda_stream
-        # Of its types this has the width of a weight; ANS knows where such a number's exponent lies.
+        # The type with the width of a weight; for it, ANS knows the position of a number's exponent.
         self._codec = nvcomp.Codec(algorithm=algorithm, data_type="<f2", cuda_stream=self._stream)
 
     def encode(self, weight: torch.Tensor) -> torch.Tensor:

@@ -1,9 +1,9 @@
-"""How kernels are timed: bits first, then medians of interleaved calls over inputs that rotate.
+"""Time kernels: compare the bits first, then take medians of interleaved calls over rotating inputs.
 
-A round calls each contender in turn, the next round in the opposite order, so that a clock that drifts hurts all alike.
-A contender's turn is one call for each set of inputs; there are so many sets that a turn passes twice the L2 cache.
-On a GPU all turns of a round are queued behind a delay, so that the time between two events is the device's, and holds
-no launch that the host was late with. What is reported is the median over rounds, and of the ratio within a round.
+A round calls each contender in turn, the next round in the opposite order, so that a drifting clock affects all alike.
+A contender's turn is one call per set of inputs; the sets together are larger than twice the L2 cache. On a GPU all
+turns of a round are queued after a delay, so that the time between two events is device time without late launches of
+the host. Reported are the median over rounds, and the median of the ratio within a round.
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ from typing import Any, TypeVar
 
 import torch
 
-Call = Callable[[int], Any]  # its argument says which set of inputs
+Call = Callable[[int], Any]  # the argument is the number of the set of inputs
 T = TypeVar("T")
 
-MAX_SETS = 48  # a turn must fit the queue of launches
+MAX_SETS = 48  # a turn must fit into the queue of launches
 FLOOR = "copy of the bytes read and written"
-FASTEST_CLOCK = 2.2e9  # Hz; a delay counted in cycles lasts at least as long as asked for
+FASTEST_CLOCK = 2.2e9  # Hz; with it, a delay in cycles lasts at least the seconds asked for
 
 
 class WrongBitsError(Exception):
-    """A kernel's output is not what it must be."""
+    """A kernel's output is wrong."""
 
 
 @dataclass
 class Bench:
-    """Where and how long to measure, and the rows measured so far.
+    """The device, the time limit, and the rows measured so far.
 
     Attributes:
         device: a CUDA device, or the CPU for a rehearsal in Triton's interpreter.
         rounds: turns of each contender.
-        deadline: `time.monotonic()` after which no further case is begun.
+        deadline: `time.monotonic()` after which no further case begins.
         on_row: called with each row as soon as it is known.
         rows: one per contender and case.
-        wrong: a sentence for every comparison of bits that failed.
+        wrong: one sentence for every failed comparison of bits.
     """
 
     device: torch.device
@@ -47,25 +47,25 @@ class Bench:
     on_row: Callable[[dict[str, Any]], None] = lambda row: None
     rows: list[dict[str, Any]] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
-    _marks: list[str] = field(default_factory=list)  # what is wrong in the present case
+    _marks: list[str] = field(default_factory=list)  # errors of the current case
 
     @property
     def is_gpu(self) -> bool:
         return self.device.type == "cuda"
 
     def pick(self, gpu: T, cpu: T) -> T:
-        """Return what to measure on a GPU, or something small to rehearse with."""
+        """Return `gpu` on a GPU, else `cpu`, a small value for a rehearsal."""
         return gpu if self.is_gpu else cpu
 
     def num_sets(self, bytes_per_call: int) -> int:
-        """Return how many sets of inputs, of so many bytes read and written, pass twice the L2 cache."""
+        """Return how many sets of inputs exceed twice the L2 cache, if a call reads and writes `bytes_per_call`."""
         if not self.is_gpu:
             return 1
         cache = torch.cuda.get_device_properties(self.device).L2_cache_size
         return max(1, min(MAX_SETS, -(-2 * cache // max(1, bytes_per_call))))
 
     def begin(self, section: str, case: str) -> bool:
-        """Return whether there is time for a case; if not, note that it was not measured."""
+        """Return whether there is time for a case; if not, record that it was not measured."""
         self._marks = []
         if time.monotonic() < self.deadline:
             return True
@@ -73,7 +73,7 @@ class Bench:
         return False
 
     def compare(self, check: Callable[..., None], *arguments: Any) -> None:
-        """Run `check(*arguments)`; wrong bits mark every row of the case, whose times are wanted all the same."""
+        """Run `check(*arguments)`; if bits are wrong, every row of the case is marked, but still measured."""
         try:
             check(*arguments)
         except WrongBitsError as error:
@@ -98,17 +98,17 @@ class Bench:
         bf16_bytes: int | None = None,
         facts: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
-        """Time the contenders and add a row for each; the ratios are to the first of them.
+        """Time the contenders and add a row for each; ratios are to the first contender.
 
-        Where the first is a copy of the bytes that must be read and written at least, rows also say what fraction of
-        that floor's speed is reached (`of_copy`).
+        If the first contender is FLOOR, a copy of the bytes that must at least be read and written, rows also hold the
+        reached fraction of its speed (`of_copy`).
 
         Args:
-            section, case: what the rows are filed under.
-            calls: per contender its call; the bits of all have been compared, with `compare`.
-            num_sets: sets of inputs; calls get 0 to num_sets - 1.
-            bf16_bytes: bytes of BF16 weights that a call yields or takes, for GB/s.
-            facts: more to say per contender.
+            section, case: stored in the rows.
+            calls: the call of each contender; their bits have been compared before, with `compare`.
+            num_sets: number of sets of inputs; calls get 0 to num_sets - 1.
+            bf16_bytes: bytes of BF16 weights that a call reads or writes, for GB/s.
+            facts: further fields of the rows, per contender.
         """
         seconds = self._seconds(calls, num_sets)
         first = seconds[next(iter(calls))]
@@ -126,7 +126,7 @@ class Bench:
     def _seconds(self, calls: Mapping[str, Call], num_sets: int) -> dict[str, list[float]]:
         order = list(calls.items())
         host_seconds = 0.0
-        # The first time compiles, the second measures how long the host takes to queue a round.
+        # The first pass compiles, the second measures how long the host takes to queue a round.
         for _ in range(self.pick(2, 0)):
             begun = time.perf_counter()
             for _, call in order:
@@ -184,6 +184,6 @@ def expect_same_bits(found: torch.Tensor, expected: torch.Tensor, what: str) -> 
 
 
 def expect_no_status(status: torch.Tensor, what: str) -> None:
-    """Raise WrongBitsError if a decoder found anything wrong with sound codes."""
+    """Raise WrongBitsError if a decoder reports an error for correct codes."""
     if status.any():
         raise WrongBitsError(f"{what}: {int((status != 0).sum())} status words are not 0")

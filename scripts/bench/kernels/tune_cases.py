@@ -1,4 +1,4 @@
-"""What each launch parameter is tried on: a kernel, its inputs, and the bits that it must give."""
+"""The case on which each launch parameter is tried: a kernel, its inputs, and the expected bits."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Case:
 
     Attributes:
         name: for the table.
-        call: launches it on one of `num_sets` sets of inputs.
-        check: launches it and raises WrongBitsError if what it gives is wrong.
-        cannot_launch: what Triton raises for parameters that the device or the kernel does not take.
+        call: launches the kernel on one of `num_sets` sets of inputs.
+        check: launches the kernel and raises WrongBitsError if the result is wrong.
+        cannot_launch: exceptions of Triton for parameters that the device or the kernel does not take.
     """
 
     name: str
@@ -81,7 +81,7 @@ def _fused(bench: Bench, num_x: int) -> Case:
 
 
 def fused_max_rows(bench: Bench) -> int:
-    """Return up to how many rows the fused product of all layers takes less time than decoding and a GEMM; 0: never."""
+    """Return the largest number of rows for which the fused products of all layers beat decode and GEMM; 0 if never."""
     largest = 0
     shapes = bench.pick(list(LLAMA_8B.values()), [(3, layout.TILE_WEIGHTS)])
     for num_x in fused.compiled_for(bench.pick(MAX_ROWS, 1)):
@@ -120,7 +120,7 @@ def _compare(bench: Bench, rows: int, cols: int, num_x: int) -> None:
 def group_max_numel(bench: Bench) -> int:
     """Return the largest group, in weights, for which one launch beats one per matrix; 0 if never.
 
-    From CUDA graphs, as serving replays them; the sizes are those of models with 0.5 to 8 billion weights.
+    It is measured in CUDA graphs, as in serving, with sizes of models with 0.5 to 8 billion weights.
     """
     largest = 0
     for hidden, inner in bench.pick([(896, 4864), (2048, 8192), (4096, 14_336)], [(64, 100)]):

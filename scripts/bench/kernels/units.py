@@ -1,4 +1,4 @@
-"""Measure the official layout, decoded by this project's kernels and its own, beside the packed layout and nvCOMP."""
+"""Measure the official layout, decoded by our kernels and by its own, next to the packed layout and nvCOMP."""
 
 from __future__ import annotations
 
@@ -109,9 +109,7 @@ def _add_nvcomp(
         encoded = codec.encode(weight)
         targets = [out[: weight.numel()] for out, _ in outs]
         decoders = [codec.decoder(encoded.clone(), target) for target in targets]
-    except (
-        Exception
-    ) as error:  # another package's, whatever it raises: the others are still to be measured
+    except Exception as error:  # any error of another package: the others must still be measured
         bench.skip("layouts", case, name, f"{type(error).__name__}: {error}")
         return
     _add_peer(bench, case, name, lambda i: decoders[i](), weight, outs, calls)
@@ -122,7 +120,7 @@ def _add_peer(
     bench: Bench, case: str, name: str, call: Call, weight: torch.Tensor, outs: list[Any],
     calls: dict[str, Call],
 ) -> None:  # fmt: skip
-    """Add a peer if its bits are right; if not, say so: it is not this project's kernel that failed."""
+    """Add a peer if its bits are right. If not, only say so: no kernel of this project has failed."""
     try:
         for i in range(len(outs)):
             _check(call, i, weight, outs, name)

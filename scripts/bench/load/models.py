@@ -28,7 +28,7 @@ PIECE_WEIGHTS = 1 << 24
 
 
 def random_pieces(shape: tuple[int, ...], seed: int) -> Iterator[np.ndarray]:
-    """Yield the BF16 bits of a matrix N(0, 0.02), or of a vector of ones."""
+    """Yield the BF16 bits of a random matrix N(0, 0.02), or of a vector of ones."""
     numel = int(np.prod(shape))
     if len(shape) == 1:
         yield np.full(numel, 0x3F80, np.uint16)
@@ -41,7 +41,7 @@ def random_pieces(shape: tuple[int, ...], seed: int) -> Iterator[np.ndarray]:
 
 
 def write_model(shape: str, layers: int, folder: Path) -> dict[str, Any]:
-    """Write random weights of a shape with `layers` blocks, unless they are there; return config.json."""
+    """Write random weights of a shape with `layers` transformer blocks, unless they exist; return config.json."""
     config = {**LLAMA, **SHAPES[shape], "num_hidden_layers": layers}
     if is_complete(folder, config):
         return config
@@ -63,7 +63,7 @@ def write_model(shape: str, layers: int, folder: Path) -> dict[str, Any]:
 
 
 def forget(folder: Path) -> int:
-    """Have the system drop a folder's weights from its page cache; return their bytes."""
+    """Drop a folder's weight files from the system's page cache; return their bytes."""
     total = 0
     for file in folder.glob("*.safetensors"):
         descriptor = os.open(file, os.O_RDONLY)

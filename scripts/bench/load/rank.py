@@ -2,11 +2,12 @@
 
     python scripts/bench/load/rank.py MODEL [--quantization dfloat11] [--tp 8] [--rank 0]
 
-The process is a group of one that takes itself for rank R of N: layers, weight loaders and vocabulary shards ask the
-group for nothing else while a model loads, so they cut exactly what that rank holds. It prints one line of JSON.
+The process is a process group of one that claims to be rank R of N. While a model loads, layers, weight loaders and
+vocabulary shards ask the group only for these two numbers, so they load exactly the shards of that rank. The script
+prints one line of JSON.
 
-Memory on a CPU: anonymous memory (RssAnon), sampled every 5 ms, above what the process had before. Pages of mapped
-files are not counted; the system drops them when it needs room. On a GPU: PyTorch's peak.
+Memory on a CPU is anonymous memory (RssAnon), sampled every 5 ms, minus that at the start. Pages of mapped files are
+not counted; the system drops them when it needs room. On a GPU it is PyTorch's peak.
 """
 
 from __future__ import annotations
@@ -35,16 +36,16 @@ def anonymous_bytes() -> int:
 
 
 def read_bytes() -> int:
-    """Return what the storage has delivered to this process so far."""
+    """Return the bytes that this process has read from storage so far."""
     lines = Path("/proc/self/io").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes:"))
 
 
 class HostPeak:
-    """The highest anonymous memory between entry and exit, above that at entry."""
+    """Measures the highest anonymous memory between entry and exit, minus that at entry."""
 
     def __enter__(self) -> HostPeak:
-        # Or the C library keeps freed blocks, which would count as used.
+        # Otherwise the C library keeps freed memory, which would count as used.
         ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 256 * 1024)
         self._start = self._highest = anonymous_bytes()
         self._done = threading.Event()
@@ -67,7 +68,7 @@ class HostPeak:
 
 
 def as_rank(rank: int, size: int, device: str) -> None:
-    """Make a process group of one that says it is rank `rank` of `size`."""
+    """Make a process group of one process that claims to be rank `rank` of `size`."""
     from vllm.distributed import (
         init_distributed_environment,
         initialize_model_parallel,
@@ -83,7 +84,7 @@ def as_rank(rank: int, size: int, device: str) -> None:
 
 
 def load(args: argparse.Namespace) -> dict[str, Any]:
-    """Load the rank; return seconds and bytes."""
+    """Load the rank's model; return seconds and bytes."""
     import torch
     from vllm.config import set_current_vllm_config
     from vllm.engine.arg_utils import EngineArgs
@@ -92,9 +93,7 @@ def load(args: argparse.Namespace) -> dict[str, Any]:
 
     device = current_platform.device_type
     if device == "cpu":
-        torch.accelerator.empty_cache = lambda: (
-            None
-        )  # as vLLM's CPU worker has it; torch's own raises
+        torch.accelerator.empty_cache = lambda: None  # as in vLLM's CPU worker; torch's own raises
     config = EngineArgs(
         model=str(args.model),
         quantization=args.quantization,
@@ -123,7 +122,7 @@ def load(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def compile_codecs() -> None:
-    """Run the CPU codecs once, so that what numba needs is there before memory is measured."""
+    """Run the CPU codecs once, so that numba has allocated its memory before the measurement."""
     import numpy as np
 
     from vllm_dfloat.codec.decode import decode
@@ -139,7 +138,7 @@ def compile_codecs() -> None:
 
 
 def held(model: Any) -> dict[str, int]:
-    """Return what the rank holds in the end, in bytes, and its largest layer as BF16."""
+    """Return the bytes that the rank holds after loading, and those of its largest layer in BF16."""
     from vllm_dfloat.integration.layers.method import packed_of
     from vllm_dfloat.integration.loading.report import summarize
 
@@ -167,7 +166,7 @@ def main() -> int:
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     result = load(args)
     print(json.dumps(result), flush=True)
-    os._exit(0)  # without taking a process group apart that is not what it says
+    os._exit(0)  # without destroying the false process group
 
 
 if __name__ == "__main__":

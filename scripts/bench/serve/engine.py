@@ -1,7 +1,7 @@
 """One engine of the serving benchmark, in a process of its own: python -m bench.serve.engine REQUEST.json RESULT.json
 
-The request says what to start and what to measure (bench_serve.py makes it); the result is written anew after every
-point, so that what was measured outlives a crash.
+bench_serve.py makes the request: the engine to start and the points to measure. The result is rewritten after every
+point, so that a crash loses no measured point.
 """
 
 import json
@@ -24,7 +24,8 @@ def measure(request: Json, save: Save) -> Json:
     """Start the engine of `request`, answer the prompts that are compared, then measure every point.
 
     Returns:
-        device, start_seconds, memory, kv_cache_tokens, answers, points; or error, in one line, where it got no further.
+        device, start_seconds, memory, kv_cache_tokens, answers, points; after a failure the ones so far, and error, in
+        one line.
     """
     result: Json = {"points": []}
     started = time.monotonic()
@@ -52,7 +53,7 @@ def measure(request: Json, save: Save) -> Json:
 
 
 def describe(llm: Any) -> Json:
-    """Return the device, what the model holds on it, and the size of the KV cache, as vLLM reports it."""
+    """Return the device, the model's memory on it, and the size of the KV cache, as vLLM reports them."""
     import torch
 
     from vllm_dfloat.integration.loading.report import summarize
@@ -69,7 +70,7 @@ def describe(llm: Any) -> Json:
     }
     device: Json = {"gpu": None}
     if torch.cuda.is_available():
-        # What vLLM measured while loading; bytes that were offloaded are not in it.
+        # vLLM measured this while loading; it does not include offloaded bytes.
         memory["resident_bytes"] = int(worker.model_runner.model_memory_usage)
         properties = torch.cuda.get_device_properties(0)
         device = {"gpu": properties.name, "memory_bytes": properties.total_memory}
@@ -82,7 +83,7 @@ def describe(llm: Any) -> Json:
 
 
 def answer(llm: Any, vocab_size: int) -> list[Json]:
-    """Return greedy tokens and their logprobs, for prompts of several lengths in one batch."""
+    """Return greedy tokens and their logprobs for prompts of several lengths, all in one batch."""
     asked = prompts(COMPARED_PROMPTS, [5, 17, 40, 64], vocab_size)
     given = llm.generate(
         [{"prompt_token_ids": prompt["prompt_token_ids"]} for prompt in asked],

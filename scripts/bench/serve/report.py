@@ -1,4 +1,4 @@
-"""What the serving benchmark found: results of all engines -> one report -> JSON, a table, plots."""
+"""The report of the serving benchmark: made from the results of all engines, written as JSON, a table and plots."""
 
 import json
 import re
@@ -25,7 +25,7 @@ Json = dict[str, Any]
 
 
 def assemble(head: Json, results: Json, skipped: dict[str, str]) -> Json:
-    """Return the report: `head`, the device, how the tokens compare, and per variant every point over all runs."""
+    """Return the report: `head`, the device, the comparison of tokens, and per variant every point over all runs."""
     first = results["bf16"][0]
     gpu = first["device"]["gpu"]
     return {
@@ -41,7 +41,7 @@ def assemble(head: Json, results: Json, skipped: dict[str, str]) -> Json:
 
 
 def variant(name: str, runs: list[Json], expected: list[Json], skipped: str | None) -> Json:
-    """Return what the runs of one variant gave; "not_run" if none got as far as answering."""
+    """Return the results of one variant's runs; "not_run" if no run has answered the prompts."""
     label = VARIANTS[name][0]
     good = [run for run in runs if "answers" in run]
     if not good:
@@ -60,7 +60,7 @@ def variant(name: str, runs: list[Json], expected: list[Json], skipped: str | No
 
 
 def equality(answers: list[Json], expected: list[Json]) -> Json:
-    """Return how many of the compared tokens and logprobs equal those of BF16, exactly."""
+    """Return how many of the compared tokens and logprobs are exactly equal to those of BF16."""
     counts: Json = {"of": sum(len(answer["tokens"]) for answer in expected)}
     for key in ("tokens", "logprobs"):
         pairs = zip(answers, expected, strict=True)
@@ -99,7 +99,7 @@ def summary(found: list[Json]) -> Json:
 
 
 def progress(result: Json) -> str:
-    """Return one line on an engine that has just ended, without times: they are not proven yet."""
+    """Return one line about an engine that has just ended, without times: the comparison may still be missing."""
     if "answers" not in result:
         return f"not run: {result.get('error')}"
     measured = sum("ms" in point for point in result["points"])
@@ -140,7 +140,7 @@ def store(whole: Json, output: Path | None, say: Callable[[str], None] | None = 
 
 
 def table(whole: Json) -> str:
-    """Return the report as text: a column per variant, and below it the reasons for gaps."""
+    """Return the report as text: one column per variant, then the reasons for missing values."""
     variants = whole["variants"]
     rows = [["", *(v["label"] for v in variants.values())]]
     for title, cell in lines(variants):
@@ -155,7 +155,7 @@ def table(whole: Json) -> str:
 
 
 def title_of(whole: Json) -> str:
-    """Return what was measured, on what, in two or three lines."""
+    """Return model, machine and settings in two or three lines."""
     machine, settings = whole["machine"], whole["settings"]
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
     text = [
@@ -168,7 +168,7 @@ def title_of(whole: Json) -> str:
 
 
 def lines(variants: Json) -> list[tuple[str, Callable[[Json], str]]]:
-    """Return the rows of the table: a title, and what makes a cell of a variant."""
+    """Return the rows of the table: a title, and a function from a variant to its cell."""
     unit, size = memory_unit(variants)
     rows: list[tuple[str, Callable[[Json], str]]] = [
         ("tokens equal to BF16's", lambda v: "{tokens} of {of}".format(**v["equal_to_bf16"])),
@@ -204,7 +204,7 @@ def cell_of(variant: Json, key: str) -> str:
 
 
 def gaps_of(variant: Json) -> list[str]:
-    """Return why a variant, or points of it, have no times."""
+    """Return the reasons why a variant, or some of its points, have no times."""
     label = variant["label"]
     if "not_run" in variant:
         return [f"{label}: {variant['not_run']}"]

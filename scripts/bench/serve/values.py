@@ -12,7 +12,7 @@ def point_name(point: Json) -> str:
 
 
 def memory_unit(variants: Json) -> tuple[str, int]:
-    """Return the unit that suits the weights of these variants, and its bytes."""
+    """Return a memory unit that suits the weights of these variants, and its size in bytes."""
     sizes = [v["memory"]["resident_bytes"] for v in variants.values() if "memory" in v]
     return ("GiB", GIB) if max(sizes) >= GIB else ("MiB", GIB >> 10)
 
