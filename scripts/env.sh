@@ -48,8 +48,15 @@ find_extra() {
   fi
 }
 
+# Install what would stand after `pip install`, with uv if that looks where pip does, else with pip.
 pip_install() {
-  "$VENV/bin/python" -m pip install -qq --disable-pip-version-check "$@"
+  "$VENV/bin/python" "$ROOT/scripts/uv_install.py" "$@" 2>/dev/null ||
+    "$VENV/bin/python" -m pip install -qq --disable-pip-version-check --no-compile "$@"
+}
+
+# Compile all modules, on every core. Some packages hold files that are no Python, which are told by the exit status.
+compile_modules() {
+  "$VENV/bin/python" -m compileall -qq -j 0 "$VENV/lib" || true
 }
 
 # vLLM for CPU needs the CPU build of torch, which is not on the Python package index. Indexes that the
@@ -98,7 +105,7 @@ drop_broken_media_packages() {
 
 # Print a checksum of all that an installation depends on; if it changes, it is installed again.
 fingerprint() {
-  { printf '%s\n' "$ROOT" "$1"; cat "$ROOT/pyproject.toml" "$ROOT/scripts/env.sh"; } | cksum
+  { printf '%s\n' "$ROOT" "$1"; cat "$ROOT"/{pyproject.toml,scripts/{env.sh,uv_install.py}}; } | cksum
 }
 
 # run_once LABEL COMMAND...: install with COMMAND unless it has already succeeded with the same fingerprint.
@@ -115,12 +122,13 @@ run_once() {
   "$@"
   rm "$VENV/.installing"
   printf '%s\n' "$want" >"$stamp"
+  is_compiled=no
   say "installed in $((SECONDS - started)) s"
 }
 
 # make_env [test]: make .venv with vLLM and this package, and the test extra if asked for.
 make_env() {
-  local python extra
+  local python extra is_compiled=yes
   check_compiler
   if [ -e "$VENV/.installing" ]; then
     say "an installation was interrupted, making $VENV anew"
@@ -140,6 +148,7 @@ make_env() {
   if [ "${1:-}" = test ]; then      # the extra does not name vLLM, so it is the same for both
     run_once test pip_install -e "$ROOT[test]"
   fi
+  [ $is_compiled = yes ] || compile_modules
   export PATH="$VENV/bin:$PATH"
   export VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1} VLLM_NO_USAGE_STATS=${VLLM_NO_USAGE_STATS:-1}
 }
