@@ -20,9 +20,12 @@ check_files() {
 make_env test
 export HF_HUB_OFFLINE=1
 check_files
-mypy
 if [ $# -gt 0 ]; then
+  mypy
   exec pytest "$@"
 fi
+mypy &                    # half a minute on one core, beside the tests
+types=$!
 pytest --numprocesses auto --dist loadfile --no-loadscope-reorder -m "not alone"
+wait $types
 exec pytest -m alone      # engines of two ranks need every core, and their ranks wait for each other
