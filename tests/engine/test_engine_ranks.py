@@ -1,15 +1,28 @@
-"""The same promise where each rank holds only some of the layers, or slices of only some of them."""
+"""The same promise with several ranks: each compresses the slices, or the layers, that vLLM's loaders give it."""
 
 import pytest
+import tiny_models
 from conftest import Checkpoint
 from engine_pairs import Case, answer_pairs
 from engines import Answers
 
 pytestmark = [pytest.mark.engine, pytest.mark.alone]
 
+# A pair of engines takes half a minute, so the rest of the matrix runs on demand.
+SLICES = [
+    Case("qwen2", "traced", tp=2),
+    Case("qwen3-tiny-tied", "eager", tp=2),
+]
 # A tied embedding is on the first stage, and as the LM head on the last.
-ALWAYS = [Case("qwen3-tiny-tied", "eager", pp=2)]
-ON_DEMAND = [
+STAGES = [Case("qwen3-tiny-tied", "eager", pp=2)]
+MORE_SLICES = [
+    *(Case(name, "eager", tp=2) for name in tiny_models.ARCHITECTURES if name != "qwen3_moe"),
+    Case("shipped", "eager", tp=2),
+    Case("shipped", "traced", tp=2),
+    Case("llama-tiny", "traced", tp=2),
+    Case("phi3-tiny-fused", "eager", tp=2),
+]
+MORE_STAGES = [
     Case("qwen3-tiny-tied", "traced", pp=2),
     Case("llama", "eager", pp=2),
     Case("llama-tiny", "eager", pp=2),
@@ -19,6 +32,7 @@ ON_DEMAND = [
     Case("qwen3-tiny-tied", "eager", tp=2, pp=2),
     Case("shipped", "traced", tp=2, pp=2),
 ]
+ALWAYS, ON_DEMAND = SLICES + STAGES, MORE_SLICES + MORE_STAGES
 
 
 @pytest.fixture(scope="module")
@@ -28,14 +42,16 @@ def pairs(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[Case, tuple[Answers, Answers]]:
     cases = ALWAYS + (ON_DEMAND if request.config.getoption("--full") else [])
-    return answer_pairs(cases, bf16_checkpoint, tmp_path_factory.mktemp("pp"))
+    return answer_pairs(cases, bf16_checkpoint, tmp_path_factory.mktemp("ranks"))
 
 
-@pytest.mark.parametrize("case", ALWAYS + ON_DEMAND, ids=str)
-def test_stages_answer_as_stages_of_bf16_vllm(
+@pytest.mark.parametrize(
+    "case",
+    [*ALWAYS, *(pytest.param(case, marks=pytest.mark.on_demand) for case in ON_DEMAND)],
+    ids=str,
+)
+def test_ranks_answer_as_ranks_of_bf16_vllm(
     case: Case, pairs: dict[Case, tuple[Answers, Answers]]
 ) -> None:
-    if case not in pairs:
-        pytest.skip("takes a minute or more: runs with --full")
     compressed, plain = pairs[case]
     assert compressed == plain
