@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_dfloat.checkpoint.folder import CONFIG_FILE
+from vllm_dfloat.checkpoint.folder import CONFIG_FILE, is_dfloat11
 from vllm_dfloat.checkpoint.listing import blobs_of, visible_files, weight_files
 from vllm_dfloat.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from vllm_dfloat.checkpoint.side_weights import (
@@ -94,12 +94,16 @@ def side_files(folder: Path, own: Collection[str] | None = None) -> SideFiles:
 
 
 def _listed(folder: Path) -> Collection[str]:
-    """Return the files that a manifest lists; none without one, or if it is damaged, which its readers report."""
+    """Return the files that a manifest lists; none without one, or if it is damaged, which its readers report.
+
+    The manifest beside a model that is not compressed is what an earlier checkpoint in its folder has left.
+    """
     try:
         manifest = read_manifest(folder)
+        is_own = manifest is not None and is_dfloat11(folder)
     except DFloatError:
         return ()
-    return manifest.files.keys() if manifest else ()
+    return manifest.files.keys() if manifest and is_own else ()
 
 
 def _refuse_weights(folder: Path, name: str, reason: str, named_by: str) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from vllm_dfloat.checkpoint.folder import is_dfloat11, read_config
 from vllm_dfloat.checkpoint.listing import model_files, weight_files
-from vllm_dfloat.checkpoint.manifest import file_differences, file_entry, read_manifest
+from vllm_dfloat.checkpoint.manifest import file_differences, file_entry
 from vllm_dfloat.checkpoint.model_class import refuse_missing_parameters
 from vllm_dfloat.checkpoint.plain_model import bf16_tensors
 from vllm_dfloat.checkpoint.reader import Dfloat11Checkpoint, open_checkpoint
@@ -141,7 +141,7 @@ def check(path: Path, start: Start = no_start, advance: Advance = ignore) -> Com
     opened = _open(path, None, keep_tied=True, must_be_whole=True)
     num_bytes, checkpoint = opened.num_bytes, opened.checkpoint
     result.is_compressed = checkpoint is not None
-    manifest = checkpoint.manifest if checkpoint else read_manifest(path)
+    manifest = checkpoint.manifest if checkpoint else None  # beside a plain model it is not its own
     if manifest is None:
         result.not_sought = refuse_missing_parameters(path, opened.names, path)
     else:

@@ -5,13 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Generic, Self, TypeVar
 
+from vllm_dfloat.checkpoint.folder import CONFIG_FILE
+from vllm_dfloat.checkpoint.manifest import MANIFEST_FILE
 from vllm_dfloat.convert.finished import find_finished, refuse_leftovers, write_finished
 from vllm_dfloat.convert.resume import OccupiedError, Task, resumable
 from vllm_dfloat.convert.source_files import SourceFiles
 from vllm_dfloat.convert.work import Work
+from vllm_dfloat.errors import FormatError
 from vllm_dfloat.storage.folder_lock import FolderLock
 
 
@@ -97,6 +100,7 @@ def _find(job: Conversion[Result], force: bool) -> Mapping[str, Any] | None:
 
 
 def _make(job: Conversion[Result], force: bool) -> Mapping[str, Any]:
+    _refuse_collisions(job)
     job.prepare()
     begun = resumable(job.source.folder, job.target, job.task, job.identity, force)
     with begun as work, job.source.unchanged():
@@ -111,3 +115,19 @@ def _make(job: Conversion[Result], force: bool) -> Mapping[str, Any]:
         report = job.finish(work, [results[file] for file in job.sizes])
         write_finished(work, job.task, job.identity, job.source, report)
     return report
+
+
+def _refuse_collisions(job: Conversion[Result]) -> None:
+    """Refuse a source with a file to be copied that has the place of a file to be made.
+
+    Raises:
+        FormatError: there is one; the message names it.
+    """
+    made = {*job.sizes, *job.beside, CONFIG_FILE, MANIFEST_FILE}
+    for name in job.source.side.names:
+        places = [name, *(parent.as_posix() for parent in PurePosixPath(name).parents)]
+        if taken := next((place for place in places if place in made), None):
+            raise FormatError(
+                f"{job.source.folder / name}: has the place of {taken}, which is made in {job.target}; expected no "
+                "file of that name beside the model's own. Move it out of the folder."
+            )

@@ -41,7 +41,8 @@ class Work:
         found: dict[str, Mapping[str, Any]] = {}
         for line in self._journal.done:
             name, file = line["file"], self.folder / line["file"]
-            if name not in wanted or not file.is_file():
+            # A file that was made anew has two lines.
+            if name not in wanted or name in found or not file.is_file():
                 continue
             identity, entry = identity_of(file), file_entry(file)
             if entry == _entry(line):
@@ -59,11 +60,13 @@ class Work:
             FormatError: the folder was replaced.
         """
         self.lock.check()
+        self._refuse_twice(line["file"])
         self._add(line["file"], _entry(line), identity_of(self.folder / line["file"]))
         self._journal.append(dict(line))
 
     def write_text(self, name: str, text: str) -> None:
         """Write a file that is either complete or absent; it is on the disk when this returns."""
+        self._refuse_twice(name)
         file, content = self.folder / name, text.encode()
         with replacing(file) as temporary:
             temporary.write_bytes(content)
@@ -87,6 +90,7 @@ class Work:
             ChangedError: it has changed.
             FormatError: it would be written outside of the folder, through a link.
         """
+        self._refuse_twice(name)
         file, digest, size = self.folder / name, hashlib.sha256(), 0
         file.parent.mkdir(parents=True, exist_ok=True)
         if not file.parent.resolve().is_relative_to(self.folder.resolve()):
@@ -123,6 +127,11 @@ class Work:
                     f"{self.folder / name}: was changed by another program while its folder was made: {what}. "
                     "Run the same command again: it makes this file anew."
                 )
+
+    def _refuse_twice(self, name: str) -> None:
+        """Refuse to write a finished file once more: one of the two would be lost, and nothing would show it."""
+        if name in self.entries:
+            raise RuntimeError(f"{self.folder / name} is finished, and was to be written again")
 
     def _add(self, name: str, entry: dict[str, Any], identity: FileIdentity) -> None:
         if identity.size != entry["bytes"]:
