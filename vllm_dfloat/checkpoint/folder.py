@@ -13,7 +13,7 @@ from vllm_dfloat.checkpoint.listing import (
 )
 from vllm_dfloat.dfloat11.format import FIELDS
 from vllm_dfloat.errors import DFloatError, FormatError, UnsupportedError
-from vllm_dfloat.storage.json_file import read_object
+from vllm_dfloat.storage.json_file import MAX_CONFIG_BYTES, read_object
 from vllm_dfloat.storage.safetensors_read import read_header, read_names
 from vllm_dfloat.storage.stored_tensor import StoredTensor
 
@@ -25,7 +25,6 @@ FINISHED_FILE = ".vllm-dfloat-finished.json"  # for the same command, run again;
 CONFIG_FILE = "config.json"
 CONFIG_KEY = "dfloat11_config"
 _UNIT_FIELDS = frozenset(FIELDS) - {"luts", "gaps"}  # other models may name tensors so
-MAX_CONFIG_BYTES = 16 << 20
 
 
 def read_config(path: Path) -> dict[str, Any] | None:

@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vllm_dfloat.errors import FormatError, shown
-from vllm_dfloat.storage.json_file import read_object
+from vllm_dfloat.storage.json_file import MAX_LIST_BYTES, read_object
 
 INDEX_FILE = "model.safetensors.index.json"
-MAX_INDEX_BYTES = 256 << 20
 # What transformers and diffusers write. Beside one of these, any other index is that of another copy.
 _STANDARD_INDICES = (INDEX_FILE, "diffusion_pytorch_model.safetensors.index.json")
 _COPY = "consolidated"  # start of the file names of the second copy that Mistral ships
@@ -94,7 +93,7 @@ def _index(folder: Path, has_standard_names: bool) -> Path | None:
 
 def _weight_map(index: Path, files: list[Path]) -> dict[str, str]:
     """Return tensor name -> file name from an index; every file is one of `files`."""
-    weight_map = (read_object(index, MAX_INDEX_BYTES) or {}).get("weight_map")
+    weight_map = (read_object(index, MAX_LIST_BYTES) or {}).get("weight_map")
     if not isinstance(weight_map, dict):
         raise FormatError(f"{index.name}: has no object `weight_map`; it is no index of weights.")
     if not weight_map:

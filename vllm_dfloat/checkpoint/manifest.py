@@ -17,13 +17,12 @@ from typing import Any, NoReturn
 from vllm_dfloat.checkpoint.listing import blobs_of, weight_files
 from vllm_dfloat.checkpoint.side_weights import is_weights
 from vllm_dfloat.errors import FormatError, one_line, shown
-from vllm_dfloat.storage.json_file import read_object, regular_size
+from vllm_dfloat.storage.json_file import MAX_LIST_BYTES, read_object, regular_size
 from vllm_dfloat.storage.progress import Advance, ignore
 from vllm_dfloat.storage.safetensors_read import header_sha256
 
 MANIFEST_FILE = "dfloat11_manifest.json"
 VERSION = 1
-_MAX_BYTES = 256 << 20
 _MAX_DIMS = 8
 _PIECE_BYTES = 1 << 20
 MAX_NAMED = 3  # files that a message names
@@ -71,7 +70,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     Raises:
         FormatError: it is damaged or of a version not known here.
     """
-    content = read_object(folder / MANIFEST_FILE, _MAX_BYTES)
+    content = read_object(folder / MANIFEST_FILE, MAX_LIST_BYTES)
     if content is None:
         return None
     version, files, tensors = (content.get(key) for key in ("version", "files", "tensors"))

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_dfloat.checkpoint.folder import CONFIG_FILE, MAX_CONFIG_BYTES
+from vllm_dfloat.checkpoint.folder import CONFIG_FILE
 from vllm_dfloat.checkpoint.names import first_number
 from vllm_dfloat.errors import FormatError, UnsupportedError
-from vllm_dfloat.storage.json_file import read_object
+from vllm_dfloat.storage.json_file import MAX_CONFIG_BYTES, read_object
 
 if TYPE_CHECKING:
     import torch

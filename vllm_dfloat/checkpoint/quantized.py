@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from vllm_dfloat.errors import UnsupportedError, shown
-from vllm_dfloat.storage.json_file import read_object
+from vllm_dfloat.storage.json_file import MAX_CONFIG_BYTES, read_object
 from vllm_dfloat.storage.stored_tensor import StoredTensor
 
 METHOD = "dfloat11"  # ours: a quantization_config of BF16 weights may hold options for serving
 _MODELOPT_FILE = "hf_quant_config.json"
-_MAX_BYTES = 16 << 20
 # Of most methods; of the first versions of compressed-tensors; of MLX.
 _KEYS = ("quantization_config", "compression_config", "quantization")
 _METHOD_KEYS = ("quant_method", "quant_algo", "format")
@@ -47,7 +46,7 @@ def refuse_quantized_files(folder: Path, tensors: Mapping[str, StoredTensor]) ->
     Raises:
         UnsupportedError: they do.
     """
-    modelopt = (read_object(folder / _MODELOPT_FILE, _MAX_BYTES) or {}).get("quantization")
+    modelopt = (read_object(folder / _MODELOPT_FILE, MAX_CONFIG_BYTES) or {}).get("quantization")
     if isinstance(modelopt, Mapping) and modelopt.get("quant_algo"):  # else of the KV cache
         _refuse(str(folder / _MODELOPT_FILE), f"quantization is {_method(modelopt)}")
     found = [tensor for tensor in tensors.values() if _is_quantized(tensor)]

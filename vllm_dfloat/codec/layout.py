@@ -44,7 +44,8 @@ PAD_WORDS = LANE_WEIGHTS * LENGTH_MASK // 32 + 2
 ALIGNMENT = 16
 
 
-def _aligned(num_bytes: int) -> int:
+def aligned(num_bytes: int) -> int:
+    """Return a number of bytes, rounded up to a multiple of ALIGNMENT."""
     return -(-num_bytes // ALIGNMENT) * ALIGNMENT
 
 
@@ -88,7 +89,7 @@ class PackedLayout:
 
     @property
     def words_offset(self) -> int:
-        return self.tile_starts_offset + _aligned(4 * (self.num_tiles + 1))
+        return self.tile_starts_offset + aligned(4 * (self.num_tiles + 1))
 
     @property
     def num_bytes(self) -> int:

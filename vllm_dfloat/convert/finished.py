@@ -20,10 +20,9 @@ from vllm_dfloat.convert.source_files import SourceFiles
 from vllm_dfloat.convert.work import Work
 from vllm_dfloat.errors import FormatError
 from vllm_dfloat.storage.folder_lock import locked
-from vllm_dfloat.storage.json_file import read_object
+from vllm_dfloat.storage.json_file import MAX_LIST_BYTES, read_object
 
 _VERSION = 1
-_MAX_BYTES = 256 << 20
 
 
 def write_finished(
@@ -88,7 +87,7 @@ def find_finished(
         return None
     with locked(target):
         try:
-            content = read_object(stamp, _MAX_BYTES)
+            content = read_object(stamp, MAX_LIST_BYTES)
         except FormatError:
             return None  # a damaged file proves nothing
         if _is_begun(target) or content is None:

@@ -16,10 +16,9 @@ from vllm_dfloat.convert.work import Work
 from vllm_dfloat.errors import DFloatError, FormatError
 from vllm_dfloat.storage.folder_lock import locked
 from vllm_dfloat.storage.journal import discard_journal, open_journal
-from vllm_dfloat.storage.json_file import read_object
+from vllm_dfloat.storage.json_file import MAX_LIST_BYTES, read_object
 from vllm_dfloat.storage.safetensors_write import TEMPORARY
 
-_MAX_BYTES = 256 << 20  # of a list of files
 _CHECKPOINT_FILES = ("*.safetensors", "*.safetensors.index.json", MANIFEST_FILE)
 
 
@@ -145,7 +144,7 @@ def _made_before(target: Path) -> set[str]:
     names: set[str] = set()
     for file in (MANIFEST_FILE, FINISHED_FILE):
         try:
-            content = read_object(target / file, _MAX_BYTES) or {}
+            content = read_object(target / file, MAX_LIST_BYTES) or {}
         except FormatError:
             continue
         listed = content.get("files")

@@ -17,7 +17,7 @@ import torch
 
 from vllm_dfloat.codec.arrays import I32Array, I64Array, U8Array, U16Array, U64Array
 from vllm_dfloat.codec.decode import check_status
-from vllm_dfloat.codec.layout import ALIGNMENT
+from vllm_dfloat.codec.layout import ALIGNMENT, aligned
 from vllm_dfloat.codec.threads import over_tiles
 from vllm_dfloat.device import ops
 from vllm_dfloat.device.checks import check_desc, check_ids, check_tensor
@@ -54,10 +54,6 @@ class UnitWeight(ops.PackedWeight):
         return UnitLayout(self.rows * self.cols, stream_bytes, num_tables).num_bytes
 
 
-def _aligned(num_bytes: int) -> int:
-    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
-
-
 @dataclass(frozen=True)
 class UnitLayout:
     """Byte offsets of the sections of a payload, computed from three numbers."""
@@ -76,7 +72,7 @@ class UnitLayout:
 
     @property
     def gaps_offset(self) -> int:
-        return self.positions_offset + _aligned(8 * (self.num_blocks + 1))
+        return self.positions_offset + aligned(8 * (self.num_blocks + 1))
 
     @property
     def sign_mantissa_offset(self) -> int:
@@ -84,7 +80,7 @@ class UnitLayout:
 
     @property
     def stream_offset(self) -> int:
-        return self.sign_mantissa_offset + _aligned(self.num_weights)
+        return self.sign_mantissa_offset + aligned(self.num_weights)
 
     @property
     def num_bytes(self) -> int:

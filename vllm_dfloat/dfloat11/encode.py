@@ -28,7 +28,7 @@ from vllm_dfloat.dfloat11.format import (
 )
 from vllm_dfloat.dfloat11.huffman import Codes, build_codes, build_luts
 from vllm_dfloat.dfloat11.tables import build_tables
-from vllm_dfloat.dfloat11.unit import Unit, num_blocks
+from vllm_dfloat.dfloat11.unit import Unit, num_blocks, whole_positions
 from vllm_dfloat.errors import UnsupportedError
 from vllm_dfloat.storage.pieces import ArrayWeights, Weights
 from vllm_dfloat.storage.progress import Advance, ignore
@@ -220,9 +220,7 @@ def as_unit(tensors: Mapping[str, npt.NDArray[np.generic]], name: str) -> Unit:
     stream = tensors["encoded_exponent"].view(np.uint8)
     sign_mantissa = tensors["sign_mantissa"].view(np.uint8)
     luts = tensors["luts"].view(np.uint8)
-    positions = tensors["output_positions"].view("<u4").astype(np.int64)
-    if len(positions) == num_blocks(stream.size):  # one entry short: nothing starts in the last
-        positions = np.append(positions, sign_mantissa.size)
+    stored = tensors["output_positions"].view("<u4").astype(np.int64)
     splits = np.concatenate(([0], tensors["split_positions"], [sign_mantissa.size]))
     return Unit(
         name=name,
@@ -230,7 +228,7 @@ def as_unit(tensors: Mapping[str, npt.NDArray[np.generic]], name: str) -> Unit:
         stream=stream,
         sign_mantissa=sign_mantissa,
         gaps=tensors["gaps"].view(np.uint8),
-        positions=positions,
+        positions=whole_positions(stored, stream.size, sign_mantissa.size),
         splits=splits.astype(np.int64),
         luts=luts,
         tables=build_tables(luts, f"{name}.luts"),

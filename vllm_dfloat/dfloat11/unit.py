@@ -201,9 +201,7 @@ class UnitEntry:
                 f"{tensor.where}: runs from {stored[0]} to {stored[-1]}; "
                 f"0 to {numbers} is expected, the length of sign_mantissa."
             )
-        # One entry less: the last code ends in a block in which no code starts.
-        short = len(stored) == num_blocks(self.fields["encoded_exponent"].shape[0])
-        positions = np.append(stored, numbers) if short else stored
+        positions = whole_positions(stored, self.fields["encoded_exponent"].shape[0], numbers)
         counts = np.diff(positions)
         if counts.min() < 0 or counts.max() > MAX_BLOCK_WEIGHTS:
             worst = int(np.argmax((counts < 0) | (counts > MAX_BLOCK_WEIGHTS)))
@@ -217,6 +215,14 @@ class UnitEntry:
 def num_blocks(num_bytes: int) -> int:
     """Return how many blocks a stream of `num_bytes` bytes has."""
     return -(-num_bytes // BLOCK_BYTES)
+
+
+def whole_positions(stored: I64Array, num_bytes: int, num_weights: int) -> I64Array:
+    """Return the first weight of each block of a stream of `num_bytes` bytes, then the number of weights.
+
+    `stored` lacks one entry if the last code ends in a block in which no code starts.
+    """
+    return np.append(stored, num_weights) if len(stored) == num_blocks(num_bytes) else stored
 
 
 def check_entry(entry: UnitEntry) -> None:

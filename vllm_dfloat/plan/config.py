@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vllm_dfloat.checkpoint.folder import MAX_CONFIG_BYTES
 from vllm_dfloat.checkpoint.quantized import refuse_quantized_config
 from vllm_dfloat.checkpoint.tied import TIED_KEY, tying_config
 from vllm_dfloat.errors import FormatError, UnsupportedError, shown
@@ -13,7 +12,7 @@ from vllm_dfloat.plan.defaults import with_defaults
 from vllm_dfloat.plan.kv_cache import EVERYTHING, Reach
 from vllm_dfloat.plan.reaches import layer_reaches
 from vllm_dfloat.plan.sizes import Sizes
-from vllm_dfloat.storage.json_file import read_object
+from vllm_dfloat.storage.json_file import MAX_CONFIG_BYTES, read_object
 
 MAX_LAYERS = 1 << 12
 DTYPES = ("bfloat16", "float16", "float32")

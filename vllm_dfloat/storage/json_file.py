@@ -11,6 +11,8 @@ from typing import Any, BinaryIO
 from vllm_dfloat.errors import FormatError
 from vllm_dfloat.storage.lfs import refuse_pointer
 
+MAX_CONFIG_BYTES = 16 << 20  # of a JSON file that describes a model
+MAX_LIST_BYTES = 256 << 20  # of one that lists files or tensors
 _PIECE_BYTES = 1 << 20
 
 
