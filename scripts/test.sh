@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Lint, types and the whole test suite, in .venv with the test extra. Arguments go to pytest. Without arguments, each
-# core runs one file at a time, and tests that need all cores run last.
+# Lint, types and the whole test suite, in .venv with the test extra. Arguments go to pytest. Without arguments, and with
+# --full alone, each core runs one file at a time, and tests that need all cores run last.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/env.sh
@@ -20,12 +20,12 @@ check_files() {
 make_env test
 export HF_HUB_OFFLINE=1
 check_files
-if [ $# -gt 0 ]; then
+if [ $# -gt 0 ] && [ "$*" != --full ]; then
   mypy
   exec pytest "$@"
 fi
 mypy &                    # half a minute on one core, beside the tests
 types=$!
-pytest --numprocesses auto --dist loadfile --no-loadscope-reorder -m "not alone"
+pytest "$@" --numprocesses auto --dist loadfile --no-loadscope-reorder -m "not alone"
 wait $types
-exec pytest -m alone      # engines of two ranks need every core, and their ranks wait for each other
+exec pytest "$@" -m alone      # engines of two ranks need every core, and their ranks wait for each other

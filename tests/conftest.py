@@ -84,6 +84,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason="runs with --full, to save time"))
 
 
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """List the tests that run with --full only, and how each ended."""
+    if not config.getoption("--full"):
+        return
+    terminalreporter.section("on demand")
+    for outcome in ("passed", "skipped", "failed", "error"):
+        reports = terminalreporter.stats.get(outcome, [])
+        names = [report.nodeid for report in reports if "on_demand" in report.keywords]
+        terminalreporter.write_line(f"{len(names)} tests that run with --full only: {outcome}")
+        for name in sorted(names):
+            terminalreporter.write_line(f"  {name}")
+
+
 _gpu_tests_run = 0
 
 

@@ -78,12 +78,12 @@ def assert_agrees(
     assert (whole.dfloat11 if compressed else whole.bf16).tokens == found["kv_tokens"]
 
 
-@pytest.mark.parametrize("name", [*ALWAYS, *ON_DEMAND])
+@pytest.mark.parametrize(
+    "name", [*ALWAYS, *(pytest.param(name, marks=pytest.mark.on_demand) for name in ON_DEMAND)]
+)
 def test_plans_with_and_without_weights_agree_with_vllm(
-    name: str, bf16_checkpoint: Checkpoint, tmp_path: Path, request: pytest.FixtureRequest
+    name: str, bf16_checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
-    if name in ON_DEMAND and not request.config.getoption("--full"):
-        pytest.skip("takes an engine of its own: runs with --full")
     model = bf16_checkpoint(name)
     found = plan_engines.reported(model, ROOM, quantization="dfloat11")
     assert_agrees(model, found, compressed=True)
@@ -123,13 +123,9 @@ def test_experts_are_counted_as_vllm_holds_them(
 
 
 @pytest.fixture(scope="module")
-def of_ranks(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, dict[str, Any]]:
+def of_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """Return what compressed engines of two ranks report; one process, which imports vLLM once."""
     folder = tmp_path_factory.mktemp("plan")
-    if not request.config.getoption("--full"):
-        return {}
     names = list(RANKS)
     runs = [
         dict(model=str(tiny_models.SHIPPED), room=ROOM, quantization="dfloat11", **RANKS[name])
@@ -143,12 +139,11 @@ def of_ranks(
     return dict(zip(names, answers, strict=True))
 
 
+@pytest.mark.on_demand
 @pytest.mark.parametrize("ranks", RANKS)
 def test_plan_agrees_with_two_ranks(
     ranks: str, of_ranks: dict[str, dict[str, Any]], tmp_path: Path
 ) -> None:
-    if ranks not in of_ranks:
-        pytest.skip("takes half a minute: runs with --full")
     tp, pp = (2, 1) if ranks == "TP 2" else (1, 2)
     for model in (tiny_models.SHIPPED, config_alone(tiny_models.SHIPPED, tmp_path / "alone")):
         assert_agrees(model, of_ranks[ranks], True, tp, pp)

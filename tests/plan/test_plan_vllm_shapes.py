@@ -27,6 +27,9 @@ ALWAYS = (
     "DeepSeek-V3", "Mistral-Nemo-Instruct-2407",
 )  # fmt: skip
 NAMES = sorted(file.stem for file in CONFIGS.glob("*.json"))
+BY_NAME = [
+    name if name in ALWAYS else pytest.param(name, marks=pytest.mark.on_demand) for name in NAMES
+]
 RANKS = {"whole": (1, 1, 0), "first of TP 2 x PP 2": (2, 2, 0), "last of TP 2 x PP 2": (2, 2, 1)}
 
 
@@ -69,15 +72,13 @@ def vllm_name(parameter: str) -> str:
 
 
 @pytest.mark.parametrize("ranks", RANKS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", BY_NAME)
 def test_a_rank_holds_the_weights_tables_and_caches_that_the_plan_says(
     name: str,
     ranks: str,
     folders: dict[str, Path],
     of_vllm: dict[tuple[str, str], dict[str, Any]],
 ) -> None:
-    if name not in folders:
-        pytest.skip("runs with --full")
     tp, pp, stage = RANKS[ranks]
     config = read_model_config(folders[name] / "config.json")
     layers = split_layers(config.num_layers, pp)[stage]
@@ -102,12 +103,10 @@ def test_a_rank_holds_the_weights_tables_and_caches_that_the_plan_says(
         assert cache == [per_token, reach.tokens, reach.is_chunk], layer
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", BY_NAME)
 def test_a_fixed_cache_holds_the_tokens_that_the_plan_says(
     name: str, folders: dict[str, Path], of_vllm: dict[tuple[str, str], dict[str, Any]]
 ) -> None:
-    if name not in folders:
-        pytest.skip("runs with --full")
     settings = Settings(
         gpu_memory=1 << 45,
         gpu_memory_utilization=1,
