@@ -11,15 +11,29 @@ from engines import SETTINGS, _inspect_in_this_process
 
 
 @contextmanager
-def loaded(model: Path, is_draft: bool = False, **settings: Any) -> Iterator[torch.nn.Module]:
-    """Give the model that an engine with these settings would serve, on one rank, or the one that drafts for it."""
-    from vllm.config import set_current_vllm_config
+def group_of_one() -> Iterator[None]:
+    """Stand where vLLM's worker stands, in process groups of one rank, and leave without a collection of garbage."""
     from vllm.distributed import (
         destroy_distributed_environment,
         destroy_model_parallel,
         init_distributed_environment,
         initialize_model_parallel,
     )
+
+    try:
+        with TemporaryDirectory() as folder:
+            init_distributed_environment(1, 0, f"file://{folder}/store", 0, backend="gloo")
+            initialize_model_parallel(1, 1)
+            yield
+    finally:
+        destroy_model_parallel()
+        destroy_distributed_environment()
+
+
+@contextmanager
+def loaded(model: Path, is_draft: bool = False, **settings: Any) -> Iterator[torch.nn.Module]:
+    """Give the model that an engine with these settings would serve, on one rank, or the one that drafts for it."""
+    from vllm.config import set_current_vllm_config
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.model_loader import get_model
 
@@ -28,14 +42,10 @@ def loaded(model: Path, is_draft: bool = False, **settings: Any) -> Iterator[tor
     config = EngineArgs(model=str(model), **given).create_engine_config()
     empty_cache, torch.accelerator.empty_cache = torch.accelerator.empty_cache, lambda: None
     try:
-        with set_current_vllm_config(config), TemporaryDirectory() as folder:
-            init_distributed_environment(1, 0, f"file://{folder}/store", 0, backend="gloo")
-            initialize_model_parallel(1, 1)
+        with set_current_vllm_config(config), group_of_one():
             drafter = config.speculative_config.draft_model_config if is_draft else None
             yield get_model(vllm_config=config, model_config=drafter)
     finally:
         torch.accelerator.empty_cache = (
             empty_cache  # as vLLM's CPU worker does, where there is no accelerator
         )
-        destroy_model_parallel()
-        destroy_distributed_environment()

@@ -1,13 +1,13 @@
 """Single layers, without an engine: slices of every rank, biases, the op, and the order of weights."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from helpers import same_bits
+from model_loads import group_of_one
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers import linear as vllm_linear
 from vllm.model_executor.layers import vocab_parallel_embedding as vllm_embedding
@@ -26,21 +26,12 @@ COLS = 256
 
 
 @pytest.fixture(autouse=True)
-def vllm_config(tmp_path: Path) -> Iterator[None]:
+def vllm_config() -> Iterator[None]:
     """Stand where vLLM builds a model: one rank, BF16, a current config."""
-    from vllm.distributed import (
-        cleanup_dist_env_and_memory,
-        init_distributed_environment,
-        initialize_model_parallel,
-    )
-
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
-    with set_current_vllm_config(VllmConfig()):
-        init_distributed_environment(1, 0, f"file://{tmp_path}/store", 0, backend="gloo")
-        initialize_model_parallel(1, 1)
+    with set_current_vllm_config(VllmConfig()), group_of_one():
         yield
-    cleanup_dist_env_and_memory()
     torch.set_default_dtype(before)
 
 
