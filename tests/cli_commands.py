@@ -1,4 +1,4 @@
-"""One call of every command that succeeds, and the small model that they work on."""
+"""One successful call of every command, and the small model that the calls use."""
 
 import json
 from pathlib import Path
@@ -35,7 +35,7 @@ def make_places(root: Path) -> dict[str, Path]:
 
 
 def only_line(text: str) -> str:
-    """Return the line that the text consists of."""
+    """Return the line of a text, which must have exactly one."""
     (line,) = text.splitlines()
     assert line.isprintable()
     return line

@@ -1,4 +1,4 @@
-"""Settings that must stand before vLLM or Triton is imported, and checkpoints that several tests share."""
+"""Settings that must be made before vLLM or Triton is imported, and checkpoints that several tests share."""
 
 import logging
 import os
@@ -6,7 +6,7 @@ import signal
 
 if (
     signal.getsignal(signal.SIGINT) == signal.SIG_IGN
-):  # in the background of a shell; commands inherit it
+):  # ignored in the background of a shell; commands inherit this
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # no GPU needed; read when triton is imported
@@ -24,7 +24,7 @@ import pytest
 
 from vllm_dfloat.commands import progress
 
-progress.tells_compiling = False  # what stderr holds is not to depend on numba's cache
+progress.tells_compiling = False  # stderr must not depend on numba's cache
 
 Checkpoint = Callable[[str], Path]
 
@@ -50,7 +50,7 @@ def bf16_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 @pytest.fixture
 def log_lines() -> Iterator[list[str]]:
-    """Give the list of lines that the plugin logs from here on."""
+    """Yield the list of lines that the plugin logs from now on."""
     lines: list[str] = []
 
     def collect(record: logging.LogRecord) -> bool:
@@ -66,7 +66,7 @@ def log_lines() -> Iterator[list[str]]:
 
 @pytest.fixture
 def followed_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let seals hold wherever a descriptor or a table lies: opcheck hands copies of all tensors to an op."""
+    """Make seals valid at any address of a descriptor or a table: opcheck gives an op copies of all tensors."""
     from vllm_dfloat.codec import descriptor
 
     salt = descriptor.salt
@@ -109,7 +109,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Fail a run that was to prove something about a GPU, and ran no test on one: skipped tests look like success."""
+    """Fail a run that selected GPU tests but ran none on a GPU: skipped tests look like success."""
     if os.environ.get("VLLM_DFLOAT_REQUIRE_GPU") == "1" and not _gpu_tests_run:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
         print(

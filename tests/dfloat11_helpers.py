@@ -1,7 +1,7 @@
 """Helpers of the DFloat11 tests: the vectors' originals, and a small encoder of the format.
 
-The encoder follows the format's description alone. `test_dfloat11_vectors` shows that it makes the
-official encoder's bytes again, so its other outputs are fair inputs for the decoders.
+The encoder is written from the format's description alone. `test_dfloat11_vectors` shows that it makes the
+official encoder's bytes, so its other outputs are valid inputs for the decoders.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ EOF = -1  # the end marker, ordered before every exponent
 
 
 def originals() -> dict[str, dict[str, dict[str, Any]]]:
-    """Return vector -> tensor -> {"shape", "sha256"} of the BF16 bytes the vectors were made of."""
+    """Return vector -> tensor -> {"shape", "sha256"} of the BF16 bytes from which the vectors were made."""
     found: dict[str, dict[str, dict[str, Any]]] = json.loads(
         (VECTORS / "originals.json").read_text()
     )
@@ -89,7 +89,7 @@ def write_checkpoint(
     patterns: Mapping[str, list[str]] | None = None,
 ) -> Path:
     """Write units to `path`/model.safetensors with a config.json; return `path`."""
-    from safetensors.numpy import save_file  # hosts that rent a GPU may not have it
+    from safetensors.numpy import save_file  # rented GPU hosts may not have it
 
     path.mkdir(parents=True, exist_ok=True)
     tensors = {
@@ -185,7 +185,7 @@ def huffman_codes(exponents: np.ndarray) -> dict[int, tuple[int, int]]:
 
 
 def make_luts(codes: Mapping[int, tuple[int, int]]) -> np.ndarray:
-    """Return the tables of a code book; slots without a code copy their left neighbour."""
+    """Return the tables of a code book; entries without a code copy their left neighbour."""
     by_prefix: dict[tuple[int, int], dict[int, int]] = {(0, 0): {}}
     for symbol, (value, size) in codes.items():
         if symbol == EOF:
@@ -220,7 +220,7 @@ def long_book() -> Book:
 
 
 def long_code_weights(size: int) -> np.ndarray:
-    """Return BF16 bits whose exponents have codes in `long_book`, those of 32 bits as often as those of one."""
+    """Return BF16 bits with the exponents of `long_book`; codes of 32 bits are as frequent as codes of one bit."""
     rng = np.random.default_rng(size)
     symbols = 100 + rng.integers(0, 33, size)
     return (symbols << 7 | rng.integers(0, 1 << 16, size) & 0x807F).astype(np.uint16)

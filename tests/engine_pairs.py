@@ -1,4 +1,4 @@
-"""Pairs of engines of several ranks, BF16 vLLM's and ours, with the same settings, in a process of their own."""
+"""Pairs of engines of several ranks, BF16 and compressed, with the same settings, in a separate process."""
 
 import re
 from collections import Counter
@@ -13,11 +13,11 @@ from engines import Answers, answers_elsewhere
 
 ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # several ranks on one NUMA node
-    "OMP_NUM_THREADS": "1",  # ranks that spin on each other's cores would take twice the time
+    "OMP_NUM_THREADS": "1",  # ranks that share cores and spin would take twice the time
 }
 OFFICIAL = {"qwen3-tiny-tied", "llama-tiny", "phi3-tiny-fused"}
-# What VLLM_CPU_CI_ENV makes of vLLM's default for a CPU: Dynamo traces, without Inductor's C++ compiles. But so vLLM
-# still warms up, without which pipeline stages have no buffer for what they receive (see engines.py).
+# The same as VLLM_CPU_CI_ENV makes of vLLM's default for a CPU: Dynamo traces, without Inductor's C++ compiles. But
+# with this setting vLLM still warms up; without, pipeline stages have no receive buffer (see engines.py).
 TRACED = dict(compilation_config={"mode": 2, "backend": "eager", "custom_ops": ["none"]})
 WORKER = re.compile(r"\((Worker\w*) pid=\d+\) [^(]*dfloat11: compressed")  # named after its ranks
 
@@ -50,9 +50,9 @@ def answer_pairs(
     environment: dict[str, str] = ENVIRONMENT,
     script: str = engines.__file__,
 ) -> dict[Case, tuple[Answers, Answers]]:
-    """Return what ours and what BF16 vLLM answered in each case, and hold every rank to its line of log.
+    """Return the answers of the compressed and of the BF16 engine in each case; check the log line of every rank.
 
-    All engines run in one process, because only its first one pays for vLLM's import.
+    All engines run in one process, so that vLLM is imported only once.
     """
     runs = []
     for case in cases:
@@ -70,7 +70,7 @@ def answer_pairs(
 
 
 def assert_each_rank_compressed(log: Path, cases: list[Case]) -> None:
-    """Check that each rank of each compressed engine has said so once."""
+    """Check that each rank of each compressed engine has logged its line once."""
     found = Counter(WORKER.findall(log.read_text()))
     expected = Counter(name for case in cases for name in names_of_ranks(case))
     assert found == expected

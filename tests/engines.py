@@ -1,6 +1,6 @@
-"""Run real vLLM engines and return everything they answered, for comparison to the last bit.
+"""Run real vLLM engines and return all their answers, for comparison to the last bit.
 
-Also a script, for engines that need a process of their own: python engines.py RUNS.json ANSWERS.json
+Also a script, for engines that need a separate process: python engines.py RUNS.json ANSWERS.json
 """
 
 import atexit
@@ -36,7 +36,7 @@ atexit.register(gc.unfreeze)  # or what `engine` froze is reported as leaked whe
 
 @contextmanager
 def engine(model: Path, **settings: Any) -> Iterator[Any]:
-    """Give an LLM on the folder `model` (eager unless settings say otherwise), and shut it down."""
+    """Yield an LLM on the folder `model` (eager unless settings say otherwise), and shut it down afterwards."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
     from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
@@ -71,12 +71,12 @@ def _garbage_of_engines_alone() -> Iterator[None]:
 
 
 def _make_buffers_between_stages(llm: Any) -> None:
-    """Make up for what vLLM's CPU worker leaves out: in eager mode, pipeline stages could not receive anything.
+    """Run a dummy batch that vLLM's CPU worker omits in eager mode: without it, pipeline stages cannot receive.
 
-    A stage allocates the buffer for what the stage before it sends in its first dummy run (_dummy_run of
-    gpu_model_runner.py). Other workers do one to measure memory; CPUWorker skips it in eager mode, so the first prompt
-    ends in an AssertionError in sync_and_gather_intermediate_tensors, in BF16 too. The dummy batch of data parallelism
-    is such a run; it writes nothing into the KV cache.
+    A stage allocates its receive buffer in its first dummy run (_dummy_run of gpu_model_runner.py). Other workers make
+    one to measure memory. CPUWorker skips it in eager mode, so the first prompt ends in an AssertionError in
+    sync_and_gather_intermediate_tensors, in BF16 too. The dummy batch of data parallelism is such a run; it writes
+    nothing into the KV cache.
     """
     config = llm.llm_engine.vllm_config
     if config.parallel_config.pipeline_parallel_size > 1 and config.model_config.enforce_eager:
@@ -84,7 +84,7 @@ def _make_buffers_between_stages(llm: Any) -> None:
 
 
 def _inspect_in_this_process(model: Path) -> None:
-    """Spare vLLM the process that it starts to look at an architecture it has not seen: 10 s each."""
+    """Prevent vLLM from starting a process to inspect each new architecture, which takes 10 s."""
     from vllm.model_executor.models import ModelRegistry
 
     config = Path(model) / "config.json"
@@ -122,7 +122,7 @@ def _values(position: dict[int, Any]) -> list[tuple[int, float]]:
 
 
 def answers(model: Path, **settings: Any) -> Answers:
-    """Return what a fresh engine on `model` answers."""
+    """Return the answers of a new engine on `model`."""
     with engine(model, **settings) as llm:
         return ask(llm)
 
@@ -131,7 +131,7 @@ _of_bf16: dict[str, Answers] = {}
 
 
 def bf16_answers(model: Path, **settings: Any) -> Answers:
-    """Return what BF16 vLLM answers, asked once for each content of the folder, settings and environment of vLLM."""
+    """Return the answers of BF16 vLLM, computed once per content of the folder, settings and environment of vLLM."""
     content = hashlib.sha256()
     for file in sorted(Path(model).glob("*")):
         content.update(file.name.encode() + file.read_bytes())
@@ -151,9 +151,9 @@ def answers_elsewhere(
     timeout: float,
     script: str = __file__,
 ) -> list[Answers]:
-    """Return the answers of several engines, run one after the other in a process of its own.
+    """Return the answers of several engines, run one after the other in a separate process.
 
-    The process and all its workers are gone afterwards, whatever happens.
+    The process and all its workers are ended afterwards, also after an error.
     """
     (folder / "runs.json").write_text(json.dumps(runs))
     command = [sys.executable, script, str(folder / "runs.json"), str(folder / "answers.json")]
@@ -162,7 +162,7 @@ def answers_elsewhere(
 
 
 def run_bounded(command: list[str], log: Path, environment: dict[str, str], timeout: float) -> None:
-    """Run a command in a session of its own, end the session, and raise with its log if it failed."""
+    """Run a command in its own session, end the session, and raise with its log if it failed."""
     with start(command, log, environment) as process:
         try:
             status = process.wait(timeout)
@@ -176,7 +176,7 @@ def run_bounded(command: list[str], log: Path, environment: dict[str, str], time
 def start(
     command: list[str], log: Path, environment: dict[str, str]
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Start a command in a session of its own; afterwards end the whole session."""
+    """Start a command in its own session; afterwards end the whole session."""
     with log.open("wb") as out:
         process = subprocess.Popen(
             command,
@@ -201,7 +201,7 @@ def _tail(log: Path) -> str:
 
 
 def normal(given: Answers) -> Answers:
-    """Return answers as they look after a trip through JSON."""
+    """Return answers after conversion to JSON and back."""
     return json.loads(json.dumps(given))
 
 

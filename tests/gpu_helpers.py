@@ -1,7 +1,7 @@
-"""What the tests that need a GPU share: when they run, and decoding into poisoned memory.
+"""Shared by the tests that need a GPU: when they run, and decoding into poisoned memory.
 
-`VLLM_DFLOAT_GPU_REHEARSAL=1` runs those that can on a CPU, in Triton's interpreter and with small sizes, so that a test
-does not meet its first mistake on a rented GPU.
+`VLLM_DFLOAT_GPU_REHEARSAL=1` runs those that can run on a CPU, in Triton's interpreter and with small sizes, so that
+mistakes in a test are found before it runs on a rented GPU.
 """
 
 import functools
@@ -31,7 +31,7 @@ NEEDS_GPU = [
         not (HAS_GPU or IS_REHEARSAL), reason="needs an NVIDIA GPU and TRITON_INTERPRET=0"
     ),
 ]
-# Beside it, for what the interpreter has not: graphs, gigabytes in reasonable time.
+# In addition, for tests that the interpreter cannot run: CUDA graphs, gigabytes in reasonable time.
 no_rehearsal = pytest.mark.skipif(IS_REHEARSAL, reason="needs an NVIDIA GPU")
 
 
@@ -42,22 +42,22 @@ def of_size(real: list[Any], small: list[Any]) -> list[Any]:
 
 @functools.lru_cache(maxsize=8)
 def gaussian(rows: int, cols: int, seed: int = 0) -> Bits:
-    """Return weights N(0, 0.02) as helpers.gaussian does, made on the GPU and once: a CPU takes 60 ms a million."""
+    """Return weights N(0, 0.02) like helpers.gaussian, made on the GPU and cached: a CPU takes 60 ms per million."""
     generator = torch.Generator(DEVICE).manual_seed(seed)
     weights = torch.empty(rows, cols, dtype=torch.bfloat16, device=DEVICE)
     bits = weights.normal_(0, 0.02, generator=generator).cpu().view(torch.uint16).numpy()
-    bits.flags.writeable = False  # others get it too
+    bits.flags.writeable = False  # the cache gives it to other tests too
     return np.asarray(bits)
 
 
 def buffers(num_tiles: int, padded_numel: int, poison: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return an output, BF16 [padded_numel], filled with a word that must be gone afterwards, and status words."""
+    """Return an output, BF16 [padded_numel], filled with `poison`, which a decode must overwrite, and status words."""
     status = torch.full((num_tiles,), -1, dtype=torch.int32, device=DEVICE)
     return poisoned((padded_numel,), poison, DEVICE), status
 
 
 def decode(packed: ops.PackedWeight, poison: int, op: Any = ops.decode) -> torch.Tensor:
-    """Return what a matrix decodes to, from poisoned memory, every status checked."""
+    """Return a matrix, decoded into poisoned memory; check every status."""
     rows, cols = packed.rows, packed.cols
     out, status = buffers(ops.num_tiles(rows, cols), ops.padded_numel(rows, cols), poison)
     op(packed.desc, rows, cols, out, status)
@@ -67,8 +67,8 @@ def decode(packed: ops.PackedWeight, poison: int, op: Any = ops.decode) -> torch
 
 @contextmanager
 def nan_memory() -> Iterator[None]:
-    """Let memory that an op allocates for its result hold NaN before."""
-    torch.use_deterministic_algorithms(True)  # fills what is not initialized
+    """Fill memory that an op allocates for its result with NaN."""
+    torch.use_deterministic_algorithms(True)  # fills uninitialised memory
     try:
         yield
     finally:

@@ -1,6 +1,6 @@
-"""Tensors with a page behind them that may not be touched: an access beyond their end kills the process.
+"""Tensors followed by an inaccessible page: an access past their end kills the process.
 
-For code that runs in a process of its own (`run_python`).
+For code that runs in a separate process (`run_python`).
 """
 
 import ctypes

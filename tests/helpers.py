@@ -8,7 +8,7 @@ Bits = npt.NDArray[np.uint16]
 
 
 def bf16_bits(values: npt.NDArray[np.floating]) -> Bits:
-    """Return BF16 bits of `values`, cut off rather than rounded: which weights they are does not matter here."""
+    """Return BF16 bits of `values`, truncated, not rounded: the exact weights do not matter here."""
     return (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
 
 
@@ -27,7 +27,7 @@ def to_torch(bits: Bits) -> torch.Tensor:
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    # As signed words: not every torch has a CUDA kernel for unsigned ones of 16 bits.
+    # As signed words: not every torch has a CUDA kernel for unsigned 16-bit words.
     return a.shape == b.shape and torch.equal(a.view(torch.int16), b.view(torch.int16))
 
 
@@ -40,7 +40,7 @@ def poisoned(shape: tuple[int, ...], poison: int, device: torch.device) -> torch
 def assert_within_bound(
     out: torch.Tensor, weight: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None = None
 ) -> None:
-    """Compare with float64, in which every product is exact and the sum nearly so, under the bound of matmul.py."""
+    """Compare with float64 (products exact, sums nearly exact), within the bound of kernels/packed_matmul.py."""
     exact = x.double() @ weight.double().T
     size = x.double().abs() @ weight.double().abs().T
     if bias is not None:
@@ -49,10 +49,10 @@ def assert_within_bound(
     bound = lost + 2**-8 * (exact.abs() + lost)
     error = (out.double() - exact).abs()
     assert (error <= bound).all(), f"{(error / bound).max().item():.2f} times the bound"
-    assert (error.mean() <= bound.mean() / 2).item()  # a bound that a wrong kernel meets is none
+    assert (error.mean() <= bound.mean() / 2).item()  # a wrong kernel might keep the bound itself
 
 
-LIMITS = [(10, 8), (40, 9), (120, 10)]  # rare symbols -> the longest code that is then chosen
+LIMITS = [(10, 8), (40, 9), (120, 10)]  # number of rare symbols -> longest code chosen for them
 
 
 def rare_symbols(rare: int) -> Bits:
@@ -64,7 +64,7 @@ def rare_symbols(rare: int) -> Bits:
 
 
 def hard_matrices() -> dict[str, Bits]:
-    """Return matrices that a codec of BF16 weights gets wrong first, by name."""
+    """Return matrices on which a wrong codec of BF16 weights fails first, by name."""
     rng = np.random.default_rng(7)
     special = np.array([0x0000, 0x8000, 0x7F80, 0xFF80, 0x7FC1, 0xFFFF, 0x0001, 0x807F], np.uint16)
     mixed = gaussian(90, 100)

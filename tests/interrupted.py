@@ -1,9 +1,9 @@
-"""A script: compress or decompress again and again, each time killed at another point and then run to its end.
+"""A script: compress or decompress repeatedly, each time killed at another point and then run to its end.
 
 python interrupted.py WORK SOURCE FOLDER SEED EVENTS LIMITS: WORK is compress or decompress. Prints a JSON line per run
-with where it was killed, what files were there then, and what the finished folder holds. A run is killed by signal 9
-before the n-th time it opens, renames or removes a file in the target, or, in the midst of writing, by a limit on the
-size of files. Runs are forks of this process, which has everything imported.
+with the point of the kill, the files at that time, and the contents of the finished folder. A run is killed by signal 9
+before the n-th time it opens, renames or removes a file in the target, or during a write by a limit on the size of
+files. Runs are forks of this process, which has imported everything.
 """
 
 import json
@@ -24,7 +24,7 @@ EVENTS = ("open", "os.rename", "os.remove")
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of every file but the note of what it was made from, which differs from source to source."""
+    """Return the SHA-256 of every file except the record of the source, which differs from source to source."""
     return {
         path.relative_to(folder).as_posix(): file_entry(path)["sha256"]
         for path in sorted(folder.rglob("*"))
@@ -40,7 +40,7 @@ def work(name: str, source: Path, target: Path) -> None:
 
 
 def run(name: str, source: Path, target: Path, event: int = 0, limit: int = 0) -> tuple[int, int]:
-    """Do the work in a fork; return its exit status and how many events there were (0 if it was killed)."""
+    """Do the work in a fork; return its exit status and the number of events (0 if it was killed)."""
     reader, writer = os.pipe()
     child = os.fork()
     if not child:
@@ -72,7 +72,7 @@ def main(
     name: str, source: Path, folder: Path, seed: int, num_events: int, num_limits: int
 ) -> None:
     os.environ["VLLM_DFLOAT_THREADS"] = "1"
-    work(name, source, folder / "warm")  # what numba loads here, the forks have
+    work(name, source, folder / "warm")  # the forks inherit what numba loads here
     _, events = run(name, source, folder / "whole")
     whole = contents(folder / "whole")
     print(json.dumps({"events": events, "files": whole}), flush=True)

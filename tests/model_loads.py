@@ -47,5 +47,5 @@ def loaded(model: Path, is_draft: bool = False, **settings: Any) -> Iterator[tor
             yield get_model(vllm_config=config, model_config=drafter)
     finally:
         torch.accelerator.empty_cache = (
-            empty_cache  # as vLLM's CPU worker does, where there is no accelerator
+            empty_cache  # as in vLLM's CPU worker, which has no accelerator
         )

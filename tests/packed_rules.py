@@ -1,4 +1,4 @@
-"""What every packed tensor follows, checked apart from the code that makes and decodes it."""
+"""The rules of every packed tensor, checked independently of the code that encodes and decodes."""
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from vllm_dfloat.codec.layout import (
 
 
 def assert_follows_layout(packed: PackedTensor) -> None:
-    """Compare sizes, tile starts, lane lengths and the LUT with each other, as docs/packed-layout.md has them."""
+    """Check sizes, tile starts, lane lengths and the LUT against each other, by the rules of docs/packed-layout.md."""
     lay = packed.layout
     assert MIN_CODE_BITS <= lay.code_bits <= MAX_CODE_BITS
     assert 0 <= lay.num_words < MAX_WORDS

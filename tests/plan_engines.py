@@ -1,6 +1,6 @@
-"""Start real vLLM engines and return what they say of their memory, for comparison with a plan.
+"""Start real vLLM engines and return their memory figures, for comparison with a plan.
 
-Also a script, for ranks in processes of their own: python plan_engines.py RUNS.json ANSWERS.json
+Also a script, for ranks in separate processes: python plan_engines.py RUNS.json ANSWERS.json
 """
 
 import json
@@ -15,7 +15,7 @@ BATCHED_TOKENS = 128
 
 
 def of_rank(model: Any) -> dict[str, int]:
-    """Return what a rank's model holds; runs in the rank's process."""
+    """Return the memory figures of a rank's model; runs in the rank's process."""
     from vllm_dfloat.integration.loading.report import summarize
 
     summary, unseen = summarize(model), unseen_bytes(model)
@@ -24,8 +24,8 @@ def of_rank(model: Any) -> dict[str, int]:
 
 
 def unseen_bytes(model: Any) -> int:
-    """Return what vLLM's CPU build hides of BF16 layers: on some CPUs (AMX) it keeps what it packed for a GEMM of its
-    own in place of a weight, whose parameter is empty then, and makes the bias float32."""
+    """Return the bytes of BF16 layers that parameters do not show: on some CPUs (AMX) vLLM's CPU build replaces a
+    weight by a packed copy for its own GEMM and empties the parameter, and converts the bias to float32."""
     from vllm.model_executor.layers.linear import LinearBase
 
     from vllm_dfloat.integration.layers.method import packed_of
@@ -42,20 +42,20 @@ def unseen_bytes(model: Any) -> int:
 
 
 def reported(model: Path, room: int, **settings: Any) -> dict[str, Any]:
-    """Return what each rank of an engine holds, and how many KV tokens vLLM makes of memory.
+    """Return the memory figures of each rank of an engine, and the numbers of KV-cache tokens.
 
     Args:
         room: bytes per rank for weights, scratch and KV cache together.
 
     Returns:
-        ranks: `REPORTED` of each; kv_tokens: what vLLM reported when it started; tokens_of_room: what its own
-        functions make of the room that the weights leave.
+        ranks: `REPORTED` of each; kv_tokens: as vLLM reported at its start; tokens_of_room: computed by vLLM's own
+        functions from the room that the weights leave.
     """
     from vllm.v1.core import kv_cache_utils
 
     from vllm_dfloat.device.scratch import scratch
 
-    scratch.release()  # an engine before this one in the process may have needed more
+    scratch.release()  # an earlier engine in this process may have needed more
     given = dict(num_gpu_blocks_override=None, max_num_batched_tokens=BATCHED_TOKENS)
     with engine(model, **{**given, **settings}) as llm:
         config = llm.llm_engine.vllm_config

@@ -1,4 +1,4 @@
-"""Jobs for the processes of a pool, which import this module by its name. They could not import a test module."""
+"""Jobs for the processes of a pool, which import this module by name; they cannot import a test module."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,7 @@ from numba.core import event
 
 
 def compile_twice(_report: Callable[[int], None] | None = None) -> None:
-    """Say what numba says when it compiles two functions."""
+    """Report twice what numba's compiler reports for a function."""
     for _ in range(2):
         with event.trigger_event("numba:compile"):
             pass

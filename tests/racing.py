@@ -1,9 +1,9 @@
-"""A script: several processes compress into one folder at once, some of them killed; prints what came of it as JSON.
+"""A script: several processes compress into one folder at once, some of them are killed; prints the outcome as JSON.
 
-python racing.py FOLDER SEED ROUNDS SOURCE SOURCE: in each round three forks of this process, which has everything
-imported, begin at about the same time, each with one of the sources, with or without --force. A fork looks at the
-folder before it removes a journal, the last time when its work is done and the folder not yet given free. A line per
-round: how each ended, what it saw last or was told, what was left, and what a forced run by itself makes of it.
+python racing.py FOLDER SEED ROUNDS SOURCE SOURCE: in each round three forks of this process, which has imported
+everything, begin at about the same time, each with one of the sources, with or without --force. A fork looks at the
+folder before each removal of a journal; at the last one its work is done and the folder still locked. A line per
+round: how each fork ended, what it saw last or printed, the files left, and the result of a forced run after it.
 """
 
 import json
@@ -26,7 +26,7 @@ WAS_FINISHED = "was finished before"
 
 
 def start(source: Path, target: Path, force: bool, delay: float, kill_at: int) -> tuple[int, int]:
-    """Return a fork that compresses `source`, and a pipe on which it tells what it finished."""
+    """Return a fork that compresses `source`, and a pipe on which it reports what it has finished."""
     reader, writer = os.pipe()
     child = os.fork()
     if child:

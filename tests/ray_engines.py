@@ -1,6 +1,6 @@
-"""Start real vLLM engines whose ranks are Ray's workers, on two Ray nodes that share this machine.
+"""Start real vLLM engines whose ranks are Ray workers, on two Ray nodes that share this machine.
 
-Also a script, in a process of its own: python ray_engines.py RUNS.json ANSWERS.json
+Also a script, for a separate process: python ray_engines.py RUNS.json ANSWERS.json
 """
 
 import json
@@ -12,15 +12,15 @@ from typing import Any
 
 from engines import Answers, ask, engine
 
-# To Ray, a GPU is a number, and one rank takes one; vLLM looks for no device behind it.
+# For Ray a GPU is only a number, and one rank takes one; vLLM does not look for a real device.
 NODE: dict[str, Any] = dict(num_cpus=1, num_gpus=1, object_store_memory=100 << 20)
 
 
 def install_platform(folder: Path) -> None:
-    """Write a plugin into `folder`, by which vLLM takes its CPU platform for one whose ranks Ray can place.
+    """Write a plugin into `folder` that makes vLLM's CPU platform usable with Ray.
 
-    vLLM's own does not name the resource by which Ray counts ranks, and refuses: "current platform cpu does not
-    support ray". Nothing else is missing. Every process that has `folder` on its path finds the plugin.
+    vLLM's CPU platform does not name the resource by which Ray counts ranks, so vLLM refuses: "current platform cpu
+    does not support ray". Nothing else is missing. Every process with `folder` on its path finds the plugin.
     """
     (folder / "cpu_for_ray.py").write_text(PLATFORM)
     record = folder / "cpu_for_ray-0.dist-info"
@@ -61,7 +61,7 @@ def two_nodes() -> Iterator[None]:
 
 
 def answers(model: Path, **settings: Any) -> Answers:
-    """Return what a fresh engine on `model` answers, after checking that its ranks are on different nodes."""
+    """Return the answers of a new engine on `model`, after checking that its ranks are on different nodes."""
     from ray.util import placement_group_table, remove_placement_group
 
     with engine(model, distributed_executor_backend="ray", **settings) as llm:
@@ -69,7 +69,7 @@ def answers(model: Path, **settings: Any) -> Answers:
         nodes = placement_group_table(group)["bundles_to_node_id"].values()
         assert len(set(nodes)) == len(nodes) == 2
         given = ask(llm)
-    remove_placement_group(group)  # vLLM keeps it; the next engine would wait for its place
+    remove_placement_group(group)  # vLLM keeps it, and the next engine would wait for its resources
     return given
 
 

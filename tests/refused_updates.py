@@ -1,4 +1,4 @@
-"""Ways of writing weights into a running engine that are refused, and what is said of each."""
+"""Refused ways of writing weights into a running engine, and the error of each."""
 
 from collections.abc import Callable
 from typing import Any
@@ -25,7 +25,7 @@ from vllm_dfloat.integration.layers.method import DESC
 
 
 def larger(served: Served, name: str, dim: int) -> Pairs:
-    """Return a tensor with as much again beside it."""
+    """Return a tensor, doubled along `dim`."""
     return [(name, torch.cat([served.new[name]] * 2, dim).contiguous())]
 
 
@@ -47,7 +47,7 @@ def shape(name: str, *size: int) -> Pairs:
     return [(name, torch.zeros(*size, dtype=torch.bfloat16))]
 
 
-# name: (what is done, the error, its words)
+# name: (the call, the type of error, words of its message)
 Refused = tuple[Callable[[Served], Any], type[BaseException], str]
 REFUSED: dict[str, Refused] = {
     "reload of q alone": (

@@ -1,4 +1,4 @@
-"""A running engine whose weights tests change, in the ways that trainers and tools do."""
+"""A running engine whose weights tests change in the ways of trainers and tools."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -30,7 +30,7 @@ NUM_TOKENS = 4
 
 @dataclass
 class TransferInfo:
-    """What a trainer sends: nothing to begin with, then weights."""
+    """The data that a trainer sends: nothing at the start, then weights."""
 
     weights: Pairs = field(default_factory=list)
 
@@ -71,7 +71,7 @@ class Served:
     def ask(self) -> Any:
         return ask(self.llm, num_tokens=NUM_TOKENS)
 
-    @torch.no_grad()  # vLLM itself leaves it out where it copies a kernel's format
+    @torch.no_grad()  # vLLM itself does not set it when it copies a kernel's format
     def reload(self, **arguments: Any) -> None:
         self.llm.collective_rpc("reload_weights", kwargs=arguments)
 
@@ -98,7 +98,7 @@ class Served:
         return dict(self.model.named_parameters())[name]
 
     def bits(self) -> Tensors:
-        """Return every weight as it is served."""
+        """Return every weight as the engine serves it."""
         found = {}
         for name, parameter in self.model.named_parameters():
             layer = self.layer(name.rpartition(".")[0])

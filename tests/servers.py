@@ -24,7 +24,7 @@ def free_port() -> int:
 
 @contextmanager
 def server(model: Path, log: Path, *options: str) -> Iterator[str]:
-    """Start `vllm serve` and give its URL at once; it is not ready yet. One with --headless has no URL."""
+    """Start `vllm serve` and yield its URL before it is ready. A server with --headless has no URL."""
     port = free_port()
     command = ["vllm", "serve", str(model), "--served-model-name", "m", "--port", str(port)]
     command += ["--enforce-eager", "--max-model-len", "128", "--max-logprobs", "-1", *options]
@@ -36,7 +36,7 @@ def server(model: Path, log: Path, *options: str) -> Iterator[str]:
     }
     with start(command, log, environment) as process:
         yield f"http://127.0.0.1:{port}"
-        # a headless one may end with the one that it belongs to
+        # a headless server may end together with its main server
         assert "--headless" in options or process.poll() is None, log.read_text()[-4000:]
 
 

@@ -25,7 +25,7 @@ SHAPE: dict[str, Any] = dict(
     pad_token_id=0,
 )
 
-# name: (Transformers' prefix of config and model class, what differs from SHAPE)
+# name: (prefix of Transformers' config and model classes, differences from SHAPE)
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", dict(tie_word_embeddings=False)),
     "qwen2": ("Qwen2", dict(tie_word_embeddings=False)),  # bias on q, k and v
@@ -41,12 +41,12 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "mistral": ("Mistral", dict(tie_word_embeddings=False, head_dim=64, sliding_window=None)),
 }
-# Those that are loaded, and not run.
+# Architectures that are loaded, but not run.
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi": (
         "Phi",
         dict(tie_word_embeddings=False),
-    ),  # biases everywhere, of its LayerNorms and LM head too
+    ),  # biases everywhere, also in its LayerNorms and LM head
     "mamba2": (
         "Mamba2",
         dict(

@@ -1,6 +1,6 @@
-"""A script: update the weights of an engine whose ranks are processes of their own, in vain and for good.
+"""A script: update the weights of an engine whose ranks are separate processes, with failing and successful updates.
 
-python update_ranks.py FIRST SECOND DAMAGED NUM_RANKS RESULT.json: three checkpoints, and where to write what happened.
+python update_ranks.py FIRST SECOND DAMAGED NUM_RANKS RESULT.json: three checkpoints, and the file for the result.
 """
 
 import json
@@ -16,7 +16,7 @@ O_PROJ = "model.layers.1.self_attn.o_proj.weight"
 
 
 def ask_each(llm: Any) -> Any:
-    """Ask one prompt after the other: a process of its own batches what has come so far, and batches change bits."""
+    """Ask one prompt after the other: an engine in another process batches by arrival time, and batches change bits."""
     return [ask(llm, [prompt], num_tokens=4) for prompt in PROMPTS]
 
 

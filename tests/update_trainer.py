@@ -1,4 +1,4 @@
-"""A trainer whose weights are files, for engines whose ranks are processes of their own. vLLM's workers import this."""
+"""A trainer whose weights are files, for engines whose ranks are separate processes. vLLM's workers import this."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ NOBODY = -1
 
 
 def pairs(path: str, rank: int, failing_rank: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield a checkpoint's tensors; on one rank the source raises half-way."""
+    """Yield a checkpoint's tensors; on one rank the source raises halfway."""
     for i, pair in enumerate(load_file(f"{path}/model.safetensors").items()):
         if rank == failing_rank and i == 12:
             raise OSError(f"rank {rank} lost the trainer")
@@ -33,7 +33,7 @@ class Trainer:
 
 @dataclass
 class FileInfo:
-    """What is sent: a checkpoint, the rank on which it fails, and (name, size) pairs of tensors of another shape."""
+    """The data sent: a checkpoint, the rank on which it fails, and (name, size) pairs of tensors of another shape."""
 
     path: str = ""
     failing_rank: int = NOBODY

@@ -1,7 +1,7 @@
-"""Build vLLM's own models on the meta device, in any size, and write down what each rank of them would hold.
+"""Build vLLM's own models on the meta device, in any size, and write what each of their ranks would hold.
 
-A script, since vLLM is told of more ranks than there are: python vllm_shapes.py RUNS.json ANSWERS.json
-Nothing is loaded and nothing computed, so a model of 671 billion parameters takes seconds.
+A script, because vLLM is told of more ranks than exist: python vllm_shapes.py RUNS.json ANSWERS.json
+Nothing is loaded or computed, so a model of 671 billion parameters takes seconds.
 """
 
 import importlib.abc
@@ -22,7 +22,7 @@ DTYPES = {torch.bfloat16: 2, torch.float32: 4}
 
 
 class _Absent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Lets torchvision be imported where it is not installed: image processors name it, and none is used here."""
+    """Makes torchvision importable if it is not installed: image processors import it, and none is used here."""
 
     class Anything(types.ModuleType):
         def __getattr__(self, name: str) -> Any:
@@ -45,25 +45,25 @@ class _Absent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def start(folder: Path) -> None:
-    """Prepare vLLM in this process; `folder` is for the file where ranks would meet."""
+    """Prepare vLLM in this process; `folder` is for the rendezvous file of the ranks."""
     from vllm.distributed import parallel_state
     from vllm.engine.arg_utils import EngineArgs  # noqa: F401  # imports all that looks for torchvision
     from vllm.model_executor.models import registry
 
     sys.meta_path.append(_Absent())
-    # Here, not in another process, which would not have the above.
+    # In this process: another one would not have the settings above.
     info = registry._ModelInfo.from_model_cls
     registry._LazyRegisteredModel.inspect_model_cls = lambda model: info(model.load_model_cls())
     parallel_state.init_distributed_environment(1, 0, f"file://{folder}/ranks", 0, backend="gloo")
 
 
 def held(model: str, tp: int, pp: int, stage: int, room: int = 0) -> dict[str, Any]:
-    """Return what rank 0 of a pipeline stage holds of the model whose config.json is in folder `model`.
+    """Return what rank 0 of a pipeline stage holds, for the model whose config.json is in folder `model`.
 
     Returns:
         weights: vLLM's name -> [shape, bytes per number, whether it is compressed]; tables: bytes of rotary tables;
-        caches: layer -> [bytes per token, tokens it looks back over, whether over a chunk]; context: in tokens;
-        tokens: how many vLLM makes of `room` bytes of cache (one pipeline stage only).
+        caches: layer -> [bytes per token, tokens in its window, whether the window is a chunk]; context: in tokens;
+        tokens: how many fit into `room` bytes of cache, by vLLM (one pipeline stage only).
     """
     from vllm.config import get_layers_from_vllm_config, set_current_vllm_config
     from vllm.distributed import parallel_state
@@ -80,7 +80,7 @@ def held(model: str, tp: int, pp: int, stage: int, room: int = 0) -> dict[str, A
     config.parallel_config.tensor_parallel_size, config.parallel_config.pipeline_parallel_size = tp, pp  # fmt: skip
     rotary_embedding._ROPE_DICT.clear()  # tables of the model before
     with set_current_vllm_config(config):
-        parallel_state.destroy_model_parallel()  # only models with experts get a group for those
+        parallel_state.destroy_model_parallel()  # only models with experts get an expert group
         parallel_state.initialize_model_parallel(1, 1)
         groups = (
             (parallel_state.get_tp_group(), tp, 0),
@@ -107,9 +107,7 @@ def held(model: str, tp: int, pp: int, stage: int, room: int = 0) -> dict[str, A
 def _tokens(config: Any, specs: dict[str, Any], room: int) -> int:
     from vllm.v1.core import kv_cache_utils
 
-    config.cache_config.kv_cache_layout = (
-        "LBNHC"  # which the engine would choose; no number depends on it
-    )
+    config.cache_config.kv_cache_layout = "LBNHC"  # the engine's choice; no number depends on it
     caches = kv_cache_utils.get_kv_cache_configs(config, [specs], [room])
     scheduled = kv_cache_utils.generate_scheduler_kv_cache_config(caches)
     tokens, _ = kv_cache_utils.get_kv_cache_capacity(config, scheduled)

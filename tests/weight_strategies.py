@@ -1,4 +1,4 @@
-"""Hypothesis strategies for BF16 tensors that an encoder gets wrong first, and names for what a tensor reaches."""
+"""Hypothesis strategies for BF16 tensors on which a wrong encoder fails first, and names for their features."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,13 +21,13 @@ _KINDS = (
 
 @dataclass(frozen=True)
 class Spec:
-    """A tensor in few numbers, so that a failing one shrinks to simple numbers and not to a simple array.
+    """A tensor described by a few numbers, so that a failing example shrinks to simple numbers, not to a simple array.
 
     Attributes:
-        kind: what its exponents are like.
-        size: weights.
+        kind: kind of distribution of its exponents.
+        size: number of weights.
         seed: of its random bits.
-        base: an exponent that the kind starts from.
+        base: first exponent of the kind.
     """
 
     kind: str
@@ -70,7 +70,7 @@ class Spec:
             return rng.integers(230, 256, size)
         if (
             self.kind == "rare symbols"
-        ):  # so many that the common ones suffer from a limit on the rare ones' codes
+        ):  # so many that a limit on the rare ones' codes lengthens the common ones'
             rare = np.arange(min(200, size // 8))
             common = rng.geometric(0.6, size - rare.size) + 200
             return rng.permutation(np.concatenate([rare, np.minimum(common, 255)]))
@@ -86,7 +86,7 @@ def _fibonacci(rng: np.random.Generator, first: int) -> np.ndarray:
 
 
 def specs(largest: int) -> st.SearchStrategy[Spec]:
-    """Return a strategy of tensors of at most `largest` weights; Fibonacci ones take what their codes need."""
+    """Return a strategy of tensors of at most `largest` weights; Fibonacci ones have the size that their codes need."""
     edges = [size for size in _EDGES if size <= largest]
     sizes = st.one_of(st.sampled_from(edges), st.integers(0, largest))
 
@@ -103,7 +103,7 @@ def specs(largest: int) -> st.SearchStrategy[Spec]:
 
 
 def features(flat: Bits) -> Iterator[str]:
-    """Yield what a tensor reaches of REACHED."""
+    """Yield the features of REACHED that a tensor has."""
     exponents = np.unique(flat >> 7 & 0xFF)
     symbols = exponents.size
     magnitude = flat & 0x7FFF

@@ -1,4 +1,4 @@
-"""dfloat11_config: its four keys, and patterns that match units without a chance to explode."""
+"""dfloat11_config: its four keys, and patterns whose matching time is bounded."""
 
 from typing import Any
 
@@ -51,7 +51,7 @@ def test_pattern_that_could_run_for_long_is_refused(key: str, reason: str) -> No
 
 
 def test_costliest_accepted_pattern_ends_soon_on_the_longest_path() -> None:
-    # Bug caught: a limit too high to bound anything (this would run for hours with ten quantifiers).
+    # Bug caught: a limit that is too high (with ten quantifiers this would run for hours).
     patterns = compile_patterns({".*.*.*x": []}, "config.json: pattern_dict")
     assert patterns.members("a" * 256) is None
     with pytest.raises(FormatError, match="257 characters"):

@@ -1,4 +1,4 @@
-"""Opening a checkpoint directory: names, files, headers, and what is refused."""
+"""Opening a checkpoint directory: names, files, headers, and refusals."""
 
 import json
 import pickle
@@ -48,7 +48,7 @@ def test_single_file_mode_finds_the_same_kind_of_units() -> None:
 
 
 def test_file_names_and_grouping_carry_no_meaning(tmp_path: Path) -> None:
-    # Bug caught: a reader that takes one unit from one file, or trusts an index.
+    # Bug caught: a reader that expects one unit per file, or trusts an index.
     stored = stored_unit("edge-good", "odd77")
     halves = [dict(list(stored.items())[:3]), dict(list(stored.items())[3:])]
     for number, half in enumerate(halves):

@@ -1,4 +1,4 @@
-"""Members of units as plain tensors: shapes, names, order, and what does not fit."""
+"""Members of units as plain tensors: shapes, names, order, and refusals."""
 
 import json
 import weakref
@@ -80,7 +80,7 @@ def _layered(path: Path, layers: list[int]) -> Dfloat11Checkpoint:
 
 
 def test_bias_follows_its_weight_and_layers_come_in_numerical_order(tmp_path: Path) -> None:
-    # Bug caught: vLLM does not count a bias that arrives before its layer's first weight.
+    # Bug caught: a bias before its layer's first weight, which vLLM does not count.
     checkpoint = _layered(tmp_path, list(range(11)))
     shapes = {
         f"model.layers.{i}.{n}": s
@@ -114,7 +114,7 @@ def test_skipped_names_are_neither_decoded_nor_given_out() -> None:
 def test_stored_lm_head_is_given_out_whatever_the_config_ties(
     tied: bool | None, tmp_path: Path
 ) -> None:
-    # Bug caught: vLLM looks whether a head is stored, and not at the config alone, and then waits for it.
+    # Bug caught: a stored LM head left out because the config ties it; vLLM sees it in the files and waits for it.
     stored = stored_unit("llama-tiny", "lm_head")
     directory = write_checkpoint(tmp_path, {"lm_head": stored, "model.embed_tokens": stored})
     config = json.loads((directory / "config.json").read_text())
@@ -127,7 +127,7 @@ def test_stored_lm_head_is_given_out_whatever_the_config_ties(
 
 
 def test_members_do_not_keep_each_other_alive() -> None:
-    # Bug caught: views of one decoded layer, which keep all of it in memory.
+    # Bug caught: tensors that are views of one decoded layer, and keep the whole layer in memory.
     stream = iter_weights(
         open_checkpoint(VECTORS / "llama-tiny-df11"), original_shapes("llama-tiny")
     )

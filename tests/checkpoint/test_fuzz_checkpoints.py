@@ -1,4 +1,4 @@
-"""The fuzz run: 2,000 damaged checkpoints, and proof that it makes the damage and notices what it is for."""
+"""The fuzz run: 2,000 damaged checkpoints, and checks that it damages files and detects wrong behaviour."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> list[Base]:
 
 @pytest.fixture(scope="module")
 def folders(bases: list[Base]) -> list[Folder]:
-    """Give the files of every case of the run below, and more of some mutations that have many forms."""
+    """Return the files of every case of the run below, and further cases of mutations that have many forms."""
     found = [damaged(number, SEED, bases)[1] for number in range(CASES)]
     more = {
         "lie in the index": bases[-1],
@@ -63,7 +63,7 @@ def test_2000_damaged_checkpoints_are_refused_or_decode_to_what_their_bytes_say(
     assert sum(counts["results"].values()) == CASES
     assert (
         counts["results"]["decoded"] > CASES // 20
-    )  # damage that no check can see, or that is none
+    )  # damage that no check can detect, or that changes nothing
     assert counts["mutations"].keys() == MUTATIONS.keys()
     assert all(kind["refused"] > 0 for kind in counts["mutations"].values())
 
@@ -175,7 +175,7 @@ def test_mutations_are_stacked_and_a_case_is_the_same_every_time(bases: list[Bas
 
 
 def ending(number: int, _worker: int) -> dict[str, Any]:
-    """End as a case may: well, by killing the process, by waiting for ever, or by an exception of the harness."""
+    """End in each way that a case can: normally, by a kill of the process, by a hang, or by an error of the harness."""
     if number == 3:
         os.kill(os.getpid(), 9)
     if number == 5:
@@ -200,7 +200,7 @@ def test_a_case_that_dies_or_hangs_is_reported_and_no_other_is_lost(
 
 @pytest.fixture(scope="module")
 def first(bases: list[Base], tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
-    """Give the first case that is refused, and the first that decodes."""
+    """Return the number of the first case that is refused, and of the first that decodes."""
     work = tmp_path_factory.mktemp("first")
     results = [run_case(number, SEED, bases, work).result for number in range(30)]
     return {result: results.index(result) for result in ("refused", "decoded")}

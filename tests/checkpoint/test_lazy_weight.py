@@ -1,4 +1,4 @@
-"""Weights that are decoded as they are copied: the same bits as whole tensors, whatever is done to them, in pieces."""
+"""Weights that are decoded while they are copied, in pieces: the bits of whole tensors after every operation."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,7 @@ ROWS, COLS = 48, 40
 
 
 class Reader:
-    """Reads from a tensor at hand and keeps what it was asked for."""
+    """Reads from a given tensor and records the requested ranges."""
 
     def __init__(self, *shape: int) -> None:
         numel = int(torch.Size(shape).numel())

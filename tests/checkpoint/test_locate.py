@@ -1,4 +1,4 @@
-"""What users give instead of a model's folder: the sentence says what it is, and names the folders that would do."""
+"""Paths that users give in place of a model's folder: the error says what the path is, and names usable folders."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def commands(kind: str, given: Path, places: dict[str, Path], new: Path) -> list
 def test_a_file_in_place_of_its_folder_is_called_one_and_its_folder_does(
     kind: str, name: str, places: dict[str, Path], tmp_path: Path, capsys: Capture
 ) -> None:
-    # Bug caught: "no such folder" of a file that everybody can see.
+    # Bug caught: "no such folder" for a path that is an existing file.
     given = places[kind] / name
     if not given.exists():
         given = next(places[kind].glob("*.safetensors"))
@@ -84,7 +84,11 @@ def test_a_file_as_the_target_is_called_one_and_its_folder_named(
 
 
 def hub_cache(root: Path, model: Path, commits: dict[str, bool]) -> Path:
-    """Make the cache of a model as the hub's library does: files in blobs/, snapshots of links; True: with weights."""
+    """Make a model's cache as the hub's library does: files in blobs/, and per commit a snapshot of links.
+
+    Args:
+        commits: commit -> whether its snapshot has weights.
+    """
     blobs = root / "blobs"
     blobs.mkdir(parents=True)
     for commit, has_weights in commits.items():
@@ -166,7 +170,7 @@ def test_a_pipeline_names_the_models_in_it_that_would_do(
     assert line.endswith(
         f": is a file; expected the folder of a BF16 model. Give {root / 'transformer'}."
     )
-    # Beside the folders some pipelines hold one of the models a second time.
+    # In addition to the folders, some pipelines hold one of the models a second time.
     shutil.copy(places["bf16"] / "model.safetensors", root / "flux1-dev.safetensors")
     line = refused(capsys, "compress", root, tmp_path / "other")
     assert line.endswith(f" Give {root / 'transformer'}.")
@@ -200,7 +204,7 @@ def test_of_many_folders_some_are_named(
 def test_plan_names_the_folders_with_a_config(
     given: str, expected: str, places: dict[str, Path], tmp_path: Path, capsys: Capture
 ) -> None:
-    # Bug caught: "is not valid JSON" of a weights file, "no config.json in it" of a cache.
+    # Bug caught: "is not valid JSON" for a weights file, "no config.json in it" for a cache.
     pipeline(tmp_path / "flux", places["bf16"])
     hub_cache(tmp_path / "models--org--name", places["bf16"], {"f00": True})
     line = refused(capsys, "plan", tmp_path / given, "--gpu-memory", "24GiB")

@@ -1,4 +1,4 @@
-"""A DFloat11 checkpoint of which a file is missing, or is another than it was; with a manifest and without."""
+"""A DFloat11 checkpoint with a missing or changed file, with and without a manifest."""
 
 import json
 import re
@@ -44,7 +44,7 @@ def compressed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def made(compressed: Path, tmp_path: Path) -> Path:
-    """Give a checkpoint made here, which a test may damage."""
+    """Return a checkpoint made by `compress`, which a test may damage."""
     return Path(shutil.copytree(compressed, tmp_path / "made"))
 
 
@@ -73,7 +73,7 @@ def test_an_official_checkpoint_without_one_of_its_files_is_refused_naming_what_
 def test_a_file_that_the_manifest_lists_and_is_gone_is_named(
     command: str, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # Bug caught: exit 0 for all but verify, and a BF16 model without the layer.
+    # Bug caught: exit status 0 of all commands but verify, and a BF16 model without the layer.
     (made / "model_layers_1.safetensors").unlink()
     line = refusal(command, made, tmp_path / "out", capsys)
     assert f"{MANIFEST_FILE} lists: model_layers_1.safetensors is missing. Fetch" in line
@@ -112,7 +112,7 @@ def replace(folder: Path) -> None:
 
 
 def retype(folder: Path) -> None:
-    """Say F16 of the last norm, whose bytes stay: every size is as before."""
+    """Write the dtype F16 for the last norm; its bytes and all sizes stay the same."""
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes().replace(b'"BF16"', b'"F16" '))
 
@@ -235,13 +235,13 @@ def test_what_a_language_model_must_have_is_found_without_its_class(
 @pytest.mark.parametrize(
     ("names", "whole"),
     [
-        # Pruned models, with blocks that have nothing left.
+        # Pruned models with transformer blocks that have no tensors left.
         (["model.layers.0.a.weight", "model.layers.2.a.weight"], {"block_configs": [{}], "num_hidden_layers": 3}),
         # Layers that share their weights.
         (["encoder.albert_layer_groups.0.a.weight"], {"num_hidden_layers": 12}),
-        # Two stacks, of which config.json counts one.
+        # Two stacks of layers; config.json counts one of them.
         (["encoder.layers.0.a.weight", "x.layers.0.a.weight", "y.layers.0.a.weight"], {"num_hidden_layers": 4}),
-        # More blocks than counted: those for the prediction of further tokens.
+        # More transformer blocks than counted: those that predict further tokens (MTP).
         ([f"model.layers.{i}.a.weight" for i in range(3)], {"num_hidden_layers": 2}),
         # No architecture, tied, norms without weights.
         (["model.layers.0.a.weight", "model.embed_tokens.weight"],

@@ -52,7 +52,7 @@ def sharded(tmp_path: Path) -> Path:
 
 
 def add_hidden_files(folder: Path) -> None:
-    """Do what macOS does on a foreign disk, and what other tools leave: hidden files and a hidden folder."""
+    """Add hidden files as macOS writes them on other file systems, and a hidden folder as other tools leave it."""
     for file in list(folder.iterdir()):
         (folder / f"._{file.name}").write_bytes(APPLE_DOUBLE)
     (folder / "._layer_0.pkl").write_bytes(APPLE_DOUBLE)
@@ -63,7 +63,7 @@ def add_hidden_files(folder: Path) -> None:
 
 
 def copied_hidden_files(folder: Path) -> list[Path]:
-    """Return the hidden files in a folder but those in which a command keeps what it has done."""
+    """Return the hidden files in a folder, except those in which a command records its progress."""
     return [file for file in folder.rglob(".*") if not file.name.startswith(".vllm-dfloat-")]
 
 
@@ -126,7 +126,7 @@ def test_a_second_form_of_the_weights_is_left_out_without_an_index_too(tmp_path:
 
 
 def test_without_an_index_every_file_counts_as_for_vllm(tmp_path: Path) -> None:
-    # Bug caught: beside model.safetensors nothing was read, so tensors that BF16 vLLM loads were missing.
+    # Bug caught: with a model.safetensors no other file was read, so tensors that BF16 vLLM loads were missing.
     save_file({"a": matrix(1)}, tmp_path / "model.safetensors")
     save_file({"lm_head.weight": matrix(2)}, tmp_path / "lm_head.safetensors")
     assert bf16_tensors(tmp_path).keys() == {"a", "lm_head.weight"}

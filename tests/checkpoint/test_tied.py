@@ -1,4 +1,4 @@
-"""Whether an LM head is the embedding: what a config says, and which part of it decides."""
+"""Whether an LM head is tied to the embedding: the entries of a config, and which of them decides."""
 
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ def test_what_the_whole_config_says_goes_before_its_text_config(
 def test_a_missing_head_is_missed_where_vllm_would_look_for_one(
     whole: dict[str, Any], text: dict[str, Any], is_refused: bool, tmp_path: Path
 ) -> None:
-    # Bug caught: either part of the config tied the two, though vLLM asks the whole first.
+    # Bug caught: either part of the config could tie the two, though vLLM gives precedence to the whole config.
     config = {
         "architectures": ["SomeForConditionalGeneration"],
         "text_config": {"num_hidden_layers": 1, **text},

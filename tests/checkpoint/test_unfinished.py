@@ -1,4 +1,4 @@
-"""Folders that hold no whole model: what a command left behind, and DFloat11 files without a config.json."""
+"""Folders without a complete model: those of an interrupted command, and DFloat11 files without a config.json."""
 
 import json
 import shutil
@@ -54,7 +54,7 @@ def refusal(command: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> s
 
 
 def stop_after(files: int, target: Path) -> Callable[[int], None]:
-    """Return a callback that ends a command as Ctrl-C does, once so many weight files are finished."""
+    """Return a callback that ends a command as Ctrl-C does, after this number of finished weight files."""
 
     def advance(num_bytes: int) -> None:
         if len(weight_files(target)) >= files:
@@ -107,7 +107,7 @@ def test_a_half_finished_decompression_is_called_unfinished(
 def test_an_old_config_makes_a_half_finished_compression_no_model(
     command: str, half_compressed: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # Bug caught: compress --force leaves the config.json of what it replaces until it ends.
+    # Bug caught: compress --force leaves the config.json of the replaced model there until it ends.
     shutil.copy(LLAMA / "config.json", half_compressed)
     assert "unfinished" in refusal(command, half_compressed, capsys)
 
@@ -147,7 +147,7 @@ def test_weights_without_a_config_are_not_verified_but_can_be_compared(
     )
     assert main(["verify", str(tmp_path), "--against", str(SHIPPED)]) == 0
     unfinished.refuse(tmp_path)  # vLLM itself says that there is no config.json
-    unfinished.refuse(tmp_path / "org/name")  # what may be an id of the hub
+    unfinished.refuse(tmp_path / "org/name")  # it may be an id of the hub
 
 
 def test_a_checkpoint_that_lost_its_config_says_so(
@@ -178,7 +178,7 @@ def comfy(
 def test_a_file_with_its_settings_in_the_header_is_read(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # Bug caught: verify exited with 0 having decoded nothing, inspect listed the pieces as plain tensors.
+    # Bug caught: verify decoded nothing and exited with 0; inspect listed the parts of units as plain tensors.
     settings = json.dumps(config({"odd77": [], "nine": []}))
     folder = comfy(tmp_path / "comfy", {CONFIG_KEY: settings, "format": "pt"})
     assert main(["inspect", str(folder), "--json"]) == 0

@@ -15,7 +15,7 @@ from vllm_dfloat.cli import main
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Give a checkpoint of one unit, with a tokenizer and a manifest."""
+    """Return a checkpoint of one unit, with a tokenizer and a manifest."""
     path = write_checkpoint(tmp_path / "model", {"odd77": stored_unit("edge-good", "odd77")})
     (path / "tokenizer").mkdir()
     (path / "tokenizer/vocab.txt").write_text("a\nb\n")
@@ -38,7 +38,7 @@ def test_files_as_the_manifest_says_are_fine(
 
 
 def flip_a_mantissa(folder: Path) -> None:
-    """Flip a bit that no code depends on: it decodes, to other weights."""
+    """Flip a bit that no code depends on: the unit still decodes, to other weights."""
     file = folder / "model.safetensors"
     data = bytearray(file.read_bytes())
     at = bytes(data).rindex(stored_unit("edge-good", "odd77")["sign_mantissa"].tobytes())

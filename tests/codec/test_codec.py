@@ -1,4 +1,4 @@
-"""Encoder, numba decoder and oracle on every kind of bit pattern; what must be refused."""
+"""Encoder, numba decoder and oracle on every kind of bit pattern; inputs that must be refused."""
 
 import dataclasses
 import os
@@ -74,7 +74,7 @@ def test_a_row_outside_the_matrix_is_refused(row: int) -> None:
 
 
 def official_bytes_at_least(weight: np.ndarray) -> int:
-    """Return a lower bound of the official format's size: its codes are unlimited Huffman, its end marker left out."""
+    """Return a lower bound of the official format's size: unlimited Huffman codes, without the end marker."""
     counts = count_exponents(weight.reshape(-1))
     code_bits = int(counts @ code_lengths(counts, 32).astype(np.int64))
     stream = -(-code_bits // 8)
@@ -156,8 +156,8 @@ def test_the_rules_of_the_layout_notice_what_contradicts_them(
 
 
 def test_flipped_bits_anywhere_end_with_a_status_or_decode_and_never_read_outside() -> None:
-    # Bug caught: a lane that starts past the words, or codes longer than the padding allows for. The payload lies at
-    # the very end of an allocation; the decoder's own bounds must hold, since numba checks none.
+    # Bug caught: a lane that starts past the words, or codes longer than the padding allows. The payload ends with its
+    # allocation; the decoder must check its bounds itself, since numba does not.
     packed = encode(gaussian(100, 204), "w")
     rng = np.random.default_rng(1)
     reported = 0

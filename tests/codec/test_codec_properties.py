@@ -1,4 +1,4 @@
-"""Over 10,000 tensors through both encoders and decoders: whatever goes in comes out, bit for bit."""
+"""Over 10,000 tensors through both encoders and decoders: the output has the bits of the input."""
 
 import json
 from collections import Counter
@@ -25,7 +25,7 @@ from vllm_dfloat.dfloat11.unit import Unit
 from vllm_dfloat.errors import UnsupportedError
 
 BATCH = (
-    10  # tensors in an example; what hypothesis does per example takes longer than a small tensor
+    10  # tensors per example; hypothesis's own work per example takes longer than a small tensor
 )
 REFERENCE = 400  # weights up to which the slow reference decodes too
 EXAMPLES = settings(deadline=None, derandomize=True, database=None)
@@ -132,7 +132,7 @@ def read_back(folder: Path, encoded: dict[str, dict[str, np.ndarray]]) -> dict[s
 
 
 def tail_features(unit: Unit, flat: np.ndarray) -> list[str]:
-    """Return where the codes of a unit of these weights end, from the lengths in its tables."""
+    """Return features of the end of a unit's codes, computed from the code lengths in its tables."""
     bits = int(unit.luts[-1][flat >> 7 & 0xFF].astype(np.int64).sum())
     found = [f"ends at bit {bits % 64} of a window"]
     if unit.luts[-1].max() > 16:

@@ -1,4 +1,4 @@
-"""A bit that flips in any field of a compressed weight ends in an error with the tensor's name, whoever reads it."""
+"""A bit flip in any field of a compressed weight is an error with the tensor's name, in every reader."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from vllm_dfloat.device import unit_resident as units
 from vllm_dfloat.errors import FormatError
 
 NAME = "model.layers.3.mlp.down_proj"
-SHAPE = 3, 2048  # three tiles; of other widths the fused kernel for many rows needs more programs
+SHAPE = 3, 2048  # three tiles; for other widths the fused kernel for many rows needs more programs
 WEIGHT = to_torch(gaussian(*SHAPE))
 IDS = torch.tensor([2, 0])
 Packed = ops.PackedWeight
@@ -47,7 +47,7 @@ def unpack_block(packed: Packed) -> Sequence[torch.Tensor]:
     return groups.unpack([ops.pack(WEIGHT, "before"), packed])
 
 
-# How a weight is made, its sections, and everything that reads it and checks it.
+# How a weight is made, its sections, and all functions that read and check it.
 KERNELS: dict[str, tuple[str, Callable[[Packed], object]]] = {
     "decode": ("packed", ops.unpack),
     "rows": ("packed", lambda packed: ops.unpack_rows(packed, IDS)),
@@ -101,7 +101,7 @@ def test_a_flipped_bit_of_a_matrix_held_as_bf16_is_an_error(pack: Callable[..., 
 def test_every_bit_of_the_descriptor_is_checked_before_it_is_followed(
     pack: Callable[..., Packed],
 ) -> None:
-    # Bug caught: an address with a flipped bit is read, and the process ends.
+    # Bug caught: an address with a flipped bit is followed, and the process crashes.
     packed = pack(WEIGHT, NAME)
     unpack = ops.unpack if pack is ops.pack else units.unpack
     for word in range(ops.DESC_LENGTH):
@@ -137,7 +137,7 @@ def test_sizes_that_do_not_fit_are_refused_before_decoding(
 def test_a_payload_that_is_not_aligned_is_refused_and_its_clone_is_taken(
     pack: Callable[..., Packed], offset: int
 ) -> None:
-    # Bug caught: kernels load 16 bytes at once from it; on a GPU that is a fault which ends the process.
+    # Bug caught: a misaligned payload; kernels load 16 bytes at once, and on a GPU the fault ends the process.
     packed = pack(WEIGHT, NAME)
     memory = torch.empty(packed.payload.numel() + offset, dtype=torch.uint8)
     payload = memory[offset:].copy_(packed.payload)
@@ -177,6 +177,6 @@ def test_checksum_sees_flips_pairs_of_flips_and_words_that_changed_places(
         view[[i, j]] = view[[j, i]]
         changed += [pair, words]
     sums = {packed_weight.checksum(other) for other in [payload, *changed]}
-    # All differ from each other too, but for pairs and words that were drawn twice.
+    # All sums differ from each other too, except for pairs and words that were drawn twice.
     assert packed_weight.checksum(payload) in sums
     assert len(sums) == len({other.numpy().tobytes() for other in [payload, *changed]})

@@ -45,7 +45,7 @@ def test_limited_code_is_complete_and_within_its_limit(limit: int, symbols: int)
 
 
 def test_limited_code_is_optimal_on_a_case_solved_by_hand() -> None:
-    # Fibonacci counts want codes of 1, 2, 3, 4, 4 bits, 25 in all; with 3 at most, 2, 2, 2, 3, 3 is among the best.
+    # Fibonacci counts give codes of 1, 2, 3, 4, 4 bits, 25 in all; with at most 3 bits, 2, 2, 2, 3, 3 is optimal.
     counts = np.zeros(256, np.int64)
     counts[[1, 2, 3, 4, 5]] = [1, 1, 2, 3, 5]
     assert int(counts @ code_lengths(counts, 4)) == 25

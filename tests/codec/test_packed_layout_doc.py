@@ -1,4 +1,4 @@
-"""docs/packed-layout.md is true: its worked example is what the encoder makes, and decodes to what it says."""
+"""docs/packed-layout.md is true: the encoder makes its worked example, which decodes to the stated weights."""
 
 import re
 from pathlib import Path
@@ -34,7 +34,7 @@ MATRIX = np.tile(WEIGHTS, 1024).reshape(4, 2048)
 
 
 def from_the_document() -> PackedTensor:
-    """Put a payload together from the numbers in the document alone."""
+    """Build a payload only from the numbers in the document."""
     starts = [int(n) for n in line("tile starts")]
     layout = PackedLayout(4, 2048, starts[-1] + PAD_WORDS)
     packed = PackedTensor(layout, np.zeros(layout.num_bytes, np.uint8), "worked example")

@@ -17,7 +17,7 @@ MODELS = ["llama-tiny", "llama-tiny-single", "qwen3-tiny-tied", "phi3-tiny-fused
 
 @pytest.fixture
 def original(bf16_checkpoint):
-    """Return a function: name of a vector -> folder of its BF16 original, the stored one where there is one."""
+    """Return a function: name of a vector -> folder of its BF16 original; the stored one if there is one."""
 
     def find(name: str) -> Path:
         stored = VECTORS / f"{name}-bf16"
@@ -96,7 +96,7 @@ def test_verify_alone_decodes_everything(capsys: pytest.CaptureFixture[str]) -> 
 def test_verify_of_a_plain_model_says_that_nothing_is_compressed_and_misses_a_tensor(
     copy, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # Bug caught: a BF16 folder "decodes without an error", whole or not.
+    # Bug caught: every BF16 folder "decodes without an error", even an incomplete one.
     from safetensors.torch import load_file, save_file
 
     plain = copy("llama-tiny-single")
@@ -209,7 +209,7 @@ def test_inspect_table_has_a_line_per_module_and_a_sentence(
 def test_inspect_shows_repeated_tensors_in_one_row_with_their_count(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    # Bug caught: a row for each of 65 norms, in which the units are not seen.
+    # Bug caught: a row for each of 65 norms, among which the units cannot be found.
     folder = VECTORS / "llama-tiny-df11"
     assert main(["inspect", str(folder)]) == 0
     rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}

@@ -124,7 +124,7 @@ def test_a_terminal_shows_a_bar_with_rate_and_time_left(tmp_path: Path) -> None:
     environment = {**os.environ, "VLLM_DFLOAT_THREADS": "1"}
     subprocess.run(command, stderr=slave, stdout=subprocess.DEVNULL, env=environment, check=True)
     os.set_blocking(master, False)
-    shown = os.read(master, 1 << 16).decode()  # before the other end is closed, which may drop it
+    shown = os.read(master, 1 << 16).decode()  # read before the other end closes: that may drop it
     os.close(slave)
     os.close(master)
     assert re.search(r"\d+%\|.*\| .*/6\.57M \[\d\d:\d\d<.*B/s\]", shown), shown
@@ -162,7 +162,7 @@ def test_full_disk_is_one_sentence_and_the_rerun_ends_with_the_same_bytes(
 
 @pytest.mark.engine
 def test_experts_are_served_from_their_units(bf16_checkpoint: Checkpoint, tmp_path: Path) -> None:
-    # Bug caught: shapes asked of a model class that has all experts in one tensor, unlike the files.
+    # Bug caught: shapes taken from a model class that has all experts in one tensor, unlike the files.
     model = bf16_checkpoint("qwen3_moe")
     assert main(["compress", str(model), str(tmp_path / "df11"), "--quiet"]) == 0
     units = open_checkpoint(tmp_path / "df11").units

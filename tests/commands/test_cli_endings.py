@@ -1,4 +1,4 @@
-"""How the process of every command ends: ctrl-C, output that nobody reads, a full disk."""
+"""How the process of every command ends after ctrl-C, with a closed output pipe and on a full disk."""
 
 import errno
 import json
@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from cli_commands import COMMANDS, make_places, only_line
 
-# Everything is imported once, and each command is a fork that ends as any Python process does, shutdown included.
-# Arguments: the kinds of ending, and for each the commands, as JSON; a folder for stderr.
+# Everything is imported once. Each command is a fork that ends like any Python process, including its shutdown.
+# Arguments: the kinds of ending, each with its commands, as JSON; a folder for stderr.
 _PROGRAM = """
 import json, os, resource, signal, sys
 from pathlib import Path
@@ -65,7 +65,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def endings(folder: Path) -> Endings:
-    """Run all commands to all kinds of ending, in one process that imports the package once."""
+    """Run all commands with all kinds of ending, from one process that imports the package once."""
     places = make_places(folder)
     kinds = {
         kind: [
@@ -109,7 +109,7 @@ def test_a_limit_on_the_size_of_files_is_one_sentence_and_leaves_no_half_of_one(
     for name in ("compress", "decompress"):
         status, err = ended.pop(name)
         assert status == 2
-        file = folder / "small files" / name / "model"  # of which file depends on their order
+        file = folder / "small files" / name / "model"  # which file it is depends on their order
         assert only_line(str(err)).startswith(f"vllm-dfloat: {file}")
         assert only_line(str(err)).endswith(f".safetensors: {os.strerror(errno.EFBIG)}.")
         assert list((folder / "small files" / name).glob(".tmp-*")) == []

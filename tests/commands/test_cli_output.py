@@ -1,4 +1,4 @@
-"""What the commands print besides their lines for people: progress on a terminal, JSON for programs."""
+"""Output of the commands in addition to their lines for people: progress on a terminal, JSON for programs."""
 
 import contextlib
 import fcntl

@@ -1,4 +1,4 @@
-"""Every command through the same table: quiet, debug, help, and how it ends whatever goes wrong."""
+"""Every command in the same table: quiet, debug, help, and the ending after each kind of error."""
 
 import os
 import re
@@ -29,13 +29,13 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(params=COMMANDS)
 def command(request: pytest.FixtureRequest, places: dict[str, Path], tmp_path: Path) -> list[str]:
-    """Give the arguments of each command, with which it succeeds."""
+    """Return arguments of each command with which it succeeds."""
     names = {**places, "new": tmp_path / "new"}
     return [argument.format(**names) for argument in COMMANDS[request.param]]
 
 
 def with_input(command: list[str], path: Path) -> list[str]:
-    """Return a command that reads `path`, and nothing else before it."""
+    """Return a command with `path` as its first input."""
     return [command[0], str(path), *(command[2:] if command[0] != "verify" else ())]
 
 
@@ -110,7 +110,7 @@ def test_help_has_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> N
 
 @contextmanager
 def as_nobody() -> Iterator[None]:
-    """Run without root's rights, which pass over permissions."""
+    """Run without root's rights, because root ignores permissions."""
     if os.geteuid():
         yield
         return
@@ -140,7 +140,7 @@ def test_a_file_that_may_not_be_read_is_one_sentence_and_exits_2(
     (model / "config.json").write_text("{}")
     (model / "config.json").chmod(0)
     (model / "model.safetensors").write_bytes(pack([]))
-    # Several of them where tests run in several processes; pytest lets nobody else in.
+    # Several folders if tests run in several processes; pytest denies access to other users.
     for folder in (
         tmp_path,
         *(p for p in tmp_path.parents if p.name.startswith(("pytest", "popen"))),
@@ -185,7 +185,7 @@ def test_sizes_that_no_machine_has_are_refused_by_plan(capsys: pytest.CaptureFix
 def test_an_error_of_the_package_itself_does_not_look_like_a_difference(
     places: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # Bug caught: a traceback, and exit status 1, which says that two checkpoints differ.
+    # Bug caught: a traceback, and exit status 1, which means that two checkpoints differ.
     def fail(*_: object) -> None:
         raise KeyError("a\nb")
 

@@ -1,6 +1,6 @@
-"""The commands as `pip install vllm-dfloat` gives them: without torch and transformers, which come with vLLM.
+"""The commands after `pip install vllm-dfloat` alone: without torch and transformers, which come with vLLM.
 
-Packages are hidden by files of their names, which processes that a command starts find as well.
+Files of the same names hide the packages, also from the processes that a command starts.
 """
 
 import json
@@ -15,7 +15,7 @@ from dfloat11_helpers import VECTORS
 from tiny_models import SHIPPED
 
 ONLY_WITH_VLLM = ("torch", "transformers", "triton", "vllm", "safetensors", "matplotlib")
-# Arguments: the commands as JSON. Prints [exit status, stdout, stderr] of each, and which packages were loaded.
+# Arguments: the commands as JSON. Prints [exit status, stdout, stderr] of each, and the packages that were loaded.
 _PROGRAM = """
 import contextlib, io, json, sys
 from vllm_dfloat.cli import main
@@ -34,7 +34,7 @@ Endings = list[tuple[int, str, str]]
 def run_without(
     packages: tuple[str, ...], commands: list[list[object]], folder: Path
 ) -> tuple[Endings, set[str]]:
-    """Run commands where some packages are not installed; return how they ended, and which packages were loaded."""
+    """Run commands without some packages; return how the commands ended, and which packages were loaded."""
     hidden = folder / "hidden"
     hidden.mkdir()
     for name in packages:
@@ -74,7 +74,7 @@ def test_every_command_works_without_what_only_vllm_needs(tmp_path: Path) -> Non
 
 
 def test_what_is_not_checked_without_transformers_is_said(tmp_path: Path) -> None:
-    # Bug caught: the same words as where the model's class was asked for its parameters.
+    # Bug caught: the same message as if the model's class had given its parameters.
     official, original = VECTORS / "llama-tiny-df11", VECTORS / "llama-tiny-single-bf16"
     commands: list[list[object]] = [
         ["verify", official, "--json"],
@@ -112,7 +112,7 @@ def test_an_official_checkpoint_without_shapes_names_what_to_install_or_to_give(
 def test_a_package_that_is_not_installed_is_one_sentence_with_the_pip_command(
     package: str, tmp_path: Path
 ) -> None:
-    # Bug caught: "internal error, ModuleNotFoundError", which asks for a report.
+    # Bug caught: "internal error, ModuleNotFoundError", which asks the user for a bug report.
     commands: dict[str, list[list[object]]] = {
         "huggingface_hub": [["compress", "some-org/some-model", tmp_path / "new"]],
         "torch": [["compress", SHIPPED, tmp_path / "new", "--device", "cuda"]],
@@ -132,7 +132,7 @@ def test_a_package_that_is_not_installed_is_one_sentence_with_the_pip_command(
 
 def test_no_folder_for_compiled_code_is_one_sentence() -> None:
     # Bug caught: "internal error, RuntimeError: cannot cache function" in a read-only container without a home.
-    places = {  # what is left of numba's places where no other can be written
+    places = {  # numba's only cache folder here, which cannot be written
         "NUMBA_CACHE_LOCATOR_CLASSES": "UserProvidedCacheLocator",
         "NUMBA_CACHE_DIR": "/proc/nowhere",
     }

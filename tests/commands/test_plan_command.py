@@ -203,7 +203,7 @@ def test_png_shows_the_plan(tmp_path: Path) -> None:
 
 
 def colours(file: Path) -> set[str]:
-    """Return the colours of an RGB(A) PNG's pixels, those of large areas."""
+    """Return the colours of the large areas of an RGB(A) PNG."""
     from matplotlib.image import imread
 
     assert file.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
@@ -266,7 +266,7 @@ def test_a_small_model_is_planned_in_mib(capsys: pytest.CaptureFixture[str]) -> 
 
 @pytest.fixture
 def drawn(tmp_path: Path):
-    """Return a function that draws a plan, and returns all that is written in the picture, and its colours."""
+    """Return a function that draws a plan, and returns all texts in the picture, and its colours."""
     pytest.importorskip("matplotlib")
     from matplotlib.figure import Figure
     from matplotlib.text import Text

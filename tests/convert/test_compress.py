@@ -1,4 +1,4 @@
-"""Compression and back: official bytes, the whole circle, interruptions, refusals."""
+"""Compression and decompression: official bytes, the round trip, interruptions, refusals."""
 
 import json
 import os
@@ -91,7 +91,7 @@ def test_shards_are_cut_at_the_given_size_and_listed_in_the_index(tmp_path: Path
 
 
 def test_a_sharded_source_is_read_by_its_index_and_its_copy_left_out(tmp_path: Path) -> None:
-    # Bug caught: consolidated.safetensors beside the shards compressed as if it were more weights.
+    # Bug caught: consolidated.safetensors compressed as further weights, in addition to the shards.
     compress(open_source(SHIPPED), tmp_path / "df11")
     source = tmp_path / "sharded"
     decompress(tmp_path / "df11", source, shard_bytes=2_000_000)
@@ -99,7 +99,7 @@ def test_a_sharded_source_is_read_by_its_index_and_its_copy_left_out(tmp_path: P
     (source / "pytorch_model.bin").write_bytes(b"pickle")
     compress(open_source(source), tmp_path / "again")
     left, right = tmp_path / "df11", tmp_path / "again"
-    (left / FINISHED_FILE).unlink()  # says which source it was
+    (left / FINISHED_FILE).unlink()  # it names the source
     (right / FINISHED_FILE).unlink()
     assert {p.name: p.read_bytes() for p in left.iterdir()} == {
         p.name: p.read_bytes() for p in right.iterdir()

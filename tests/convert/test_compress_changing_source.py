@@ -1,4 +1,4 @@
-"""A source that changes while it is read: one sentence that names the file, and nothing wrong that counts as done."""
+"""A source that changes while it is read: one sentence that names the file, and no wrong output counts as finished."""
 
 import json
 import multiprocessing
@@ -60,7 +60,7 @@ def replace(file: Path, other: Path) -> None:
 
 
 def rewrite_and_hide(file: Path, other: Path) -> None:
-    """Write in place, the same size, and set the time of modification back."""
+    """Overwrite a file in place with the same size, and restore its modification time."""
     status = file.stat()
     with file.open("rb+") as stream:
         stream.write(other.read_bytes())
@@ -84,7 +84,7 @@ CHANGES: dict[str, Callable[[Path, Path], object]] = {
 
 
 def once(change: Callable[[], object], at: int) -> Callable[[int], None]:
-    """Return a callback for progress that calls `change` when it is itself called for the `at`-th time."""
+    """Return a progress callback that calls `change` in its own `at`-th call."""
     calls = 0
 
     def advance(_: int) -> None:
@@ -98,7 +98,7 @@ def once(change: Callable[[], object], at: int) -> Callable[[int], None]:
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Give two models, and both compressed: one, two, one-df11, two-df11."""
+    """Return the folders of two models, and of both compressed: one, two, one-df11, two-df11."""
     root = tmp_path_factory.mktemp("pristine")
     found = {name: make_model(root / name, seed) for seed, name in enumerate(("one", "two"))}
     for name, model in list(found.items()):
@@ -108,7 +108,7 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def put_right(path: Path, name: str, other: Path, told: str) -> None:
-    """Do what is said to be done before the command is run again: let the writer end, here with another model."""
+    """Follow the advice for running the command again: let the writer finish, here with another model."""
     if "--force" in told:
         shutil.rmtree(path)
         shutil.copytree(other, path)
@@ -176,7 +176,7 @@ def test_a_file_that_appears_is_named_if_it_belongs_to_the_model(
 ) -> None:
     model = Path(shutil.copytree(pristine["one"], tmp_path / "m"))
     change = lambda: (model / name).write_text("{}")  # noqa: E731
-    if not advice:  # beside an index another weight file is never read
+    if not advice:  # with an index, a weight file that it does not name is never read
         compress(open_source(model), tmp_path / "t", advance=once(change, 2))
         return
     with pytest.raises(ChangedError, match=f"{name}: .*it was not there before.* {advice}"):
@@ -196,7 +196,7 @@ def test_a_shard_that_appears_without_an_index_is_named(
 def test_a_worker_sees_that_its_file_is_not_the_one_that_was_opened(
     pristine: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # Bug caught: a worker opens the path anew, and encodes whatever lies there by then.
+    # Bug caught: a worker opens the path again, and encodes the file that is there by then.
     model = Path(shutil.copytree(pristine["one"], tmp_path / "m"))
     swap = lambda *_: replace(model / WEIGHTS, pristine["two"] / WEIGHTS)  # noqa: E731
     with pytest.raises(ChangedError, match=f"{WEIGHTS}: .*it is another file now"):
@@ -233,7 +233,7 @@ def test_the_command_ends_with_one_line_and_2(
 def test_a_file_changed_at_any_point_of_decompress_is_named_and_the_advice_works(
     kind: str, pristine: dict[str, Path], tmp_path: Path
 ) -> None:
-    # Bug caught: a mapped file that was cut ended the process with SIGBUS.
+    # Bug caught: a memory-mapped file that was truncated ended the process with SIGBUS.
     work = lambda path, out, advance=lambda _: None, force=False: decompress(  # noqa: E731
         path, out, force, advance=advance, shard_bytes=30_000
     )
@@ -322,7 +322,7 @@ def test_a_worker_that_is_killed_is_a_sentence_and_the_rerun_goes_on(tmp_path: P
 def test_a_finished_file_that_another_program_changes_is_named_and_made_again(
     kind: str, name: str, pristine: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Bug caught: exit 0 with a manifest that lists what is not there.
+    # Bug caught: exit 0 with a manifest that lists missing files.
     source, target = open_source(pristine["one"]), tmp_path / "t"
     with monkeypatch.context() as patch:
         from vllm_dfloat.convert.work import Work
@@ -348,7 +348,7 @@ def test_identity_sees_every_kind_of_change_and_no_other(tmp_path: Path) -> None
     assert "touched" in before.difference(FileIdentity(1, 2, 3, 9, 9))
     assert "attributes" in before.difference(FileIdentity(1, 2, 3, 4, 9))
     assert "another file" in before.difference(FileIdentity(1, 9, 3, 4, 9))
-    # A file system that numbers its inodes anew, and one whose times have whole seconds only.
+    # A file system that renumbers its inodes, and one that has times in whole seconds only.
     assert before.difference(FileIdentity(1, 9, 3, 4, 5)) == ""
     coarse = FileIdentity(1, 2, 3, 4 * 10**9, 5 * 10**9)
     assert "another file" in coarse.difference(FileIdentity(1, 9, 3, 4 * 10**9, 5 * 10**9))
@@ -376,7 +376,7 @@ def test_official_checkpoints_are_watched_while_they_are_decompressed(tmp_path: 
 def test_a_file_changed_while_verify_reads_it_is_named(
     changed: str, kind: str, pristine: dict[str, Path], tmp_path: Path
 ) -> None:
-    # Bug caught: SIGBUS where a mapped file was cut.
+    # Bug caught: SIGBUS after a memory-mapped file was truncated.
     folders = {"df11": "one-df11", "bf16": "one", "plain": "one"}
     for name, origin in folders.items():
         shutil.copytree(pristine[origin], tmp_path / name)

@@ -1,4 +1,4 @@
-"""Models whose tensors have unusual names: compressed into what every command reads again, or refused before."""
+"""Models whose tensors have unusual names: compressed so that every command reads the result, or refused before."""
 
 import itertools
 from pathlib import Path
@@ -23,7 +23,7 @@ BASE = {
 
 
 def circle(model: Path, folder: Path) -> None:
-    """Run every command on a model and what is made of it, each of which must succeed."""
+    """Run every command on a model and on its compressed form; each must succeed."""
     there, back = str(folder / "t"), str(folder / "b")
     for command in (
         ["compress", str(model), there],
@@ -93,7 +93,7 @@ def test_such_a_name_alone_is_no_units(tmp_path: Path) -> None:
 def test_a_result_that_cannot_be_read_stays_unfinished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # Whatever names the checks before do not think of: here none of them is asked.
+    # For names that the earlier checks miss: here these checks are switched off.
     monkeypatch.setattr(module, "refuse_unit_names", lambda *arguments: None)
     model = make_model(tmp_path / "m", {**BASE, "x.gaps": bf16(1, 64)[0]})
     command = ["compress", str(model), str(tmp_path / "t")]

@@ -1,4 +1,4 @@
-"""Several runs into one folder at once: at most one works in it, and what it calls finished is whole."""
+"""Several runs into one folder at once: at most one works in it, and a folder called finished is complete."""
 
 import errno
 import fcntl
@@ -37,7 +37,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_racing_runs_never_call_finished_what_is_not_whole(
     bf16_checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
-    # Bug caught: --force removed journal and weights of a run that went on, and both exited 0 with mixed files.
+    # Bug caught: --force removed journal and weights of a run that was still working; both exited 0 with mixed files.
     sources = [tiny_models.save("llama", tmp_path / f"s{seed}", seed=seed) for seed in (1, 2)]
     script = Path(__file__).parents[1] / "racing.py"
     command = [sys.executable, str(script), str(tmp_path), "5", "25", *map(str, sources)]
@@ -52,7 +52,7 @@ def test_racing_runs_never_call_finished_what_is_not_whole(
             if run["status"] == 0:
                 finished += 1
                 told = [whole[run["source"]]]
-                if run["told"] == [WAS_FINISHED]:  # by another run, for which this one has waited
+                if run["told"] == [WAS_FINISHED]:  # by another run; this one has waited for it
                     assert any(other["told"] == told for other in round_["ended"])
                 else:
                     assert run["told"] == told
@@ -65,7 +65,7 @@ def test_racing_runs_never_call_finished_what_is_not_whole(
 def test_a_forced_run_leaves_alone_what_another_run_works_on(
     impatient: None, tmp_path: Path
 ) -> None:
-    # Bug caught: journal and weights removed before the lock was asked for.
+    # Bug caught: journal and weights removed before the lock was taken.
     target = tmp_path / "t"
     messages = []
 
@@ -132,7 +132,7 @@ def test_a_run_whose_folder_is_replaced_ends_in_a_sentence(tmp_path: Path) -> No
 def test_a_journal_that_was_removed_while_it_was_opened_is_not_gone_on_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Bug caught: a lock on a file that is not there any more excludes nobody.
+    # Bug caught: a lock on a file that has been removed, which excludes no other run.
     file = tmp_path / "journal"
     opened = Path.open
 
@@ -169,7 +169,7 @@ if __name__ == "__main__":
 def test_workers_that_outlive_their_parent_keep_its_folder_locked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Bug caught: the worker of a killed run puts its file into the folder of the run that goes on.
+    # Bug caught: the worker of a killed run writes its file into the folder while a later run works there.
     script = tmp_path / "stopping.py"
     script.write_text(_STOPPING)
     command = [sys.executable, str(script), str(tmp_path / "t")]
@@ -191,7 +191,7 @@ def test_workers_that_outlive_their_parent_keep_its_folder_locked(
 def test_a_forced_run_that_was_killed_while_it_removed_goes_on_without_force(
     tmp_path: Path,
 ) -> None:
-    # Bug caught: no journal yet, and half of the old checkpoint left as if it were one.
+    # Bug caught: a kill before the journal exists leaves half of the old checkpoint, which looks like a whole one.
     target = tmp_path / "t"
     compress(open_source(SHIPPED), target)
     other = target / "model-of-before.safetensors"

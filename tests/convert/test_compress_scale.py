@@ -1,4 +1,4 @@
-"""Compressing what is large: memory that does not grow with a unit, progress within it, and an end when asked."""
+"""Compressing large models: memory does not grow with a unit, progress is shown within it, and Ctrl-C ends it."""
 
 import json
 import os
@@ -30,7 +30,7 @@ MIB = 1 << 20
 
 
 def make_layers(path: Path, layers: int, mebibytes: int) -> Path:
-    """Write a model whose layers have two weights each; they repeat a mebibyte of random ones."""
+    """Write a model whose layers have two weights each, made of one repeated mebibyte of random weights."""
     path.mkdir()
     block = gaussian(512, 1024)
     shape = (512 * mebibytes // 2, 1024)
@@ -68,7 +68,7 @@ print(json.dumps([*grown, peak << 10]))
 
 
 def test_memory_stays_bounded_whatever_the_size_of_a_unit(tmp_path: Path) -> None:
-    # Bug caught: codes, signs and mantissas of a whole unit held: 172 MiB here, 4.3 GB for a layer of a 405B.
+    # Bug caught: codes, signs and mantissas of a whole unit in memory: 172 MiB here, 4.3 GB for a layer of a 405B.
     small = make_layers(tmp_path / "small", layers=1, mebibytes=2)
     large = make_layers(tmp_path / "large", layers=1, mebibytes=256)
     command = [sys.executable, "-c", MEASURE, str(small), str(large), str(tmp_path)]

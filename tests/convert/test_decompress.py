@@ -1,4 +1,4 @@
-"""Decompression: interruptions, processes, memory; that the bits are right is tested with compression."""
+"""Decompression: interruptions, processes, memory. The tests of compression check its bits."""
 
 import json
 import shutil
@@ -100,7 +100,7 @@ def test_processes_write_the_same_bytes_and_report_all_of_them(tmp_path: Path) -
 def test_shapes_that_the_config_does_not_give_come_from_the_original(
     given: str, bf16_checkpoint: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # Bug caught: advice to pass the config of the original model, with no option that takes it.
+    # Bug caught: advice to give the config of the original model, when no option took it.
     source, original = tmp_path / "df11", tmp_path / "original"
     shutil.copytree(LLAMA, source)
     shutil.copytree(bf16_checkpoint("llama-tiny"), original)

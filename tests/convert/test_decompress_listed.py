@@ -1,4 +1,4 @@
-"""`decompress` and the manifest: damaged weights are an error, an edited config is a line."""
+"""`decompress` and the manifest: damaged weights are an error, an edited config is only a line of output."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ TENSORS = {
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Give a compressed model with a tokenizer and a layer in a file of its own."""
+    """Return a compressed model with a tokenizer, and one layer in a separate file."""
     model = make_model(tmp_path / "m", TENSORS, tie_word_embeddings=False)
     (model / "tokenizer.json").write_text("{}")
     (model / "sparse_linear.pt").write_bytes(b"a pickle")
@@ -41,7 +41,7 @@ def flip(file: Path, at: int) -> None:
 def test_a_flipped_bit_in_any_weight_file_is_named_and_nothing_is_written(
     field: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # Bug caught: other weights were written with exit status 0, though the manifest has the SHA-256 of the right ones.
+    # Bug caught: wrong weights were written with exit status 0, though the manifest has the SHA-256 of the right ones.
     if field == "pt":
         name, at = "sparse_linear.pt", 3
     else:

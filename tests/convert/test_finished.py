@@ -1,4 +1,4 @@
-"""The same command once more on a folder that is finished: nothing to do, or a sentence on what has changed."""
+"""The same command again on a finished folder: nothing to do, or a sentence about the change."""
 
 import json
 import os
@@ -18,7 +18,7 @@ Capture = pytest.CaptureFixture[str]
 
 @pytest.fixture(params=["compress", "decompress"])
 def command(request: pytest.FixtureRequest, tmp_path: Path) -> list[str]:
-    """Give a command that has run to its end, with a side file in its source."""
+    """Return a command that has finished, with a side file in its source."""
     places = make_places(tmp_path)
     source = places["bf16" if request.param == "compress" else "df11"]
     (source / "tokenizer.json").write_text("{}")
@@ -36,7 +36,7 @@ def weights(folder: str) -> Path:
 
 
 def flip_last_byte(file: Path) -> None:
-    """Change a weight of a file in place, and set its time back, as a program that hides it would."""
+    """Change a weight of a file in place and restore its time, as a program that hides the change would."""
     status = file.stat()
     with file.open("rb+") as stream:
         stream.seek(-1, os.SEEK_END)
@@ -49,7 +49,7 @@ def flip_last_byte(file: Path) -> None:
 def test_a_finished_folder_is_said_to_be_finished_with_exit_0_and_not_touched(
     command: list[str], capsys: Capture
 ) -> None:
-    # Bug caught: "is not empty; give --force", so that a script that is run again fails.
+    # Bug caught: "is not empty; give --force", so that a script fails when it is run again.
     before = state(Path(command[2]))
     assert main(command) == 0
     out, err = capsys.readouterr()
@@ -64,7 +64,7 @@ def test_a_finished_folder_is_said_to_be_finished_with_exit_0_and_not_touched(
 
 
 def replaced(folder: str) -> None:
-    """Put another model of the same names, shapes and sizes in the place of one, with its old times."""
+    """Replace a model by another one with the same names, shapes, sizes and file times."""
     model = Path(folder)
     other = Path(shutil.copytree(model, model.with_name("other")))
     flip_last_byte(weights(str(other)))
@@ -178,7 +178,7 @@ def test_verify_inspect_and_plan_take_no_notice_of_the_note(
 def test_weights_or_an_index_that_were_added_since_are_named(
     name: str, command: list[str], capsys: Capture
 ) -> None:
-    # Bug caught: "neither it nor its source has changed since" beside one more file of weights.
+    # Bug caught: "neither it nor its source has changed since" though there was one more file of weights.
     added = Path(command[2], name)
     added.parent.mkdir(exist_ok=True)
     shutil.copy(weights(command[2]), added)
@@ -198,7 +198,7 @@ def test_what_was_added_beside_the_model_changes_nothing(command: list[str]) -> 
 def test_a_run_that_has_waited_for_the_same_one_says_that_it_is_finished(
     command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    # Bug caught: three equal runs at once; those that had waited said "is not empty, ... give --force".
+    # Bug caught: of three equal runs at once, those that had waited said "is not empty, ... give --force".
     real, asked = conversion.find_finished, []
 
     def not_yet(*arguments: object) -> object:

@@ -1,4 +1,4 @@
-"""Which tensors form which units, and the patterns that name them."""
+"""The tensors that form each unit, and the patterns that name them."""
 
 import re
 from pathlib import Path
@@ -117,7 +117,7 @@ HEADLESS = {
 def test_the_embedding_of_a_model_without_lm_head_is_compressed(
     architecture: str, tied: dict
 ) -> None:
-    # Bug caught: half of an encoder left in BF16, since configs of encoders say nothing of ties, or the default.
+    # Bug caught: half of an encoder left in BF16, because configs of encoders have no entry for ties, or its default.
     embedding = HEADLESS[architecture]
     tensors = stored(f"{embedding}.weight") | layer("encoder.layer.0", ["attention.self.query"])
     found = units_of({"architectures": [architecture], **tied}, tensors)
@@ -180,7 +180,7 @@ def test_experts_in_one_tensor_are_members_of_their_module() -> None:
 
 
 def test_blocks_that_differ_are_listed_in_patterns_that_no_other_block_matches() -> None:
-    # Bug caught: `\d+` beside a list matches twice, and a reader refuses the checkpoint.
+    # Bug caught: a pattern with `\d+` and one with a list match the same unit, and a reader refuses the checkpoint.
     odd = {3, 77, 301}
     units = [
         PlannedUnit(

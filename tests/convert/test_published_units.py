@@ -1,7 +1,7 @@
 """The units of every published release of a language model, from its config and the names in its weight files.
 
-The names are those of the original models on the hub, with two layers each. Published patterns exist in two spellings,
-with bare dots and with escaped ones; ours are escaped, so that they match nothing else.
+The names are those of the original models on the hub, with two layers each. Published patterns have dots in two
+spellings, plain and escaped; ours are escaped, so that they match nothing else.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ BARE, ESCAPED = "bare", "escaped"
 
 
 def tensors(shapes: dict[str, tuple[int, ...]]) -> dict[str, StoredTensor]:
-    """Return them in the order of a safetensors file: by name."""
+    """Return the tensors in the order of a safetensors file: by name."""
     return {
         name: StoredTensor(Path("f"), name, "BF16", shapes[name], 0, 4096)
         for name in sorted(shapes)

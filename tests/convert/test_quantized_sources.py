@@ -1,4 +1,4 @@
-"""Models that are quantized already: compress and plan refuse them alike, and no command says a line per tensor."""
+"""Models that are already quantized: compress and plan refuse them alike, and no command prints a line per tensor."""
 
 import json
 from pathlib import Path
@@ -43,7 +43,7 @@ def llama() -> Tensors:
 
 
 def replaced(**of_each: Any) -> Tensors:
-    """Return the model with every projection's weight replaced by what the functions make of it, under these names."""
+    """Return the model with every projection's weight replaced by the functions' results, under their keyword names."""
     tensors = llama()
     for name in [name for name in tensors if "_proj" in name]:
         weight = tensors.pop(name)
@@ -73,7 +73,7 @@ def mxfp4() -> Tensors:
     return tensors
 
 
-# name: (tensors, quantization_config, as the kind of checkpoint has them)
+# kind of checkpoint: (its tensors, its quantization_config)
 KINDS: dict[str, tuple[Tensors, dict[str, Any]]] = {
     "FP8, scales per block": (
         replaced(weight=fp8, weight_scale_inv=lambda n, k: torch.ones(1, 1)),
@@ -128,7 +128,7 @@ def save(folder: Path, tensors: Tensors, **changes: Any) -> Path:
 
 
 def refusals(model: Path, capsys: pytest.CaptureFixture[str]) -> set[str]:
-    """Return what compress and plan say of a model, without a trace left."""
+    """Return the errors of compress and plan for a model, and check that they write nothing."""
     before = {path.name for path in model.parent.iterdir()}
     told = set()
     for command in (["compress", str(model), str(model.parent / "t")], ["plan", str(model)]):

@@ -1,4 +1,4 @@
-"""What is copied beside the weights: files of the model, never what a link leads to elsewhere."""
+"""Files copied in addition to the weights: the model's own files, never the target of a link out of its folder."""
 
 import json
 import os
@@ -23,7 +23,7 @@ SECRET = "nobody else's business"
 
 @pytest.fixture
 def secret(tmp_path: Path) -> Path:
-    """Give a folder outside of every model, with a file in it."""
+    """Return a folder outside of every model, with a file in it."""
     folder = tmp_path / "elsewhere"
     folder.mkdir()
     (folder / "secret").write_text(SECRET)
@@ -31,7 +31,7 @@ def secret(tmp_path: Path) -> Path:
 
 
 def link_out(model: Path, secret: Path) -> dict[str, str]:
-    """Put links of every kind into a model's folder; return those that must not be copied -> what is said of them."""
+    """Put links of every kind into a model's folder; return those that must not be copied -> their messages."""
     (model / "sub").mkdir()
     (model / "sub/own.txt").write_text("own")
     (model / "tokenizer.json").write_text("{}")
@@ -63,7 +63,7 @@ COPIED = {"inside.txt": "own", "sub/own.txt": "own", "sub/up.json": "{}", "token
 def test_links_that_lead_outside_are_left_out_with_a_line_each(
     secret: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # Bug caught: the file that a link leads to, copied as one of the model's.
+    # Bug caught: the target of a link, copied as a file of the model.
     model = make_model(tmp_path / "m", TENSORS)
     left_out = link_out(model, secret)
     assert main(["compress", str(model), str(tmp_path / "t")]) == 0
@@ -72,7 +72,7 @@ def test_links_that_lead_outside_are_left_out_with_a_line_each(
         f"{name}: is not copied: it {why}" for name, why in left_out.items()
     )
     check_copied(tmp_path / "t")
-    # And back: what is put beside a compressed checkpoint is treated alike.
+    # Decompression treats additional files of a compressed checkpoint in the same way.
     shutil.rmtree(tmp_path / "t/sub")
     for name in ("inside.txt", "tokenizer.json"):
         (tmp_path / "t" / name).unlink()
@@ -156,7 +156,7 @@ def test_a_snapshot_of_the_hub_cache_is_copied_whole(place: str, tmp_path: Path)
     assert report.left_out == {}
     compress(open_source(model), tmp_path / "expected")
     assert contents(tmp_path / "t") == contents(tmp_path / "expected")
-    # Compressed checkpoints are fetched from the hub as well.
+    # Compressed checkpoints are fetched from the hub too.
     again = decompress(hub_cache(tmp_path / "hub2", tmp_path / "t"), tmp_path / "b")
     assert again.left_out == {}
     assert (tmp_path / "b/sub/own.txt").read_text() == "own"

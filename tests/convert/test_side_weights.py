@@ -1,4 +1,4 @@
-"""Weights in other files than the model's own: what vLLM may read is copied and compared, the rest is named."""
+"""Weights in files other than the model's own: those that vLLM may read are copied and compared, others are named."""
 
 import json
 import os
@@ -27,7 +27,7 @@ TENSORS = {
 COPIED = (
     "2_Dense/config.json",
     "2_Dense/model.safetensors",
-    "2_Dense/pytorch_model.bin",  # which vLLM reads where the other holds no layer
+    "2_Dense/pytorch_model.bin",  # vLLM reads it if the other file holds no layer
     "3_Dense/pytorch_model.bin",
     "adapters/retrieval/adapter_model.safetensors",
     "colbert_linear.pt",
@@ -64,7 +64,7 @@ def put(file: Path, content: bytes | dict[str, torch.Tensor]) -> None:
 
 
 def make_embedder(path: Path) -> Path:
-    """Make a model with every kind of further weights, and everything else that COPIED and LEFT_OUT name."""
+    """Make a model with every kind of further weights, and all other files of COPIED and LEFT_OUT."""
     model = make_model(path, TENSORS, tie_word_embeddings=False)
     layers = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Dense", "Dense")]
     modules = [
@@ -94,7 +94,7 @@ def embedder(tmp_path: Path) -> Path:
 def test_what_vllm_may_read_is_copied_and_in_the_manifest_and_all_else_named(
     embedder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # Bug caught: a Dense layer of an embedding model left behind in silence; vLLM then serves it without.
+    # Bug caught: a Dense layer of an embedding model left out without a word; vLLM then serves the model without it.
     there, back = tmp_path / "t", tmp_path / "b"
     assert main(["compress", str(embedder), str(there), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["left_out"] == LEFT_OUT
@@ -105,7 +105,7 @@ def test_what_vllm_may_read_is_copied_and_in_the_manifest_and_all_else_named(
         assert manifest.files[name] == file_entry(embedder / name)
     for name in LEFT_OUT:
         assert not (there / name).exists()
-    # The compressed folder holds what is needed and nothing else: all of it goes back.
+    # The compressed folder holds only needed files: all of them are copied back.
     assert main(["decompress", str(there), str(back), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["left_out"] == {}
     for name in COPIED:
@@ -113,7 +113,7 @@ def test_what_vllm_may_read_is_copied_and_in_the_manifest_and_all_else_named(
     for folder in (there, back):
         assert main(["verify", str(folder), "--against", str(embedder)]) == 0
         assert ", 8 files of weights beside them)" in capsys.readouterr().out
-    # Where nothing says what belongs to the checkpoint, as in those of others, the same holds.
+    # The same is true without a manifest, as in checkpoints made by others.
     (there / MANIFEST_FILE).unlink()
     put(there / "original/consolidated.00.pth", b"x")
     shapes = ["--original", str(embedder)]
@@ -154,7 +154,7 @@ def test_the_projector_that_vllm_makes_of_the_compressed_model_is_that_of_the_or
 def test_verify_against_finds_other_weights_beside_the_models_own(
     name: str, change: str, embedder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # Bug caught: equal to the original, while a layer of it was missing.
+    # Bug caught: "equal to the original", although a layer was missing.
     target = tmp_path / "t"
     assert main(["compress", str(embedder), str(target), "--quiet"]) == 0
     (target / MANIFEST_FILE).unlink()
@@ -223,7 +223,7 @@ def test_weights_that_the_index_does_not_name_have_a_line(tmp_path: Path) -> Non
 
 
 def test_of_a_hub_model_all_is_fetched_that_is_copied() -> None:
-    # Bug caught: every *.bin and *.pt passed over, among them layers of the model.
+    # Bug caught: every *.bin and *.pt skipped, including layers of the model.
     hub = pytest.importorskip("huggingface_hub.utils")
     names = [*COPIED, *LEFT_OUT, "model.safetensors", "tokenizer.json"]
     fetched = set(hub.filter_repo_objects(names, ignore_patterns=NOT_FETCHED))
@@ -244,7 +244,7 @@ def plain(tmp_path: Path) -> Path:
 def test_forced_run_leaves_nothing_of_the_model_that_was_there(
     embedder: Path, plain: Path, tmp_path: Path
 ) -> None:
-    # Bug caught: layers of the model before stayed, and vLLM served the new one through them.
+    # Bug caught: layers of the previous model stayed, and vLLM served the new model with them.
     out, back = tmp_path / "out", tmp_path / "back"
     assert main(["compress", str(embedder), str(out)]) == 0
     assert main(["decompress", str(out), str(back)]) == 0

@@ -1,4 +1,4 @@
-"""What cannot work is refused in one sentence: devices, a missing Triton, tensors that a kernel must not be handed."""
+"""Refused in one sentence: unusable devices, a missing Triton, and tensors that a kernel must not get."""
 
 from collections.abc import Callable
 
@@ -43,7 +43,7 @@ def longer() -> torch.Tensor:
     return torch.empty(2 * NUMEL + 8, dtype=torch.bfloat16)
 
 
-# What the message says was found -> the buffers that it is found in.
+# Error that the message reports -> buffers with this error.
 WRONG: dict[str, Callable[[], Buffers]] = {
     r"torch.float32 \[6144\] on cpu": lambda: (good()[0].float(), good()[1]),
     r"torch.bfloat16 \[6143\] on cpu": lambda: (good()[0][1:].clone(), good()[1]),
@@ -74,7 +74,7 @@ def sentence(found: str) -> str:
 def test_wrong_buffers_are_refused_in_a_sentence(
     by: Callable[[torch.Tensor, torch.Tensor], None], found: str
 ) -> None:
-    # Bug caught: a kernel writes behind the end of a tensor, or into one as if it were of another dtype.
+    # Bug caught: a kernel writes past the end of a tensor, or into one of another dtype.
     with pytest.raises(UnsupportedError, match=sentence(found)):
         by(*WRONG[found]())
 
@@ -125,7 +125,7 @@ def test_ids_that_are_no_rows_are_refused(ids: torch.Tensor, found: str) -> None
 
 @pytest.mark.parametrize("backend", ["numba", "triton"])
 def test_ids_of_32_bits_are_taken(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # vLLM's own are int32.
+    # vLLM's own ids are int32.
     monkeypatch.setenv("VLLM_DFLOAT_BACKEND", backend)
     ids = torch.tensor([2, 0], dtype=torch.int32)
     assert same_bits(ops.unpack_rows(PACKED, ids), WEIGHT[[2, 0]])
@@ -158,7 +158,7 @@ def test_a_bias_on_another_device_or_with_gaps_is_refused() -> None:
 def test_a_gpu_that_is_too_old_is_refused_by_its_name(
     capability: tuple[int, int], message: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # What the driver would say; the rest is real.
+    # Only the driver's answer is replaced; the rest is real.
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     if message is None:

@@ -1,6 +1,6 @@
-"""A descriptor or a table that was changed in memory is never followed, by no reader: NaN or an error, and no crash.
+"""No reader follows a descriptor or a table that was changed in memory: the result is NaN or an error, never a crash.
 
-In a process of its own, which a wrong address would end; behind the payload lies a page that may not be touched.
+The tests run in a separate process, which a wrong address would end; an inaccessible page follows the payload.
 """
 
 import pytest
@@ -162,7 +162,7 @@ def run(code: str, arguments: list[str]) -> None:
 def test_a_descriptor_with_a_flipped_bit_or_overwritten_is_not_followed(
     backend: str, step: int, readers: tuple[str, ...]
 ) -> None:
-    # Bug caught: in a forward pass the address is read wherever it leads, and the process ends.
+    # Bug caught: a forward pass follows a wrong address, and the process crashes.
     run(_SETUP + _FLIPS, [f"{backend}/{step}/{name}" for name in readers])
 
 
@@ -216,7 +216,7 @@ for backend in sys.argv[1:]:
 
 @pytest.mark.parametrize("backend", ["numba", "triton"])
 def test_a_table_of_a_group_with_a_flipped_bit_is_not_followed(backend: str) -> None:
-    # Bug caught: the address of a descriptor is followed wherever it leads, or a matrix lands beside the buffer.
+    # Bug caught: the wrong address of a descriptor is followed, or a matrix is written outside the buffer.
     run(_SETUP + _TABLES, [backend])
 
 
@@ -238,7 +238,7 @@ except FormatError as error:
 
 
 def test_a_descriptor_from_before_a_reload_is_not_followed_on_a_cpu() -> None:
-    # Bug caught: a state dict of earlier weights, put back; its seal is right, and its payload is gone.
+    # Bug caught: a descriptor of earlier weights is copied back; its seal is right, but its payload is gone.
     run(_SETUP + _STALE, ["stale"])
 
 
@@ -261,5 +261,5 @@ print("shapes")
 
 
 def test_a_descriptor_is_not_followed_with_another_number_of_tiles_or_in_another_layout() -> None:
-    # Bug caught: a shape that belongs to another layer leads out of the payload.
+    # Bug caught: with the shape of another layer, reads leave the payload.
     run(_SETUP + _WRONG_SHAPE, ["shapes"])

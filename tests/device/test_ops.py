@@ -1,4 +1,4 @@
-"""The torch side: packed weights, how they are read, the scratch arena."""
+"""The torch side: packed weights, their readers, the scratch arena."""
 
 import os
 from unittest import mock

@@ -1,4 +1,4 @@
-"""Matrices held in the official layout: both backends, damage, what a launch depends on."""
+"""Matrices held in the official layout: both backends, damage, and the sizes that a launch depends on."""
 
 import os
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from vllm_dfloat.kernels import dfloat11_decode as kernels
 
 EDGE = {name: bits.reshape(1, -1) for name, bits in edge_originals().items()}
 HARD = {**hard_matrices(), **EDGE}
-CODED = {  # large enough, and of few enough exponents, to be worth it
+CODED = {  # large enough, and with few enough exponents, for coding to make them smaller
     "thin rows": gaussian(3000, 4),
     "37 rows of 333": gaussian(37, 333),
     "several blocks": gaussian(150, 204),
@@ -71,7 +71,7 @@ def test_op_returns_the_rows_asked_for(name: str, backend: str) -> None:
 
 
 def test_rows_of_many_short_blocks_are_complete(backend: str) -> None:
-    # Bug caught: too few programs for a row whose codes are all long, so that its blocks hold few weights.
+    # Bug caught: too few programs for a row of long codes: its blocks hold few weights, so it touches many.
     symbols = np.repeat(np.arange(100, 164, dtype=np.uint16), 8)
     tail = np.tile(symbols, 40)[:20_000]  # six bits a code and more
     bits = np.concatenate([tail << 7, np.full(30_000, 90 << 7, np.uint16)]).reshape(5, 10_000)
@@ -108,13 +108,13 @@ def test_payload_holds_the_official_tensors_and_little_else() -> None:
 
 
 def test_descriptor_has_the_length_that_graphs_were_traced_with() -> None:
-    # Bug caught: vLLM reloads into the parameters it has; another length would not fit.
+    # Bug caught: descriptors of different lengths; vLLM reloads into the existing parameters.
     lengths = {units.pack(to_torch(bits)).desc.shape for bits in (gaussian(1, 1), gaussian(99, 99))}
     assert lengths == {(ops.DESC_LENGTH,)}
 
 
 def test_a_launch_depends_on_the_shape_alone_and_is_large_enough() -> None:
-    # The worst case that is still held coded: over 7 bits a code.
+    # The worst case that is still coded: over 7 bits per code.
     symbols = np.arange(60, 188, dtype=np.uint16)
     bits = np.random.default_rng(0).choice(symbols, 40_000).astype(np.uint16)[None] << 7
     held = units.pack(to_torch(bits), "w")
@@ -185,7 +185,7 @@ def test_random_bytes_in_any_section_end_without_leaving_payload_or_output(
 
 
 def test_the_kernel_reports_damage_of_the_stream_as_the_cpu_decoder_does() -> None:
-    # Bug caught: a kernel that lets a damaged block pass which the CPU decoder refuses.
+    # Bug caught: a kernel that accepts a damaged block which the CPU decoder refuses.
     bits: Bits = gaussian(70, 204)
     rng = np.random.default_rng(3)
     for _ in range(4):

@@ -1,4 +1,4 @@
-"""When a group must be decoded into the shared buffer, and when it still lies there."""
+"""When a group must be decoded into the shared buffer, and when the buffer still holds it."""
 
 import torch
 
@@ -8,7 +8,7 @@ CPU = torch.device("cpu")
 
 
 def decodes(arena: ScratchArena, calls: list[tuple[str, int]], slot: str = "main") -> list[bool]:
-    """Return for calls of (group, member) whether the group had to be decoded."""
+    """Return, for each call (group, member), whether the group had to be decoded."""
     return [arena.take_for_group(CPU, 4096, group, member, slot)[1] for group, member in calls]
 
 
@@ -20,7 +20,7 @@ def test_a_group_is_decoded_once_per_pass() -> None:
 
 
 def test_a_model_of_one_group_decodes_it_in_every_pass() -> None:
-    # Bug caught: a graph captured after warm-up would hold no decoding at all, and replay on whatever lies there.
+    # Bug caught: a graph captured after warm-up that has no decode, and reads old contents of the buffer.
     arena = ScratchArena()
     for _ in range(3):
         assert decodes(arena, [("a", 0), ("a", 1)]) == [True, False]

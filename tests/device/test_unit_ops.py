@@ -1,4 +1,4 @@
-"""Official units decoded as a device would: both backends, damage."""
+"""Official units decoded with the functions for devices: both backends, damage."""
 
 import dataclasses
 import os
@@ -58,7 +58,7 @@ def test_both_backends_decode_any_range_of_a_unit(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", ["numba", "triton"])
 def test_damage_at_the_seam_of_a_piece_is_seen(backend: str) -> None:
-    # Bug caught: a piece that ends with its last block cannot compare that block's end with what follows.
+    # Bug caught: a piece that ends with its last block, whose end then cannot be compared with the next block.
     whole = as_unit(encode_unit([gaussian(40, 1000, seed=3)], "u"), "u")
     gaps = np.array(whole.gaps)
     window = 2 * 512  # the first of block 2

@@ -1,12 +1,12 @@
-"""Random damage anywhere in a checkpoint: the stated number of weights, or an error in a sentence."""
+"""Random damage anywhere in a checkpoint: the stated number of weights, or an error of one sentence."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-# Runs in a process of its own with a time limit, so that a hang or a crash is a failure and not
-# the end of the test run; numba checks every index there, so that an access outside an array is one.
+# Runs in its own process with a time limit, so that a hang or a crash is a failure and not the end
+# of the test run; numba checks every index there, so an access outside an array is a failure too.
 _DAMAGE = """
 import json, sys
 from pathlib import Path
@@ -98,6 +98,6 @@ def test_damaged_checkpoints_are_refused_or_decode_to_the_stated_count(tmp_path:
     assert done.returncode == 0, done.stderr
     counts, last = done.stdout.splitlines()
     assert last == "done"
-    # Most damage is noticed; in sign_mantissa and in unused gaps it cannot be.
+    # Most damage is detected; damage of sign_mantissa and of unused gaps cannot be.
     assert '"decoded": 0' not in counts
     assert '"refused": 0' not in counts

@@ -1,4 +1,4 @@
-"""Contents of a unit: what is refused before decoding, and what decoding itself finds."""
+"""Contents of a unit: errors found before decoding, and errors found by decoding."""
 
 from pathlib import Path
 
@@ -99,7 +99,7 @@ def test_splits_not_strictly_inside_are_refused(splits: list[int], tmp_path: Pat
 
 
 def test_positions_one_short_are_accepted() -> None:
-    # Bug caught: demanding B + 1 positions, which official files lack in one case.
+    # Bug caught: a demand for B + 1 positions; official files have only B in one case.
     entry = open_checkpoint(VECTORS / "edge-good-df11").units["tail_straddle_block_short"]
     assert entry.fields["output_positions"].shape == (8,)
     assert edge_unit("tail_straddle_block_short").positions.tolist() == [0, 16325, 16325]
@@ -122,8 +122,8 @@ def test_stale_slots_mean_nothing(tmp_path: Path) -> None:
 
 
 def test_code_behind_filler_of_its_own_value_is_found() -> None:
-    # Bug caught: taking the leftmost run for the code. Here 00 is the end marker, whose slots an
-    # encoder without an end marker leaves 0, and 01 is the code of exponent 0.
+    # Bug caught: the leftmost run taken for the code. Here 00 is the end marker, whose table entries are 0
+    # if the encoder has no end marker, and 01 is the code of exponent 0.
     bits = (np.array([0, 1, 1]) << 7).astype(np.uint16)
     stored = encode(bits)
     assert stored["luts"][0].tolist() == [0] * 128 + [1] * 128
@@ -131,7 +131,7 @@ def test_code_behind_filler_of_its_own_value_is_found() -> None:
 
 
 def test_stale_pointers_are_not_followed() -> None:
-    # Bug caught: taking the second pointer to a table, or one at the last level, for a real one.
+    # Bug caught: a second pointer to the same table, or a pointer in a table of the last level, taken for valid.
     luts = edge_unit("codes_up_to_25_bits").luts.copy()
     tables = build_tables(luts, "u")
     free = np.flatnonzero(tables[3] == 0)  # in the only table of the fourth level
@@ -232,8 +232,8 @@ def test_damage_in_one_thread_s_part_is_reported(
         decode_unit(load(stored, tmp_path))
 
 
-# Exponents below 240, in proportions from flat to very skewed; two kinds at least (a code book of
-# one symbol is nothing the format's encoder can make).
+# Exponents below 240, in proportions from flat to very skewed; at least two different ones (the format's
+# encoder cannot make a code book of one symbol).
 _EXPONENTS = hnp.arrays(
     np.uint8,
     st.integers(2, 3000),

@@ -1,4 +1,4 @@
-"""Every vector of the official package: bit exact where it can be decoded, refused where not."""
+"""Every vector of the official package: bit exact if it can be decoded, refused if not."""
 
 import re
 from pathlib import Path
@@ -32,7 +32,7 @@ def test_edge_unit_decodes_to_its_original_bits(name: str) -> None:
     assert np.array_equal(decode_unit(unit), edge_originals()[name])
 
 
-# The oracle is slow: the two large units are left to the fast decoder.
+# The oracle is slow: only the fast decoder decodes the two large units.
 @pytest.mark.parametrize("name", [n for n, e in EDGE_UNITS.items() if e.num_weights < 20_000])
 def test_reference_decodes_edge_unit_to_its_original_bits(name: str) -> None:
     assert np.array_equal(reference.decode(EDGE_UNITS[name].load()), edge_originals()[name])
@@ -51,7 +51,7 @@ def test_model_checkpoint_gives_every_original_tensor_bit_for_bit(vector: str) -
 
 @pytest.mark.parametrize("name", EDGE_UNITS)
 def test_test_encoder_makes_the_official_bytes_again(name: str) -> None:
-    # Bug caught: an encoder that shares a misreading with the decoder would prove nothing.
+    # Bug caught: an encoder that misreads the format in the same way as the decoder, and so proves nothing.
     stored = stored_unit("edge-good", name)
     made = encode(edge_originals()[name], tuple(stored["split_positions"].tolist()))
     assert made.keys() == stored.keys()

@@ -71,7 +71,7 @@ def cut_at(size: int) -> AbstractContextManager[object]:
 
 
 def encode_if_it_fits(weights: list[np.ndarray]) -> dict[str, np.ndarray] | None:
-    """Return the tensors, or None where the description's own tables are more than the format can name."""
+    """Return the tensors, or None if the weights need more tables than the format can number."""
     try:
         return encode_unit(weights, "u")
     except UnsupportedError:
@@ -124,7 +124,7 @@ def test_one_exponent_alone_which_the_official_encoder_cannot_write_is_decodable
 
 
 def test_end_marker_of_zeros_is_decodable() -> None:
-    # The official encoder looks for a slot to the left of the first one, and finds none.
+    # The official encoder looks for a table entry left of the first one, and fails.
     flat = np.repeat(np.array([120, 121, 122], np.uint16) << 7, [1, 3, 6])
     assert build_codes(np.bincount(flat >> 7, minlength=256))[EOF][0] == 0
     unit = as_unit(encode_unit([flat], "u"), "u")
@@ -144,7 +144,7 @@ def test_the_same_bytes_come_out_whatever_the_number_of_threads() -> None:
 
 @pytest.mark.parametrize("name", EDGE_UNITS)
 def test_official_bytes_come_out_however_the_weights_are_cut(name: str) -> None:
-    # Bug caught: a window, a gap or a position at a seam lost or taken twice; a block in which nothing starts.
+    # Bug caught: a window, gap or position at the border of pieces lost or written twice; a block with no code start.
     stored = stored_unit("edge-good", name)
     numel = stored["sign_mantissa"].size
     weights = members(edge_originals()[name], stored["split_positions"])

@@ -1,8 +1,8 @@
-"""Against the official package itself, where it is installed: its encoder writes the same tensors as `compress`.
+"""Compare with the official package, if it is installed: its encoder writes the same tensors as `compress`.
 
     pip install --no-deps dfloat11==0.5.0 dahuffman==0.4.2    # and "setuptools<81", for pkg_resources
 
-CuPy is stubbed where it is missing: the package loads its GPU decoder with it when imported, which encoding never uses.
+If CuPy is missing, it is stubbed: on import the package loads its GPU decoder with it, which encoding never uses.
 """
 
 import importlib.util

@@ -1,8 +1,8 @@
 """The promise: greedy tokens and all logprobs of a compressed model are those of BF16 vLLM, to the last bit.
 
-Like is compared with like: eager with eager, traced with traced. On CPUs with AMX, BF16 vLLM packs its weights for one
-of two other GEMMs, by size; elsewhere it packs them for oneDNN where that is built in. The plugin packs what it has
-decoded and calls the same GEMM, so the comparison is exact on either; but other CPUs give other logprobs, to both.
+Both sides run in the same mode: eager or traced. On CPUs with AMX, BF16 vLLM packs its weights for one of two other
+GEMMs, depending on size; on other CPUs it packs them for oneDNN, if that is built in. The plugin packs the decoded
+weights and calls the same GEMM, so the comparison is exact on any CPU; but different CPUs give different logprobs.
 """
 
 import re
@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 DENSE = [name for name in tiny_models.ARCHITECTURES if name != "qwen3_moe"]
 VECTORS = ["llama-tiny", "phi3-tiny-fused", "qwen3-tiny-tied"]
-# Tracing takes twice the time; a fused and a tied model always, the others with --full.
+# Tracing takes twice the time: a fused and a tied model always run, the others only with --full.
 on_demand = pytest.mark.on_demand
 TRACED = [
     name if name in ("phi3", "qwen3") else pytest.param(name, marks=on_demand) for name in DENSE
@@ -78,9 +78,9 @@ def logprobs_at_every_position(model: Path, tokens: list[int]) -> torch.Tensor:
 def test_official_checkpoint_gives_the_logits_of_its_original(
     name: str, bf16_checkpoint: Checkpoint
 ) -> None:
-    """The vectors' logits are Hugging Face's, on another CPU: the same model, other kernels and rounding.
+    """The vectors' logits come from Hugging Face on another CPU: the same model with other kernels and rounding.
 
-    So they can show that nothing is misplaced, and the exact comparison is with vLLM on this machine.
+    So they only show that nothing is misplaced; the exact comparison is with vLLM on this machine.
     """
     vector = load_file(tiny_models.VECTORS / f"{name}-logits.safetensors")
     tokens = vector["input_ids"][0].tolist()
@@ -90,7 +90,7 @@ def test_official_checkpoint_gives_the_logits_of_its_original(
     assert (
         served - expected
     ).abs().max() < 0.1  # 0.03 seen; transformers itself differs by as much here
-    assert (served[1:] - expected[:-1]).abs().max() > 1  # one position off would be noticed
+    assert (served[1:] - expected[:-1]).abs().max() > 1  # a shift by one position would be seen
 
 
 @pytest.mark.parametrize("name", TRACED)
@@ -105,7 +105,7 @@ def test_traced_engine_answers_as_bf16_vllm(
 
 @pytest.fixture
 def generated(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Give the list of modules that Inductor generates from here on."""
+    """Yield the list of modules that Inductor generates from now on."""
     import torch._inductor.config
     from torch._inductor.graph import GraphLowering
 
@@ -117,7 +117,7 @@ def generated(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 
 def kernels(modules: list[str]) -> Counter[str]:
-    """Return the bodies of C++ kernels, without what no result depends on: names of buffers, bounds of indices."""
+    """Return the bodies of C++ kernels, without text that no result depends on: names of buffers, bounds of indices."""
     bodies = []
     for text in re.findall(r"cpp_pybinding\(.*?, r'''(.*?)'''\)", "".join(modules), re.DOTALL):
         body = re.sub(
@@ -131,10 +131,10 @@ def kernels(modules: list[str]) -> Counter[str]:
 def test_engine_compiled_by_inductor_runs_the_kernels_of_bf16_vllm_and_answers_the_same(
     generated: list[str], tmp_path: Path
 ) -> None:
-    # Bug caught: Inductor fused an opaque look-up otherwise than BF16 vLLM's, and summed up norms in another order.
+    # Bug caught: Inductor fused an opaque look-up differently from BF16 vLLM's, and added norms in another order.
     model = tiny_models.save("qwen2", tmp_path, num_hidden_layers=3)
     compiled = dict(enforce_eager=False)
-    torch._dynamo.reset()  # or vLLM's own small functions, compiled for an earlier engine, would stay so
+    torch._dynamo.reset()  # drops vLLM's own small functions that an earlier engine has compiled
     expected = answers(model, **compiled)
     of_bf16 = kernels(generated)
     generated.clear()

@@ -1,4 +1,4 @@
-"""Folders with oddities, served: as BF16 vLLM serves them, or refused in a sentence that says what is wrong."""
+"""Unusual folders are served as by BF16 vLLM, or refused in a sentence that says what is wrong."""
 
 import shutil
 from collections.abc import Callable
@@ -24,7 +24,7 @@ def shards_that_repeat(
     folder: Path,
     change: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
 ) -> Path:
-    """Write a model in three files: V is in two of them, and for qkv_proj as much as it holds has come before K."""
+    """Write a model in three files: V is in two of them, so that qkv_proj's number of elements is reached before K."""
     folder.mkdir()
     shutil.copy(source / "config.json", folder)
     tensors = load_file(source / "model.safetensors")
@@ -43,7 +43,7 @@ def add_hidden_files(folder: Path) -> None:
 def test_repeated_tensors_and_hidden_files_are_served_as_by_bf16_vllm(
     bf16_checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
-    # Bug caught: V counted twice, so qkv_proj was taken for complete, and K was written into what was compressed.
+    # Bug caught: V counted twice, so qkv_proj was taken for complete, and K was written after it was compressed.
     model = shards_that_repeat(bf16_checkpoint("llama"), tmp_path / "model")
     add_hidden_files(model)
     assert answers(model, quantization="dfloat11") == bf16_answers(bf16_checkpoint("llama"))

@@ -1,4 +1,4 @@
-"""The check of a live engine names what was changed behind its back, and finds nothing else."""
+"""The check of a live engine names every tensor that was changed from outside, and no other."""
 
 import pytest
 import tiny_models

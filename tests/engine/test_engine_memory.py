@@ -1,4 +1,4 @@
-"""Compressed weights take the bytes they should, no BF16 copy of them survives, and none piles up while loading."""
+"""Compressed weights take the expected bytes; no BF16 copy of them stays, and copies do not pile up while loading."""
 
 import ctypes
 import gc
@@ -26,7 +26,7 @@ from vllm_dfloat.integration.seam import compat
 pytestmark = pytest.mark.engine
 
 DESC_BYTES = 32
-WITHOUT_MEMORY = (FakeTensor, FunctionalTensor)  # left behind by tracing in earlier tests
+WITHOUT_MEMORY = (FakeTensor, FunctionalTensor)  # remain from tracing in earlier tests
 MIB = 1 << 20
 
 
@@ -80,14 +80,14 @@ def bf16_copies(prints: dict[str, bytes]) -> list[str]:
         with torch._C.DisableTorchFunctionSubclass():  # placeholders tell nobody of their storage
             if thing.dtype == torch.bfloat16 and thing.device.type == "cpu" and thing.numel():
                 storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage()
-    # The scratch holds the layer that was decoded last, which is its purpose.
+    # The scratch holds the layer that was decoded last, as intended.
     storages.pop(scratch.take(torch.device("cpu"), 0)[0].data_ptr(), None)
     contents = [ctypes.string_at(s.data_ptr(), s.nbytes()) for s in storages.values()]
     return [name for name, print_ in prints.items() for content in contents if print_ in content]
 
 
 def test_no_bf16_copy_of_a_compressed_weight_survives_loading(tmp_path: Path) -> None:
-    # Weights of its own: earlier engines of this process may have left theirs.
+    # A model with its own weights: earlier engines of this process may have left theirs in memory.
     path = tiny_models.save("llama", tmp_path, seed=11)
     prints = {  # 64 bytes of each matrix; not of the first row, which is zero in an embedding
         name: weight[5, :32].view(torch.uint8).numpy().tobytes()
@@ -98,10 +98,10 @@ def test_no_bf16_copy_of_a_compressed_weight_survives_loading(tmp_path: Path) ->
     with engine(path, quantization="dfloat11"):
         assert bf16_copies(prints) == []
     with engine(path):
-        assert "model.embed_tokens.weight" in bf16_copies(prints)  # the scan finds what is there
+        assert "model.embed_tokens.weight" in bf16_copies(prints)  # the scan finds a real copy
 
 
-# A model whose weights are made up while they are loaded, so that no file is mapped into memory.
+# A model whose weights are generated while they are loaded, so that no file is mapped into memory.
 HIDDEN, INTERMEDIATE, LAYERS, VOCABULARY = 2048, 4096, 4, 256
 LARGEST_LAYER = 2 * 2 * INTERMEDIATE * HIDDEN  # gate_up_proj
 
@@ -131,7 +131,7 @@ def memory_now(field: str) -> int:
 
 
 def give_large_blocks_back_at_once() -> None:
-    """Keep the C library from holding freed blocks, which would be counted as used."""
+    """Prevent the C library from keeping freed memory, which would be counted as used."""
     m_mmap_threshold = -3
     assert ctypes.CDLL(None).mallopt(m_mmap_threshold, 256 * 1024) == 1
 
@@ -146,7 +146,7 @@ def test_peak_memory_while_loading_is_the_compressed_model_and_two_layers(
         num_hidden_layers=LAYERS, num_attention_heads=16, num_key_value_heads=16,
         max_position_embeddings=256,
     ).save_pretrained(tmp_path)  # fmt: skip
-    answers(bf16_checkpoint("llama"), quantization="dfloat11")  # compiles what compiles once
+    answers(bf16_checkpoint("llama"), quantization="dfloat11")  # one-time compilation
     give_large_blocks_back_at_once()
     seen: dict[str, int] = {}
     original = loader.DFloat11ModelLoader.load_model

@@ -1,4 +1,4 @@
-"""Whole blocks decoded at once, to the last bit as BF16 vLLM; and small batches multiplied without decoding, nearly."""
+"""Groups decoded at once give the bits of BF16 vLLM; small batches multiplied without decoding are nearly equal."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -48,7 +48,7 @@ def test_engine_that_decodes_whole_blocks_answers_as_bf16_vllm(
 def test_every_pass_decodes_every_block_once(
     bf16_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Bug caught: blocks that are never grouped, and answer just as well.
+    # Bug caught: layers that are never grouped; the answers would be the same.
     decoded: list[bool] = []
     take = scratch.take_for_group
 
@@ -63,9 +63,9 @@ def test_every_pass_decodes_every_block_once(
         model = llm.llm_engine.model_executor.driver_worker.get_model()
         held = [getattr(layer, method.GROUP, None) for layer in model.modules()]
         tables = {id(table) for table in held if table is not None}
-    assert len(tables) == 2  # a block's layers share a table
+    assert len(tables) == 2  # the layers of a transformer block share a table
     assert decoded == [True, False, False, False] * (len(decoded) // 4)
-    assert len(decoded) >= 2 * 3 * 4  # two blocks of four layers, three passes
+    assert len(decoded) >= 2 * 3 * 4  # two groups of four layers, three passes
 
 
 def test_reloaded_engine_decodes_the_new_blocks(
@@ -86,7 +86,7 @@ def test_model_of_one_block_is_decoded_in_every_pass(tmp_path: Path) -> None:
 
 
 def largest_difference(a: Answers, b: Answers) -> float:
-    """Return how far logprobs of the same prompts are apart, up to where the sampled tokens part."""
+    """Return the largest difference of logprobs of the same prompts, up to the first different token."""
     differences = [0.0]
     for one, other in zip(a, b, strict=True):
         rows = [*zip(one["prompt_logprobs"], other["prompt_logprobs"], strict=True)]
@@ -100,7 +100,7 @@ def largest_difference(a: Answers, b: Answers) -> float:
 
 @pytest.fixture(scope="module")
 def narrow_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a model as small as the fused kernels take: they run in Triton's interpreter here."""
+    """Return the smallest model that the fused kernels take: they run in Triton's interpreter here."""
     shape = dict(num_hidden_layers=1, hidden_size=704, intermediate_size=704, head_dim=64)
     path = tmp_path_factory.mktemp("narrow")
     heads = dict(num_attention_heads=11, num_key_value_heads=1, vocab_size=64)

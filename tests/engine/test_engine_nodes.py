@@ -1,6 +1,6 @@
-"""The same promise where the ranks are on two nodes, in vLLM's own two ways: through Ray, and with --nnodes.
+"""The same promise with the ranks on two nodes, in both of vLLM's ways: through Ray, and with --nnodes.
 
-Both nodes are this machine: two Ray nodes, or two `vllm serve` that talk over the loopback interface.
+Both nodes are this machine: two Ray nodes, or two `vllm serve` that communicate over the loopback interface.
 """
 
 import json
@@ -50,7 +50,7 @@ def test_ranks_on_two_ray_nodes_answer_as_those_of_bf16_vllm(
 
 
 def completion_of_two_nodes(folder: Path, name: str, *options: str) -> tuple[dict[str, Any], str]:
-    """Return what two `vllm serve`, a pipeline stage each, answer, and their logs."""
+    """Return the answer of two `vllm serve`, one pipeline stage each, and their logs."""
     options = (
         *("--pipeline-parallel-size", "2", "--distributed-executor-backend", "mp"),
         *("--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", str(free_port())),

@@ -1,4 +1,4 @@
-"""What users type, and what they get for it when it cannot work."""
+"""Options that users give, and the errors for those that cannot work."""
 
 import json
 import shutil

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.engine
 
 
 def check_weights(url: str) -> dict[str, Any]:
-    """Return what the check of a live server reports, as docs/checks.md asks for it."""
+    """Return the report of the check of a live server, requested as in docs/checks.md."""
     request = urllib.request.Request(
         f"{url}/collective_rpc",
         data=json.dumps({"method": "check_dfloat11_weights"}).encode(),

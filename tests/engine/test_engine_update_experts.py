@@ -1,4 +1,4 @@
-"""Experts in a running engine, which stay BF16: an update brings all of a layer, or is refused and changes nothing."""
+"""Experts in a running engine stay BF16: an update gives a whole layer, or is refused and changes nothing."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ Pairs = list[tuple[str, torch.Tensor]]
 
 
 class Served:
-    """A running engine with experts, and the checkpoint that it is to be updated with."""
+    """A running engine with experts, and the checkpoint for its update."""
 
     def __init__(self, llm: object, second: Path) -> None:
         self.llm, self.second = llm, second
@@ -59,7 +59,8 @@ def models(bf16_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture(scope="module")
 def expected(models: list[Path]) -> Answers:
-    """Return what BF16 vLLM answers with the other weights; asked before an engine runs, whose process groups end."""
+    """Return the answers of BF16 vLLM with the other weights; its end would destroy the process groups of a running
+    engine, so it runs first."""
     return bf16_answers(models[1])
 
 
@@ -69,7 +70,7 @@ def running(models: list[Path], expected: Answers) -> Iterator[Served]:
         yield Served(llm, models[1])
 
 
-# name: (what is done, what the sentence says)
+# name: (the update, words of the error)
 REFUSED: dict[str, tuple[Callable[[Served, Path], None], str]] = {
     "reload without one expert": (
         lambda s, _: s.reload(weights_iterator=iter(s.without(f"{EXPERTS}.2."))),
@@ -109,7 +110,7 @@ REFUSED: dict[str, tuple[Callable[[Served, Path], None], str]] = {
 def test_experts_given_in_part_are_refused_and_the_engine_goes_on(
     name: str, running: Served, tmp_path: Path
 ) -> None:
-    # Bug caught: the experts that were not given were served from memory that nobody had written.
+    # Bug caught: the experts that were not given were served from uninitialised memory.
     update, words = REFUSED[name]
     with pytest.raises(UnsupportedError, match=words):
         update(running, tmp_path)
@@ -117,6 +118,6 @@ def test_experts_given_in_part_are_refused_and_the_engine_goes_on(
 
 
 def test_experts_given_whole_take_effect(running: Served, expected: Answers) -> None:
-    # Bug caught: vLLM's CPU kernel, which packs experts when it is made, took those of an update for packed.
+    # Bug caught: vLLM's CPU kernel packs experts when it is created, and took those of an update for packed ones.
     running.reload(weights_path=str(running.second))
     assert running.ask() == expected

@@ -1,4 +1,4 @@
-"""Updates of an engine in processes of their own, as in production: its caller gets the sentence of a refused one."""
+"""Updates of an engine whose ranks are separate processes, as in production: the caller gets a refused one's error."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ WAYS = ("path", "transfer", "method")
 
 
 def updated(num_ranks: int, bf16_checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
-    """Return what happened in an engine of so many ranks."""
+    """Return what happened in an engine of `num_ranks` ranks."""
     first, second = bf16_checkpoint("llama"), tiny_models.save("llama", folder / "second", seed=7)
     damaged = shutil.copytree(second, folder / "damaged")
     tiny_models.edit(damaged, lambda tensors: tensors.pop("model.norm.weight"))
@@ -42,8 +42,8 @@ def updated(num_ranks: int, bf16_checkpoint: Checkpoint, folder: Path) -> dict[s
 def test_update_takes_effect_on_all_ranks_or_on_none_and_the_caller_learns_why(
     num_ranks: int, bf16_checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
-    # Bugs caught: one rank serves new weights and another old ones; the caller is told to look for the message of
-    # another rank; after a refused update vLLM takes the replies of all ranks but the first for those to the next call.
+    # Bugs caught: one rank serves new weights and another old ones; the error only refers to another rank's message;
+    # after a refused update vLLM takes the replies of all ranks but the first for replies to the next call.
     found = updated(num_ranks, bf16_checkpoint, tmp_path)
     for name, words in REFUSED.items():
         assert words in found["refused"].get(name, "it was not refused"), name

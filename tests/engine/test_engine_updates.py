@@ -50,8 +50,8 @@ def both(bf16_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture(scope="module")
 def expected(both: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Return what BF16 vLLM answers with each set of changes; asked before, since an engine that ends takes vLLM's
-    process groups from one that runs."""
+    """Return the answers of BF16 vLLM with each set of changes; its end would destroy the process groups of a running
+    engine, so it runs first."""
     changes = {change for _, change in EFFECTIVE.values()}
     answers = {
         change: changed_answers(both, change, tmp_path_factory.mktemp("edited"))
@@ -74,14 +74,14 @@ def running(both: tuple[Path, Path], expected: dict[str, Any]) -> Iterator[Serve
 
 @pytest.fixture
 def changing(running: Served) -> Iterator[Served]:
-    """Give the engine to a test that changes its weights, and change them back."""
+    """Yield the engine to a test that changes its weights, and restore them afterwards."""
     yield running
     running.reload(weights_path=str(running.first))
     assert running.ask() == running.answers
 
 
 def changed_answers(both: tuple[Path, Path], change: Change, folder: Path) -> Any:
-    """Return what BF16 vLLM answers with the first checkpoint and some other tensors."""
+    """Return the answers of BF16 vLLM with the first checkpoint after some of its tensors are changed."""
     first, second = (load_file(path / "model.safetensors") for path in both)
     path = shutil.copytree(both[0], folder / "model")
     tiny_models.edit(path, lambda tensors: tensors.update(change(first, second)))
@@ -99,7 +99,7 @@ def changed_answers(both: tuple[Path, Path], change: Change, folder: Path) -> An
 def test_what_is_refused_says_why_and_changes_nothing(
     write: Callable[[Served], Any], error: type[BaseException], words: str, running: Served
 ) -> None:
-    # Bug caught: weights lost in silence; an engine that is dead after an update that failed.
+    # Bug caught: weights lost without an error; an engine that is dead after a failed update.
     if words.startswith(f"{EMBEDDING}: reset_weights") and not hasattr(
         running.worker, "reset_weights"
     ):
@@ -114,7 +114,7 @@ def test_what_is_refused_says_why_and_changes_nothing(
 
 
 def test_checksums_of_vllm_are_those_of_the_checkpoint(running: Served) -> None:
-    # Bug caught: all compressed layers had the checksum of nothing, so no change of them could be seen.
+    # Bug caught: all compressed layers had the checksum of an empty tensor, so no change of them could be seen.
     if not hasattr(running.worker, "compute_weight_checksums"):
         pytest.skip("this vLLM has none")
     (found,) = running.llm.collective_rpc("compute_weight_checksums")
@@ -140,13 +140,13 @@ def doubled_norm(first: Tensors, second: Tensors) -> Tensors:
     return {NORM: first[NORM] * 2}
 
 
-# name: (what is done, the tensors that change)
+# name: (the update, the tensors that it changes)
 EFFECTIVE: dict[str, tuple[Callable[[Served], Any], Change]] = {
     "reload of a path": (lambda s: s.reload(weights_path=str(s.second)), everything),
     "reload of an iterator": (lambda s: s.iterate(s.new.items()), everything),
     "reload of one block": (lambda s: s.iterate(s.some("layers.0.")), block),
     "load_weights": (lambda s: s.model.load_weights(s.new.items()), everything),
-    # Layers that wait for more kept the memory that their source filled again: k and q had the values of v.
+    # Incomplete layers kept tensors whose memory the source had overwritten: k and q had the values of v.
     "load_weights from one buffer": (
         lambda s: s.model.load_weights(from_one_buffer(s.new.items())),
         everything,
@@ -193,7 +193,7 @@ def test_what_takes_effect_answers_as_bf16_vllm_with_these_weights(
     assert after == expected[name]
 
 
-# How a copy of the checkpoint is spoilt, and what is said of it. True: found before anything is changed.
+# Damage of a copy of the checkpoint, and words of its error. True: found before anything is changed.
 SPOILT: dict[str, tuple[Callable[[Path], Any], str, bool]] = {
     "without a norm": (
         lambda path: tiny_models.edit(path, lambda tensors: tensors.pop(NORM)),
@@ -231,7 +231,7 @@ SPOILT: dict[str, tuple[Callable[[Path], Any], str, bool]] = {
 
 @pytest.fixture
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Return a list that grows with the name of each layer that is encoded from here on."""
+    """Return a list to which the name of each layer is added when it is encoded."""
     names: list[str] = []
     replace_weight = PackedMethod._replace_weight
 
@@ -244,7 +244,7 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def as_dfloat11(source: Path, path: Path, spoil: bool = False) -> Path:
-    """Write a checkpoint in the official format; on request with damage in the codes of its last block."""
+    """Write a checkpoint in the official format; with `spoil`, damage the codes of its last transformer block."""
     compress(open_source(source), path, workers=1)
     if spoil:
         stored = open_checkpoint(path).units["model.layers.1"].fields["encoded_exponent"]
@@ -273,7 +273,7 @@ def test_spoilt_checkpoint_is_refused_and_the_engine_goes_on(
     encoded: list[str],
     tmp_path: Path,
 ) -> None:
-    # Bug caught: half a checkpoint was loaded before its other half was found missing.
+    # Bug caught: half of a checkpoint was loaded before the other half was found missing.
     path = shutil.copytree(running.second, tmp_path / "model")
     spoil(path)
     assert_refused(running, path, words)

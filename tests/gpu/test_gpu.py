@@ -1,4 +1,4 @@
-"""Bit equality of the decoders on a GPU: `TRITON_INTERPRET=0 pytest -m gpu`. Elsewhere the interpreter stands in."""
+"""Bit equality of the decoders on a GPU: `TRITON_INTERPRET=0 pytest -m gpu`. Without one, the interpreter is used."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +36,7 @@ HELD = {
 
 
 def assert_rows(held_as: str, held: Any, ids: torch.Tensor, expected: torch.Tensor) -> None:
-    """Check chosen rows, in poisoned memory, without a status of the tiles and with it."""
+    """Check chosen rows, decoded into poisoned memory, without and with a status of the tiles."""
     module = {"packed": ops, "dfloat11": unit_resident}[held_as]
     with nan_memory():
         rows = module.decode_rows(held.desc, ids, held.rows, held.cols)
@@ -71,7 +71,7 @@ def test_gpu_decodes_layers_of_real_size(held_as: str, shape: tuple[int, int]) -
 def test_gpu_decodes_into_a_captured_graph_and_sees_new_weights_after_a_reload(
     held_as: str,
 ) -> None:
-    # Bug caught: a kernel argument that is baked into the graph instead of read from the descriptor.
+    # Bug caught: a kernel argument that is fixed in the graph instead of read from the descriptor.
     pack, op = HELD[held_as]
     first, second = (to_torch(gaussian(512, 640, seed=s)).cuda() for s in (1, 2))
     a, b = pack(first, "a"), pack(second, "b")
@@ -85,7 +85,7 @@ def test_gpu_decodes_into_a_captured_graph_and_sees_new_weights_after_a_reload(
 
 
 def on_gpu(held: ops.PackedWeight) -> ops.PackedWeight:
-    """Return a weight that was packed on the CPU, on the GPU."""
+    """Return a copy on the GPU of a weight that was packed on the CPU."""
     payload = held.payload.cuda()
     desc = make_descriptor(payload, held.fields, held.size)
     return replace(held, payload=payload, desc=desc)
@@ -94,7 +94,7 @@ def on_gpu(held: ops.PackedWeight) -> ops.PackedWeight:
 @no_rehearsal
 @pytest.mark.parametrize("held_as", HELD)
 def test_gpu_decodes_a_matrix_of_more_than_two_billion_weights(held_as: str) -> None:
-    # Bug caught: offsets computed in 32 bits. Two matrices of the same rows would hide an offset that wrapped.
+    # Bug caught: offsets computed in 32 bits. Two halves with equal rows would hide an offset that wrapped.
     pack, op = HELD[held_as]
     block, repeats = gaussian(1025, 16_384), 128
     held = on_gpu(pack(to_torch(np.concatenate([block] * repeats)), "w"))

@@ -1,4 +1,4 @@
-"""The GPU encoder on a GPU: `TRITON_INTERPRET=0 pytest -m gpu`. Elsewhere the interpreter stands in."""
+"""The GPU encoder on a GPU: `TRITON_INTERPRET=0 pytest -m gpu`. Without one, the interpreter is used."""
 
 import numpy as np
 import pytest
@@ -45,7 +45,7 @@ def test_gpu_encodes_matrices_that_are_not_contiguous_or_not_aligned_in_row_orde
 
 
 def test_gpu_gives_the_same_bytes_every_time() -> None:
-    # Bug caught: lanes that share a word and overwrite each other's bits, depending on who comes first.
+    # Bug caught: lanes that share a word and overwrite each other's bits, depending on their order.
     weight = to_torch(gaussian(2048, 2048)).cuda()
     first = ops.pack(weight, "w").payload
     for _ in range(20):
@@ -53,7 +53,7 @@ def test_gpu_gives_the_same_bytes_every_time() -> None:
 
 
 def test_gpu_packs_with_little_memory_beside_the_matrix_and_its_payload() -> None:
-    # So large that what the checksum takes, the same for every size, is little too.
+    # So large that the checksum's fixed temporary memory is small in comparison.
     weight = torch.empty(16_384, 16_384, dtype=torch.bfloat16, device="cuda").normal_(0, 0.02)
     ops.pack(weight[:64], "w")  # compiles
     torch.cuda.synchronize()
@@ -65,7 +65,7 @@ def test_gpu_packs_with_little_memory_beside_the_matrix_and_its_payload() -> Non
 
 
 def test_gpu_encodes_a_matrix_of_more_than_two_billion_weights() -> None:
-    # Bug caught: offsets or counts in 32 bits. Every block of the matrix has the code, and so the bytes, of the first.
+    # Bug caught: offsets or counts in 32 bits. The matrix repeats its first part, so each repeat has the same bytes.
     rows, cols, repeats = 1025, 16_384, 128
     bits = gaussian(rows, cols)
     block = encode(bits)

@@ -18,7 +18,7 @@ GROUPS = of_size(
 
 
 def decode(packed: list[ops.PackedWeight], poison: int) -> list[torch.Tensor]:
-    """Return what a group decodes to, from poisoned memory, every status checked."""
+    """Return the matrices of a group, decoded into poisoned memory; check every status."""
     shapes = [(member.rows, member.cols) for member in packed]
     starts = groups.first_tiles(shapes)
     out, status = buffers(starts[-1], starts[-1] * layout.TILE_WEIGHTS, poison)
@@ -57,7 +57,7 @@ def test_gpu_decodes_groups_of_real_size(shapes: list[tuple[int, int]]) -> None:
 
 @no_rehearsal
 def test_gpu_decodes_a_group_of_more_than_two_billion_weights() -> None:
-    # Bug caught: a member's place in the output computed in 32 bits. Members share one payload, not their place.
+    # Bug caught: a member's offset in the output computed in 32 bits. Members share one payload, but not the offset.
     bits = gaussian(16_400, 16_384)
     weight = to_torch(bits).cuda()
     packed = ops.pack(weight, "w")

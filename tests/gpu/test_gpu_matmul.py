@@ -11,13 +11,13 @@ from vllm_dfloat.kernels import packed_matmul as kernels
 
 pytestmark = NEEDS_GPU
 EIGHTH = layout.TILE_WEIGHTS // 8
-# Columns for which tiles touch 1, 2, ... rows of the matrix: each is a kernel of its own.
+# Columns for which tiles touch 1, 2, ... rows of the matrix: each number has its own kernel.
 COLUMNS = {
     kernels.num_segments(cols): cols
     for cols in range(EIGHTH, 16 * EIGHTH + 1, EIGHTH)
     if kernels.is_supported(cols)
 }
-# Numbers of rows that need every kernel there is for them, and some that leave rows of a kernel empty.
+# One row count per kernel variant, and some that leave rows of a kernel empty.
 NUM_ROWS = of_size(sorted({*fused.compiled_for(kernels.MAX_ROWS), 3, 17}), [3, 5])
 LLAMA_8B = [(6144, 4096), (4096, 4096), (28_672, 4096), (4096, 14_336)]
 
@@ -96,7 +96,7 @@ def test_gpu_multiplies_a_matrix_held_as_bf16(num_rows: int) -> None:
 @no_rehearsal
 @pytest.mark.parametrize("num_rows", [1, 32])
 def test_gpu_multiplies_a_matrix_of_more_than_two_billion_weights(num_rows: int) -> None:
-    # Bug caught: offsets computed in 32 bits. Every block of the matrix gives the result of the first.
+    # Bug caught: offsets computed in 32 bits. The matrix repeats its first part, so each repeat has the same result.
     block, repeats = to_torch(gaussian(1025, 16_384)).cuda(), 128
     assert block.numel() % layout.TILE_WEIGHTS == 0
     whole = ops.pack(block.repeat(repeats, 1), "w")

@@ -41,7 +41,7 @@ def test_gpu_gives_the_bytes_of_the_cpu_encoder_for_members_of_real_size(
     weights = [gaussian(1, size, seed=size) for size in sizes]
     expected = encode_unit(weights, "u")
     coder = DeviceCoder(DEVICE)
-    for _ in range(3):  # whoever comes first
+    for _ in range(3):  # the order of the lanes must not matter
         assert_same(encode_unit(weights, "u", coder), expected)
     unit, flat = as_unit(expected, "u"), np.concatenate([w.reshape(-1) for w in weights])
     assert coder.equals(unit, 0, flat)

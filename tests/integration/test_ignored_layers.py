@@ -1,4 +1,4 @@
-"""Any layer can be left in BF16, and the LM head be the embedding, a copy or another: BF16 vLLM's answers."""
+"""With any layer left in BF16, and an LM head that is the embedding, a copy of it or another: BF16 vLLM's answers."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.engine
 SHAPE = dict(hidden_size=128, intermediate_size=128, num_attention_heads=2)
 LINEAR = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 VOCABULARY = ["embed_tokens", "lm_head"]
-# What the LM head is to its embedding; which kind of layer is left in BF16; whether the checkpoint is an official one.
+# How the LM head relates to its embedding; the kind of layer left in BF16; whether the checkpoint is an official one.
 ALWAYS = [
     *(("untied", kind, False) for kind in VOCABULARY + LINEAR),
     *(("untied", kind, True) for kind in VOCABULARY),
@@ -48,7 +48,7 @@ Folders = Callable[[str, bool], Path]
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
-    """Return a function: what the LM head is, whether the folder is to be compressed -> the folder."""
+    """Return a function: kind of the LM head, whether the folder is compressed -> the folder."""
     root = tmp_path_factory.mktemp("heads")
 
     def make(head: str, is_official: bool) -> Path:
@@ -56,7 +56,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
         if not plain.exists():
             tiny_models.save("qwen3", plain, **SHAPE, tie_word_embeddings=head != "untied")
             tiny_models.edit(plain, lambda tensors: store_head(tensors, head))
-            # A unit of its own for an LM head that config.json ties: others' releases may have it.
+            # A separate unit for an LM head that config.json ties: releases of others may have one.
             is_unit = head.endswith("unit")
             source = tie(
                 shutil.copytree(plain, root / f"{head}-source"), head != "untied" and not is_unit
@@ -95,14 +95,14 @@ def options(*ignore: str, **others: str) -> dict[str, Any]:
 def test_model_answers_as_bf16_vllm_with_each_kind_of_layer_left_in_bf16(
     head: str, kind: str | None, is_official: bool, folders: Folders
 ) -> None:
-    # Bug caught: an official checkpoint's LM head left out because config.json ties it, and NaN for every token.
+    # Bug caught: an official checkpoint's LM head left out because config.json ties it; NaN for every token.
     ignore = [f"re:.*{kind}"] if kind else []
     served = answers(folders(head, is_official), **options(*ignore))
     assert served == bf16_answers(folders(head, False))
 
 
 def takes_apart(model: torch.nn.Module) -> bool:
-    """Return whether this vLLM looks for a stored head; 0.28 goes by config.json alone, and has one layer for both."""
+    """Return whether this vLLM looks for a stored head; 0.28 uses only config.json, and has one layer for both."""
     return model.lm_head is not model.model.embed_tokens
 
 
@@ -111,7 +111,7 @@ def takes_apart(model: torch.nn.Module) -> bool:
 def test_equal_copy_of_the_embedding_is_held_once(
     is_official: bool, layout: str, folders: Folders, log_lines: list[str]
 ) -> None:
-    # Bug caught: twice the bytes, where BF16 vLLM makes one of the two.
+    # Bug caught: twice the bytes, although BF16 vLLM ties the two.
     with loaded(folders("tied", is_official), **options(layout=layout)) as model:
         tied = report.summarize(model)
     with loaded(folders("equal copy", is_official), **options(layout=layout)) as model:
@@ -139,7 +139,7 @@ def test_different_head_is_held_apart_with_a_warning(
 def test_update_that_makes_the_copy_differ_is_served_and_so_is_one_that_makes_it_equal_again(
     ignore: tuple[str, ...], folders: Folders
 ) -> None:
-    # Bug caught: one parameter for both, into which an update writes first the one matrix and then the other.
+    # Bug caught: one parameter for both layers, into which an update writes one matrix and then the other.
     equal, different = folders("equal copy", False), folders("different", False)
     with engine(equal, **options(*ignore)) as llm:
         model = llm.llm_engine.model_executor.driver_worker.get_model()
@@ -158,7 +158,7 @@ def test_update_that_makes_the_copy_differ_is_served_and_so_is_one_that_makes_it
 def test_entries_of_ignore_that_match_nothing_are_said(
     folders: Folders, log_lines: list[str]
 ) -> None:
-    # Bug caught: a misspelt name, and not a word.
+    # Bug caught: a misspelt name without a warning.
     given = ["model.layers.0.mlp.down", "re:.*o_proj", "lm_haed"]
     with loaded(folders("untied", False), **options(*given)):
         pass

@@ -1,4 +1,4 @@
-"""What Inductor makes of compressed layers on a GPU, seen on a CPU; and the line of log about the rest."""
+"""Inductor's passes for a GPU on compressed layers, checked on a CPU; and the log line about other differences."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -58,7 +58,7 @@ def two_products(linear: Linear, x: torch.Tensor, residual: torch.Tensor) -> Any
 def nodes_after_inductor(
     model: Model, linear: Linear, mode: FakeTensorMode, device: str
 ) -> list[torch.fx.Node]:
-    """Return the calls in a model's graph after Inductor's passes, as if for a GPU; nothing is compiled."""
+    """Return the calls in a model's graph after Inductor's passes for a GPU; nothing is compiled."""
     from torch._inductor.decomposition import select_decomp_table
     from torch._inductor.fx_passes.post_grad import post_grad_passes
 
@@ -88,7 +88,7 @@ def nodes_after_inductor(
 def test_inductor_takes_additions_into_compressed_layers_where_it_does_so_in_bf16(
     model: Model, num_taken_in: int, in_group: bool
 ) -> None:
-    # Bug caught: BF16 vLLM rounds product and residual once, in the GEMM, where a compressed layer rounded twice.
+    # Bug caught: a compressed layer rounded product and sum; BF16 vLLM rounds once, in the GEMM.
     additions.install()
     mode = FakeTensorMode()
     with mode:
@@ -132,7 +132,7 @@ def test_inductor_leaves_additions_where_bf16_has_another_gemm(name: str) -> Non
 
 
 def test_an_addend_for_a_bias_is_added_once_and_rounded_once() -> None:
-    """What addmm is: the op takes a matrix where it takes a bias."""
+    """The op takes a matrix as its bias, and then equals addmm."""
     torch.manual_seed(0)
     x = torch.randn(NUM_TOKENS, COLS, dtype=torch.bfloat16)
     weight = torch.randn(ROWS, COLS, dtype=torch.bfloat16)

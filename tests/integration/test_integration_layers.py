@@ -1,4 +1,4 @@
-"""Single layers, without an engine: slices of every rank, biases, the op, and the order of weights."""
+"""Single layers without an engine: slices of every rank, biases, the op, and the order of weights."""
 
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -48,7 +48,7 @@ def random_weight(*shape: int) -> torch.Tensor:
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, rank: int, size: int) -> None:
-    """Let layers believe they are rank `rank` of `size`."""
+    """Make layers behave as on rank `rank` of `size`."""
     import vllm.model_executor.parameter as parameter
 
     for module in (vllm_linear, parameter, vllm_embedding):
@@ -100,7 +100,7 @@ def load(
 
 
 def finish(layer: torch.nn.Module) -> None:
-    """Process what waits for padding that is never loaded, as vLLM does at the end of a checkpoint."""
+    """Process a layer that lacks only padding, which is never loaded, as vLLM does at the end of a checkpoint."""
     from vllm.model_executor.model_loader.reload import layerwise
 
     if packed_of(layer) is None:
@@ -155,13 +155,13 @@ def test_of_a_weight_that_is_decoded_where_it_is_copied_a_rank_decodes_its_slice
     finish(packed)
     assert same_bits(packed.quant_method.dequantize_weight(packed), plain.weight.data)
     assert max(ranges) <= 10_000
-    # The columns of a row-parallel slice lie between others, which are decoded along.
+    # The columns of a row-parallel slice lie between other columns, which are decoded too.
     everything = sum(rows * cols for _, rows, cols in parts)
     assert sum(ranges) <= (everything if kind is row else plain.weight.numel())
 
 
 def test_projection_that_arrives_twice_does_not_stand_in_for_another() -> None:
-    # Bug caught: as many elements as the layer has, and v_proj from memory that nobody has written.
+    # Bug caught: the number of elements was right, but v_proj was uninitialised memory.
     layer, (q, k, _) = qkv(quant_config=config("packed"), prefix="layer")
     with pytest.raises(UnsupportedError, match=r"layer.weight: 163840 of 196608 .*part 3 of 3"):
         load(layer, [q, k, k])
@@ -175,7 +175,7 @@ def test_lm_head_that_only_the_target_of_a_draft_has_is_left_to_it(method: str) 
         speculative_config=SimpleNamespace(method=method), parallel_config=parallel
     )
     tying.prepare(torch.nn.ModuleList([layer]), drafting, SimpleNamespace(runner_type="draft"))
-    if method == "draft_model":  # a whole model, which keeps its own
+    if method == "draft_model":  # a whole model, which keeps its own embedding
         with pytest.raises(UnsupportedError, match=r"head\.weight: 0 of 128000 weights arrived"):
             finish(layer)
         return

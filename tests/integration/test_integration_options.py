@@ -1,4 +1,4 @@
-"""Options: what is taken, what is refused, and what a config.json may hold."""
+"""Options: accepted values, refused values, and those in a config.json."""
 
 import pickle
 from typing import Any
@@ -59,7 +59,7 @@ def test_config_json_with_an_unknown_option_is_refused() -> None:
 
 
 def test_config_survives_the_way_into_a_worker_and_brings_the_loaders_along() -> None:
-    # Bug caught: in a spawned worker nothing but the config itself can install the loaders.
+    # Bug caught: a spawned worker without our loaders; only the config itself can install them there.
     from vllm.model_executor import model_loader
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 

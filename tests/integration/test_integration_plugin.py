@@ -1,4 +1,4 @@
-"""`register`: called in every vLLM process on the machine, so it must be harmless there."""
+"""`register`: vLLM calls it in every process on the machine, so it must do no harm."""
 
 import subprocess
 import sys
@@ -25,7 +25,7 @@ def test_register_twice_equals_register_once() -> None:
 def test_register_never_raises_but_says_why(
     monkeypatch: pytest.MonkeyPatch, log_lines: list[str]
 ) -> None:
-    # Bug caught: vLLM lets an exception of a plugin end every run on the machine.
+    # Bug caught: an exception of the plugin, with which vLLM ends every run on the machine.
     def fail() -> None:
         raise RuntimeError("no such hook")
 

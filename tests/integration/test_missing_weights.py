@@ -1,6 +1,6 @@
-"""A checkpoint that lacks anything is refused in a sentence that names it, whatever vLLM's own check passes over.
+"""A checkpoint that lacks any weight is refused in a sentence that names it, also if vLLM's own check skips it.
 
-Models are loaded by vLLM's loaders into real layers; no engine is needed to refuse.
+vLLM's loaders load the models into real layers; a refusal needs no engine.
 """
 
 import json
@@ -38,7 +38,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Models:
 
     def make(name: str) -> Path:
         experts = dict(moe_intermediate_size=64) if name == "qwen3_moe" else {}
-        # vLLM 0.28 takes no other Phi.
+        # vLLM 0.28 accepts only such a Phi.
         phi = dict(intermediate_size=4 * 64, num_key_value_heads=2) if name == "phi" else {}
         heads = dict(num_key_value_heads=1)
         return (
@@ -59,14 +59,14 @@ def without(source: Path, path: Path, *names: str) -> Path:
 
 
 ATTENTION, MLP = "model.layers.1.self_attn", "model.layers.1.mlp"
-BY_BF16_VLLM = [  # what it refuses itself: architecture, tensor
+BY_BF16_VLLM = [  # missing tensors that BF16 vLLM refuses too: architecture, tensor
     ("llama", "model.layers.1.input_layernorm.weight"),
     ("llama", "model.norm.weight"),
     ("qwen3", f"{ATTENTION}.q_norm.weight"),
     ("qwen3", "model.norm.weight"),  # tied
     ("phi", "model.final_layernorm.bias"),
 ]
-BY_US = [  # and what it would serve: architecture, tensor, what the sentence says
+BY_US = [  # missing tensors without which it would serve: architecture, tensor, words of our error
     ("llama", f"{ATTENTION}.k_proj.weight", "qkv_proj.weight: 6144 of 8192 weights arrived (missing: k_proj)"),
     ("llama", f"{MLP}.up_proj.weight", "gate_up_proj.weight: 4096 of 8192 weights arrived (missing: up_proj)"),
     ("llama", f"{ATTENTION}.o_proj.weight", "o_proj.weight: 0 of 4096 weights arrived"),
@@ -101,7 +101,7 @@ OFFICIAL = [
 def test_checkpoint_that_lacks_a_tensor_is_refused_in_a_sentence_that_names_it(
     architecture: str, name: str, message: str, is_official: bool, small: Models, tmp_path: Path
 ) -> None:
-    # Bug caught: other tokens, in silence, with whatever lay in memory as the weight.
+    # Bug caught: wrong tokens without an error, with uninitialised memory as the weight.
     model = without(small(architecture), tmp_path / "model", name)
     if is_official:
         compress(open_source(model), tmp_path / "official", workers=1)
@@ -144,7 +144,7 @@ def cut(source: Path, path: Path, name: str, dim: int) -> Path:
 
 
 def pad_experts(monkeypatch: pytest.MonkeyPatch, hidden: int, inner: int) -> None:
-    """Have vLLM pad experts, as it does for some kernels of GPUs."""
+    """Make vLLM pad experts, as it does for some GPU kernels."""
     from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
         UnquantizedFusedMoEMethod,
     )
@@ -171,7 +171,7 @@ def test_expert_that_is_cut_off_is_refused_whatever_vllm_pads(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # Bug caught: one element of an expert was enough, since padding never arrives; the rest was whatever lay there.
+    # Bug caught: one element of an expert was enough, since padding never arrives; the rest was uninitialised memory.
     pad_experts(monkeypatch, hidden, inner)
     model = cut(small("qwen3_moe"), tmp_path / "model", f"{MLP}.experts.1.{kind}.weight", dim)
     with (
@@ -210,7 +210,7 @@ def test_layer_that_is_left_in_bf16_must_be_there_too(
 def test_tensor_stored_twice_does_not_stand_in_for_a_missing_one(
     small: Models, tmp_path: Path
 ) -> None:
-    # Bug caught: as many elements as were expected, and one projection from memory that nobody has written.
+    # Bug caught: the number of elements was right, but one projection was uninitialised memory.
     model = without(small("llama"), tmp_path / "model", f"{ATTENTION}.v_proj.weight")
     key = f"{ATTENTION}.k_proj.weight"
     again = {key: load_file(model / "model.safetensors")[key]}
@@ -257,7 +257,7 @@ def drafting(target: Path, method: str, model: Path) -> dict[str, Any]:
 
 
 def eagle(target: Path, path: Path) -> Path:
-    """Write a draft model for `target` that has neither embedding nor LM head: vLLM puts the target's there."""
+    """Write a draft model for `target` without embedding and LM head: vLLM uses the target's."""
     if vllm.__version__.startswith("0.28."):
         pytest.skip("vLLM 0.28 has no quantization for an EAGLE draft whose checkpoint names none")
     shutil.copytree(target, path)
@@ -313,7 +313,7 @@ def gpt_oss(path: Path, seed: int) -> Path:
 def test_weights_that_a_model_writes_past_the_loaders_are_not_lost_in_silence(
     tmp_path: Path,
 ) -> None:
-    # Bug caught: gpt-oss said it had loaded experts and sinks, and went on with the old ones.
+    # Bug caught: gpt-oss reported experts and sinks as loaded, but kept the old ones.
     first, second = gpt_oss(tmp_path / "first", 0), gpt_oss(tmp_path / "second", 1)
     with loaded(first, quantization="dfloat11") as model:
         before = {

@@ -1,4 +1,4 @@
-"""What stands in the place of a compressed layer's weight: everything that only looks works, everything else raises."""
+"""The placeholder of a compressed layer's weight: reading its shape, dtype or device works, all else raises."""
 
 import copy
 import io
@@ -95,7 +95,7 @@ READS: dict[str, Operation] = {
     "torch.save": lambda w: torch.save(Layer(w).state_dict(), io.BytesIO()),
     "numpy": lambda w: w.numpy(),
     "data_ptr": lambda w: w.data_ptr(),  # NCCL writes to it
-    # For these torch asks no __torch_function__; they gave NaN.
+    # torch does not call __torch_function__ for these; they gave NaN.
     "torch.tensor": torch.tensor,
     "Tensor": torch.Tensor,
     "as_subclass": lambda w: w.as_subclass(torch.Tensor),
@@ -109,7 +109,7 @@ READS: dict[str, Operation] = {
 def test_write_raises_a_sentence_with_the_layer_and_the_way_that_works(
     write: Operation, weight: WeightPlaceholder
 ) -> None:
-    # Bug caught: writes to an empty tensor, lost in silence.
+    # Bug caught: writes to an empty tensor, which were lost without an error.
     with pytest.raises(UnsupportedError, match=SENTENCE):
         write(weight)
 
@@ -152,7 +152,7 @@ def test_module_calls_that_change_nothing_work(weight: WeightPlaceholder) -> Non
 
 
 def test_equals_nothing_but_itself(weight: WeightPlaceholder) -> None:
-    # Bug caught: two empty tensors are equal, so a draft model was given the target's embeddings.
+    # Bug caught: two empty tensors counted as equal, so a draft model got the target's embeddings.
     other = placeholder("another")
     assert torch.equal(weight, weight)
     assert not torch.equal(weight.cpu(), other.cpu())

@@ -1,4 +1,4 @@
-"""Replies of ranks in processes of their own: each call of vLLM's collective_rpc gets those that are its own."""
+"""Replies of ranks in separate processes: each call of vLLM's collective_rpc gets its own replies."""
 
 import queue
 from collections import deque
@@ -15,7 +15,7 @@ SUCCESS, FAILURE = WorkerProc.ResponseStatus.SUCCESS, WorkerProc.ResponseStatus.
 
 
 class Replies(queue.SimpleQueue[Any]):
-    """Stands in for vLLM's MessageQueue; those of vLLM 0.28, made by the dozen in one process, lock up in ZeroMQ."""
+    """Replaces vLLM's MessageQueue: a dozen of vLLM 0.28's in one process deadlock in ZeroMQ."""
 
     def dequeue(self, timeout: float | None = None) -> Any:
         try:
@@ -25,7 +25,7 @@ class Replies(queue.SimpleQueue[Any]):
 
 
 class Ranks:
-    """vLLM's executor without workers, and what they would write to."""
+    """vLLM's executor without workers, and the queues to which workers would write."""
 
     def __init__(self) -> None:
         self.queues = [Replies() for _ in range(NUM_RANKS)]
@@ -62,7 +62,7 @@ def all_of(call: str) -> list[str]:
 def test_call_after_one_that_failed_gets_its_own_replies(
     ranks: Ranks, failing: tuple[int, ...]
 ) -> None:
-    # Bug caught: what the ranks after the failing one had said was taken for the reply to the next call.
+    # Bug caught: the replies of the ranks after the failing one were taken for replies to the next call.
     ranks.reply("first", failing)
     with pytest.raises(RuntimeError, match=f"first of {failing[0]}"):
         ranks.call()
@@ -74,7 +74,7 @@ def test_call_after_one_that_failed_gets_its_own_replies(
 
 
 def test_call_of_one_rank_after_one_that_failed_gets_that_ranks_reply(ranks: Ranks) -> None:
-    # Bug caught: with pipeline stages the reply to a forward pass was that to a refused update.
+    # Bug caught: with pipeline stages, a forward pass got the reply to a refused update.
     ranks.reply("update", failing=(0,))
     with pytest.raises(RuntimeError, match="update of 0"):
         ranks.call()
@@ -94,7 +94,7 @@ def test_reply_that_came_too_late_is_no_reply_to_the_next_call(ranks: Ranks) -> 
 
 
 def test_failure_of_one_rank_is_told_before_the_others_have_replied(ranks: Ranks) -> None:
-    # Bug caught: ranks that wait for the failed one in a collective would have been waited for.
+    # Bug caught: a wait for ranks that themselves wait, in a collective, for the failed rank.
     ranks.reply("first", failing=(0,), ranks=[0])
     with pytest.raises(RuntimeError, match="first of 0"):
         ranks.call()

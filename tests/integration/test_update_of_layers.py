@@ -1,4 +1,4 @@
-"""Updates of layers that hold no matrix: vLLM's loaders, its layerwise reload and real layers, without an engine."""
+"""Updates of layers without matrices: vLLM's loaders, its layerwise reload and real layers, without an engine."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,7 +51,7 @@ def same(found: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:
 
 
 def test_layer_that_gets_one_parameter_and_not_another_is_refused(mamba: Loaded) -> None:
-    # Bug caught: the others were served from memory that nobody had written.
+    # Bug caught: the other vectors were served from uninitialised memory.
     before = mamba.vectors()
     with pytest.raises(
         UnsupportedError, match=rf"{MIXER}: nothing arrived for A, dt_bias; .*before"

@@ -1,7 +1,7 @@
-"""What Triton's compiler makes of the kernels for four GPU generations, without a GPU, and with two versions of Triton.
+"""The kernels compiled for four GPU generations, without a GPU, by two versions of Triton.
 
-GPU hosts have either: PyTorch 2.11 brings Triton 3.6, and it compiles otherwise than 3.9. The one that is installed is
-asked here. With --full the other one too, in a folder of its own, where it also interprets the kernels.
+GPU hosts have one of both: PyTorch 2.11 brings Triton 3.6, which compiles differently from 3.9. The installed version
+is tested here. With --full the other version is tested too, from a separate folder, and also interprets the kernels.
 """
 
 import json
@@ -19,18 +19,18 @@ Rows = dict[tuple[str, str], dict[str, Any]]
 ROOT = Path(__file__).parents[2]
 TARGETS = (80, 89, 90, 100)
 OTHER_TRITON = "3.9.0" if triton.__version__.startswith("3.6.") else "3.6.0"
-OTHER_NUMPY = "numpy>=2.4,<2.5"  # Triton 3.6's interpreter meets it on hosts of today
+OTHER_NUMPY = "numpy>=2.4,<2.5"  # current hosts have it together with Triton 3.6
 
-# What every target compiles here: one of each form. All others are compiled for sm_90 here, and for every target by the
-# kernel report.
+# One kernel of each form, compiled here for every target. All others are compiled for sm_90 here, and for every target
+# by the kernel report.
 FORMS = (
     "decode", "decode_group", "decode_rows", "decode_dfloat11", "decode_dfloat11_resident", "decode_dfloat11_rows",
     "encode_count", "encode_measure", "encode_write", "encode_dfloat11_measure", "encode_dfloat11_write",
     "encode_dfloat11_split", "gemv_1", "dot_16", "sum_1",
 )  # fmt: skip
 
-# Where the threads of a program must wait for each other in every turn, whoever compiles: operands go to the tensor
-# cores through shared memory; a block of the official layout ends when its last lane does; a histogram is shared.
+# Kernels whose threads must wait for each other in every turn of a loop, with any compiler: operands go to the tensor
+# cores through shared memory; a block of the official layout ends with its last window; a histogram is shared.
 WAITING = ("dot_", "decode_dfloat11", "encode_count")
 
 
@@ -48,7 +48,7 @@ def kernel_report(*arguments: str, packages: Path | None = None) -> list[dict[st
 
 
 def with_packages(packages: Path | None) -> dict[str, str]:
-    """Return the variables that put a folder of packages before the installed ones."""
+    """Return the environment variables that put a folder of packages before the installed ones."""
     if packages is None:
         return {}
     path = os.pathsep.join([str(packages), str(ROOT), os.environ.get("PYTHONPATH", "")])
@@ -60,13 +60,13 @@ def by_name(rows: list[dict[str, Any]]) -> Rows:
 
 
 def assert_no_spills(rows: Rows, most: int = 16) -> None:
-    # ptxas puts a few words aside during a loop where that saves the registers for one more warp; not in the loop.
+    # ptxas spills a few words around a loop if that saves the registers for one more warp; never inside the loop.
     assert [key for key, row in rows.items() if row["spilled_bytes"] > most] == []
     assert [key for key, row in rows.items() if row["spills_in_loops"]] == []
 
 
 def assert_no_barriers_in_loops(rows: Rows) -> None:
-    # Bug caught: a conversion through shared memory in every turn, where each thread has what it needs.
+    # Bug caught: a conversion through shared memory in every turn, although each thread has its operands.
     waiting = {key for key, row in rows.items() if row["barriers_in_loops"]}
     assert {key for key in waiting if not key[0].startswith(WAITING)} == set()
 
@@ -99,7 +99,7 @@ def test_decode_kernel_keeps_to_its_instruction_budget(report: Rows) -> None:
 
 @pytest.fixture(scope="module")
 def other_packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with the other Triton and a NumPy of today."""
+    """Return a folder with the other Triton and a current NumPy."""
     folder = tmp_path_factory.mktemp("packages")
     wanted = [f"triton=={OTHER_TRITON}", OTHER_NUMPY]
     command = [sys.executable, "-m", "pip", "install", "--no-deps", "--target", folder, *wanted]
@@ -132,7 +132,7 @@ def test_the_other_triton_compiles_every_kernel_for_every_target_as_well(
 def test_the_other_triton_interprets_the_kernels_to_the_same_bits(
     file: str, other_packages: Path
 ) -> None:
-    # Bug caught: a form that one version's interpreter, or a newer NumPy, does not take.
+    # Bug caught: code that one version's interpreter, or a newer NumPy, does not accept.
     command = [
         sys.executable,
         "-m",

@@ -1,4 +1,4 @@
-"""Launch parameters: which entry a device gets, and that every entry can be launched."""
+"""Launch parameters: the entry that a device gets, and a check that every entry can be launched."""
 
 import contextlib
 import os
@@ -60,7 +60,7 @@ def test_a_device_that_is_not_cuda_gets_what_suits_the_interpreter() -> None:
 
 
 def test_overriding_ends_with_its_block_whatever_happens_in_it() -> None:
-    # Bug caught: a candidate that cannot be launched, and whose parameters stay for the rest of the process.
+    # Bug caught: a candidate that cannot be launched, but whose parameters stay for the rest of the process.
     outer, inner = replace(DEFAULT, fused_max_rows=1), replace(DEFAULT, fused_max_rows=2)
     with override(outer):
         with contextlib.suppress(ZeroDivisionError), override(inner):

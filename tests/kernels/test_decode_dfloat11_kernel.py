@@ -1,4 +1,4 @@
-"""The two-phase kernel, in Triton's interpreter: equal to the CPU decoder, bounded on any bytes."""
+"""The two-phase kernel, in Triton's interpreter: equal to the CPU decoder, and within its bounds on any bytes."""
 
 from pathlib import Path
 
@@ -59,7 +59,7 @@ def test_kernel_equals_the_cpu_decoder_on_a_unit_of_each_model(vector: str) -> N
 
 
 def first_blocks(unit: Unit, count: int) -> Unit:
-    """Return the unit cut down to its first blocks, as if the others had never been there."""
+    """Return the unit reduced to its first blocks, as if it had no others."""
     if unit.num_blocks <= count:
         return unit
     numel = int(unit.positions[count])
@@ -97,7 +97,7 @@ def test_stream_cut_within_its_last_code_ends_with_a_status_bit() -> None:
 
 @pytest.mark.parametrize(("name", "flips"), [("odd77", 6), ("prime4099", 4), ("all_0_to_239", 4)])
 def test_kernel_and_cpu_decoder_agree_on_what_is_damaged(name: str, flips: int) -> None:
-    # Bug caught: a kernel that lets a damaged block pass which the CPU decoder refuses.
+    # Bug caught: a kernel that accepts a damaged block which the CPU decoder refuses.
     unit = EDGE_UNITS[f"edge-good/{name}"]
     rng = np.random.default_rng(0)
     for _ in range(flips):

@@ -1,4 +1,4 @@
-"""Groups of matrices in one launch: the bits of decoding them one by one, in the interpreter and on the CPU."""
+"""Groups of matrices in one launch have the bits of matrices decoded one by one, in the interpreter and on the CPU."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ POISON = 0x7FC1  # no weight of these tests
 
 
 def members() -> dict[str, torch.Tensor]:
-    """Return matrices that end within a program, within a tile and at its end; one held as BF16; one tile; and more."""
+    """Return matrices that end within a program, within a tile or with a tile, one held as BF16, and others."""
     hard = hard_matrices()
     return {
         "seven tiles": to_torch(gaussian(25, 500, seed=1)),
@@ -32,7 +32,7 @@ def decode(
     tiles: int = 4,
     table: torch.Tensor | None = None,
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Return what a group decodes to, from poisoned memory, and its status words."""
+    """Return the matrices of a group, decoded into poisoned memory, and the status words."""
     monkeypatch.setenv("VLLM_DFLOAT_BACKEND", backend)
     shapes = [(p.rows, p.cols) for p in packed]
     starts = groups.first_tiles(shapes)
@@ -71,7 +71,7 @@ def test_group_decodes_to_the_bits_of_its_members(
 def test_descriptors_may_change_after_the_table_is_made(
     backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Bug caught: a table that holds what the descriptors said when it was made; a reload would go unseen.
+    # Bug caught: a table with copies of the descriptors' contents, so that a reload has no effect.
     first, second = (ops.pack(to_torch(gaussian(9, 700, seed=s)), "w") for s in (1, 2))
     expected = ops.unpack(first), ops.unpack(second)
     table = groups.group_table([first.desc], [(9, 700)])

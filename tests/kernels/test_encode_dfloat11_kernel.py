@@ -34,7 +34,7 @@ EDGE_UNITS = open_checkpoint(VECTORS / "edge-good-df11").units
 
 @pytest.fixture(autouse=True, scope="module")
 def _poisoned_memory() -> Iterator[None]:
-    """Let every torch.empty hold what no encoder writes by chance: what a kernel leaves out shows."""
+    """Fill every torch.empty with values that no encoder writes, so that elements a kernel misses are seen."""
     empty = torch.empty
 
     def poisoned(*size: Any, **options: Any) -> torch.Tensor:
@@ -91,7 +91,7 @@ def test_members_and_pieces_of_any_size_give_the_bytes_of_the_cpu_encoder(
 
 
 def codes64(blocks: int, bit: int) -> Codes64:
-    """Return windows as the encoder hands them out, the last one written up to `bit`; what is to be set is poisoned."""
+    """Return windows as the encoder gives them, the last one written up to `bit`; parts to be set are poisoned."""
     windows = 512 * blocks + 1
     words = np.zeros(windows, np.uint64)
     words[bit >> 6] = (1 << 64) - (1 << (64 - bit % 64)) if bit % 64 else 0

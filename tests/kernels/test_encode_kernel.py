@@ -25,7 +25,7 @@ HARD = hard_matrices()
 
 @pytest.fixture(autouse=True, scope="module")
 def _poisoned_memory() -> Iterator[None]:
-    """Let every torch.empty hold what no encoder writes by chance: a section left out shows."""
+    """Fill every torch.empty with values that no encoder writes, so that a missed section is seen."""
     empty = torch.empty
 
     def poisoned(*size: Any, **options: Any) -> torch.Tensor:
@@ -53,12 +53,12 @@ def test_kernels_give_the_bytes_of_the_cpu_encoder(name: str) -> None:
     "numel", [2046, 2047, 2048, 2049, 4095, 4096, 4097, 5 * 2048, 9 * 2048 + 1]
 )
 def test_bytes_are_the_same_around_the_borders_of_tiles_and_programs(numel: int) -> None:
-    # Bug caught: a program past the end, or a last tile that is filled up otherwise.
+    # Bug caught: a program past the end, or a last tile with another padding.
     assert_same_bytes(to_torch(gaussian(1, numel, seed=numel)))
 
 
 def test_device_that_miscounts_is_told_of_in_a_sentence() -> None:
-    # Bug caught: StopIteration out of the choice of a code.
+    # Bug caught: StopIteration from the choice of a code.
     with (
         mock.patch.object(kernels, "count_exponents"),  # counts nothing
         pytest.raises(DeviceError, match=r"w: the device counted -?\d+ exponents; expected 6"),
@@ -68,7 +68,7 @@ def test_device_that_miscounts_is_told_of_in_a_sentence() -> None:
 
 @pytest.mark.parametrize(("rare", "code_bits"), LIMITS)
 def test_codes_that_use_all_their_bits_are_joined_without_loss(rare: int, code_bits: int) -> None:
-    # Bug caught: more codes joined than fit beside what is left of the length in their table entry.
+    # Bug caught: more codes joined than fit: the length bits of a table entry were still among the code bits.
     lay = assert_same_bytes(to_torch(rare_symbols(rare)))
     assert lay.code_bits == code_bits
     assert not lay.is_raw
@@ -123,7 +123,7 @@ def test_counts_are_added_in_64_bits_whatever_the_form_and_the_number_of_tiles_p
 
 @pytest.mark.parametrize("tiles_per_program", [1, 2, 16])
 def test_the_kernels_touch_their_own_tiles_only(tiles_per_program: int) -> None:
-    # Bug caught: the tile's place among those given taken for its place in the matrix.
+    # Bug caught: a tile's index among the given tiles taken for its index in the matrix.
     weight = gaussian(5, 2048)
     expected = encode(weight)
     lengths = code_lengths(np.bincount((weight.reshape(-1) >> 7) & 0xFF, minlength=256), 8)
@@ -161,7 +161,7 @@ def test_a_cpu_matrix_is_packed_by_the_cpu_encoder_whatever_the_backend(
 
 
 def test_more_words_than_the_layout_addresses_are_refused_by_name() -> None:
-    # What the GPU encoder and the CPU encoder both ask, when they know the words.
+    # Both the GPU encoder and the CPU encoder call this when they know the number of words.
     raw = layout.PackedLayout(1 << 20, 1 << 14, 0)
     most = layout.MAX_WORDS - layout.PAD_WORDS - 1
     assert layout_for(raw, most, "w").num_words == layout.MAX_WORDS - 1

@@ -1,7 +1,7 @@
-"""No kernel of the packed layout touches a byte outside its tensors, whatever the payload says.
+"""No kernel of the packed layout touches a byte outside its tensors, for any bytes of the payload.
 
-In a process of its own, with a page that may not be touched before and behind every tensor: in Triton's interpreter an
-access beyond them ends the process instead of reading what lies there by chance.
+The tests run in a separate process, with an inaccessible page before and after every tensor: in Triton's interpreter an
+access outside a tensor then ends the process instead of reading other memory.
 """
 
 import os
@@ -104,7 +104,7 @@ print("done")
 """
 
 
-# They share the code that reads a tile; the two that also take ids, activations and a bias run always.
+# They share the code that reads a tile; the two that also take ids, activations and a bias always run.
 @pytest.mark.parametrize(
     "kernel",
     [

@@ -62,8 +62,8 @@ def test_rows_kernel_copies_from_a_matrix_held_as_bf16() -> None:
 
 
 def test_flipped_bits_end_with_a_status_or_decode_and_equal_the_cpu_decoder() -> None:
-    # Bug caught: a corrupt lane length or tile start sends a lane outside the payload; in the interpreter that
-    # is a crash of the process.
+    # Bug caught: a corrupt lane length or tile start, with which a lane reads outside the payload; in the interpreter
+    # the process then crashes.
     weight = gaussian(50, 205)  # 6 tiles
     rng = np.random.default_rng(3)
     reported = 0

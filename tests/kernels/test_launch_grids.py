@@ -1,6 +1,6 @@
-"""How many programs a launch asks for: CUDA takes 2**31 - 1 along the first axis of a grid, and 65,535 along others.
+"""The number of programs of a launch: CUDA takes 2**31 - 1 along the first axis of a grid, and 65,535 along others.
 
-Launched on meta tensors, which have a shape and no memory, with kernels that only note the grid.
+Kernels that only record the grid are launched on meta tensors, which have a shape and no memory.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The fused kernels in Triton's interpreter: within their error bound, deterministic, each row apart from others."""
+"""The fused kernels in Triton's interpreter: within their error bound, deterministic, rows independent of others."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from vllm_dfloat.errors import FormatError, UnsupportedError
 from vllm_dfloat.kernels import packed_matmul as kernels
 
 HARD = hard_matrices()
-# Columns: whole tiles a row; tiles that begin in the middle of a row; two and three rows a tile; no power of two.
+# Columns: whole tiles per row; tiles that begin within a row; two and three rows per tile; no power of two.
 SHAPES = [(4, 2048), (3, 4096), (5, 3584), (7, 1024), (5, 768), (3, 2304)]
 NUM_ROWS = [1, 2, 3, 5, 32]
 
@@ -43,7 +43,7 @@ def test_result_is_within_the_derived_bound(shape: tuple[int, int], num_rows: in
 
 
 def test_dot_kernel_finds_its_tiles_in_any_program() -> None:
-    # Bug caught: of 6 programs, 3 columns to start at times 2 groups of 16 tiles, two change places.
+    # Bug caught: of 6 programs (3 starting columns times 2 sets of 16 tiles) two are swapped.
     weight = to_torch(gaussian(131, 768))
     x = activations(5, 768)
     assert_within_bound(multiply(weight, x), weight, x)
@@ -59,7 +59,7 @@ def test_result_of_a_row_does_not_depend_on_the_other_rows(num_rows: int) -> Non
         other[1] = x[1]
         assert same_bits(multiply(weight, other)[1], alone[1])
     again = torch.cat([x[1:], x[:1]])
-    assert same_bits(multiply(weight, again)[0], alone[1])  # nor on its place among them
+    assert same_bits(multiply(weight, again)[0], alone[1])  # nor on the row's index
 
 
 @pytest.mark.parametrize("num_rows", [1, 5])
@@ -152,7 +152,7 @@ def test_every_supported_number_of_columns_fits_its_segments() -> None:
 def test_activations_that_are_a_slice_reach_the_kernel_aligned(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # Bug caught: a misaligned address is another kernel to Triton, which it compiled while requests waited.
+    # Bug caught: Triton compiles another kernel for a misaligned address, and did so while requests waited.
     weight, cols = to_torch(gaussian(2, 1024)), 1024
     packed, memory = ops.pack(weight, "w"), torch.empty(2 * cols + 1, dtype=torch.bfloat16)
     x = memory[1 : cols + 1].view(1, cols)

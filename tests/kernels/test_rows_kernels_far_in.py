@@ -1,4 +1,4 @@
-"""Rows of matrices with over 2**31 weights, asked for by 32-bit ids: vLLM's input ids are such on a GPU."""
+"""Rows of matrices with over 2**31 weights, looked up with 32-bit ids, which vLLM's input ids are on a GPU."""
 
 import mmap
 from collections.abc import Callable
@@ -27,5 +27,5 @@ def test_row_behind_the_first_2_to_the_31_weights_is_found(
         weights[(ROWS - 1) * COLS :] = row
         desc = make_descriptor(weights, (ops.KIND_RAW, 0, 0), size)
         found = decode_rows(desc, torch.tensor([ROWS - 1], dtype=torch.int32), ROWS, COLS)
-        del weights  # or the memory could not be unmapped
+        del weights  # otherwise the memory could not be unmapped
     assert torch.equal(found[0].view(torch.int16), row)

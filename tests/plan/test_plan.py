@@ -1,4 +1,4 @@
-"""The arithmetic of a plan, against numbers worked out by hand and what the encoder makes."""
+"""The arithmetic of a plan, against numbers computed by hand and the encoder's output."""
 
 import json
 from pathlib import Path
@@ -127,7 +127,7 @@ def test_an_unknown_architecture_is_planned_from_its_files(tmp_path: Path) -> No
         assert guessed.parameters == known.parameters
         for one, other in zip(guessed.ranks, known.ranks, strict=True):
             assert one.bf16_weights == other.bf16_weights
-            # tables of its own for q, k and v, and gate and up
+            # separate tables for q, k and v, and for gate and up
             assert one.dfloat11_weights == pytest.approx(other.dfloat11_weights, rel=0.03)
         assert "Unheard is not known" in guessed.notes[0]
 

@@ -1,4 +1,4 @@
-"""Models whose config or weights are not in bfloat16, and models that no plan can be made for."""
+"""Models whose config or weights are not in bfloat16, and models for which no plan can be made."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A plan made before anything is loaded agrees with what real vLLM then holds and reports."""
+"""A plan made before loading agrees with the numbers that real vLLM then holds and reports."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ GIB = 1 << 30
 CACHE = GIB  # VLLM_CPU_KVCACHE_SPACE=1
 ROOM = 32 << 20
 CPU_BLOCK = 128  # vLLM's block size on a CPU
-WEIGHTS, TOKENS = 0.02, 0.03  # how far a plan may be off
+WEIGHTS, TOKENS = 0.02, 0.03  # allowed relative errors of a plan
 ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # two ranks on one NUMA node
     "VLLM_CPU_CI_ENV": "1",
@@ -35,7 +35,7 @@ ON_DEMAND = ("qwen2", "phi3", "mistral")
 
 
 def planned(model: Path, tp: int = 1, pp: int = 1, cache: int | None = None) -> Plan:
-    """Return the plan for a CPU with ROOM bytes, or with a cache of so many."""
+    """Return the plan for a CPU with ROOM bytes, or with `cache` bytes of KV cache."""
     settings = Settings(
         tp=tp,
         pp=pp,
@@ -95,7 +95,7 @@ def test_windows_of_gemma_make_the_groups_that_vllm_makes(tmp_path: Path) -> Non
         "gemma3", tmp_path / "gemma3", num_hidden_layers=7, intermediate_size=256
     )
     found = plan_engines.reported(model, ROOM, quantization="dfloat11")
-    # one that sees everything, six of one layer each
+    # one group with full attention, six groups of one layer each
     assert len(planned(model).kv_cache.groups) == 7
     assert_agrees(model, found, compressed=True)
 

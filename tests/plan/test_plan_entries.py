@@ -1,4 +1,4 @@
-"""`plan` reads configs of any content: an entry of another type than expected is a sentence."""
+"""`plan` reads configs of any content: an entry of an unexpected type gives an error of one sentence."""
 
 import json
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ CONFIGS = sorted((Path(__file__).parents[1] / "data" / "configs").glob("*.json")
 VALUES: list[Any] = [
     0, -1, 1.5, 7, 10**30, float("nan"), "x", "3", True, False, None, [], {}, [1, 2], ["x"], [[]], [None], {"a": 1},
 ]  # fmt: skip
-# Entries that the plan reads and these configs need not have.
+# Entries that the plan reads, but that these configs may lack.
 MORE = (
     "mlp_only_layers", "decoder_sparse_step", "moe_layer_freq", "n_shared_experts", "topk_method", "kv_lora_rank",
     "q_lora_rank", "layer_types", "no_rope_layers", "attention_chunk_size", "sliding_window", "use_sliding_window",
@@ -28,7 +28,7 @@ KINDS = [  # a config of each kind of model that the plan knows
 
 
 def small(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a config with few blocks, so that a plan takes milliseconds."""
+    """Return a config with few transformer blocks, so that a plan takes milliseconds."""
     for part in (config, config.get("text_config"), config.get("vision_config")):
         for name in ("num_hidden_layers", "depth"):
             if isinstance(part, dict) and name in part:
@@ -37,7 +37,7 @@ def small(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def places(config: dict[str, Any]) -> Iterator[list[str]]:
-    """Yield the way to every entry, also to those of its parts."""
+    """Yield the path of keys to every entry, including entries of nested configs."""
     for part in ([], ["text_config"], ["vision_config"], ["rope_scaling"], ["rope_parameters"]):
         inner = config.get(part[0]) if part else config
         if not isinstance(inner, dict):

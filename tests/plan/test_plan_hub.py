@@ -1,4 +1,4 @@
-"""Models by hub id: from the cache, from a server that speaks as the hub does, and what is said where there is none."""
+"""Models by hub id: from the cache, from a server that imitates the hub, and the errors without either."""
 
 import http.server
 import json
@@ -18,7 +18,7 @@ CONFIG = (CONFIGS / "Llama-3.1-8B.json").read_bytes()
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """Knows org/model and its config.json; org/gated must be asked for, org/empty has no config."""
+    """Serves org/model with its config.json, org/gated, which needs permission, and org/empty, which has no config."""
 
     asked: list[str]
 
@@ -48,7 +48,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub() -> Iterator[tuple[str, list[str]]]:
-    """Give the address of a hub, and the list of paths that it was asked for."""
+    """Yield the address of a hub, and the list of paths requested from it."""
     asked: list[str] = []
     handler = type("OneHub", (Hub,), {"asked": asked})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -71,7 +71,7 @@ def test_only_the_config_is_fetched_and_then_the_cache_needs_no_network(
     first = plan("org/model", tmp_path, HF_ENDPOINT=address)
     assert first.returncode == 0, first.stderr
     assert json.loads(first.stdout)["parameters"] == 8_030_261_248
-    # Of the model; huggingface_hub asks for a list of its own besides.
+    # Only paths of the model; huggingface_hub also requests a list for itself.
     assert {path for path in asked if "/org/" in path} == {"/org/model/resolve/main/config.json"}
     cached = plan("org/model", tmp_path, HF_HUB_OFFLINE="1")
     assert json.loads(cached.stdout) == json.loads(first.stdout)

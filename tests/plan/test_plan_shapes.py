@@ -76,7 +76,7 @@ def test_gemmas_tower_and_text_have_the_sizes_of_its_report(
     (embedding,) = (w.numel for w in weights if w.name.endswith("embed_tokens"))
     text = sum(w.numel for w in weights if not w.is_of_tower) - embedding
     assert round(tower / 1e6) == 417
-    # The report rounds otherwise here and there, and counts 262144 tokens, of which the embedding has 64 more.
+    # The report sometimes rounds differently, and counts 262144 tokens; the embedding has 64 more.
     assert embedding / 1e6 == pytest.approx(embeddings, rel=0.006)
     assert text / 1e6 == pytest.approx(rest, rel=0.01)
 
@@ -126,7 +126,7 @@ def test_a_chunk_holds_no_more_blocks_than_it_has_tokens(tmp_path: Path) -> None
     config_of("Llama-4-Scout-17B-16E-Instruct", tmp_path)
     plan = make_plan(str(tmp_path), Settings(block_size=16, max_num_batched_tokens=2048))
     assert [len(group.layers) for group in plan.kv_cache.groups] == [12, 12, 12, 12]
-    # three groups of chunks of 8192 and 2 * 2048 tokens in flight; one that sees everything
+    # three groups with chunks of 8192 and 2 * 2048 tokens in flight; one with full attention
     assert plan.kv_cache.blocks_per_request(100_000) == 3 * (8192 + 4096) // 16 + 6250
 
 
@@ -257,7 +257,7 @@ def test_names_and_shapes_are_those_that_transformers_writes(name: str, saved: A
     plan = make_plan(str(saved(name)), Settings())  # refuses what contradicts the config
     assert "shapes checked against the files' headers" in plan.notes
     left_out = [note for note in plan.notes if "not counted: " in note and "tensors" in note]
-    # Of LLaVA the layer whose output is not used; inv_freq is no weight.
+    # For LLaVA the layer whose output is not used; inv_freq is not a weight.
     assert bool(left_out) is (name == "llava")
 
 
@@ -306,7 +306,7 @@ def test_a_tower_is_held_by_every_stage(tmp_path: Path) -> None:
 
 
 def test_a_head_of_its_own_is_counted_where_the_config_ties_it(tmp_path: Path) -> None:
-    """vLLM unties the two if the checkpoint has both; where they are equal it holds one."""
+    """vLLM unties the two if the checkpoint has both; if they are equal it holds one matrix."""
     from tiny_models import SHIPPED, edit
 
     entries = json.loads((SHIPPED / "config.json").read_text())

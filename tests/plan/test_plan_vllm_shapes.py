@@ -1,4 +1,4 @@
-"""What a plan says of each rank of a published model, against vLLM's own model of it, built without weights."""
+"""A plan's numbers for each rank of a published model, against vLLM's own model, built without weights."""
 
 import json
 import math
@@ -42,7 +42,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
         entries.pop("quantization_config", None)
         if name.startswith(
             "Mistral-Small"
-        ):  # as vLLM sees it once it has seen the LM head in the files
+        ):  # as in vLLM after it has found the LM head in the files
             entries["tie_word_embeddings"] = entries["text_config"]["tie_word_embeddings"] = False
         found[name] = root / name
         found[name].mkdir()
@@ -52,7 +52,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
 
 @pytest.fixture(scope="module")
 def of_vllm(folders: dict[str, Path]) -> dict[tuple[str, str], dict[str, Any]]:
-    """Return what vLLM's models hold, by name and rank; all are built in one process, which imports vLLM once."""
+    """Return the contents of vLLM's models, by name and rank; one process builds all, and imports vLLM once."""
     keys = [(name, ranks) for name in folders for ranks in RANKS]
     runs = []
     for name, ranks in keys:
@@ -67,7 +67,7 @@ def of_vllm(folders: dict[str, Path]) -> dict[tuple[str, str], dict[str, Any]]:
 
 
 def vllm_name(parameter: str) -> str:
-    """Return what the plan calls vLLM's parameter."""
+    """Return the plan's name of a parameter of vLLM."""
     return parameter.replace(".routed_experts.", ".").removesuffix(".weight")
 
 
@@ -90,7 +90,7 @@ def test_a_rank_holds_the_weights_tables_and_caches_that_the_plan_says(
     found = of_vllm[name, ranks]
     weights = found["weights"].items()
     assert planned == {vllm_name(k): [math.prod(shape), *rest] for k, (shape, *rest) in weights}
-    # Beside the language model's, towers have small tables that the plan leaves out.
+    # In addition to the language model's, towers have small tables that the plan leaves out.
     assert 0 <= found["tables"] - rotary_bytes(config, layers) < 1 << 20
     assert found["context"] == config.context
     for layer, cache in found["caches"].items():

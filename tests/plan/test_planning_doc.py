@@ -1,4 +1,4 @@
-"""The commands of docs/planning.md, as they stand there, in a clone without a network; and the README's number."""
+"""The commands of docs/planning.md, unchanged, in a clone without a network; and the README's number."""
 
 import re
 import shlex
@@ -53,7 +53,7 @@ def test_the_table_has_the_numbers_of_its_commands(
     for name, *cells in zip(columns, bf16[2:], dfloat11[2:], strict=True):
         (line,) = (line for line in found.splitlines() if line.startswith(f"{name}  "))
         shown = re.split(r"\s{2,}", line.removeprefix(name).strip())[:2]
-        # what does not load has no tokens
+        # a model that does not load has no tokens
         assert [{"does not load": "0", "-": shown[0]}.get(cells[0], cells[0]), cells[1]] == shown
 
 

@@ -1,4 +1,4 @@
-"""The numbers of docs/benchmarks.md are those of the raw results that it names."""
+"""The numbers of docs/benchmarks.md are equal to those of the raw results that it names."""
 
 import json
 import statistics
@@ -26,7 +26,7 @@ def rounded(value: float) -> str:
 
 
 def row(what: str) -> str:
-    """Return the cells after the first of the one row that begins so."""
+    """Return the cells after the first of the only row that begins with `what`."""
     (found,) = (cells for cells in ROWS if cells[0].startswith(what))
     return " | ".join(found[1:])
 

@@ -1,4 +1,4 @@
-"""What checks a commit, here and on a forge: the hooks, the test command and the workflow agree."""
+"""The checks of a commit, local and on a forge: the hooks, the test command and the workflow agree."""
 
 import re
 import shutil
@@ -32,7 +32,7 @@ def test_the_hooks_are_those_that_ci_is_to_run() -> None:
 def test_a_hook_downloads_nothing_and_its_program_comes_with_the_test_extra(
     hook: dict[str, Any],
 ) -> None:
-    # Bug caught: a hook from a repository of its own, which CI without a way out cannot fetch.
+    # Bug caught: a hook from its own repository, which CI without a network cannot fetch.
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
         "optional-dependencies"
     ]

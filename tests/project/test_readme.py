@@ -1,4 +1,4 @@
-"""A new user's way through the texts: the commands of docs/checkpoints.md, as they stand there, on the small model.
+"""The first steps of a new user: the commands of docs/checkpoints.md, unchanged, on the small model.
 
 The README shows some of them, in the same words.
 """
@@ -39,7 +39,7 @@ def test_compressing_checking_planning_serving_and_restoring_a_model_ends_where_
     shutil.copytree(SHIPPED, tmp_path / MODEL)
     done = []
     for program, *arguments in commands_on(MODEL, DOC):
-        if program == "vllm":  # test_engine_serve.py has the server; here the engine that it starts
+        if program == "vllm":  # only its engine runs here; test_engine_serve.py tests the server
             assert arguments[0] == "serve"
             assert answers(tmp_path / arguments[1]) == bf16_answers(tmp_path / MODEL)
             done.append("serve")

@@ -1,4 +1,4 @@
-"""What texts name is there: READMEs, docs, comments and docstrings outlive many a move. And the README stays short."""
+"""Everything that READMEs, docs, comments and docstrings name exists, also after files move. The README stays short."""
 
 import ast
 import re
@@ -15,7 +15,7 @@ NAMED = re.compile(
     r"(?<![\w/.])((?:vllm_dfloat|kernels|scripts|tests|docs|codec|storage|dfloat11|checkpoint|convert|device|integration)"
     r"/[\w/]+\.(?:py|sh|md))\b"
 )
-# In documents, folders and files of any kind too, and patterns of them.
+# Paths in documents: also folders, files of any kind, and patterns of them.
 PLACE = re.compile(
     r"(?<![\w/.<-])((?:vllm_dfloat|kernels|scripts|tests|docs|models|\.github)/[\w./*{},<>-]*|[A-Z]{4,}\.md\b|\w+\.toml\b)"
 )
@@ -87,7 +87,7 @@ def test_every_relative_link_of_a_document_leads_to_a_file_and_its_heading(docum
 
 
 def test_every_document_can_be_reached_from_the_readme() -> None:
-    # Bug caught: a document that nobody finds.
+    # Bug caught: a document to which no link leads.
     reached, waiting = set(), [ROOT / "README.md"]
     while waiting:
         document = waiting.pop()
@@ -100,7 +100,7 @@ def test_every_document_can_be_reached_from_the_readme() -> None:
 
 
 def anchors(document: Path) -> set[str]:
-    """Return the headings of a document as links name them."""
+    """Return the headings of a document in the form that links use."""
     headings = re.findall(r"^#+ (.*)$", document.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -118,7 +118,7 @@ def places() -> Iterator[tuple[str, str]]:
 
 
 def names_in(file: Path) -> set[str]:
-    """Return what a module defines: functions, classes, their methods and fields, and its constants."""
+    """Return the names that a module defines: functions, classes, their methods and fields, and constants."""
     names: set[str] = set()
 
     def walk(body: list[ast.stmt], prefix: str) -> None:

@@ -1,4 +1,4 @@
-"""The scripts that measure and tune kernels, rehearsed in Triton's interpreter; and that wrong bits mark the times."""
+"""The scripts that measure and tune kernels, rehearsed in Triton's interpreter; wrong bits must mark the times."""
 
 import json
 import sys
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(autouse=True)
 def _scripts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let scripts be imported, and undo what they set for their process."""
+    """Make scripts importable, and undo the settings that they make for their process."""
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     monkeypatch.setenv("VLLM_DFLOAT_BACKEND", "triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
@@ -80,7 +80,7 @@ def test_wrong_bits_mark_the_times_of_their_case_and_end_with_status_1(
 def test_each_row_is_printed_and_in_the_file_before_the_next_is_measured(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Bug caught: a run that was cut short left nothing, because all rows were printed at the end.
+    # Bug caught: a run that was ended early left no rows, because all were printed at the end.
     import bench_kernels
     from bench.kernels import decode as bench_decode
 

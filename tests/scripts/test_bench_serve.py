@@ -1,4 +1,4 @@
-"""The serving benchmark rehearses on a CPU with real engines, and reports no time that it should not."""
+"""The serving benchmark, rehearsed on a CPU with real engines; it reports no time that is not allowed."""
 
 import json
 import os
@@ -25,7 +25,7 @@ Change = Callable[[str, dict[str, Any]], None]
 
 
 def launcher(change: Change, order: list[str]) -> bench_serve.Launch:
-    """Return a launch that runs real engines in this process, after `change` had its way with a request."""
+    """Return a launch function that runs real engines in this process, after `change` has edited the request."""
 
     def launch(request: dict[str, Any], folder: Path, name: str) -> dict[str, Any]:
         order.append(name)
@@ -105,7 +105,7 @@ def test_tokens_that_differ_end_with_status_1_and_neither_times_nor_files(
     other = tiny_models.save("llama", tmp_path / "other", seed=7)
 
     def change(name: str, request: dict[str, Any]) -> None:
-        request["deadline"] = 0  # the comparison alone matters here
+        request["deadline"] = 0  # only the comparison matters here
         if name == "exact-1":
             request["model"] = str(other)
 
@@ -163,7 +163,7 @@ def test_nothing_is_started_after_the_end_of_the_budget(
 def test_engine_that_outlives_the_budget_is_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Bug caught: an engine that hangs while it starts would hold the GPU, and the benchmark, for ever.
+    # Bug caught: an engine that hangs while it starts, and blocks the GPU and the benchmark for ever.
     monkeypatch.setattr(bench_serve_launch, "GRACE_SECONDS", 0)
     started = []
     popen = subprocess.Popen

@@ -1,4 +1,4 @@
-"""Random weights are what they are said to be, and the report's figures are those of the samples."""
+"""Random weights are as described, and the report's figures follow from the samples."""
 
 import json
 from pathlib import Path
@@ -32,7 +32,7 @@ def test_random_weights_are_bf16_with_the_deviation_of_fresh_models_and_are_writ
 
 
 def test_interrupted_weights_are_written_anew(tmp_path: Path) -> None:
-    # Bug caught: a folder left half written would be served.
+    # Bug caught: a half-written folder is served.
     model.write_random("tiny", tmp_path)
     whole = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     (tmp_path / "config.json").unlink()

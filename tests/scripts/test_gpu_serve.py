@@ -1,4 +1,4 @@
-"""The end-to-end run on a GPU, rehearsed without one, and what it refuses."""
+"""The end-to-end run on a GPU, rehearsed without one, and its refusals."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The verdict of a GPU, rehearsed without one: the whole flow on tiny sizes, and what it refuses."""
+"""The GPU verdict, rehearsed without a GPU: the whole flow on tiny sizes, and its refusals."""
 
 import json
 import os
@@ -92,7 +92,7 @@ def test_on_a_gpu():
 def test_run_that_was_to_prove_something_about_a_gpu_fails_if_it_ran_no_test_on_one(
     body: str, status: int, tmp_path: Path
 ) -> None:
-    # Bug caught: every test skipped, exit status 0, and a verdict that says all is well.
+    # Bug caught: every test skipped, but exit status 0 and a good verdict.
     shutil.copy(ROOT / "tests/conftest.py", tmp_path)
     (tmp_path / "test_one.py").write_text(ONE_TEST.format(body=body))
     env = {**os.environ, "VLLM_DFLOAT_REQUIRE_GPU": "1"}

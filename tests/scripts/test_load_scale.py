@@ -1,4 +1,4 @@
-"""The scripts that measure loading, run as a user runs them: the bound on memory holds for a rank of several."""
+"""The scripts that measure loading, run as a user runs them: the memory bound holds for one rank of several."""
 
 import json
 import subprocess
@@ -35,7 +35,7 @@ def test_the_last_rank_loads_within_what_it_holds_two_layers_and_the_scratch(
     text, result = run("load_scale.py", tmp_path, *options, "--checkpoints", checkpoint)
     (rank,) = result["ranks"]
     assert rank["held_bytes"] < 0.7 * rank["bf16_bytes"]
-    # Bug caught: a unit decoded as a whole (118 MiB here) is more than the bound leaves beside a rank's half.
+    # Bug caught: a unit decoded as a whole (118 MiB here), more than the bound allows in addition to a rank's half.
     assert 0.9 * rank["held_bytes"] < rank["peak_bytes"] <= rank["bound_bytes"]
     assert rank["read_bytes"] < 1.02 * rank["file_bytes"]  # nothing is read twice
     assert abs(result["plan"]["held_bytes"] / rank["held_bytes"] - 1) < 0.02

@@ -1,4 +1,4 @@
-"""What the system refuses, and what is no file at all: the sentence names the path."""
+"""Errors of the operating system, and paths that are no files: the error names the path."""
 
 import errno
 import os
@@ -33,7 +33,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", MANIFEST_FILE])
 def test_a_git_lfs_pointer_is_called_one(name: str, folder: Path) -> None:
-    # Bug caught: "announce a header of 2336344...", "not valid JSON", which send nobody to `git lfs pull`.
+    # Bug caught: "announce a header of 2336344...", "not valid JSON", which do not lead the user to `git lfs pull`.
     (folder / name).write_text(POINTER)
     with pytest.raises(FormatError) as error:
         open_checkpoint(folder)
@@ -53,7 +53,7 @@ def test_an_index_that_is_a_git_lfs_pointer_is_called_one(tmp_path: Path) -> Non
 def test_a_tokenizer_that_is_a_git_lfs_pointer_is_not_passed_on(
     places: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # Bug caught: a checkpoint that cannot be served, made without a word after only the weights were pulled.
+    # Bug caught: after only the weights were pulled, a checkpoint that cannot be served was made without an error.
     for command, kind in (("compress", "bf16"), ("decompress", "df11")):
         source = Path(shutil.copytree(places[kind], tmp_path / kind))
         (source / "figure.png").write_text(POINTER)
@@ -120,7 +120,7 @@ def _full(file: Path) -> None:
 def test_an_error_while_a_file_is_written_names_that_file(
     fail: Callable[[Path], None], number: int, tmp_path: Path
 ) -> None:
-    # Bugs caught: "File too large." of what nobody knows; the name of a temporary file that is gone.
+    # Bugs caught: "File too large." without a path; the name of a temporary file that no longer exists.
     file = tmp_path / "out" / "model.safetensors"
     file.parent.mkdir()
     with pytest.raises(OSError) as error:  # noqa: PT011  # its number is compared

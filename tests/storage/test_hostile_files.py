@@ -1,4 +1,4 @@
-"""Files made to hang, crash or mislead their reader; each case is one that a fuzz run or a review found."""
+"""Files made to hang, crash or mislead their reader; a fuzz run or a review has found each case."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def replace(file: Path, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["pipe", "device", "folder", "loop", "dangling"])
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", MANIFEST_FILE])
 def test_what_is_no_regular_file_is_refused_unread(name: str, kind: str, one_unit: Path) -> None:
-    # Bugs caught: waiting for ever for a pipe's writer; a config that is not there after all, so nothing is compressed.
+    # Bugs caught: an endless wait for a pipe's writer; a config treated as missing, so that nothing is compressed.
     replace(one_unit / name, kind)
     with pytest.raises(FormatError, match=rf"^{re.escape(str(one_unit / name))}: "):
         open_checkpoint(one_unit)
@@ -174,13 +174,13 @@ def test_patterns_of_a_large_mixture_of_experts_are_accepted() -> None:
     "members", [["a", "a"], [""], ["a\n"], ["x" * 300], [f"m{i}" for i in range(5000)]]
 )
 def test_lists_of_weights_that_are_none_are_refused(members: list[str]) -> None:
-    # Bug caught: a weight given out twice under one name.
+    # Bug caught: a weight returned twice with the same name.
     with pytest.raises(DFloatError, match=r"^config.json: 'u': lists "):
         compile_patterns({"u": members}, "config.json")
 
 
 def test_a_weight_in_two_units_is_refused(tmp_path: Path) -> None:
-    # Bug caught: both were given out, and the later one won.
+    # Bug caught: both were returned, and the later one was used.
     unit = encode(np.arange(100, dtype=np.uint16) + 0x3F00)
     patterns = {"a": ["b.c"], "a.b": ["c"]}
     write_checkpoint(tmp_path, {"a": unit, "a.b": unit}, patterns)
@@ -244,7 +244,7 @@ def test_plan_refuses_a_config_that_is_a_pipe_or_nested_without_end(tmp_path: Pa
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
 def test_a_hole_in_a_file_takes_no_memory(name: str, one_unit: Path) -> None:
-    # Bug caught: 100 MB of zeros read from a file of a few kilobytes on the disk.
+    # Bug caught: 100 MB of zeros read from a sparse file that takes a few kilobytes on disk.
     file = one_unit / name
     content = bytearray(file.read_bytes())
     if name == "model.safetensors":
@@ -272,7 +272,7 @@ def test_verify_decodes_an_lm_head_that_config_ties_too(tmp_path: Path) -> None:
 
 
 def test_a_unit_that_shapes_make_the_weight_stored_beside_it_is_refused(tmp_path: Path) -> None:
-    # Bug caught: two tensors of one name, and a file of decompress with one in its header and both in its data.
+    # Bug caught: two tensors of one name; decompress wrote one into the header, but the data of both.
     unit = encode(np.arange(100, dtype=np.uint16) + 0x3F00)
     write_checkpoint(tmp_path, {"a": unit}, {"a": ["b"]})
     save_file({"a.weight": np.zeros((10, 10), np.uint16)}, tmp_path / "plain.safetensors")

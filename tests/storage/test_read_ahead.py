@@ -1,4 +1,4 @@
-"""Reading ahead: every byte is asked for once, in order, and not too far ahead of the reader."""
+"""Read-ahead: every byte is requested once, in order, and not too far ahead of the reader."""
 
 import itertools
 import threading
@@ -72,7 +72,7 @@ def test_the_threads_wait_for_the_reader(
     stored = tensors(tmp_path, [30] * 10)
     with read_ahead.ReadAhead(stored) as ahead:
         wait_for(lambda: len(asked) == 5)
-        ahead.reached("t2")  # at byte 60: chunks before it are passed over
+        ahead.reached("t2")  # at byte 60: earlier chunks are skipped
         wait_for(lambda: max(first for _, first, _ in asked) == 100)
         assert sorted(first for _, first, _ in asked) == [0, 10, 20, 30, 40, *range(60, 110, 10)]
     wait_for(lambda: not [t for t in threading.enumerate() if t.name == "dfloat11-read-ahead"])
