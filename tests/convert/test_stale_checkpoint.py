@@ -145,7 +145,7 @@ def test_what_replaces_a_compared_file_is_noticed_at_the_end(
     # The manifest has the checksums of the files as they were compared, and what lies there is held against them.
     model = make_model(tmp_path / "m", tensors(0), **CONFIG)
     other = make_model(tmp_path / "o", tensors(10), **CONFIG)
-    assert main(["compress", str(other), str(tmp_path / "ot"), "--quiet"]) == 0
+    assert main(["compress", str(other), str(tmp_path / "other-df11"), "--quiet"]) == 0
     out = tmp_path / "t"
     real = Work.write_text
 
