@@ -151,7 +151,7 @@ def test_what_replaces_a_compared_file_is_noticed_at_the_end(
 
     def replaced(self: Work, name: str, text: str) -> None:
         if name == MANIFEST_FILE:
-            shutil.copy(tmp_path / "ot/lm_head.safetensors", out)
+            shutil.copy(tmp_path / "other-df11/lm_head.safetensors", out)
         real(self, name, text)
 
     monkeypatch.setattr(Work, "write_text", replaced)
