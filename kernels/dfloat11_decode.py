@@ -2,7 +2,7 @@
 
 Three kernels share that body. One decodes a unit from the tensors of a file. Two decode a resident matrix, held in this
 layout while a model is served: the whole matrix, or chosen rows. These two take a descriptor, for the reasons given in
-tiles.py. It points to one payload, each section of which starts on a multiple of 16 bytes:
+tiles.py. It points to one payload; each of its sections starts on a multiple of 16 bytes:
 
     desc  int64[4]  address of the payload, kind (0 coded, 1 raw BF16), bytes of the stream and number of tables, seal
 
@@ -55,7 +55,7 @@ def decode(
 
     If `status` has fewer words than there are blocks, only the first blocks are decoded. Sets every word of `status`
     and does not wait for the device; the caller looks for a word other than STATUS_OK.
-    The part of `out` of a block whose status is not STATUS_OK may be unwritten or wrong.
+    If the status of a block is not STATUS_OK, its part of `out` may be unwritten or wrong.
 
     Args:
         stream: uint8 [n_bytes], the unit's encoded_exponent.

@@ -62,7 +62,7 @@ def _section(payload, offset, dtype: tl.constexpr):
 def _read(desc_ptr, salt, is_known=None):
     """Read a descriptor once; return whether it is sound, the address of the payload, kind and sizes.
 
-    The other results may be used only if it is sound. is_known: false if it must not count as sound, whatever it holds.
+    The other results may be used only if it is sound. is_known: if false, the descriptor does not count as sound.
     """
     address = tl.load(desc_ptr)
     kind = tl.load(desc_ptr + 1)

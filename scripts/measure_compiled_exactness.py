@@ -97,7 +97,7 @@ PAIRS = [
 
 
 def run(one: Run, model: Path, folder: Path) -> dict[str, Any]:
-    """Run one engine in a process of its own and return its answers."""
+    """Run one engine in its own process and return its answers."""
     caches = folder / one.cache
     result = folder / f"{one.name}.npz"
     environment = {
@@ -140,7 +140,7 @@ def compare(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure(model: Path, folder: Path, chosen: list[Run]) -> dict[str, Any]:
-    """Run the chosen engines on one model and compare the pairs of which both were run."""
+    """Run the chosen engines on one model and compare the pairs for which both were run."""
     found = {}
     for one in chosen:
         found[one.name] = run(one, model, folder)

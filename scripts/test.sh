@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Lint, types and the whole test suite, in .venv with the test extra. Arguments go to pytest. Without arguments, and with
-# --full alone, each core runs one file at a time, and tests that need all cores run last.
+# Lint, types and the whole test suite, in .venv with the test extra. Arguments go to pytest. Without arguments, and
+# with --full alone, each core runs one file at a time, and tests that need all cores run last.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/env.sh
@@ -24,7 +24,7 @@ if [ $# -gt 0 ] && [ "$*" != --full ]; then
   mypy
   exec pytest "$@"
 fi
-mypy &                    # half a minute on one core, beside the tests
+mypy &                    # half a minute on one core, at the same time as the tests
 types=$!
 pytest "$@" --numprocesses auto --dist loadfile --no-loadscope-reorder -m "not alone"
 wait $types

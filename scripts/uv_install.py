@@ -1,8 +1,8 @@
 """Install packages into the environment of this Python with uv, which takes a fifth of pip's time.
 
-python uv_install.py ARGUMENT...: what would stand after `pip install`. uv reads none of pip's settings, so it is given
-those that say where packages come from and how they are fetched. Where pip has others, or uv cannot be had, nothing is
-installed and the exit status is not 0: the caller takes pip.
+python uv_install.py ARGUMENT...: the arguments of `pip install`. uv does not read pip's settings, so it gets those for
+the sources of packages and their download. If pip has other settings, or uv cannot be installed, nothing is installed
+and the exit status is not 0: the caller then uses pip.
 """
 
 import ast
@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-# pip's setting: uv's variable, and what stands between several values there
+# pip's setting: uv's variable, and the separator of several values in it
 GIVEN_ON = {
     "index-url": ("UV_DEFAULT_INDEX", " "),
     "extra-index-url": ("UV_INDEX", " "),

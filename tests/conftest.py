@@ -14,7 +14,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # engines run in this process: 1 s each, not 40
-# Threads that spin while they wait take the time of the other worker's.
+# Threads that spin while they wait would slow down the tests of other workers.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from collections.abc import Callable, Iterator
@@ -87,7 +87,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
-    """List the tests that run with --full only, and how each ended."""
+    """List the tests that run only with --full, with their outcomes."""
     if not config.getoption("--full"):
         return
     terminalreporter.section("on demand")

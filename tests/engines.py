@@ -31,7 +31,7 @@ SETTINGS: dict[str, Any] = dict(
 
 Answers = list[dict[str, Any]]
 
-atexit.register(gc.unfreeze)  # or what `engine` froze is reported as leaked when Python ends
+atexit.register(gc.unfreeze)  # else objects that `engine` froze are reported as leaked at exit
 
 
 @contextmanager
@@ -47,8 +47,8 @@ def engine(model: Path, **settings: Any) -> Iterator[Any]:
         try:
             llm = LLM(str(model), **{"enforce_eager": True, **SETTINGS, **settings})
         except BaseException:
-            cleanup_dist_env_and_memory()  # or the next engine would find this one's process group
-            _ROPE_DICT.clear()  # and its rotary tables, made for its mode; vLLM forgets them at shutdown only
+            cleanup_dist_env_and_memory()  # else the next engine finds this one's process group
+            _ROPE_DICT.clear()  # and its rotary tables, which depend on its mode
             raise
     try:
         _make_buffers_between_stages(llm)
@@ -61,10 +61,10 @@ def engine(model: Path, **settings: Any) -> Iterator[Any]:
 
 @contextmanager
 def _garbage_of_engines_alone() -> Iterator[None]:
-    """Keep vLLM from freezing its engine's objects when it starts, and from thawing all others when it ends.
+    """Prevent vLLM from freezing the engine's objects at its start, and from unfreezing all objects at its end.
 
-    It collects garbage eight times per engine. Over the objects of all modules, which are frozen before it starts,
-    that would be three quarters of an engine's time here.
+    vLLM collects garbage eight times per engine. If the objects of all modules, which are frozen before the start, were
+    collected too, this would take three quarters of an engine's time here.
     """
     with mock.patch.object(gc, "freeze"), mock.patch.object(gc, "unfreeze"):
         yield

@@ -31,7 +31,7 @@ def guarded(array: np.ndarray) -> torch.Tensor:
 
 
 def run_python(code: str, env: dict[str, str]) -> "subprocess.CompletedProcess[str]":
-    """Run `code`, which can import the tests' modules, in a process of its own."""
+    """Run `code`, which can import the tests' modules, in a separate process."""
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
         [sys.executable, "-c", code],

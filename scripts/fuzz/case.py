@@ -111,7 +111,7 @@ def run_case(number: int, seed: int, bases: Sequence[Base], work: Path) -> Outco
         return Outcome(number, base.name, kinds, "wrong", str(error))
     except TooSlow:
         return Outcome(number, base.name, kinds, "wrong", f"over {CPU_SECONDS} s of CPU time")
-    except BaseException:  # whatever the package raised
+    except BaseException:  # any exception of the package
         return Outcome(number, base.name, kinds, "wrong", traceback.format_exc())
 
 

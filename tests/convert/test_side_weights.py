@@ -203,7 +203,7 @@ def test_a_layer_that_is_a_git_lfs_pointer_is_refused(embedder: Path) -> None:
     "modules", ["[", "{}", "[1]", '[{"path": 5}]', '[{"path": "."}, {"path": "../x"}]', "null"]
 )
 def test_modules_that_say_nothing_change_nothing(modules: str, embedder: Path) -> None:
-    (embedder / "2_Dense/pytorch_model.bin").unlink()  # copied where it is a layer's
+    (embedder / "2_Dense/pytorch_model.bin").unlink()  # copied if it belongs to a layer
     before = side_files(embedder)
     (embedder / "modules.json").write_text(modules)
     os.utime(embedder / "modules.json", ns=(0, 0))

@@ -34,7 +34,7 @@ def tensors(seed: int) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def mixed(tmp_path: Path) -> Path:
-    """Give a folder with a model in one shard and an index, the files of an older checkpoint beside it."""
+    """Return a folder with a model in one shard and an index, and with the files of an older checkpoint."""
     old = make_model(tmp_path / "old", tensors(0), **CONFIG)
     folder = tmp_path / "mixed"
     assert main(["compress", str(old), str(folder), "--quiet"]) == 0

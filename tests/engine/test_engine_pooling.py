@@ -66,7 +66,7 @@ def test_a_model_without_lm_head_is_served_from_its_compressed_embedding(
 
 
 def test_layers_in_files_of_their_own_are_loaded_beside_a_compressed_model(tmp_path: Path) -> None:
-    # Bug caught: BGE-M3's sparse_linear.pt and colbert_linear.pt neither copied nor read beside DFloat11 files.
+    # Bug caught: BGE-M3's sparse_linear.pt and colbert_linear.pt neither copied nor read with DFloat11 files.
     made = transformers.XLMRobertaModel(transformers.XLMRobertaConfig(**SHAPE, pad_token_id=1))
     made.bfloat16().save_pretrained(tmp_path / "m")
     config = json.loads((tmp_path / "m/config.json").read_text())

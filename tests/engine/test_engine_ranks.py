@@ -1,4 +1,4 @@
-"""The same promise with several ranks: each compresses the slices, or the layers, that vLLM's loaders give it."""
+"""The same promise with several ranks: each rank compresses the slices, or the layers, that vLLM's loaders give it."""
 
 import pytest
 import tiny_models

@@ -19,7 +19,7 @@ ROWS, COLS = 2**21 + 2, 1024
 def test_row_behind_the_first_2_to_the_31_weights_is_found(
     decode_rows: Callable[..., torch.Tensor], size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Bug caught: row * cols in 32 bits. It then reads 4 GiB before the payload, where there are zeros here.
+    # Bug caught: row * cols in 32 bits: the kernel reads 4 GiB before the payload, where this test has zeros.
     monkeypatch.setenv("VLLM_DFLOAT_BACKEND", "triton")
     row = torch.arange(1, COLS + 1, dtype=torch.int16)
     with mmap.mmap(-1, 4 * ROWS * COLS) as memory:  # only pages that are touched take memory

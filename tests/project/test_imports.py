@@ -30,7 +30,7 @@ ALLOWED = {
     "cli": {"errors", "commands", "__init__"},
     "integration": {"errors", "codec", "storage", "checkpoint", "device", "__init__"},
 }  # fmt: skip
-# The folders of integration/, each of which may import those before it; the loose modules, "", may import all.
+# The folders of integration/. Each may import those before it; modules directly in integration/, "", may import all.
 INTEGRATION = ["seam", "layers", "compiling", "updating", "loading", ""]
 # Distribution -> the parts that may import it at all, inside functions included.
 ONLY_IN = {

@@ -1,4 +1,4 @@
-"""uv is told what pip is told, or it does not install."""
+"""uv installs only with the same settings as pip; otherwise it does not install."""
 
 import pytest
 import uv_install

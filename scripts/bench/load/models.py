@@ -1,4 +1,4 @@
-"""Models of random weights for the measurements of loading, and one rank that loads them in a process of its own."""
+"""Models of random weights for the measurements of loading, and one rank that loads them in its own process."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def forget(folder: Path) -> int:
 
 
 def load_rank(model: Path, *options: str, cold: bool = True) -> dict[str, Any]:
-    """Run rank.py in a process of its own, with `cold` from files that are not cached; return what it measured."""
+    """Run rank.py in its own process, with `cold` from files that are not cached; return its measurements."""
     file_bytes = forget(model) if cold else 0
     command = [sys.executable, str(Path(__file__).with_name("rank.py")), str(model), *options]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -98,7 +98,7 @@ def launch(request: Json, folder: Path, name: str) -> Json:
     """
     paths = [folder / f"{name}{ending}" for ending in (".json", ".result.json", ".log")]
     paths[0].write_text(json.dumps(request))
-    # Not the working directory but scripts/ is where the engine's modules are.
+    # The engine's modules are in scripts/, which need not be the working directory.
     command = [sys.executable, "-P", "-m", "bench.serve.engine", *map(str, paths[:2])]
     environment = {**QUIET, **os.environ, **request["environment"]}
     found = os.pathsep.join([str(SCRIPTS), *filter(None, [environment.get("PYTHONPATH")])])

@@ -69,7 +69,7 @@ def equality(answers: list[Json], expected: list[Json]) -> Json:
 
 
 def merge(runs: list[list[Json]]) -> list[Json]:
-    """Return each point once, with the samples of all runs; a reason only where no run measured it."""
+    """Return each point once, with the samples of all runs; with a reason only if no run has measured it."""
     merged: dict[str, list[Json]] = {}
     for points in runs:
         for point in points:

@@ -49,7 +49,7 @@ class _Reporting:
 
     def load_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> torch.nn.Module:
         self._vllm_config = vllm_config
-        model: torch.nn.Module = super().load_model(  # type: ignore[misc]  # the loader beside this mixin
+        model: torch.nn.Module = super().load_model(  # type: ignore[misc]  # vLLM's loader follows the mixin
             vllm_config=vllm_config, model_config=model_config, prefix=prefix
         )
         if model_config.quantization == METHOD:
