@@ -183,7 +183,7 @@ def _decoded(target: Path, limits: Limits) -> Tensors:
     """Return the tensors from the reader under test."""
     with limits():
         if is_dfloat11(target):
-            items = typed_weights(open_checkpoint(target), keep_tied=True)
+            items = typed_weights(open_checkpoint(target))
             return {name: (dtype, bits.tobytes()) for name, dtype, bits in items}
         tensors = bf16_tensors(target)
         return {name: (tensor.dtype, tensor.bits().tobytes()) for name, tensor in tensors.items()}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from vllm_dfloat.checkpoint.patterns import Patterns
-from vllm_dfloat.checkpoint.tied import ties_embeddings
+from vllm_dfloat.checkpoint.tied import may_be_embedding, ties_embeddings
 from vllm_dfloat.errors import FormatError, shown
 
 Names = Collection[str]
@@ -28,7 +28,6 @@ _TEXT_LAYERS = (
 _TOWERS = re.compile(r"vis|audio|speech|encoder")
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _LANGUAGE_MODEL = re.compile(r"For(CausalLM|ConditionalGeneration)$")
-_EMBEDDING = re.compile(r"emb(?!.*inv_freq)|wte")
 _NORM = re.compile(r"norm|(^|[._])ln[._]")
 _HEAD = re.compile(r"head|output|embed_out|proj_out")
 
@@ -123,7 +122,7 @@ def _check_ends(
     outside = [
         name for name in names if not name.startswith(f"{stack}.") and not _TOWERS.search(name)
     ]
-    if not any(map(_EMBEDDING.search, outside)):
+    if not any(map(may_be_embedding, outside)):
         _refuse(path, "no tensor of an embedding")
     has_last_norm = any(map(_NORM.search, inside)) and text.get("do_layer_norm_before", True)
     if has_last_norm and not any(map(_NORM.search, outside)):

@@ -9,7 +9,6 @@ from typing import Any
 from vllm_dfloat.checkpoint.names import module_of, natural, transformer_block
 from vllm_dfloat.checkpoint.reader import Dfloat11Checkpoint
 from vllm_dfloat.checkpoint.shapes import Shapes, model_shapes, resolve_shape
-from vllm_dfloat.checkpoint.tied import is_lm_head, ties_embeddings
 from vllm_dfloat.dfloat11.unit import UnitEntry
 from vllm_dfloat.errors import FormatError
 from vllm_dfloat.storage.stored_tensor import StoredTensor
@@ -80,12 +79,8 @@ def plan(
     checkpoint: Dfloat11Checkpoint,
     shapes: Shapes | None,
     skip: Callable[[str], bool] | None = None,
-    keep_tied: bool = True,
 ) -> list[Member | StoredTensor]:
     """Return what `weights` yields, in its order, without decoding.
-
-    Args:
-        keep_tied: also a stored `lm_head` that config.json ties to the embedding.
 
     Raises:
         FormatError: sizes do not fit `shapes`, or two things have one name.
@@ -97,8 +92,6 @@ def plan(
     _refuse_stored_twice(items)
     modules = {module_of(member.name): member for member in members}
     items = [item for item in items if not (skip and skip(item.name))]
-    if ties_embeddings(checkpoint.config) and not keep_tied:
-        items = [item for item in items if not is_lm_head(item.name)]
     return sorted(items, key=lambda item: _order(item.name, modules))
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 TIED_KEY = "tie_word_embeddings"
+_EMBEDDING = re.compile(r"emb(?!.*inv_freq)|wte")
 
 
 def tying_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -28,3 +30,8 @@ def ties_embeddings(config: Mapping[str, Any]) -> bool | None:
 def is_lm_head(name: str) -> bool:
     """Return whether a tensor belongs to an LM head."""
     return "lm_head" in name.split(".")
+
+
+def may_be_embedding(name: str) -> bool:
+    """Return whether a tensor of this name may be that of an embedding of tokens."""
+    return bool(_EMBEDDING.search(name))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
+from vllm_dfloat.checkpoint.differences import difference, embeddings, lone_head_difference
 from vllm_dfloat.checkpoint.folder import is_dfloat11, read_config
 from vllm_dfloat.checkpoint.listing import model_files, weight_files
 from vllm_dfloat.checkpoint.manifest import file_differences, file_entry
@@ -15,15 +15,12 @@ from vllm_dfloat.checkpoint.model_class import refuse_missing_parameters
 from vllm_dfloat.checkpoint.plain_model import bf16_tensors
 from vllm_dfloat.checkpoint.reader import Dfloat11Checkpoint, open_checkpoint
 from vllm_dfloat.checkpoint.side_files import side_files
-from vllm_dfloat.checkpoint.tied import is_lm_head
+from vllm_dfloat.checkpoint.tied import is_lm_head, ties_embeddings
 from vllm_dfloat.checkpoint.weights import typed_weights
 from vllm_dfloat.codec.arrays import Bits
 from vllm_dfloat.errors import FormatError
-from vllm_dfloat.storage.pieces import read_pieces
 from vllm_dfloat.storage.progress import Advance, Bytes, Start, ignore, no_start
 from vllm_dfloat.storage.stored_tensor import StoredTensor
-
-_PIECE_BYTES = 4 << 20
 
 
 @dataclass
@@ -53,10 +50,13 @@ def compare(
     """Compare every tensor of the checkpoint `path` with the tensor of the same name in `against`.
 
     Also compares the bytes of other weight files, beside the model's own (side_weights.py). Nothing else is compared.
+    An LM head that only one of the two has is no difference if config.json of `path` ties it to the embedding, and it
+    is that to the bit.
 
     Args:
         path: a DFloat11 or a plain safetensors folder.
-        against: a plain safetensors folder; it also gives the shapes that a DFloat11 folder does not store.
+        against: a plain safetensors folder; it also gives the shapes that a DFloat11 folder without a manifest does not
+            store.
         start: called with the bytes to be compared in all.
         advance: called with the bytes that were compared since, all of them by the end.
 
@@ -70,13 +70,7 @@ def compare(
     originals = bf16_tensors(against)
     result = Comparison()
     seen = set()
-    shapes = {
-        name.removesuffix(".weight"): tensor.shape
-        for name, tensor in originals.items()
-        if len(tensor.shape) > 1
-    }
-    keep_tied = any(map(is_lm_head, originals))
-    opened = _open(path, shapes, keep_tied)
+    opened = _open(path, originals)
     beside = _weights_beside(against), _weights_beside(path)
     num_bytes = opened.num_bytes + sum(file.stat().st_size for file in beside[1].values())
     progress = Bytes(num_bytes, advance)
@@ -84,16 +78,24 @@ def compare(
     for name, dtype, bits in opened.tensors:
         seen.add(name)
         progress.done(bits.nbytes)
-        if name not in originals:
+        if name in originals:
+            what = difference(dtype, bits, originals[name])
+        elif opened.is_tied and is_lm_head(name):
+            what = lone_head_difference(dtype, bits, originals, against)
+        else:
             result.differences.append(f"{name}: not in {against}")
             continue
-        original = originals[name]
         result.tensors += 1
         result.num_bytes += bits.nbytes
-        difference = _difference(dtype, bits, original)
-        if difference:
-            result.differences.append(f"{name}: {difference}")
-    result.differences += [f"{name}: not in {path}" for name in originals if name not in seen]
+        if what:
+            result.differences.append(f"{name}: {what}")
+    for name in (name for name in originals if name not in seen):
+        what = f"not in {path}"
+        if opened.is_tied and is_lm_head(name):
+            dtype, bits = originals[name].dtype, originals[name].read()
+            what = lone_head_difference(dtype, bits, originals, path)
+        if what:
+            result.differences.append(f"{name}: {what}")
     names = sorted(beside[0].keys() | beside[1].keys())
     result.files = len(names) or None
     for name in names:
@@ -138,7 +140,7 @@ def check(path: Path, start: Start = no_start, advance: Advance = ignore) -> Com
         FormatError, UnsupportedError: the checkpoint or its manifest is damaged; the message names file and tensor.
     """
     result = Comparison()
-    opened = _open(path, None, keep_tied=True, must_be_whole=True)
+    opened = _open(path, None)
     num_bytes, checkpoint = opened.num_bytes, opened.checkpoint
     result.is_compressed = checkpoint is not None
     manifest = checkpoint.manifest if checkpoint else None  # beside a plain model it is not its own
@@ -168,53 +170,54 @@ class _Opened:
         tensors: name, dtype and bits of each.
         names: of all its tensors, as far as they are known before that.
         checkpoint: None for a plain one.
+        is_tied: whether config.json says that the LM head is the embedding.
     """
 
     num_bytes: int
     tensors: Iterator[tuple[str, str, Bits]]
     names: Collection[str]
     checkpoint: Dfloat11Checkpoint | None = None
+    is_tied: bool = False
 
 
-def _open(
-    path: Path,
-    shapes: Mapping[str, tuple[int, ...]] | None,
-    keep_tied: bool,
-    must_be_whole: bool = False,
-) -> _Opened:
+def _open(path: Path, originals: Mapping[str, StoredTensor] | None) -> _Opened:
+    """Open a checkpoint to compare it with `originals`, or, if that is None, to decode it; then it must be whole."""
     if not is_dfloat11(path):
         stored = bf16_tensors(path)
-        if must_be_whole and read_config(path) is None:
+        config = read_config(path)
+        if originals is None and config is None:
             raise FormatError(
                 f"{path}: has no config.json, so nothing says whether all of a model is here; expected one. Fetch it, "
                 "run the command again that was writing this folder, or compare with the original: --against."
             )
         # Nothing looks at them if there is no original: then they are only mapped.
-        load = StoredTensor.bits if must_be_whole else StoredTensor.read
+        load = StoredTensor.bits if originals is None else StoredTensor.read
         tensors = ((name, tensor.dtype, load(tensor)) for name, tensor in stored.items())
         num_bytes = sum(tensor.num_bytes for tensor in stored.values())
-        return _Opened(num_bytes, tensors, stored)
+        return _Opened(num_bytes, tensors, stored, None, bool(ties_embeddings(config or {})))
     checkpoint = open_checkpoint(path)
     num_bytes = sum(2 * unit.num_weights for unit in checkpoint.units.values())
     num_bytes += sum(tensor.num_bytes for tensor in checkpoint.plain.values())
-    decoded = typed_weights(checkpoint, shapes, keep_tied=keep_tied)
-    return _Opened(num_bytes, decoded, checkpoint.names, checkpoint)
+    is_tied = bool(ties_embeddings(checkpoint.config))
+    shapes = None if originals is None else _shapes(checkpoint, originals, is_tied)
+    decoded = typed_weights(checkpoint, shapes)
+    return _Opened(num_bytes, decoded, checkpoint.names, checkpoint, is_tied)
 
 
-def _difference(dtype: str, bits: Bits, original: StoredTensor) -> str:
-    """Return what differs, "" if nothing does; reads the original in pieces."""
-    if dtype != original.dtype or bits.shape != original.shape:
-        return f"{dtype}{list(bits.shape)} against {original.dtype}{list(original.shape)}"
-    size, at, wrong, first = bits.dtype.itemsize, 0, 0, ""
-    flat = np.ascontiguousarray(bits).reshape(-1).view(np.uint8)
-    for piece in read_pieces(original, _PIECE_BYTES):
-        right = piece.view(np.uint8)
-        left = flat[at : at + right.size]
-        if not np.array_equal(left, right):
-            found = np.flatnonzero((left != right).reshape(-1, size).any(axis=1))
-            wrong += found.size
-            begin = int(found[0]) * size
-            words = [part[begin : begin + size][::-1].tobytes().hex() for part in (left, right)]
-            first = first or f"{at // size + found[0]}: {words[0]} against {words[1]}"
-        at += right.size
-    return f"{wrong} of {bits.size} elements differ, the first at {first}" if wrong else ""
+def _shapes(
+    checkpoint: Dfloat11Checkpoint, originals: Mapping[str, StoredTensor], is_tied: bool
+) -> dict[str, tuple[int, ...]]:
+    """Return module path -> shape: from the manifest, as for vLLM and decompress; others from the originals."""
+    shapes = {
+        name.removesuffix(".weight"): tensor.shape
+        for name, tensor in originals.items()
+        if len(tensor.shape) > 1
+    }
+    if checkpoint.manifest:
+        return shapes | checkpoint.manifest.module_shapes
+    for unit in checkpoint.units.values() if is_tied else ():
+        if len(unit.names) == 1 and is_lm_head(unit.name):
+            sizes = (tensor.shape for tensor in embeddings(originals).values())
+            fits = (shape for shape in sizes if math.prod(shape) == unit.num_weights)
+            shapes.setdefault(unit.name, next(fits, (1, unit.num_weights)))
+    return shapes

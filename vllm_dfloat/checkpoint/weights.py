@@ -136,14 +136,13 @@ def typed_weights(
     checkpoint: Dfloat11Checkpoint,
     shapes: Shapes | None = None,
     skip: Callable[[str], bool] | None = None,
-    keep_tied: bool = True,
 ) -> Iterator[tuple[str, str, Bits]]:
     """Yield (name, safetensors dtype, bits) in the order of `weights`, each decoded into memory of its own.
 
     Needs no model: without `shapes` every decoded weight is [1, n]. Files are read, not mapped: truncating a mapped
     file would kill the process.
     """
-    items = plan(checkpoint, shapes, skip, keep_tied)
+    items = plan(checkpoint, shapes, skip)
     checkpoint.validate()
     unit: Unit | None = None
     for item in items:

@@ -85,7 +85,7 @@ def decompress(
     """
     files = SourceFiles(path, weight_files)
     checkpoint = open_checkpoint(path)
-    items = plan(checkpoint, _shapes(checkpoint, original), keep_tied=True)
+    items = plan(checkpoint, _shapes(checkpoint, original))
     not_sought = ""
     for described_by in () if checkpoint.manifest else filter(None, (original, path)):
         not_sought = refuse_missing_parameters(path, checkpoint.names, described_by)
