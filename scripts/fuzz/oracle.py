@@ -51,7 +51,7 @@ def expected_tensors(folder: Path, modules: Collection[str] = ()) -> Tensors:
     for file in _visible(folder, "*.safetensors"):
         stored.update(_read(file))
     patterns = settings["pattern_dict"]
-    shapes = _json(folder / "dfloat11_manifest.json").get("tensors", {})
+    shapes = listed_shapes(folder)
     units = {name.rpartition(".")[0] for name in stored if name.rpartition(".")[2] in FIELDS} - {""}
     found: Tensors = {}
     for unit in units:
@@ -74,6 +74,12 @@ def expected_tensors(folder: Path, modules: Collection[str] = ()) -> Tensors:
 def original_tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
     """Return name -> dtype, shape, bytes of a plain model."""
     return _plain_model(folder)
+
+
+def listed_shapes(folder: Path) -> dict[str, list[int]]:
+    """Return the shapes of compressed tensors that the manifest says, none without one."""
+    shapes: dict[str, list[int]] = _json(folder / "dfloat11_manifest.json").get("tensors", {})
+    return shapes
 
 
 def manifest_holds(folder: Path) -> bool:

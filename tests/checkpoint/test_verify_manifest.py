@@ -117,3 +117,14 @@ def test_without_a_manifest_verify_says_that_it_only_decoded(
     (folder / MANIFEST_FILE).unlink()
     assert main(["verify", str(folder)]) == 0
     assert "(no manifest; give --against to compare)" in capsys.readouterr().out
+
+
+def test_a_shape_that_the_weights_do_not_have_is_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Bug caught: all fine, and decompress of the same folder refused it.
+    content = json.loads((folder / MANIFEST_FILE).read_text())
+    content["tensors"]["odd77.weight"] = [7, 12]
+    (folder / MANIFEST_FILE).write_text(json.dumps(content))
+    assert main(["verify", str(folder)]) == 2
+    assert "odd77 has 77 weights in the file; the model has [7, 12]" in capsys.readouterr().err

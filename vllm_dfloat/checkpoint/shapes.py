@@ -83,8 +83,8 @@ def resolve_shape(path: str, numel: int, shapes: Shapes, where: str) -> tuple[in
         if math.prod(shapes[path]) != numel:
             raise FormatError(
                 f"{where}: {path} has {numel} weights in the file; the model has "
-                f"{list(shapes[path])} = {math.prod(shapes[path])}. Checkpoint and config.json "
-                "belong to different models."
+                f"{list(shapes[path])} = {math.prod(shapes[path])}. The weights and "
+                "the manifest, original or config.json that gives their shapes belong to different models."
             )
         return tuple(shapes[path])
     tails = {name: tail for name in shapes if (tail := _equal_tail(path, name))}

@@ -14,6 +14,7 @@ from vllm_dfloat.checkpoint.manifest import file_differences, file_entry
 from vllm_dfloat.checkpoint.model_class import refuse_missing_parameters
 from vllm_dfloat.checkpoint.plain_model import bf16_tensors
 from vllm_dfloat.checkpoint.reader import Dfloat11Checkpoint, open_checkpoint
+from vllm_dfloat.checkpoint.shapes import Shapes
 from vllm_dfloat.checkpoint.side_files import side_files
 from vllm_dfloat.checkpoint.tied import is_lm_head, ties_embeddings
 from vllm_dfloat.checkpoint.weights import typed_weights
@@ -199,22 +200,25 @@ def _open(path: Path, originals: Mapping[str, StoredTensor] | None) -> _Opened:
     num_bytes = sum(2 * unit.num_weights for unit in checkpoint.units.values())
     num_bytes += sum(tensor.num_bytes for tensor in checkpoint.plain.values())
     is_tied = bool(ties_embeddings(checkpoint.config))
-    shapes = None if originals is None else _shapes(checkpoint, originals, is_tied)
+    shapes = _shapes(checkpoint, originals, is_tied)
     decoded = typed_weights(checkpoint, shapes)
     return _Opened(num_bytes, decoded, checkpoint.names, checkpoint, is_tied)
 
 
 def _shapes(
-    checkpoint: Dfloat11Checkpoint, originals: Mapping[str, StoredTensor], is_tied: bool
-) -> dict[str, tuple[int, ...]]:
-    """Return module path -> shape: from the manifest, as for vLLM and decompress; others from the originals."""
+    checkpoint: Dfloat11Checkpoint, originals: Mapping[str, StoredTensor] | None, is_tied: bool
+) -> Shapes | None:
+    """Return the shapes that the manifest says, as for vLLM and decompress; others from the originals."""
+    manifest = checkpoint.manifest
+    if originals is None:
+        return manifest.module_shapes if manifest else None
     shapes = {
         name.removesuffix(".weight"): tensor.shape
         for name, tensor in originals.items()
         if len(tensor.shape) > 1
     }
-    if checkpoint.manifest:
-        return shapes | checkpoint.manifest.module_shapes
+    if manifest:
+        return shapes | manifest.module_shapes
     for unit in checkpoint.units.values() if is_tied else ():
         if len(unit.names) == 1 and is_lm_head(unit.name):
             sizes = (tensor.shape for tensor in embeddings(originals).values())
