@@ -192,18 +192,18 @@ def make_luts(codes: Mapping[int, tuple[int, int]]) -> np.ndarray:
             continue
         depth = (size - 1) // 8
         rest = size - 8 * depth
-        slots = by_prefix.setdefault((depth, value >> rest), {})
+        entries = by_prefix.setdefault((depth, value >> rest), {})
         low = (value & (1 << rest) - 1) << (8 - rest)
-        slots.update(dict.fromkeys(range(low, low + (1 << 8 - rest)), symbol))
+        entries.update(dict.fromkeys(range(low, low + (1 << 8 - rest)), symbol))
     order = sorted(by_prefix, key=lambda key: (key[0], key[1] << (32 - 8 * key[0])))
     for row, (depth, prefix) in enumerate(order[1:], 1):
         by_prefix[depth - 1, prefix >> 8][prefix & 0xFF] = 256 - row
     luts = np.zeros((len(order) + 1, 256), np.uint8)
     value = 0
     for row, key in enumerate(order):
-        for slot in range(256):
-            value = by_prefix[key].get(slot, value)
-            luts[row, slot] = value
+        for entry in range(256):
+            value = by_prefix[key].get(entry, value)
+            luts[row, entry] = value
     for symbol, (_, size) in codes.items():
         if symbol != EOF:
             luts[-1, symbol] = size

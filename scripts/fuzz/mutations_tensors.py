@@ -132,8 +132,8 @@ def lie_in_the_tables(folder: Folder, rng: Random) -> bool:
     elif way == 3:
         rows[row] = np.frombuffer(rng.randbytes(256), np.uint8)
     elif way == 4:  # codes that differ by one table entry from those of their runs
-        slot = rng.randrange(255)
-        rows[0, slot] = rows[0, slot + 1]
+        entry = rng.randrange(255)
+        rows[0, entry] = rows[0, entry + 1]
     elif way == 5:
         symbols = np.flatnonzero(rows[-1])
         if symbols.size:

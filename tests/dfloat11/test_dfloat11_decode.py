@@ -43,21 +43,21 @@ def _positions(*values: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("row", "slot", "value", "message"),
+    ("row", "entry", "value", "message"),
     [
         (-1, 240, 1, r"luts: exponent 240 has a code of 1 bits; exponents from 240 on"),
         (-1, 255, 32, r"luts: exponent 255 has a code of 32 bits; exponents from 240 on"),
         (-1, 3, 33, r"luts: exponent 3 has a code of 33 bits; at most 32"),
         (-1, 3, 7, r"luts: exponent 3 has a code of 7 bits, but no table holds that code"),
-        (0, 0, 240, r"luts: a slot refers to table 16; tables 1 to 1 are expected with 3 rows"),
-        (1, 0, 254, r"luts: a slot refers to table 2; tables 1 to 1 are expected with 3 rows"),
+        (0, 0, 240, r"luts: an entry refers to table 16; tables 1 to 1 are expected with 3 rows"),
+        (1, 0, 254, r"luts: an entry refers to table 2; tables 1 to 1 are expected with 3 rows"),
     ],
 )
 def test_luts_that_no_code_book_has_are_refused(
-    row: int, slot: int, value: int, message: str, tmp_path: Path
+    row: int, entry: int, value: int, message: str, tmp_path: Path
 ) -> None:
     stored = stored_unit("edge-good", "prime4099")
-    stored["luts"][row, slot] = value
+    stored["luts"][row, entry] = value
     with pytest.raises(FormatError, match=f"^model.safetensors: u.{message}"):
         load(stored, tmp_path)
 
@@ -109,13 +109,13 @@ def test_stale_slots_mean_nothing(tmp_path: Path) -> None:
     exponents = np.array([120, 121, 122, 0, 0, 121, 118, 120, 121])
     bits = (exponents << 7).astype(np.uint16)
     stored = encode(bits)
-    slots = build_tables(stored["luts"], "u")[0]
-    assert np.flatnonzero(slots == 0).tolist() == list(range(224, 240))  # the end marker's, 1110
+    entries = build_tables(stored["luts"], "u")[0]
+    assert np.flatnonzero(entries == 0).tolist() == list(range(224, 240))  # the end marker's, 1110
     for value in (0, 99, 118, 122, 239):
         stored["luts"][0, 224:240] = value
         unit = load(stored, tmp_path)
         assert np.array_equal(
-            np.delete(unit.tables[0], range(224, 240)), np.delete(slots, range(224, 240))
+            np.delete(unit.tables[0], range(224, 240)), np.delete(entries, range(224, 240))
         )
         assert np.array_equal(decode_unit(unit), bits)
         assert np.array_equal(reference.decode(unit), bits)

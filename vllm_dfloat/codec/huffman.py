@@ -82,7 +82,7 @@ def canonical_codes(lengths: U8Array) -> U16Array:
 def build_lut(lengths: U8Array, code_bits: int) -> U16Array:
     """Return the decode table: the next `code_bits` bits of the stream -> symbol << 7 | code length.
 
-    Slots without a code (half of them if there is only one symbol) hold 0. A length of 0 makes a decoder stop before
+    Entries without a code (half of them if there is only one symbol) hold 0. A length of 0 makes a decoder stop before
     the end of its lane, which it reports.
     """
     lut = np.zeros(1 << code_bits, np.uint16)

@@ -1,7 +1,7 @@
 """The numbers of the official DFloat11 format, and of what its decoders on CPUs and GPUs share. Imports nothing.
 
 The stream is cut into blocks, one for each thread block of the official kernel, and a block into windows, one for each
-thread. `luts` are up to 17 tables of 256 slots that hold a symbol or name a deeper table, and a row of code lengths.
+thread. `luts` are up to 17 tables of 256 entries that hold a symbol or name a deeper table, and a row of code lengths.
 """
 
 FIELDS = {  # tensor of a unit -> (dtype, dimensions)
@@ -27,7 +27,7 @@ MAX_BLOCK_WEIGHTS = BLOCK_BITS  # a code has at least one bit
 MIN_BLOCK_WEIGHTS = BLOCK_BITS // MAX_CODE_BITS - 1  # in any block but the last one
 MAX_ROWS = 18  # of `luts`: root, 16 children, lengths
 MAX_DEPTH = 3  # of a table below the root
-FIRST_POINTER = 240  # slot values from here on name a table: 255 is row 1, 240 is row 16
+FIRST_POINTER = 240  # entry values from here on name a table: 255 is row 1, 240 is row 16
 
 # An entry of the decode tables (tables.py): 0 (no code), `symbol | length << LENGTH_SHIFT`, or `POINTER | row`.
 LENGTH_SHIFT = 8

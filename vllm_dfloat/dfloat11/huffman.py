@@ -69,21 +69,21 @@ def _tree_codes(counts: I64Array) -> Codes:
 def build_luts(codes: Codes) -> U8Array:
     """Return the tables of a code book and the row of code lengths, uint8 [tables + 1, 256].
 
-    There may be more tables than pointers can name (MAX_ROWS), which the caller must check. Slots of EOF repeat the
-    slot before them, across rows too, as in official files. The very first slot is 0 if it is EOF's: the official
+    There may be more tables than pointers can name (MAX_ROWS), which the caller must check. Entries of EOF repeat the
+    entry before them, across rows too, as in official files. The very first entry is 0 if it is EOF's: the official
     encoder cannot write such a table.
     """
-    slots = _tables(codes)
-    order = sorted(slots, key=lambda at: (at[0], at[1] << (MAX_CODE_BITS - 8 * at[0])))
+    entries = _tables(codes)
+    order = sorted(entries, key=lambda at: (at[0], at[1] << (MAX_CODE_BITS - 8 * at[0])))
     for row, (depth, prefix) in enumerate(order[1:], 1):
         # With too many tables these values are no pointers, and the caller raises an error.
-        slots[depth - 1, prefix >> 8][prefix & 0xFF] = (256 - row) % 256
+        entries[depth - 1, prefix >> 8][prefix & 0xFF] = (256 - row) % 256
     luts = np.zeros((len(order) + 1, 256), np.uint8)
     value = 0
     for row, at in enumerate(order):
-        for slot in range(256):
-            value = slots[at].get(slot, value)
-            luts[row, slot] = value
+        for entry in range(256):
+            value = entries[at].get(entry, value)
+            luts[row, entry] = value
     for symbol, (_, length) in codes.items():
         if symbol != EOF:
             luts[-1, symbol] = length
@@ -91,15 +91,15 @@ def build_luts(codes: Codes) -> U8Array:
 
 
 def _tables(codes: Mapping[int, tuple[int, int]]) -> dict[tuple[int, int], dict[int, int]]:
-    """Return (depth, the 8 * depth bits that lead to a table) -> slot -> exponent, for every table with a code."""
-    slots: dict[tuple[int, int], dict[int, int]] = {}
+    """Return (depth, the 8 * depth bits that lead to a table) -> entry -> exponent, for every table with a code."""
+    entries: dict[tuple[int, int], dict[int, int]] = {}
     for symbol, (code, length) in codes.items():
         if symbol == EOF:
             continue
         depth = (length - 1) // 8
         rest = length - 8 * depth
         first = (code & ((1 << rest) - 1)) << (8 - rest)
-        table = slots.setdefault((depth, code >> rest), {})
+        table = entries.setdefault((depth, code >> rest), {})
         table.update(dict.fromkeys(range(first, first + (1 << (8 - rest))), symbol))
-    slots.setdefault((0, 0), {})
-    return slots
+    entries.setdefault((0, 0), {})
+    return entries

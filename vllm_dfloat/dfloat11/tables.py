@@ -1,8 +1,8 @@
 """Turn the `luts` of a DFloat11 unit into decode tables in which every entry can be trusted.
 
-The official encoder leaves meaningless values, pointers too, in the slots of its end marker, so `luts`
-cannot be followed blindly. Only slots that can be a code get an entry here: a code of length L fills an
-aligned run of slots in a table at depth (L - 1) // 8. A copy of such a run gets entries as well: either
+The official encoder leaves meaningless values, pointers too, in the entries of its end marker, so `luts`
+cannot be followed blindly. Only entries that can be a code are kept: a code of length L fills an
+aligned run of entries in a table at depth (L - 1) // 8. A copy of such a run is kept as well: either
 it belongs to the end marker, or it is the code itself after filler of the same value (some encoders fill
 with 0). The codes of a valid file lead only to the real one.
 """
@@ -25,7 +25,7 @@ from vllm_dfloat.errors import FormatError
 def build_tables(luts: U8Array, where: str) -> I32Array:
     """Return decode tables int32 [R - 1, 256] for checked `luts` uint8 [R, 256].
 
-    Slots that cannot be a code become 0: a stream that leads to one is an error, never a wrong weight.
+    Entries that cannot be a code become 0: a stream that leads to one is an error, never a wrong weight.
 
     Raises:
         FormatError: `luts` is not a code book of this format.
@@ -38,19 +38,19 @@ def build_tables(luts: U8Array, where: str) -> I32Array:
     placed: set[int] = set()
     queue = [0]
     for row in queue:  # grows while it is walked: parents come before children
-        for slot, value in enumerate(rows[row]):
+        for entry, value in enumerate(rows[row]):
             if value >= FIRST_POINTER:
                 child = 256 - value
-                # A second pointer to a table, or one at the last level, is a stale slot.
+                # A second pointer to a table, or one at the last level, is a stale entry.
                 if child not in depth and depth[row] < MAX_DEPTH:
                     depth[child] = depth[row] + 1
                     queue.append(child)
-                    tables[row, slot] = POINTER | child
+                    tables[row, entry] = POINTER | child
             elif (lengths[value] + 7) // 8 == depth[row] + 1:
                 span = 1 << (8 * (depth[row] + 1) - lengths[value])
-                if slot % span == 0 and rows[row][slot : slot + span] == [value] * span:
+                if entry % span == 0 and rows[row][entry : entry + span] == [value] * span:
                     placed.add(value)
-                    tables[row, slot : slot + span] = value | lengths[value] << LENGTH_SHIFT
+                    tables[row, entry : entry + span] = value | lengths[value] << LENGTH_SHIFT
     missing = [symbol for symbol in range(256) if lengths[symbol] and symbol not in placed]
     if missing:
         raise FormatError(
@@ -71,7 +71,7 @@ def check_luts(luts: U8Array, where: str) -> None:
         raise FormatError(
             f"{where}: exponent {used[-1]} has a code of {lengths[used[-1]]} bits; exponents from "
             f"{FIRST_POINTER} on (values of 2**113 and more, Inf, NaN) must have none, because "
-            "their slots mean pointers. This weight cannot be decoded; take the original BF16 file."
+            "their entries mean pointers. This weight cannot be decoded; take the original BF16 file."
         )
     longest = int(np.argmax(lengths))
     if lengths[longest] > MAX_CODE_BITS:
@@ -83,6 +83,6 @@ def check_luts(luts: U8Array, where: str) -> None:
     children = children[children <= 256 - FIRST_POINTER]
     if children.size and children.max() > num_rows - 2:
         raise FormatError(
-            f"{where}: a slot refers to table {children.max()}; tables 1 to {num_rows - 2} are "
+            f"{where}: an entry refers to table {children.max()}; tables 1 to {num_rows - 2} are "
             f"expected with {num_rows} rows."
         )

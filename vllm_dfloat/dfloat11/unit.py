@@ -38,7 +38,7 @@ class Unit:
         positions: int64 [B + 1], first weight of each block, then N.
         splits: int64 [m + 1], 0, first weight of each further member, N.
         luts: uint8 [R, 256] as stored.
-        tables: int32 [R - 1, 256], the same codes without stale slots (tables.py).
+        tables: int32 [R - 1, 256], the same codes without stale entries (tables.py).
         first_block: number in the stored unit of this one's first block, if this is a piece of it.
     """
 
