@@ -61,8 +61,8 @@ def _look_up(tables_ptr, num_rows, first, second, third, at, active):
     for level in tl.static_range(1, _LEVELS):
         deeper = (entry & _POINTER) != 0
         row = tl.minimum(entry & 0xFF, num_rows - 1)
-        entry = ((peek >> (24 - 8 * level)) & 0xFF).to(tl.int32)
-        below = tl.load(tables_ptr + row * 256 + entry, mask=active & deeper, other=0)
+        index = ((peek >> (24 - 8 * level)) & 0xFF).to(tl.int32)
+        below = tl.load(tables_ptr + row * 256 + index, mask=active & deeper, other=0)
         entry = tl.where(deeper, below, entry)
     return tl.where((entry & _POINTER) != 0, 0, entry)
 
