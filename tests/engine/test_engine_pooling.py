@@ -1,4 +1,4 @@
-"""Encoders and other models without an LM head, compressed on disk and served for embeddings by a real vLLM."""
+"""Models compressed on disk and served by a real vLLM for embeddings and scores, without an LM head."""
 
 import json
 import shutil
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
 import transformers
 from engines import PROMPTS, engine
@@ -30,7 +31,14 @@ MODELS: dict[str, tuple[str, str, dict[str, Any], str]] = {
         dict(head_dim=64, num_key_value_heads=1, tie_word_embeddings=True),
         "embed_tokens",
     ),
+    "llama": (  # vLLM leaves its LM head out
+        "LlamaConfig",
+        "LlamaForCausalLM",
+        dict(head_dim=64, num_key_value_heads=1, tie_word_embeddings=False),
+        "model.embed_tokens",
+    ),
 }
+TOKENS = ["a", "b"]  # of the classifier of a reranker
 
 
 def save(name: str, path: Path) -> Path:
@@ -52,9 +60,7 @@ def embeddings(model: Path, **settings: Any) -> list[list[float]]:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_model_without_lm_head_is_served_from_its_compressed_embedding(
-    name: str, tmp_path: Path
-) -> None:
+def test_a_model_is_embedded_with_its_compressed_embedding(name: str, tmp_path: Path) -> None:
     # Bug caught: the word embedding, half of an encoder, left in BF16.
     model = save(name, tmp_path / "m")
     report = compress(open_source(model), tmp_path / "df11")
@@ -63,6 +69,39 @@ def test_a_model_without_lm_head_is_served_from_its_compressed_embedding(
     expected = embeddings(model)
     assert embeddings(tmp_path / "df11") == expected
     assert len({tuple(embedding) for embedding in expected}) == len(PROMPTS)
+
+
+def reranker(model: Path, method: str, new: Path | None = None, **settings: Any) -> Any:
+    """Return the scores of a reranker whose classifier is made of rows of the tied LM head; with `new`, reloaded."""
+    overrides = dict(
+        architectures=["Qwen3ForSequenceClassification"],
+        classifier_from_token=TOKENS,
+        method=method,
+    )
+    settings |= dict(skip_tokenizer_init=False, tokenizer=str(SHIPPED), runner="pooling")
+    prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
+    with engine(model, hf_overrides=overrides, **settings) as llm:
+        found = [llm.classify(prompts, use_tqdm=False)]
+        if new is not None:
+            llm.collective_rpc("reload_weights", kwargs={"weights_path": str(new)})
+            found.append(llm.classify(prompts, use_tqdm=False))
+    return [[output.outputs.probs for output in outputs] for outputs in found]
+
+
+@pytest.mark.parametrize(
+    ("method", "vocabulary"), [("from_2_way_softmax", 256), ("no_post_processing", 260)]
+)
+def test_reranker_scores_with_rows_of_its_compressed_embedding(
+    method: str, vocabulary: int, tmp_path: Path
+) -> None:
+    # Bug caught: "Cannot copy out of meta tensor". A vocabulary with padding is complete only at the very end.
+    changes = dict(vocab_size=vocabulary, num_hidden_layers=1)
+    model = tiny_models.save("qwen3", tmp_path / "m", **changes)
+    compress(open_source(model), tmp_path / "df11")
+    (expected,) = reranker(model, method)
+    before, after = reranker(tmp_path / "df11", method, new=model, quantization="dfloat11")
+    assert before == after == expected
+    assert len({tuple(scores) for scores in expected}) == len(PROMPTS)
 
 
 def test_layers_in_files_of_their_own_are_loaded_beside_a_compressed_model(tmp_path: Path) -> None:

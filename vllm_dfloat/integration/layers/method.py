@@ -10,7 +10,7 @@ from vllm_dfloat.errors import UnsupportedError
 from vllm_dfloat.integration.layers import linear_op
 from vllm_dfloat.integration.layers.layouts import BY_NAME
 from vllm_dfloat.integration.layers.placeholder import HOW, WeightPlaceholder
-from vllm_dfloat.integration.seam import arrivals, compat, layerwise
+from vllm_dfloat.integration.seam import arrivals, compat, layer_kinds, layerwise
 from vllm_dfloat.integration.seam.options import Options
 
 PACKED = "dfloat11"  # the attribute of a compressed layer that holds its PackedWeight
@@ -68,6 +68,8 @@ class PackedMethod:
         return compat.linear_backend(config)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        if layer_kinds.is_left_out(layer):
+            return
         if getattr(layer, PROCESSED, False):
             self._finish(layer)
             return

@@ -119,6 +119,14 @@ class DFloat11ModelLoader(_Reporting, DefaultModelLoader):  # type: ignore[misc]
     def get_all_weights(self, model_config: Any, model: torch.nn.Module) -> Weights:
         if model_config.quantization != METHOD:
             return super().get_all_weights(model_config, model)  # type: ignore[no-any-return]
+        pairs = self._stored_weights(model_config, model)
+        if self._arrivals is None:  # a reload, which Updates passes on
+            return pairs
+        from vllm_dfloat.integration.layers import lm_head_rows
+
+        return lm_head_rows.readable_after(pairs, model)
+
+    def _stored_weights(self, model_config: Any, model: torch.nn.Module) -> Weights:
         # The files decide, not model_config: vLLM may reload from another folder. vLLM's choice of files does not work
         # for a DFloat11 folder, because an index there is that of the original checkpoint.
         folder = Path(model_config.model)

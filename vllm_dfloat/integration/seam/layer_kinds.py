@@ -26,6 +26,16 @@ def is_lm_head(layer: torch.nn.Module) -> bool:
     return isinstance(layer, ParallelLMHead)
 
 
+def is_left_out(layer: torch.nn.Module) -> bool:
+    """Return whether this is what vLLM puts in the place of a layer that it leaves out, such as a pooling model's head.
+
+    It passes on the attributes of that layer, `quant_method` too. The layer is on the meta device and is never loaded.
+    """
+    from vllm.model_executor.models.utils import StageMissingLayer
+
+    return isinstance(layer, StageMissingLayer)
+
+
 def is_untied_by_checkpoint(model_config: Any) -> bool:
     """Return whether vLLM has untied an LM head because the checkpoint stores one; 0.28 never does."""
     return bool(getattr(model_config, "word_embeddings_untied_by_checkpoint", False))

@@ -76,6 +76,11 @@ def finish(model: torch.nn.Module, model_config: Any) -> None:
     vllm.finalize_layerwise_reload(model, model_config)
 
 
+def process(layer: torch.nn.Module) -> None:
+    """Process a layer now, with what has arrived for it; nothing more may arrive."""
+    vllm._layerwise_process(layer, vllm.get_layerwise_info(layer))
+
+
 def abandon(model: torch.nn.Module) -> None:
     """Cancel a reload: layers that are not complete get back the tensors set aside."""
     for layer in model.modules():

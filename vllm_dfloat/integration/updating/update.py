@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from vllm_dfloat.errors import DFloatError, FormatError, UnsupportedError
-from vllm_dfloat.integration.layers import method
+from vllm_dfloat.integration.layers import lm_head_rows, method
 from vllm_dfloat.integration.seam import compat, layer_kinds, layerwise, loader_calls
 from vllm_dfloat.integration.seam.incoming import AS_BEFORE, Incoming
 from vllm_dfloat.integration.seam.names import logger
@@ -160,7 +160,8 @@ class Updates:
         current = Incoming(weights, self._names, isinstance(weights, StoredWeights) or self.counts)
         try:
             with loader_calls.told_to(current.called):
-                loaded = self._load_weights(current, *args, **kwargs)
+                pairs = current if self.counts else lm_head_rows.readable_after(current, self.model)
+                loaded = self._load_weights(pairs, *args, **kwargs)
             current.copy_kept()
             self._check_heard(loaded or ())
             return loaded
