@@ -119,8 +119,8 @@ def _write_kernel(
                 first_bits_ptr + (end >> _WINDOW_LOG), (end & 63).to(tl.uint8), mask=ends_window
             )
             ends_block = (end >> _BLOCK_LOG) != (bit >> _BLOCK_LOG)
-            behind = (index + 1).to(tl.int64)
-            tl.store(begins_ptr + (end >> _BLOCK_LOG), behind, mask=ends_block)
+            after = (index + 1).to(tl.int64)
+            tl.store(begins_ptr + (end >> _BLOCK_LOG), after, mask=ends_block)
             bit = end
     tl.atomic_or(words_ptr + ((bit >> _WORD_LOG) ^ 1), pending, mask=(bit & 31) != 0, sem="relaxed")
 

@@ -61,12 +61,14 @@ def describe(llm: Any) -> Json:
     worker = llm.llm_engine.model_executor.driver_worker
     cache = llm.llm_engine.vllm_config.cache_config
     blocks_hold = cache.num_gpu_blocks * cache.block_size
-    summary = summarize(worker.get_model())
+    model = worker.get_model()
+    summary, emptied = summarize(model), emptied_bytes(model)
+    held = summary.held_bytes + emptied
     memory = {
-        "bf16_bytes": summary.bf16_bytes,
-        "held_bytes": summary.held_bytes,
+        "bf16_bytes": summary.bf16_bytes + emptied,
+        "held_bytes": held,
         "scratch_bytes": summary.scratch_bytes,
-        "resident_bytes": summary.held_bytes + summary.scratch_bytes,
+        "resident_bytes": held + summary.scratch_bytes,
     }
     device: Json = {"gpu": None}
     if torch.cuda.is_available():
@@ -80,6 +82,22 @@ def describe(llm: Any) -> Json:
         "kv_cache_tokens": getattr(cache, "kv_cache_size_tokens", None) or blocks_hold,
         "block_size": cache.block_size,
     }
+
+
+def emptied_bytes(model: Any) -> int:
+    """Return the BF16 bytes of weights that vLLM's CPU build has packed for a kernel of its own.
+
+    It keeps the packed copy where nothing lists it, and empties the parameter.
+    """
+    emptied = (layer for layer in model.modules() if has_emptied_weight(layer))
+    return sum(
+        2 * layer.output_size_per_partition * layer.input_size_per_partition for layer in emptied
+    )
+
+
+def has_emptied_weight(layer: Any) -> bool:
+    weight = getattr(layer, "weight", None)
+    return hasattr(layer, "input_size_per_partition") and weight is not None and not weight.numel()
 
 
 def answer(llm: Any, vocab_size: int) -> list[Json]:
