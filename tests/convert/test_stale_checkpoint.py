@@ -112,7 +112,7 @@ def test_a_finished_file_is_never_written_again(
     source, target = tmp_path / "s", tmp_path / "t"
     source.mkdir()
     (source / "a").write_text("old")
-    with resumable(source, target, COMPRESSION, "identity", False) as work:
+    with resumable(source, target, COMPRESSION, "identity", False, {"a"}) as work:
         work.write_text("a", "new")
         with pytest.raises(RuntimeError, match="is finished, and was to be written again"):
             write(work, source)

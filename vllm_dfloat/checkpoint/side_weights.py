@@ -41,8 +41,8 @@ def is_weights(name: str) -> bool:
     return name.endswith(_FORMS)
 
 
-def changes_answers(name: str) -> bool:
-    """Return whether a file of this name, beside a model's own, may change what vLLM makes of the model."""
+def holds_or_names_weights(name: str) -> bool:
+    """Return whether a file of this name holds weights that vLLM may read, or says where such are."""
     return is_weights(name) or name.endswith(_INDEX) or name == MODULES_FILE
 
 

@@ -10,7 +10,7 @@ from typing import Any, Generic, Self, TypeVar
 
 from vllm_dfloat.checkpoint.folder import CONFIG_FILE
 from vllm_dfloat.checkpoint.manifest import MANIFEST_FILE
-from vllm_dfloat.convert.finished import find_finished, refuse_leftovers, write_finished
+from vllm_dfloat.convert.finished import find_finished, write_finished
 from vllm_dfloat.convert.resume import OccupiedError, Task, resumable
 from vllm_dfloat.convert.source_files import SourceFiles
 from vllm_dfloat.convert.work import Work
@@ -102,9 +102,9 @@ def _find(job: Conversion[Result], force: bool) -> Mapping[str, Any] | None:
 def _make(job: Conversion[Result], force: bool) -> Mapping[str, Any]:
     _refuse_collisions(job)
     job.prepare()
-    begun = resumable(job.source.folder, job.target, job.task, job.identity, force)
+    makes = {*job.sizes, *job.source.side.names, *job.beside}
+    begun = resumable(job.source.folder, job.target, job.task, job.identity, force, makes)
     with begun as work, job.source.unchanged():
-        refuse_leftovers(job.target, {*job.sizes, *job.source.side.names, *job.beside})
         done = work.resume(set(job.sizes))
         results = {file: job.result(line) for file, line in done.items()}
         job.begin(sum(job.sizes[file] for file in results))

@@ -7,14 +7,15 @@ report. It is for this machine only, as times are; a reader of the checkpoint do
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from vllm_dfloat.checkpoint.folder import FINISHED_FILE
 from vllm_dfloat.checkpoint.manifest import file_entry
+from vllm_dfloat.checkpoint.serving_files import changes_answers
 from vllm_dfloat.checkpoint.side_files import visible_paths
-from vllm_dfloat.checkpoint.side_weights import changes_answers
+from vllm_dfloat.convert.leftovers import refuse_leftovers
 from vllm_dfloat.convert.resume import TASKS, Task
 from vllm_dfloat.convert.source_files import SourceFiles
 from vllm_dfloat.convert.work import Work
@@ -50,24 +51,6 @@ def write_finished(
         "report": dict(report),
     }
     work.write_text(FINISHED_FILE, json.dumps(content, sort_keys=True) + "\n")
-
-
-def refuse_leftovers(folder: Path, made: Collection[str]) -> None:
-    """Refuse a folder with other files than those made there, if a reader would take them for a part of the model.
-
-    Args:
-        folder: where a model is made.
-        made: the files of it, relative to the folder.
-
-    Raises:
-        FormatError: there is one; the message names it.
-    """
-    for name, _ in visible_paths(folder):
-        if name not in made and changes_answers(name):
-            raise FormatError(
-                f"{folder / name}: is no part of the model that was made here, and would change it; an earlier "
-                "run or another program has left it. Move it out of the folder, and run the same command again."
-            )
 
 
 def find_finished(
@@ -139,7 +122,7 @@ def _check_target(target: Path, stamp: Path, files: Mapping[str, Mapping[str, An
             same = status.st_size == entry["bytes"] and (
                 not is_newer or file_entry(target / name) == entry
             )
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             same = False
         if not same:
             raise FormatError(

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from vllm_dfloat.checkpoint.folder import COMPRESS_JOURNAL, DECOMPRESS_JOURNAL, FINISHED_FILE
-from vllm_dfloat.checkpoint.listing import visible_files
-from vllm_dfloat.checkpoint.manifest import MANIFEST_FILE
+from vllm_dfloat.checkpoint.folder import COMPRESS_JOURNAL, DECOMPRESS_JOURNAL
+from vllm_dfloat.convert.leftovers import (
+    clear,
+    made_before,
+    refuse_leftovers,
+    refuse_other_kinds,
+    remove_old_copies,
+)
 from vllm_dfloat.convert.work import Work
 from vllm_dfloat.errors import DFloatError, FormatError
 from vllm_dfloat.storage.folder_lock import locked
-from vllm_dfloat.storage.journal import discard_journal, open_journal
-from vllm_dfloat.storage.json_file import MAX_LIST_BYTES, read_object
+from vllm_dfloat.storage.journal import open_journal
 from vllm_dfloat.storage.safetensors_write import TEMPORARY
-
-_CHECKPOINT_FILES = ("*.safetensors", "*.safetensors.index.json", MANIFEST_FILE)
 
 
 class OccupiedError(FormatError):
@@ -45,7 +47,9 @@ TASKS = (COMPRESSION, DECOMPRESSION)
 
 
 @contextmanager
-def resumable(source: Path, target: Path, task: Task, identity: str, force: bool) -> Iterator[Work]:
+def resumable(
+    source: Path, target: Path, task: Task, identity: str, force: bool, makes: Collection[str]
+) -> Iterator[Work]:
     """Make and lock the folder `target` for a task that fills it from `source`.
 
     The folder must be new, empty, or started by the same task. With `force` it may be any; the checkpoint in it is
@@ -57,10 +61,12 @@ def resumable(source: Path, target: Path, task: Task, identity: str, force: bool
         task: what is being made.
         identity: of the source; a journal with another identity is refused.
         force: accept any folder.
+        makes: the files that the task will make or copy, relative to the folder.
 
     Raises:
         OccupiedError: the folder is not empty, and the task was not started in it.
-        FormatError: the folder cannot be used, another task was started in it, or another process works in it.
+        FormatError: the folder cannot be used, another task was started in it, another process works in it, or it holds
+            files of others that would change the model.
         DFloatError: the disk is full.
     """
     check_place(source, target, task)
@@ -69,10 +75,14 @@ def resumable(source: Path, target: Path, task: Task, identity: str, force: bool
             # Only under the lock: files of a run that is still working must be neither judged nor removed.
             if not force:
                 _check_content(target, task)
-            clear = partial(_clear, target, task)
-            with open_journal(target / task.journal, task.name, identity, force, clear) as journal:
+            refuse_other_kinds(target, makes)
+            refuse_leftovers(target, {*makes, *made_before(target)}, is_replaced=force)
+            anew = partial(clear, target, task.journal)
+            with open_journal(target / task.journal, task.name, identity, force, anew) as journal:
+                remove_old_copies(target, makes)
                 for stale in target.rglob(f"{TEMPORARY}*"):
-                    stale.unlink()
+                    if not stale.is_dir():
+                        stale.unlink()
                 work = Work(lock, journal)
                 try:
                     yield work
@@ -90,20 +100,24 @@ def resumable(source: Path, target: Path, task: Task, identity: str, force: bool
 
 
 def check_place(source: Path, target: Path, task: Task) -> None:
-    """Refuse a target that lies inside or around the source, or is a file.
+    """Refuse a target that lies inside or around the source, or is a file or a link to nowhere, or lies in one.
 
     Raises:
         FormatError: it is one of these.
     """
+    expected = f"expected a new or empty folder, or one in which a {task.name} was begun"
+    for place in reversed((target, *target.absolute().parents)):
+        if (place.is_symlink() or place.exists()) and not place.is_dir():
+            what = "a link that leads to no folder" if place.is_symlink() else "a file"
+            where = f"in the folder {target.parent}" if place == target else f"named {place}"
+            lies = "is" if place == target else "lies in"
+            raise FormatError(
+                f"{target}: {lies} {what} {where}; {expected}. Choose another, or move that away."
+            )
     here, there = source.resolve(), target.resolve()
     if here == there or here in there.parents or there in here.parents:
         raise FormatError(
             f"{target}: lies in {source} or around it; the source is never touched. Choose another."
-        )
-    if target.exists() and not target.is_dir():
-        raise FormatError(
-            f"{target}: is a file in the folder {target.parent}; expected a new or empty folder, or one in which a "
-            f"{task.name} was begun."
         )
 
 
@@ -119,34 +133,3 @@ def _check_content(target: Path, task: Task) -> None:
             f"{target}: is not empty, and not the beginning of a {task.name}; give --force to replace the checkpoint "
             "in it, or choose a new folder."
         )
-
-
-def _clear(target: Path, task: Task) -> None:
-    """Remove the checkpoint in the folder with all files made with it, and the journals of other tasks."""
-    made = _made_before(target)
-    for other in TASKS:
-        if other != task:
-            discard_journal(target / other.journal)
-    for name in made - {MANIFEST_FILE, FINISHED_FILE}:
-        file = target / name
-        is_inside = file.parent.resolve().is_relative_to(target.resolve())
-        if is_inside and (file.is_file() or file.is_symlink()):
-            file.unlink()
-    # The lists of files go last: if this run is killed, the next one still finds them.
-    for pattern in _CHECKPOINT_FILES:
-        for file in visible_files(target, pattern):
-            file.unlink()
-    (target / FINISHED_FILE).unlink(missing_ok=True)
-
-
-def _made_before(target: Path) -> set[str]:
-    """Return the files listed by a manifest or a finished run; damaged lists are ignored."""
-    names: set[str] = set()
-    for file in (MANIFEST_FILE, FINISHED_FILE):
-        try:
-            content = read_object(target / file, MAX_LIST_BYTES) or {}
-        except FormatError:
-            continue
-        listed = content.get("files")
-        names.update(name for name in (listed if isinstance(listed, dict) else ()))
-    return names

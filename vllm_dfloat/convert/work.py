@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_dfloat.checkpoint.manifest import file_entry
+from vllm_dfloat.convert.leftovers import COPIES
 from vllm_dfloat.errors import FormatError
 from vllm_dfloat.storage.file_identity import FileIdentity, identity_of, require_same
 from vllm_dfloat.storage.folder_lock import FolderLock
@@ -40,10 +41,11 @@ class Work:
         """Return file name -> journal line of those wanted files that an earlier run has finished, still unchanged."""
         found: dict[str, Mapping[str, Any]] = {}
         for line in self._journal.done:
-            name, file = line["file"], self.folder / line["file"]
+            name = line.get("file")
             # A file that was made anew has two lines.
-            if name not in wanted or name in found or not file.is_file():
+            if name not in wanted or name in found or not (self.folder / name).is_file():
                 continue
+            file = self.folder / name
             identity, entry = identity_of(file), file_entry(file)
             if entry == _entry(line):
                 self._add(name, entry, identity)
@@ -92,6 +94,9 @@ class Work:
         """
         self._refuse_twice(name)
         file, digest, size = self.folder / name, hashlib.sha256(), 0
+        self._journal.append(
+            {COPIES: name}
+        )  # before: whoever gives this folder up knows whose it is
         file.parent.mkdir(parents=True, exist_ok=True)
         if not file.parent.resolve().is_relative_to(self.folder.resolve()):
             raise FormatError(

@@ -11,7 +11,7 @@ import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -63,33 +63,48 @@ def open_journal(
     """
     with file.open("ab+") as stream:
         _lock(file, stream)
-        lines, size = ([], 0) if anew else _read(stream)
+        lines, size = _read(stream)
         head = {"version": _VERSION, "source": identity}
-        if lines and lines[0] != head:
+        if lines and lines[0] != head and not anew:
             raise FormatError(
                 f"{file.parent}: holds the beginning of a {task} of other weights, or of files that were written to or "
                 "touched since, or by another version; give --force to start anew, or choose another folder."
             )
+        if anew or not lines:
+            clear()  # before the lines are lost that say what there is to be removed
+            lines, size = [], 0
         stream.truncate(size)  # a line that was cut short
         journal = Journal(stream, lines[1:])
         if not lines:
-            clear()
             journal.append(head)
         yield journal
 
 
-def discard_journal(file: Path) -> None:
-    """Remove a journal, if there is one.
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """Return the whole lines of a journal but the first, none if there is none; the folder must be locked."""
+    try:
+        with file.open("rb") as stream:
+            return _read(stream)[0][1:]
+    except OSError:
+        return []
+
+
+@contextmanager
+def discarding(file: Path) -> Iterator[None]:
+    """Remove a journal, if there is one, when the `with` block ends without an error; lock it until then.
 
     Raises:
         FormatError: another process has it open.
     """
-    try:
-        with file.open("rb+") as stream:
-            _lock(file, stream)
-            file.unlink()
-    except FileNotFoundError:
-        return
+    with ExitStack() as stack:
+        try:
+            stream = stack.enter_context(file.open("rb+"))
+        except FileNotFoundError:
+            yield
+            return
+        _lock(file, stream)
+        yield
+        file.unlink()
 
 
 def _lock(file: Path, stream: IO[bytes]) -> None:

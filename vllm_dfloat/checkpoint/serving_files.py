@@ -1,0 +1,31 @@
+"""Which files beside a model's weights vLLM reads: they change its answers, though they hold no weights."""
+
+from __future__ import annotations
+
+import re
+
+from vllm_dfloat.checkpoint.side_weights import holds_or_names_weights
+
+# Directly in the model's folder; in folders below it, modules.json decides what is read. Not config.json, which is made
+# anew, and read from nowhere else.
+_READ = re.compile(
+    r"""
+    [^/]*_config\.json | config_\w+\.json          # generation, tokenizer, processors, sentence-transformers, adapters
+    | params\.json | tekken\.json                  # Mistral's own config and tokenizer
+    | (tokenizer|vocab)[^/]* | (spiece|spm|sentencepiece)[^/]*\.model | [^/]+\.tiktoken | merges\.txt
+    | added_tokens\.json | special_tokens_map\.json
+    | [^/]*chat_template[^/]*\.(json|jinja) | additional_chat_templates/[^/]+\.jinja
+    | (configuration|modeling|tokenization|[a-z_]*processing|feature_extraction)_\w+\.py
+    """,
+    re.VERBOSE,
+)
+
+
+def is_served_beside(name: str) -> bool:
+    """Return whether vLLM may read a file of this name, without weights, from the folder of a model."""
+    return bool(_READ.fullmatch(name))
+
+
+def changes_answers(name: str) -> bool:
+    """Return whether a file of this name, beside a model's own, may change what vLLM makes of the model."""
+    return holds_or_names_weights(name) or is_served_beside(name)
