@@ -20,7 +20,7 @@ from vllm_dfloat.convert.leftovers import (
 from vllm_dfloat.convert.work import Work
 from vllm_dfloat.errors import DFloatError, FormatError
 from vllm_dfloat.storage.folder_lock import locked
-from vllm_dfloat.storage.journal import open_journal
+from vllm_dfloat.storage.journal import open_journal, read_lines
 from vllm_dfloat.storage.safetensors_write import TEMPORARY
 
 
@@ -76,7 +76,9 @@ def resumable(
             if not force:
                 _check_content(target, task)
             refuse_other_kinds(target, makes)
-            refuse_leftovers(target, {*makes, *made_before(target)}, is_replaced=force)
+            # Without a line in its journal, the task has not yet removed what was there.
+            is_anew = force or not read_lines(target / task.journal)
+            refuse_leftovers(target, {*makes, *made_before(target)}, is_replaced=is_anew)
             anew = partial(clear, target, task.journal)
             with open_journal(target / task.journal, task.name, identity, force, anew) as journal:
                 remove_old_copies(target, makes)

@@ -81,10 +81,10 @@ def open_journal(
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """Return the whole lines of a journal but the first, none if there is none; the folder must be locked."""
+    """Return the whole lines of a journal, the first of which names its source; none if there is none."""
     try:
         with file.open("rb") as stream:
-            return _read(stream)[0][1:]
+            return _read(stream)[0]
     except OSError:
         return []
 
