@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vllm_dfloat.checkpoint.folder import is_dfloat11
+from vllm_dfloat.checkpoint.folder import CONFIG_KEY, is_dfloat11
 from vllm_dfloat.checkpoint.listing import weight_files
 from vllm_dfloat.checkpoint.locate import check_original
 from vllm_dfloat.checkpoint.manifest import read_manifest
 from vllm_dfloat.checkpoint.model_class import meta_model
 from vllm_dfloat.checkpoint.plain_model import bf16_tensors
 from vllm_dfloat.errors import FormatError
+from vllm_dfloat.storage.json_file import MAX_CONFIG_BYTES, read_object
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -56,17 +57,54 @@ def original_shapes(original: Path) -> dict[str, tuple[int, ...]]:
         original: a folder with *.safetensors files, a folder with a config.json alone, or such a file.
 
     Raises:
-        FormatError: none of these, or damaged.
+        FormatError: none of these, damaged, or itself a DFloat11 checkpoint.
         UnsupportedError: there is only a config, and transformers does not know it, or is not installed.
     """
     check_original(original)
-    if not original.is_dir() or not weight_files(original) or is_dfloat11(original):
-        return module_shapes(original)
+    if is_dfloat11(original) if original.is_dir() else CONFIG_KEY in _config(original):
+        raise FormatError(
+            f"{original}: is a DFloat11 checkpoint, or the config of one; expected the BF16 original, or its "
+            "config.json. Give that, or leave out --original where the checkpoint has a manifest or a known config."
+        )
+    if not original.is_dir() or not weight_files(original):
+        return model_shapes(original)
     return {
         name.removesuffix(".weight"): tensor.shape
         for name, tensor in bf16_tensors(original).items()
         if len(tensor.shape) > 1
     }
+
+
+def _config(file: Path) -> Mapping[str, Any]:
+    return read_object(file, MAX_CONFIG_BYTES) or {}
+
+
+def refuse_other_shapes(
+    weights: Mapping[str, tuple[int, ...]], shapes: Shapes, source: str, original: Path
+) -> None:
+    """Refuse an original whose weights have other shapes than the checkpoint's own.
+
+    Args:
+        weights: module path -> shape, from the original.
+        shapes: those of the checkpoint, as far as it has any.
+        source: what has these, for messages.
+        original: what was given as the original.
+
+    Raises:
+        FormatError: a weight differs.
+    """
+    for path, shape in weights.items():
+        try:
+            own = resolve_shape(path, math.prod(shape), shapes, source)
+        except FormatError:
+            if path in shapes:
+                raise
+            continue  # the class of today has another name for it
+        if own != tuple(shape):
+            raise FormatError(
+                f"{original}: {path} is {list(shape)}, and {list(own)} in {source}; expected the original of this "
+                "checkpoint. Give that one, or leave out --original."
+            )
 
 
 def resolve_shape(path: str, numel: int, shapes: Shapes, where: str) -> tuple[int, ...]:

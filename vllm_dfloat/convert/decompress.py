@@ -11,10 +11,11 @@ from typing import Any
 
 from vllm_dfloat.checkpoint.folder import CONFIG_FILE
 from vllm_dfloat.checkpoint.listing import INDEX_FILE, weight_files
+from vllm_dfloat.checkpoint.manifest import MANIFEST_FILE
 from vllm_dfloat.checkpoint.members import Member, plan, shapes_of
 from vllm_dfloat.checkpoint.model_class import refuse_missing_parameters
 from vllm_dfloat.checkpoint.reader import Dfloat11Checkpoint, open_checkpoint
-from vllm_dfloat.checkpoint.shapes import Shapes, original_shapes
+from vllm_dfloat.checkpoint.shapes import Shapes, original_shapes, refuse_other_shapes
 from vllm_dfloat.convert.conversion import Conversion, FileResult, convert
 from vllm_dfloat.convert.cores import WORKER_BYTES, run_on_cores
 from vllm_dfloat.convert.decompress_file import Shard, decompress_file, num_bytes
@@ -23,6 +24,7 @@ from vllm_dfloat.convert.resume import DECOMPRESSION, check_place
 from vllm_dfloat.convert.source import config_text, identity_of
 from vllm_dfloat.convert.source_files import SourceFiles
 from vllm_dfloat.convert.work import Work
+from vllm_dfloat.errors import UnsupportedError
 from vllm_dfloat.storage.folder_lock import FolderLock
 from vllm_dfloat.storage.progress import Advance, ignore
 from vllm_dfloat.storage.stored_tensor import StoredTensor
@@ -75,11 +77,13 @@ def decompress(
             if they are known by then.
         advance: called with the bytes that were compared or written since its last call.
         shard_bytes: the largest size of a file, unless one tensor is larger.
-        original: model that tells the shapes of the weights, in place of the checkpoint's manifest and config.
+        original: model that tells the shapes of the weights, where the checkpoint's manifest or config does not; where
+            they do, all must agree.
 
     Raises:
         ChangedError: a file of the checkpoint was changed meanwhile.
-        FormatError: the checkpoint is damaged, its weight files differ from its manifest, or `out` cannot be used.
+        FormatError: the checkpoint is damaged, its weight files differ from its manifest, `original` is that of another
+            checkpoint, or `out` cannot be used.
         UnsupportedError: nothing tells the shapes of its weights.
         DFloatError: the disk is full.
     """
@@ -113,11 +117,25 @@ def decompress(
 
 
 def _shapes(checkpoint: Dfloat11Checkpoint, original: Path | None) -> Shapes:
-    """Return the shapes of a checkpoint's weights; see `original_shapes`."""
+    """Return the shapes of a checkpoint's weights: its own, or else, or if these agree, those of the original.
+
+    Raises:
+        FormatError: the original is damaged, is no original, or has other shapes than the checkpoint says itself.
+        UnsupportedError: nothing tells the shapes.
+    """
     if original is None:
         advice = "With --original FOLDER, the weight files of the BF16 model tell them."
         return shapes_of(checkpoint, advice=advice)
-    return original_shapes(original)
+    shapes = original_shapes(original)
+    try:
+        own = shapes_of(checkpoint)
+    except UnsupportedError:  # then the original alone tells them
+        return shapes
+    source = f"{checkpoint.path / (MANIFEST_FILE if checkpoint.manifest else CONFIG_FILE)}"
+    members = [item for item in plan(checkpoint, shapes) if isinstance(item, Member)]
+    weights = {item.name.removesuffix(".weight"): item.shape for item in members}
+    refuse_other_shapes(weights, own, source, original)
+    return shapes
 
 
 def _identity(
