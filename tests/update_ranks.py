@@ -37,6 +37,9 @@ def main(first: str, second: str, damaged: str, num_ranks: int, result: str) -> 
         "reload, last rank": lambda llm: llm.collective_rpc(
             "reload_from", args=(second, num_ranks - 1)
         ),
+        "read, last rank": lambda llm: llm.collective_rpc(
+            "read_and_reload", args=(second, num_ranks - 1)
+        ),
         "transfer, shape": lambda llm: transfer(llm, path=second, reshaped={O_PROJ: 3}),
         "transfer, last rank": lambda llm: transfer(llm, path=second, failing_rank=num_ranks - 1),
     }

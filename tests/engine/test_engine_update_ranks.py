@@ -18,6 +18,7 @@ REFUSED = {
     "damaged path": "model.norm.weight",
     "reload, first rank": "rank 0 lost the trainer",
     "reload, last rank": "lost the trainer",
+    "read, last rank": "No such file",
     "transfer, shape": "o_proj.weight [3]: could not be loaded",
     "transfer, last rank": "lost the trainer",
 }

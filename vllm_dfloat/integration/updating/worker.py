@@ -12,7 +12,8 @@ import torch
 from vllm_dfloat.errors import UnsupportedError
 from vllm_dfloat.integration.layers.method import DESC
 from vllm_dfloat.integration.layers.placeholder import decoded_by_detach
-from vllm_dfloat.integration.updating import guards
+from vllm_dfloat.integration.updating import calls, guards
+from vllm_dfloat.integration.updating.agreement import from_all_ranks
 from vllm_dfloat.integration.updating.update import Updates, updates_of
 
 _RUNNERS = (
@@ -20,6 +21,7 @@ _RUNNERS = (
     ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner"),
 )
 _WORKER = ("vllm.v1.worker.gpu_worker", "Worker")
+_PROCESS = ("vllm.v1.executor.multiproc_executor", "WorkerProc")
 _SOURCE = (
     "model",
     "model_weights",
@@ -38,6 +40,7 @@ def install() -> None:
         _wrap(_WORKER, name, _of_transfer)
     for name in ("start_weight_update", "start_draft_weight_update"):
         _wrap(_WORKER, name, _start_of_transfer)
+    _wrap(_PROCESS, "worker_busy_loop", calls.counting)
     _wrap(_WORKER, "reset_weights", _reset_weights)
     _wrap(_WORKER, "compute_weight_checksums", _checksums)
 
@@ -131,7 +134,8 @@ def _on_all_ranks(updates: Updates) -> Iterator[None]:
     """Undo an update on every rank if it failed on one: otherwise ranks would serve different weights.
 
     Raises:
-        UnsupportedError: it failed on other ranks only; the message has their reasons, since vLLM reports one rank.
+        UnsupportedError: it failed on other ranks only, or they did not take part; the message has their reasons,
+            since vLLM reports one rank.
     """
     with updates.undone_on_error():
         error: Exception | None = None
@@ -139,7 +143,7 @@ def _on_all_ranks(updates: Updates) -> Iterator[None]:
             yield
         except Exception as raised:
             error = raised
-        reasons = _from_all_ranks([] if error is None else [f"{type(error).__name__}: {error}"])
+        reasons = from_all_ranks([] if error is None else [f"{type(error).__name__}: {error}"])
         if error is not None:
             raise error
         if reasons:
@@ -147,19 +151,6 @@ def _on_all_ranks(updates: Updates) -> Iterator[None]:
                 "an update of the weights failed on another rank; all weights are as before, on this rank too. "
                 f"The other says: {'; '.join(reasons)}"
             )
-
-
-def _from_all_ranks(sentences: list[str]) -> list[str]:
-    """Return the sentences of all ranks of this engine, without repeats; every rank must call this once."""
-    from vllm.distributed import parallel_state
-
-    for kind in ("tp", "pp", "pcp"):
-        group = getattr(parallel_state, f"get_{kind}_group")()
-        if group.world_size > 1:
-            heard: list[Any] = [None] * group.world_size
-            torch.distributed.all_gather_object(heard, sentences, group=group.cpu_group)
-            sentences = list(dict.fromkeys(sentence for said in heard for sentence in said))
-    return sentences
 
 
 @contextmanager
