@@ -1,5 +1,6 @@
 """`vllm-dfloat verify --against`: equal means that an engine cannot answer otherwise, by these weights."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -120,3 +121,37 @@ def test_original_with_other_sizes_is_different_where_the_manifest_has_the_shape
     larger = make_model(tmp_path / "o", {**TENSORS, HEAD: bf16(100, 64)}, tie_word_embeddings=False)
     assert main(["verify", str(folder), "--against", str(larger)]) == 1
     assert f"{HEAD}: BF16[96, 64] against BF16[100, 64]" in capsys.readouterr().out
+
+
+def test_files_that_vllm_reads_are_named_where_they_are_not_alike(
+    tmp_path: Path, capsys: Capture
+) -> None:
+    # Bug caught: "equal" and nothing more, with the generation_config.json of another model.
+    source = model(tmp_path / "s", "other", is_tied=False)
+    folder = tmp_path / "d"
+    for name in ("tokenizer.json", "merges.txt", "README.md"):
+        (source / name).write_text(name)
+    assert main(["compress", str(source), str(folder), "--quiet"]) == 0
+    assert main(["verify", str(folder), "--against", str(source)]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1
+    (folder / "generation_config.json").write_text("{}")
+    (folder / "merges.txt").unlink()
+    for name in ("tokenizer.json", "README.md", "mine.txt"):
+        (folder / name).write_text("another")
+    assert main(["verify", str(folder), "--against", str(source)]) == 0  # the weights are equal
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert lines == [
+        f"generation_config.json: only in {folder}; it holds no weights, but vLLM reads it",
+        f"merges.txt: only in {source}; it holds no weights, but vLLM reads it",
+        f"tokenizer.json: other bytes in {folder} than in {source}; it holds no weights, but vLLM reads it",
+    ]
+    assert last.endswith("; 3 other files are not alike")
+    assert main(["verify", str(folder), "--against", str(source), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [line.partition(":")[0] for line in found["other_files"]] == [
+        "generation_config.json",
+        "merges.txt",
+        "tokenizer.json",
+    ]
+    assert main(["verify", str(folder), "--against", str(source), "--quiet"]) == 0
+    assert capsys.readouterr().out == ""

@@ -89,6 +89,7 @@ KEYS = {
     },
     "verify": {
         "path", "against", "equal", "tensors", "num_bytes", "files", "not_sought", "differences",
+        "other_files",
     },
     "inspect": {"path", "modules", "totals"},
 }  # fmt: skip

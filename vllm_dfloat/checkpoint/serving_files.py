@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import filecmp
 import re
+from pathlib import Path
 
+from vllm_dfloat.checkpoint.side_files import visible_paths
 from vllm_dfloat.checkpoint.side_weights import holds_or_names_weights
 
 # Directly in the model's folder; in folders below it, modules.json decides what is read. Not config.json, which is made
@@ -29,3 +32,20 @@ def is_served_beside(name: str) -> bool:
 def changes_answers(name: str) -> bool:
     """Return whether a file of this name, beside a model's own, may change what vLLM makes of the model."""
     return holds_or_names_weights(name) or is_served_beside(name)
+
+
+def served_differences(path: Path, against: Path) -> list[str]:
+    """Return a sentence for each file that vLLM may read beside weights and that two folders do not have alike."""
+    here, there = _served(path), _served(against)
+    found = []
+    for name in sorted(here | there):
+        if name not in here or name not in there:
+            found.append(f"{name}: only in {path if name in here else against}")
+        elif not filecmp.cmp(path / name, against / name, shallow=False):
+            found.append(f"{name}: other bytes in {path} than in {against}")
+    return found
+
+
+def _served(folder: Path) -> set[str]:
+    names = {name for name, _ in visible_paths(folder) if is_served_beside(name)}
+    return {name for name in names if (folder / name).is_file()}

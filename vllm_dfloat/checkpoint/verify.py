@@ -14,6 +14,7 @@ from vllm_dfloat.checkpoint.manifest import file_differences, file_entry
 from vllm_dfloat.checkpoint.model_class import refuse_missing_parameters
 from vllm_dfloat.checkpoint.plain_model import bf16_tensors
 from vllm_dfloat.checkpoint.reader import Dfloat11Checkpoint, open_checkpoint
+from vllm_dfloat.checkpoint.serving_files import served_differences
 from vllm_dfloat.checkpoint.shapes import Shapes
 from vllm_dfloat.checkpoint.side_files import side_files
 from vllm_dfloat.checkpoint.tied import is_lm_head, ties_embeddings
@@ -30,7 +31,8 @@ class Comparison:
 
     `files` counts the files compared with the manifest, or with an original the weight files beside the model's own;
     None if there are none. `not_sought` says why it could not be checked whether tensors are missing, "" if it was.
-    `is_compressed` is True for a DFloat11 checkpoint.
+    `is_compressed` is True for a DFloat11 checkpoint. `served` has a sentence per file that vLLM reads beside the
+    weights and that is not alike in the two folders; these are no differences.
     """
 
     tensors: int = 0
@@ -39,6 +41,7 @@ class Comparison:
     not_sought: str = ""
     is_compressed: bool = True
     differences: list[str] = field(default_factory=list)
+    served: list[str] = field(default_factory=list)
 
     @property
     def is_equal(self) -> bool:
@@ -50,7 +53,8 @@ def compare(
 ) -> Comparison:
     """Compare every tensor of the checkpoint `path` with the tensor of the same name in `against`.
 
-    Also compares the bytes of other weight files, beside the model's own (side_weights.py). Nothing else is compared.
+    Also compares the bytes of other weight files, beside the model's own (side_weights.py). Nothing else decides;
+    other files that vLLM reads are named where they are not alike, since users edit them.
     An LM head that only one of the two has is no difference if config.json of `path` ties it to the embedding, and it
     is that to the bit.
 
@@ -102,6 +106,7 @@ def compare(
     for name in names:
         files = [place.get(name) for place in beside]
         result.differences += _file_differences(name, files, (against, path), progress.done)
+    result.served = served_differences(path, against)
     progress.finish()
     return result
 

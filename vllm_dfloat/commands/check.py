@@ -80,6 +80,9 @@ def _verify(args: argparse.Namespace) -> int:
     else:
         _say_differences(result.differences)
         if not args.quiet:
+            _say_differences(
+                [f"{line}; it holds no weights, but vLLM reads it" for line in result.served]
+            )
             say(_last_line(args, result))
     return EXIT_EQUAL if result.is_equal else EXIT_DIFFERENT
 
@@ -94,6 +97,7 @@ def _as_json(args: argparse.Namespace, result: Comparison) -> dict[str, Any]:
         "files": result.files,
         "not_sought": result.not_sought or None,
         "differences": result.differences,
+        "other_files": result.served,
     }
 
 
@@ -113,7 +117,8 @@ def _last_line(args: argparse.Namespace, result: Comparison) -> str:
         what += f", {result.files} files of weights beside them"
     places = "tensors or files" if result.files else "tensors"
     if args.against and result.is_equal:
-        return f"{args.path}: equal to {args.against}, bit for bit ({what})"
+        unlike = f"; {len(result.served)} other files are not alike" if result.served else ""
+        return f"{args.path}: equal to {args.against}, bit for bit ({what}){unlike}"
     if args.against:
         return f"{args.path}: DIFFERENT from {args.against} in {differences} {places} ({what} compared)"
     if differences:
