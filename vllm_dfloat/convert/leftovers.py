@@ -51,7 +51,8 @@ def refuse_leftovers(folder: Path, made: Collection[str], is_replaced: bool = Fa
     ]
     if found:
         others = [one_line(name) for name in found[1:]]
-        more = f", and so are {', '.join(others[:_MAX_NAMED])}" if others else ""
+        are = "are" if len(others) > 1 else "is"
+        more = f", and so {are} {', '.join(others[:_MAX_NAMED])}" if others else ""
         more += f" and {len(others) - _MAX_NAMED} more" if len(others) > _MAX_NAMED else ""
         what = "them" if others else "it"
         raise FormatError(
