@@ -93,7 +93,7 @@ def test_an_official_checkpoint_without_shapes_names_what_to_install_or_to_give(
     commands: list[list[object]] = [
         ["decompress", official, tmp_path / "a"],
         ["decompress", official, tmp_path / "b", "--original", original],
-        ["decompress", official, tmp_path / "c", "--original", official / "config.json"],
+        ["decompress", official, tmp_path / "c", "--original", original / "config.json"],
         ["verify", tmp_path / "b", "--against", original],
     ]
     ended, _ = run_without(ONLY_WITH_VLLM, commands, tmp_path)
