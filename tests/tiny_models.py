@@ -98,12 +98,12 @@ def save_decoded(name: str, path: Path) -> Path:
     from safetensors.torch import save_file
 
     from vllm_dfloat.checkpoint.reader import open_checkpoint
-    from vllm_dfloat.checkpoint.shapes import module_shapes
+    from vllm_dfloat.checkpoint.shapes import model_shapes
     from vllm_dfloat.checkpoint.weights import weights
 
     path.mkdir(parents=True)
     (path / "config.json").write_text(json.dumps(config_of(name)))
-    tensors = weights(open_checkpoint(official(name)), module_shapes(path))
+    tensors = weights(open_checkpoint(official(name)), model_shapes(path))
     save_file(dict(tensors), path / "model.safetensors", metadata={"format": "pt"})
     return path
 

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from vllm_dfloat.checkpoint.members import plan
 from vllm_dfloat.checkpoint.reader import Dfloat11Checkpoint, open_checkpoint
-from vllm_dfloat.checkpoint.shapes import module_shapes, resolve_shape
+from vllm_dfloat.checkpoint.shapes import model_shapes, resolve_shape
 from vllm_dfloat.checkpoint.weights import iter_weights, weights
 from vllm_dfloat.errors import FormatError, UnsupportedError
 
@@ -30,7 +30,7 @@ from vllm_dfloat.errors import FormatError, UnsupportedError
 @pytest.mark.parametrize("vector", [v for v in MODEL_VECTORS if "single" not in v])
 def test_shapes_from_the_config_give_the_original_tensors(vector: str) -> None:
     directory = VECTORS / f"{vector}-df11"
-    shapes = module_shapes(directory)
+    shapes = model_shapes(directory)
     checkpoint = open_checkpoint(directory)
     expected = originals()[vector]
     found = {}
@@ -48,7 +48,7 @@ def test_config_without_a_model_is_refused_by_name() -> None:
     with pytest.raises(
         UnsupportedError, match=r"llama-tiny-single-df11: config.json: transformers"
     ):
-        module_shapes(VECTORS / "llama-tiny-single-df11")
+        model_shapes(VECTORS / "llama-tiny-single-df11")
 
 
 def test_without_a_model_members_can_be_decoded_flat() -> None:
@@ -205,7 +205,7 @@ def test_gemma_3_names_of_old_checkpoints_find_their_shapes() -> None:
         "intermediate_size": 32,
         "num_attention_heads": 4,
     }
-    shapes = module_shapes(Gemma3Config(text_config=text, vision_config=vision))
+    shapes = model_shapes(Gemma3Config(text_config=text, vision_config=vision))
     path = "language_model.model.layers.0.mlp.gate_proj"
     assert path not in shapes  # the reason for the fallback
     assert resolve_shape(path, 96 * 128, shapes, "file") == (96, 128)

@@ -12,7 +12,7 @@ from dfloat11_helpers import VECTORS
 
 from vllm_dfloat.checkpoint.members import plan, spans
 from vllm_dfloat.checkpoint.reader import open_checkpoint
-from vllm_dfloat.checkpoint.shapes import module_shapes
+from vllm_dfloat.checkpoint.shapes import model_shapes
 from vllm_dfloat.storage import read_ahead
 from vllm_dfloat.storage.stored_tensor import StoredTensor
 
@@ -96,7 +96,7 @@ def test_the_threads_end_when_the_reader_gives_up(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["llama-tiny", "phi3-tiny-fused"])
 def test_the_spans_of_a_compressed_checkpoint_cover_its_files_once(name: str) -> None:
     folder = VECTORS / f"{name}-df11"
-    items = plan(open_checkpoint(folder), module_shapes(folder))
+    items = plan(open_checkpoint(folder), model_shapes(folder))
     covered: dict[str, list[tuple[int, int]]] = {}
     for span in spans(items):
         covered.setdefault(span.file.name, []).append((span.begin, span.begin + span.num_bytes))

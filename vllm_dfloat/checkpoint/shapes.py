@@ -10,7 +10,6 @@ from typing import Any
 from vllm_dfloat.checkpoint.folder import CONFIG_KEY, is_dfloat11
 from vllm_dfloat.checkpoint.listing import weight_files
 from vllm_dfloat.checkpoint.locate import check_original
-from vllm_dfloat.checkpoint.manifest import read_manifest
 from vllm_dfloat.checkpoint.model_class import meta_model
 from vllm_dfloat.checkpoint.plain_model import bf16_tensors
 from vllm_dfloat.errors import FormatError
@@ -19,12 +18,11 @@ from vllm_dfloat.storage.json_file import MAX_CONFIG_BYTES, read_object
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def module_shapes(model: str | Path | Any, advice: str = "") -> dict[str, tuple[int, ...]]:
-    """Return module path -> (out_features, in_features) of every module with a 2-D weight.
+def model_shapes(model: str | Path | Any, advice: str = "") -> dict[str, tuple[int, ...]]:
+    """Return module path -> (out_features, in_features) of every module with a 2-D weight, from the model class.
 
-    A checkpoint made by this package has them in its manifest, also for experts with names that no module class of
-    today has. For any other the Hugging Face model is built on the meta device, so nothing of its size is allocated.
-    Code of a checkpoint is never run.
+    The Hugging Face model is built on the meta device, so nothing of its size is allocated. Code of a checkpoint is
+    never run.
 
     Args:
         model: a directory with config.json, such a file, or a transformers config object.
@@ -32,15 +30,7 @@ def module_shapes(model: str | Path | Any, advice: str = "") -> dict[str, tuple[
 
     Raises:
         UnsupportedError: transformers does not know the model, or it is not installed.
-        FormatError: the manifest is damaged.
     """
-    is_folder = isinstance(model, str | Path) and Path(model).is_dir()
-    manifest = read_manifest(Path(model)) if is_folder else None
-    return manifest.module_shapes if manifest else model_shapes(model, advice)
-
-
-def model_shapes(model: str | Path | Any, advice: str = "") -> dict[str, tuple[int, ...]]:
-    """Do as `module_shapes`, but always ask the model class."""
     modules = meta_model(model, advice).named_modules()
     weights = {name: getattr(module, "weight", None) for name, module in modules}
     return {
