@@ -41,8 +41,29 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "mistral": ("Mistral", dict(tie_word_embeddings=False, head_dim=64, sliding_window=None)),
 }
-# Architectures that are loaded, but not run.
+# Architectures with tests of their own.
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "deepseek_v2": (  # latent attention; the first layer is dense, the second has experts
+        "DeepseekV2",
+        dict(
+            tie_word_embeddings=False,
+            num_key_value_heads=4,
+            head_dim=64,
+            kv_lora_rank=512,
+            qk_nope_head_dim=128,
+            qk_rope_head_dim=64,
+            v_head_dim=128,
+            q_lora_rank=None,
+            n_routed_experts=4,
+            n_shared_experts=2,
+            moe_intermediate_size=128,
+            first_k_dense_replace=1,
+            num_experts_per_tok=2,
+            n_group=1,
+            topk_group=1,
+            topk_method="greedy",
+        ),
+    ),
     "phi": (
         "Phi",
         dict(tie_word_embeddings=False),

@@ -111,6 +111,9 @@ class DFloat11Config(QuantizationConfig):  # type: ignore[misc]  # vLLM is untyp
         if compat.is_gate(layer):
             self._log_left_alone("GateLinear (router of a mixture of experts)")
             return True
+        if compat.is_read_by_latent_attention(name):
+            self._log_left_alone("kv_b_proj (latent attention reads its BF16 weight in every step)")
+            return True
         dtype = getattr(layer, "params_dtype", torch.get_default_dtype())
         if dtype != torch.bfloat16:
             self._log_left_alone(f"{type(layer).__name__} with {dtype} weights")

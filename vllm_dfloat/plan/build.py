@@ -28,7 +28,6 @@ def linear(
     tensors: Mapping[str, int] | None = None,
     bias: bool = False,
     is_compressed: bool = True,
-    has_plain_copy: bool = False,
 ) -> Iterator[Weight]:
     """Yield a linear layer [rows of all parts, cols] and its bias.
 
@@ -42,9 +41,7 @@ def linear(
     tensors = tensors or {own: sum(part.rows for part in parts)}
     stored: dict[str, tuple[int, ...]]
     stored = {f"{parent}.{module}.weight": (rows, cols) for module, rows in tensors.items()}
-    yield Weight(
-        name, parts, cols, split, at.place, at.layer, is_compressed, stored, has_plain_copy=has_plain_copy
-    )  # fmt: skip
+    yield Weight(name, parts, cols, split, at.place, at.layer, is_compressed, stored)
     if bias:
         stored = {f"{parent}.{module}.bias": (rows,) for module, rows in tensors.items()}
         cut: Split = "rows" if split == "rows" else "none"

@@ -24,8 +24,8 @@ def latent_attention(config: ModelConfig, at: Spot, prefix: str) -> Iterator[Wei
         yield from linear(at, f"{prefix}.q_proj", queries, hidden, "rows")
         yield from linear(at, f"{prefix}.kv_a_proj_with_mqa", Part(rank + rope), hidden, "none")
     yield from norm(at, f"{prefix}.kv_a_layernorm", rank)
-    # vLLM cuts it into one matrix for keys and one for values, for tokens that are decoded one by one.
+    # vLLM reads it as one matrix for keys and one for values, for tokens that are decoded one by one.
     yield from linear(
-        at, f"{prefix}.kv_b_proj", Part(heads * (nope + value), heads), rank, "rows", has_plain_copy=True
+        at, f"{prefix}.kv_b_proj", Part(heads * (nope + value), heads), rank, "rows", is_compressed=False
     )  # fmt: skip
     yield from linear(at, f"{prefix}.o_proj", Part(hidden), heads * value, "cols")

@@ -161,7 +161,7 @@ def _rank(
         plain = kept = weight.itemsize * rows * cols
         if weight.is_compressed:
             packed = packed_size(rows, cols, code_bits(weight))
-            kept = packed.num_bytes + plain * weight.has_plain_copy
+            kept = packed.num_bytes
             scratch = max(scratch, packed.scratch_bytes)
             largest = max(largest, plain)
             if name := innermost_block(weight.name):

@@ -17,8 +17,6 @@ def notes_on(config: ModelConfig, weights: list[Weight], files: Files | None) ->
         notes.append(f"{share:.1f} % of the parameters are compressed: {kept} stay BF16")
     if any(weight.is_of_tower for weight in weights):
         notes.append("activations and cache of the tower are not counted: give --overhead for those")  # fmt: skip
-    if any(weight.has_plain_copy for weight in weights):
-        notes.append("kv_b_proj is held twice in DFloat11: vLLM keeps what it decodes of it, in BF16")  # fmt: skip
     if config.has_reaches:
         notes.append(
             "layers with a window keep only its tokens: KV tokens are counted as vLLM does"
@@ -29,13 +27,16 @@ def notes_on(config: ModelConfig, weights: list[Weight], files: Files | None) ->
 def _kept(weights: list[Weight]) -> str:
     """Return in words what is not compressed, beside norms and biases."""
     kept = [weight for weight in weights if not weight.is_compressed]
+    is_read = [weight.name.endswith("kv_b_proj") for weight in kept]  # by latent attention
     kinds = {
         "experts and their routers": any("experts" in weight.name for weight in kept),
         "convolutions and embeddings of positions": any(
             "patch" in weight.name or "pos" in weight.name for weight in kept if weight.is_of_tower
         ),
+        "the weights that latent attention reads (kv_b_proj)": any(is_read),
         "linear layers without a quantization method in vLLM": any(
-            weight.split in ("rows", "cols") and weight.cols > 1 and "experts" not in weight.name for weight in kept
+            weight.split in ("rows", "cols") and weight.cols > 1 and "experts" not in weight.name and not read
+            for weight, read in zip(kept, is_read, strict=True)
         ),
     }  # fmt: skip
     return ", ".join(kind for kind, is_there in kinds.items() if is_there)

@@ -46,8 +46,6 @@ class Weight:
         is_compressed: whether the plugin compresses it: linear layers and embeddings, but neither norms nor experts.
         stored: the tensors of the checkpoint that it is fused from, with their shapes.
         itemsize: bytes per parameter; 4 for the few that vLLM holds in float32 whatever the model's dtype.
-        has_plain_copy: vLLM keeps the tensor that it reads after loading: for a compressed weight a copy in BF16, for
-            another one the weight itself.
     """
 
     name: str
@@ -59,7 +57,6 @@ class Weight:
     is_compressed: bool = False
     stored: Mapping[str, tuple[int, ...]] = field(default_factory=dict, hash=False)
     itemsize: int = 2
-    has_plain_copy: bool = False
 
     @property
     def is_of_tower(self) -> bool:

@@ -68,11 +68,7 @@ def summarize(model: torch.nn.Module) -> Summary:
     methods = [layer.quant_method for layer in layers if packed_of(layer) is not None]
     layouts = {method.layout for method in methods}
     packed = [weight for weight in held if not weight.is_raw]
-    plain_bytes = sum(
-        parameter.nbytes
-        for parameter in model.parameters()
-        if not isinstance(parameter, WeightPlaceholder)  # its nbytes are those of the BF16 weight
-    )
+    plain_bytes = _plain_bytes(model)
     devices = {weight.payload.device for weight in held}
     return Summary(
         num_layers=len(layers),
@@ -89,6 +85,18 @@ def summarize(model: torch.nn.Module) -> Summary:
         + sum(weight.desc.nbytes for weight in of_layers),
         scratch_bytes=sum(scratch.num_bytes(device) for device in devices),
     )
+
+
+def _plain_bytes(model: torch.nn.Module) -> int:
+    """Return the bytes of the parameters that are not compressed; views of one memory, as in latent attention, once."""
+    memory = {
+        storage.data_ptr(): storage.nbytes()
+        for parameter in model.parameters()
+        # A placeholder has the size of the BF16 weight, a layer that vLLM leaves out no memory.
+        if not isinstance(parameter, WeightPlaceholder) and not parameter.is_meta
+        for storage in [parameter.untyped_storage()]
+    }
+    return sum(memory.values())
 
 
 def is_weight_layer(module: torch.nn.Module) -> bool:

@@ -288,6 +288,16 @@ def is_gate(layer: torch.nn.Module) -> bool:
     return any(cls.__name__ == "GateLinear" for cls in type(layer).__mro__)
 
 
+def is_read_by_latent_attention(name: str) -> bool:
+    """Return whether the layer is the kv_b_proj of vLLM's latent attention (MLA), whose weight the attention reads.
+
+    vLLM keeps views of the BF16 weight. Of a compressed one it would keep a decoded copy, with other strides, for which
+    its matrix products may take other kernels.
+    """
+    model = getattr(current_config(), "model_config", None)
+    return bool(getattr(model, "use_mla", False)) and name.rpartition(".")[2] == "kv_b_proj"
+
+
 def worker_class() -> Any:
     """Return the class of vLLM's workers, whose methods `collective_rpc` calls by name."""
     from vllm.v1.worker.worker_base import WorkerBase
