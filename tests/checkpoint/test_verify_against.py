@@ -145,7 +145,7 @@ def test_files_that_vllm_reads_are_named_where_they_are_not_alike(
         f"merges.txt: only in {source}; it holds no weights, but vLLM reads it",
         f"tokenizer.json: other bytes in {folder} than in {source}; it holds no weights, but vLLM reads it",
     ]
-    assert last.endswith("; 3 other files are not alike")
+    assert last.endswith("; other files that are not alike: 3")
     assert main(["verify", str(folder), "--against", str(source), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [line.partition(":")[0] for line in found["other_files"]] == [
@@ -155,3 +155,21 @@ def test_files_that_vllm_reads_are_named_where_they_are_not_alike(
     ]
     assert main(["verify", str(folder), "--against", str(source), "--quiet"]) == 0
     assert capsys.readouterr().out == ""
+
+
+def test_what_modules_json_names_is_compared_too(tmp_path: Path, capsys: Capture) -> None:
+    # Bug caught: another pooling, in a folder that only modules.json names, and "equal" without a word.
+    source, folder = model(tmp_path / "s", "other", is_tied=False), tmp_path / "d"
+    (source / "1_Pooling").mkdir()
+    (source / "1_Pooling" / "config.json").write_text("{}")
+    (source / "modules.json").write_text('[{"path": "1_Pooling"}]')
+    assert main(["compress", str(source), str(folder), "--quiet"]) == 0
+    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
+    (folder / "modules.json").write_text("[]")
+    capsys.readouterr()
+    assert main(["verify", str(folder), "--against", str(source)]) == 0
+    *lines, _ = capsys.readouterr().out.splitlines()
+    assert [line.partition(": other bytes")[0] for line in lines] == [
+        "1_Pooling/config.json",
+        "modules.json",
+    ]

@@ -230,3 +230,24 @@ def test_hidden_files_are_passed_over_in_silence(secret: Path, tmp_path: Path) -
     (model / ".cache").symlink_to(secret)
     (model / ".hidden").symlink_to(secret / "secret")
     assert side_files(model) == SideFiles((), {})
+
+
+def test_a_folder_that_cannot_be_listed_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Bug caught: exit 0 without the weights of a layer whose folder may be entered, but not listed.
+    model = make_model(tmp_path / "model", TENSORS)
+    closed = model / "2_Dense"
+    closed.mkdir()
+    scandir = os.scandir
+
+    def refusing(
+        path: str | Path = ".",
+    ) -> object:  # what another user sees; root may list everything
+        if Path(path) == closed:
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(FormatError, match=r"2_Dense: cannot be listed \(Permission denied\)"):
+        compress(open_source(model), tmp_path / "out")

@@ -62,6 +62,15 @@ def test_embedding_decides_for_a_tied_head(
     assert "compressed 9 of 9 layers" in summary(log_lines)
 
 
+@pytest.mark.parametrize("ignore", [[], ["lm_head", "re:.*embed_tokens"]])
+def test_a_tied_head_of_vllms_transformers_backend_answers_as_bf16(
+    ignore: list[str], bf16_checkpoint: Checkpoint
+) -> None:
+    # Bug caught: the first request died, since that backend asks the LM head for its bias, and an embedding has none.
+    model, backend = bf16_checkpoint("qwen3"), dict(model_impl="transformers")
+    assert answers(model, **options(ignore=ignore), **backend) == bf16_answers(model, **backend)
+
+
 def test_half_ignored_fused_layer_is_refused(bf16_checkpoint: Checkpoint) -> None:
     ignore = ["model.layers.0.self_attn.q_proj"]
     with (

@@ -7,7 +7,12 @@ import re
 from pathlib import Path
 
 from vllm_dfloat.checkpoint.side_files import visible_paths
-from vllm_dfloat.checkpoint.side_weights import holds_or_names_weights
+from vllm_dfloat.checkpoint.side_weights import (
+    MODULES_FILE,
+    holds_or_names_weights,
+    is_weights,
+    module_folders,
+)
 
 # Directly in the model's folder; in folders below it, modules.json decides what is read. Not config.json, which is made
 # anew, and read from nowhere else.
@@ -36,7 +41,8 @@ def changes_answers(name: str) -> bool:
 
 def served_differences(path: Path, against: Path) -> list[str]:
     """Return a sentence for each file that vLLM may read beside weights and that two folders do not have alike."""
-    here, there = _served(path), _served(against)
+    modules = module_folders(path) | module_folders(against)
+    here, there = _served(path, modules), _served(against, modules)
     found = []
     for name in sorted(here | there):
         if name not in here or name not in there:
@@ -46,6 +52,12 @@ def served_differences(path: Path, against: Path) -> list[str]:
     return found
 
 
-def _served(folder: Path) -> set[str]:
-    names = {name for name, _ in visible_paths(folder) if is_served_beside(name)}
+def _served(folder: Path, modules: frozenset[str]) -> set[str]:
+    names = {
+        name
+        for name, _ in visible_paths(folder)
+        if is_served_beside(name)
+        or name == MODULES_FILE
+        or (name.rpartition("/")[0] in modules and "/" in name and not is_weights(name))
+    }
     return {name for name in names if (folder / name).is_file()}

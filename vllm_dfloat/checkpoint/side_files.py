@@ -131,8 +131,11 @@ def visible_paths(folder: Path) -> Iterator[tuple[str, bool]]:
     """Yield (path below the folder, whether it is a link to a folder) of all that is not hidden, in order.
 
     Leaves out config.json and the manifest.
+
+    Raises:
+        FormatError: a folder cannot be listed.
     """
-    for path, folders, files in os.walk(folder):
+    for path, folders, files in os.walk(folder, onerror=_refuse_unlisted):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         below = Path(path).relative_to(folder)
         is_top = below == Path()
@@ -143,6 +146,13 @@ def visible_paths(folder: Path) -> Iterator[tuple[str, bool]]:
             is_ours = is_top and name in (CONFIG_FILE, MANIFEST_FILE)
             if not is_ours and not name.startswith("."):
                 yield (below / name).as_posix(), False
+
+
+def _refuse_unlisted(error: OSError) -> None:
+    raise FormatError(
+        f"{error.filename}: cannot be listed ({error.strerror}); vLLM may read files there. Give yourself the right to "
+        "read this folder, or move it away."
+    )
 
 
 def _roots(folder: Path) -> list[str]:

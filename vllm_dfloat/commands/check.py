@@ -117,7 +117,7 @@ def _last_line(args: argparse.Namespace, result: Comparison) -> str:
         what += f", {result.files} files of weights beside them"
     places = "tensors or files" if result.files else "tensors"
     if args.against and result.is_equal:
-        unlike = f"; {len(result.served)} other files are not alike" if result.served else ""
+        unlike = f"; other files that are not alike: {len(result.served)}" if result.served else ""
         return f"{args.path}: equal to {args.against}, bit for bit ({what}){unlike}"
     if args.against:
         return f"{args.path}: DIFFERENT from {args.against} in {differences} {places} ({what} compared)"
