@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from cli_commands import make_places, only_line
 from safetensors.numpy import save_file
+from small_models import bf16, make_model
 
 from vllm_dfloat.cli import main
 
@@ -209,3 +210,21 @@ def test_plan_names_the_folders_with_a_config(
     hub_cache(tmp_path / "models--org--name", places["bf16"], {"f00": True})
     line = refused(capsys, "plan", tmp_path / given, "--gpu-memory", "24GiB")
     assert line.endswith(expected.format(root=tmp_path)), line
+
+
+def test_a_checkpoint_whose_own_weights_are_gone_is_not_taken_for_a_folder_of_models(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Bug caught: the advice to give 2_Dense, a layer of the model.
+    source = make_model(tmp_path / "s", {"model.layers.0.mlp.up_proj.weight": bf16(64, 64)})
+    (source / "2_Dense").mkdir()
+    (source / "modules.json").write_text('[{"path": "2_Dense"}]')
+    save_file(
+        {"linear.weight": np.zeros((4, 4), np.float32)}, source / "2_Dense" / "model.safetensors"
+    )
+    assert main(["compress", str(source), str(tmp_path / "out"), "--quiet"]) == 0
+    for file in (tmp_path / "out").glob("*.safetensors"):
+        file.unlink()
+    assert main(["verify", str(tmp_path / "out")]) != 0
+    said = capsys.readouterr()
+    assert "2_Dense" not in said.err + said.out

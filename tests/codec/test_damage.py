@@ -9,7 +9,7 @@ import torch
 from helpers import gaussian, same_bits, to_torch
 
 from vllm_dfloat.codec.layout import PackedLayout
-from vllm_dfloat.device import fused, groups, ops, packed_weight
+from vllm_dfloat.device import checksum, fused, groups, ops, packed_weight
 from vllm_dfloat.device import unit_resident as units
 from vllm_dfloat.errors import FormatError
 
@@ -158,7 +158,7 @@ def test_a_payload_that_is_not_aligned_is_refused_and_its_clone_is_taken(
 def test_checksum_sees_flips_pairs_of_flips_and_words_that_changed_places(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(packed_weight, "CHUNK_WORDS", 16)  # several chunks, the last one not full
+    monkeypatch.setattr(checksum, "CHUNK_WORDS", 16)  # several chunks, the last one not full
     rng = np.random.default_rng(0)
     payload = torch.from_numpy(rng.integers(0, 256, 16 * 4 * 3 + 11, np.uint8))  # and half a word
     changed = []
@@ -176,7 +176,7 @@ def test_checksum_sees_flips_pairs_of_flips_and_words_that_changed_places(
         view = words[: payload.numel() // 4 * 4].view(torch.int32)
         view[[i, j]] = view[[j, i]]
         changed += [pair, words]
-    sums = {packed_weight.checksum(other) for other in [payload, *changed]}
+    sums = {checksum.checksum(other) for other in [payload, *changed]}
     # All sums differ from each other too, except for pairs and words that were drawn twice.
-    assert packed_weight.checksum(payload) in sums
+    assert checksum.checksum(payload) in sums
     assert len(sums) == len({other.numpy().tobytes() for other in [payload, *changed]})

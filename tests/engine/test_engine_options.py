@@ -54,6 +54,18 @@ def test_ignore_in_the_checkpoints_own_config_needs_no_flag(
         assert "compressed 8 of 10 layers" in summary(log_lines)
 
 
+def test_an_official_checkpoints_config_may_have_options_too(
+    bf16_checkpoint: Checkpoint, tmp_path: Path, log_lines: list[str]
+) -> None:
+    # Bug caught: options without a quant_method hid that the checkpoint is a DFloat11 one.
+    given = {"ignore": ["lm_head"]}
+    model = changed_config(
+        tiny_models.official("llama-tiny"), tmp_path / "m", quantization_config=given
+    )
+    assert answers(model) == bf16_answers(bf16_checkpoint("llama-tiny"))
+    assert "of 10 layers" in summary(log_lines)
+
+
 def test_embedding_decides_for_a_tied_head(
     bf16_checkpoint: Checkpoint, log_lines: list[str]
 ) -> None:

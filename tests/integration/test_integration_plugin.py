@@ -78,7 +78,14 @@ class Parser:
     ("config", "expected"),
     [
         ({"dfloat11_config": {"v": 1}}, {"quant_method": "dfloat11", "dfloat11_config": {"v": 1}}),
-        ({"dfloat11_config": {}, "quantization_config": {"mine": 1}}, {"mine": 1}),
+        (
+            {"dfloat11_config": {}, "quantization_config": {"quant_method": "fp8"}},
+            {"quant_method": "fp8"},
+        ),
+        (
+            {"dfloat11_config": {}, "quantization_config": {"ignore": ["lm_head"]}},
+            {"quant_method": "dfloat11", "dfloat11_config": {}, "ignore": ["lm_head"]},
+        ),
         ({"model_type": "llama"}, None),
     ],
 )

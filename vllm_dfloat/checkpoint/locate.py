@@ -10,6 +10,7 @@ from pathlib import Path
 
 from vllm_dfloat.checkpoint.folder import CONFIG_FILE, is_dfloat11
 from vllm_dfloat.checkpoint.listing import weight_files
+from vllm_dfloat.checkpoint.manifest import MANIFEST_FILE
 from vllm_dfloat.checkpoint.plain_model import bf16_tensors
 from vllm_dfloat.errors import DFloatError, FormatError
 
@@ -94,7 +95,8 @@ def _check(given: Path, fits: Fits, what: str) -> None:
         pass
     around = given
     is_pipeline = (given / PIPELINE_FILE).is_file() and not _has_config(given)
-    if _safely(fits, given) or (weight_files(given) and not is_pipeline):
+    is_ours = (given / MANIFEST_FILE).is_file() or _safely(is_dfloat11, given)
+    if _safely(fits, given) or is_ours or (weight_files(given) and not is_pipeline):
         return  # its reader will say what else is wrong
     if is_pipeline:
         found = f"is a pipeline of several models ({PIPELINE_FILE}), each in a folder of its own"

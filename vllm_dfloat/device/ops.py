@@ -23,11 +23,12 @@ from vllm_dfloat.device import packed_encode
 from vllm_dfloat.device.checks import check_desc, check_ids, check_tensor
 from vllm_dfloat.device.checks import check_device as check_device
 from vllm_dfloat.device.checks import uses_triton as uses_triton
+from vllm_dfloat.device.checksum import checksum
 from vllm_dfloat.device.packed_weight import DESC_LENGTH as DESC_LENGTH
 from vllm_dfloat.device.packed_weight import KIND_PACKED as KIND_PACKED
 from vllm_dfloat.device.packed_weight import KIND_RAW as KIND_RAW
 from vllm_dfloat.device.packed_weight import PackedWeight as PackedWeight
-from vllm_dfloat.device.packed_weight import checksum, follow, make_descriptor
+from vllm_dfloat.device.packed_weight import follow, make_descriptor
 from vllm_dfloat.errors import UnsupportedError
 
 

@@ -21,7 +21,8 @@ from vllm_dfloat.codec.layout import ALIGNMENT, aligned
 from vllm_dfloat.codec.threads import over_tiles
 from vllm_dfloat.device import ops
 from vllm_dfloat.device.checks import check_desc, check_ids, check_tensor
-from vllm_dfloat.device.packed_weight import checksum, follow, make_descriptor
+from vllm_dfloat.device.checksum import checksum
+from vllm_dfloat.device.packed_weight import follow, make_descriptor
 from vllm_dfloat.dfloat11.decode_loops import decode_blocks, wide_table
 from vllm_dfloat.dfloat11.encode import as_unit, encode_unit
 from vllm_dfloat.dfloat11.format import BLOCK_GAP_BYTES, LENGTH_SHIFT, MAX_CODE_BITS, POINTER

@@ -44,8 +44,9 @@ def _knowing_dfloat11(parser: Any) -> Any:
 
         def parse(self, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], Any]:
             config_dict, config = super().parse(*args, **kwargs)
-            if CONFIG_KEY in config_dict and "quantization_config" not in config_dict:
-                found = {"quant_method": METHOD, CONFIG_KEY: config_dict[CONFIG_KEY]}
+            options = config_dict.get("quantization_config") or {}  # of the user, without a method
+            if CONFIG_KEY in config_dict and "quant_method" not in options:
+                found = {"quant_method": METHOD, CONFIG_KEY: config_dict[CONFIG_KEY], **options}
                 config_dict["quantization_config"] = found
             return config_dict, config
 

@@ -14,6 +14,7 @@ from vllm_dfloat.errors import UnsupportedError
 from vllm_dfloat.integration.seam import compat
 from vllm_dfloat.integration.seam.names import METHOD, logger
 from vllm_dfloat.integration.seam.options import Options
+from vllm_dfloat.integration.seam.refusal import refusal
 
 NAMELESS_EMBEDDING = "model.embed_tokens"  # for models that create the embedding without a name
 
@@ -156,7 +157,7 @@ class DFloat11Config(QuantizationConfig):  # type: ignore[misc]  # vLLM is untyp
                 "mode 'fused' with VLLM_BATCH_INVARIANT: it gives small batches other bits than large ones; expected "
                 "mode 'exact'. Remove one of the two."
             )
-        if reason := compat.refusal(config):
+        if reason := refusal(config):
             raise UnsupportedError(f"dfloat11 does not work with {reason}")
         self._check_official(str(config.load_config.load_format))
         settings.prepare(config)

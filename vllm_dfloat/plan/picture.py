@@ -120,7 +120,7 @@ def _matplotlib() -> tuple[Any, Any]:
     except ImportError as error:
         raise UnsupportedError(
             f"--png: matplotlib is not installed ({error}); the picture needs it. "
-            "Install the extra: pip install 'vllm-dfloat[bench]'."
+            "Run: pip install matplotlib."
         ) from error
     return Figure, FigureCanvasAgg
 

@@ -9,7 +9,8 @@ from bench.kernels.timing import FLOOR, Bench, Call, expect_no_status, expect_sa
 from bench_setup import copy_of, nan_memory, normal, poisoned
 
 from vllm_dfloat.device import ops, packed_encode
-from vllm_dfloat.device.packed_weight import checksum, make_descriptor
+from vllm_dfloat.device.checksum import checksum
+from vllm_dfloat.device.packed_weight import make_descriptor
 
 TABLE = (128_256, 4096)  # embeddings and LM head of Llama 3.1 8B
 # The most important sizes come first: time may run out.

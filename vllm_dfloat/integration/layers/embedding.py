@@ -60,7 +60,7 @@ class DFloat11EmbeddingMethod(PackedMethod, QuantizeMethodBase):  # type: ignore
 
     def tie_weights(self, layer: torch.nn.Module, embed_tokens: torch.nn.Module) -> torch.nn.Module:
         """Return the embedding, which then is the LM head too: to share `weight` would share only the placeholder."""
-        return as_lm_head(embed_tokens)
+        return tying.as_lm_head(embed_tokens)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         if (
@@ -91,11 +91,4 @@ class IgnoredLMHeadMethod(UnquantizedEmbeddingMethod):  # type: ignore[misc]  # 
             # vLLM would share the parameter of an equal copy. An update of one would then change both.
             return layer
         logger.info("dfloat11: ignore: the LM head is the embedding, and is held as that is")
-        return as_lm_head(embed_tokens)
-
-
-def as_lm_head(embed_tokens: torch.nn.Module) -> torch.nn.Module:
-    """Give an embedding what models ask of an LM head, and return it: vLLM's Transformers backend reads `bias`."""
-    if not hasattr(embed_tokens, "bias"):
-        embed_tokens.register_parameter("bias", None)
-    return embed_tokens
+        return tying.as_lm_head(embed_tokens)

@@ -18,7 +18,7 @@ from vllm_dfloat.device import fused, groups, ops
 from vllm_dfloat.device.scratch import scratch
 from vllm_dfloat.integration.layers.layouts import BY_NAME
 from vllm_dfloat.integration.layers.registration import register
-from vllm_dfloat.integration.seam import compat
+from vllm_dfloat.integration.seam import compat, slots
 
 # Names of GEMMs in addition to the values of vLLM's --linear-backend.
 BATCH_INVARIANT = "batch_invariant"
@@ -110,7 +110,7 @@ def linear(
         layout: how the weight is held, a name in layouts.py.
     """
     rows, cols, fused_rows, first_tile, group_tiles = sizes
-    slot = compat.slot(x.device)
+    slot = slots.slot(x.device)
     if 0 < x.numel() <= fused_rows * cols:
         memory = scratch.take(x.device, ops.padded_numel(rows, cols), slot)
         y = fused.launch_matmul(x.reshape(-1, cols), desc, rows, cols, bias, memory)

@@ -10,7 +10,7 @@ from vllm_dfloat.errors import UnsupportedError
 from vllm_dfloat.integration.layers import linear_op
 from vllm_dfloat.integration.layers.layouts import BY_NAME
 from vllm_dfloat.integration.layers.placeholder import HOW, WeightPlaceholder
-from vllm_dfloat.integration.seam import arrivals, compat, layer_kinds, layerwise
+from vllm_dfloat.integration.seam import arrivals, compat, layer_kinds, layerwise, slots
 from vllm_dfloat.integration.seam.options import Options
 
 PACKED = "dfloat11"  # the attribute of a compressed layer that holds its PackedWeight
@@ -60,7 +60,7 @@ class PackedMethod:
         self.gemm = (
             linear_op.BATCH_INVARIANT if compat.is_batch_invariant() else self._backend(config)
         )
-        self.slots = compat.slots(config)
+        self.slots = slots.slots(config)
         load_config = getattr(config, "load_config", None)
         self.makes_up_weights = getattr(load_config, "load_format", None) == "dummy"
 

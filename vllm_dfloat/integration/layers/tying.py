@@ -1,7 +1,8 @@
-"""An LM head that a checkpoint stores although its config ties it to the embedding.
+"""LM heads that are tied to the embedding, as the config says, and those that a checkpoint stores all the same.
 
-vLLM then unties the two layers. If their weights are equal, vLLM ties them again, but only if both are unquantized.
-Compressed layers stay two layers that share one payload, so an update may make their weights differ.
+A tied head is the embedding itself (`as_lm_head`). If the checkpoint stores a head, vLLM unties the two layers. If
+their weights are equal, vLLM ties them again, but only if both are unquantized. Compressed layers stay two layers that
+share one payload, so an update may make their weights differ.
 """
 
 import dataclasses
@@ -62,3 +63,10 @@ def warn_if_different(model: torch.nn.Module, model_config: Any) -> None:
                 model_config.model,
                 name,
             )
+
+
+def as_lm_head(embed_tokens: torch.nn.Module) -> torch.nn.Module:
+    """Give an embedding what models ask of an LM head, and return it: vLLM's Transformers backend reads `bias`."""
+    if not hasattr(embed_tokens, "bias"):
+        embed_tokens.register_parameter("bias", None)
+    return embed_tokens

@@ -3,14 +3,13 @@
 import inspect
 import re
 import sys
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vllm_dfloat.device.scratch import MAIN_SLOT
 from vllm_dfloat.integration.seam.names import logger
 
 OLDEST = (0, 28)
@@ -82,30 +81,6 @@ def touches(name: str, entry: str, fused: Mapping[str, list[str]]) -> bool:
         return is_ignored(name, [entry], fused)
     except ValueError:  # some parts, and not the others
         return True
-
-
-def refusal(config: Any) -> str | None:
-    """Return why weights cannot be compressed while loading with this VllmConfig, or None if they can."""
-    load_format = str(config.load_config.load_format)
-    if load_format in ("sharded_state", "runai_streamer_sharded", "tensorizer", "ipc_cache"):
-        return (
-            f"--load-format {load_format}: it restores a model's parameters as they were saved; expected a format "
-            "that reads a checkpoint. Use auto, hf or safetensors."
-        )
-    offload = getattr(config, "offload_config", None)
-    uva = getattr(offload, "uva", None) or config.cache_config
-    if getattr(uva, "cpu_offload_gb", 0) or getattr(uva, "cpu_offload_params", None):
-        return (
-            "--cpu-offload-gb: it moves parameters to the host before their weights have arrived; expected 0. "
-            "Remove it: compressed weights take about 0.68 of the memory."
-        )
-    prefetch = getattr(offload, "prefetch", None)
-    if getattr(prefetch, "offload_group_size", 0):
-        return (
-            "--offload-group-size: it moves parameters to the host before their weights have arrived; expected 0. "
-            "Remove it."
-        )
-    return None
 
 
 def linear_backend(config: Any | None) -> str:
@@ -195,38 +170,6 @@ def model_device() -> torch.device:
     from vllm.platforms import current_platform
 
     return torch.device(current_platform.device_type)
-
-
-def slot(device: torch.device) -> Hashable:
-    """Return the scratch slot of the current stream: (microbatch, on the aux stream).
-
-    Shared experts run on `aux_stream` while the routed ones run; two microbatches overlap under --enable-dbo. The
-    streams for warm-up and for graph capture never overlap, so they share a slot.
-    """
-    if device.type != "cuda":
-        return MAIN_SLOT
-    from vllm.utils.torch_utils import aux_stream
-    from vllm.v1.worker import ubatching
-
-    try:
-        ubatch = int(ubatching.dbo_current_ubatch_id())
-    except KeyError:  # microbatches run, but not in this thread
-        ubatch = 0
-    return _slot(ubatch, torch.cuda.current_stream() == aux_stream())
-
-
-def _slot(ubatch: int, is_aux: bool) -> Hashable:
-    return (ubatch, is_aux) if ubatch or is_aux else MAIN_SLOT
-
-
-def slots(config: Any | None) -> list[Hashable]:
-    """Return every value that `slot` can take with this VllmConfig."""
-    model = getattr(config, "model_config", None)
-    parallel = getattr(config, "parallel_config", None)
-    overlaps = getattr(parallel, "use_ubatching", False)
-    num_ubatches = int(getattr(parallel, "num_ubatches", 1)) if overlaps else 1
-    on_aux = (False, True) if getattr(model, "is_moe", False) else (False,)
-    return [_slot(ubatch, aux) for ubatch in range(num_ubatches) for aux in on_aux]
 
 
 def checkpoint_files(
