@@ -149,6 +149,8 @@ def visible_paths(folder: Path) -> Iterator[tuple[str, bool]]:
 
 
 def _refuse_unlisted(error: OSError) -> None:
+    if isinstance(error, FileNotFoundError):
+        return  # no folder, no files: callers say what that means
     raise FormatError(
         f"{error.filename}: cannot be listed ({error.strerror}); vLLM may read files there. Give yourself the right to "
         "read this folder, or move it away."
