@@ -109,7 +109,7 @@ def _listed(folder: Path) -> Collection[str]:
 def _refuse_weights(folder: Path, name: str, reason: str, named_by: str) -> None:
     raise FormatError(
         f"{folder / name}: {reason}; {named_by} says that a part of the model is there, which vLLM would serve "
-        "without its weights. Put a copy in place of the link."
+        "without its weights. Put a copy of the file there that can be read."
     )
 
 
@@ -135,6 +135,8 @@ def visible_paths(folder: Path) -> Iterator[tuple[str, bool]]:
     Raises:
         FormatError: a folder cannot be listed.
     """
+    if not folder.is_dir():
+        return  # callers say what that means
     for path, folders, files in os.walk(folder, onerror=_refuse_unlisted):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         below = Path(path).relative_to(folder)
@@ -149,11 +151,9 @@ def visible_paths(folder: Path) -> Iterator[tuple[str, bool]]:
 
 
 def _refuse_unlisted(error: OSError) -> None:
-    if isinstance(error, FileNotFoundError):
-        return  # no folder, no files: callers say what that means
     raise FormatError(
-        f"{error.filename}: cannot be listed ({error.strerror}); vLLM may read files there. Give yourself the right to "
-        "read this folder, or move it away."
+        f"{error.filename}: cannot be listed ({error.strerror}); vLLM may read files there. Make it readable or move "
+        "it away, and run the command again."
     )
 
 
@@ -172,7 +172,8 @@ def _reason_to_leave(file: Path, roots: list[str]) -> str:
         target = os.path.realpath(file, strict=True)
         mode = os.stat(target).st_mode
     except OSError as error:
-        return f"is a link that leads nowhere ({error.strerror})"
+        found = "is a link that leads nowhere" if os.path.islink(file) else "cannot be reached"
+        return f"{found} ({error.strerror})"
     if not _is_below(target, roots):
         return f"is a link to {target}, outside of the model's folder"
     if not stat.S_ISREG(mode):
