@@ -138,7 +138,7 @@ sanitize() { # TOOL MOST_SECONDS CHECK...
     cut -c1-160 | tail -n 12 || true
   if printed | grep 'Device not supported' >/dev/null; then
     notes+=("compute-sanitizer does not support this device")
-  elif printed | grep -E '^=+ +(Invalid|Error:|.*hazard)|^WRONG:' >/dev/null || { ((status)) && ! ended_by_time; }; then
+  elif printed | grep -E '^=+ +(Invalid|Error:|RACECHECK SUMMARY: [1-9]|.* hazard detected)|^WRONG:' >/dev/null || { ((status)) && ! ended_by_time; }; then
     problem "$tool of compute-sanitizer found errors; see $out/sanitizer.log"
   fi
 }
