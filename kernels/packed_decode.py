@@ -38,20 +38,24 @@ def _decode_tiles(
     quad = tl.arange(0, 4)[None, None, :]
     out_base = out_ptr + (tile * (TILE_WEIGHTS // 2))[:, :, None]
     if is_sound & (kind == 0):
-        lut, shift, plane, words, is_full, end, bit, word0, word1 = _open(
+        lut, shift, plane, words, is_full, end, bit, word0, word1, word2 = _open(
             payload, sizes, tile, num_tiles
         )
+        signs = plane[:, :, None] + (lane * 4)[:, :, None]
+        sm0, sm1, sm2, sm3 = _four_words(signs, TILES)
         for half in range(STEPS // 2):
-            signs = plane[:, :, None] + ((lane + half * LANES) * 4)[:, :, None]
-            sm0, sm1, sm2, sm3 = _four_words(signs, TILES)
+            # The next ones are on their way while these are used.
+            following = tl.minimum(half + 1, STEPS // 2 - 1)
+            next0, next1, next2, next3 = _four_words(signs + following * (LANES * 4), TILES)
             for k in tl.static_range(2):
-                e0, e1, e2, e3, bit, word0, word1 = _exponents_of_eight(
-                    words, bit, word0, word1, lut, shift
+                e0, e1, e2, e3, bit, word0, word1, word2 = _exponents_of_eight(
+                    words, bit, word0, word1, word2, lut, shift
                 )
                 a, b = _merge(sm0 if k == 0 else sm2, e0, e1)
                 c, d = _merge(sm1 if k == 0 else sm3, e2, e3)
                 offset = ((lane + (half * 2 + k) * LANES) * 4)[:, :, None] + quad
                 tl.store(out_base + offset, _interleave(a, b, c, d))
+            sm0, sm1, sm2, sm3 = next0, next1, next2, next3
         tl.store(status_ptr + tile, _tile_status(bit, end, is_full))
     elif is_sound:
         raw = _section(payload, 0, tl.uint32) + (tile * (TILE_WEIGHTS // 2))[:, :, None]

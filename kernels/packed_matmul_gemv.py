@@ -134,15 +134,15 @@ def _gemv_kernel(
     acc3 = acc0
     is_sound, payload, kind, sizes = _read(desc_ptr, salt)
     if is_sound & (kind == 0):
-        lut, shift, plane, words, is_full, end, bit, word0, word1 = _open(
+        lut, shift, plane, words, is_full, end, bit, word0, word1, word2 = _open(
             payload, sizes, tile, num_tiles
         )
         for half in range(STEPS // 2):
             signs = plane[:, :, None] + ((lane + half * LANES) * 4)[:, :, None]
             sm0, sm1, sm2, sm3 = _four_words(signs, TILES)
             for k in tl.static_range(2):
-                e0, e1, e2, e3, bit, word0, word1 = _exponents_of_eight(
-                    words, bit, word0, word1, lut, shift
+                e0, e1, e2, e3, bit, word0, word1, word2 = _exponents_of_eight(
+                    words, bit, word0, word1, word2, lut, shift
                 )
                 a, b = _merge(sm0 if k == 0 else sm2, e0, e1)
                 c, d = _merge(sm1 if k == 0 else sm3, e2, e3)

@@ -72,13 +72,13 @@ def _decode_rows_kernel(
         shift = number.to(tl.int64) * cols - first
         is_sound, payload, kind, sizes = _read(desc_ptr, salt)
         if is_sound & (kind == 0):
-            lut, turn, plane, words, is_full, end, bit, word0, word1 = _open(
+            lut, turn, plane, words, is_full, end, bit, word0, word1, word2 = _open(
                 payload, sizes, tile, num_tiles
             )
             for step in range(STEPS):
                 offset = (lane + (step // 2) * LANES) * 4 + (step % 2) * 2
-                e0, e1, e2, e3, bit, word0, word1 = _exponents_of_eight(
-                    words, bit, word0, word1, lut, turn
+                e0, e1, e2, e3, bit, word0, word1, word2 = _exponents_of_eight(
+                    words, bit, word0, word1, word2, lut, turn
                 )
                 a, b = _merge(tl.load(plane + offset), e0, e1)
                 c, d = _merge(tl.load(plane + offset + 1), e2, e3)

@@ -1,8 +1,9 @@
 """Shared by the kernels of the packed layout: find the lanes of a tile, and decode them 8 weights at a time.
 
 A tile has 16 lanes, so a warp decodes two tiles, one lane per thread. A thread finds its lane's first bit by a scan
-over the lane lengths of its tile. It holds the two words of the stream at its current bit. For every 8 weights it looks
-up their codes, three in a window of 32 bits, and merges exponents with signs and mantissas two at a time.
+over the lane lengths of its tile. It holds the two words of the stream at its current bit, and the next one. For every
+8 weights it looks up their codes, three in a window of 32 bits, and merges exponents with signs and mantissas two at a
+time.
 
 The kernels take a descriptor instead of the payload. So a traced graph holds nothing whose size depends on the weights,
 and a captured CUDA graph sees new weights after a reload:
@@ -28,6 +29,9 @@ LENGTH_MASK = tl.constexpr(layout.LENGTH_MASK)
 PAD_WORDS = tl.constexpr(layout.PAD_WORDS)
 SIGN_MANTISSA_MASK = tl.constexpr(layout.SIGN_MANTISSA_MASK)
 EXPONENT_MASK = tl.constexpr(layout.SIGN_MANTISSA_MASK ^ 0xFFFFFFFF)
+SHORT_BITS = tl.constexpr(layout.SHORT_BITS)
+SHORT_LUT_BYTES = tl.constexpr(layout.SHORT_LUT_BYTES)
+SHORT_LUT_ENTRIES = tl.constexpr(layout.SHORT_LUT_BYTES // 2)
 MAX_TILE_WORDS = tl.constexpr(layout.LANES * 255 * layout.LANE_LENGTH_UNIT // 32)
 
 STATUS_LANE_END = tl.constexpr(1)
@@ -86,8 +90,8 @@ def _everywhere(like, condition):
 
 @triton.jit
 def _lut_bytes(code_bits):
-    # As a product, so that the compiler knows that the sections after the LUT are aligned.
-    return (tl.full([], 1, tl.int64) << (code_bits - 3)) * 16
+    # Both LUTs. As a product, so that the compiler knows that the sections after the LUT are aligned.
+    return ((tl.full([], 1, tl.int64) << (code_bits - 3)) + SHORT_LUT_BYTES // 16) * 16
 
 
 @triton.jit
@@ -122,8 +126,9 @@ def _open(payload, sizes, tile, num_tiles):
     payload, sizes: from a descriptor whose seal is right.
     tile: int64 [TILES, 1], tiles of the matrix; num_tiles: an int64, all tiles of the matrix.
 
-    Returns the LUT and the shift from a window to an index into it; per tile its signs and mantissas, its words and
-    whether its lanes fill them; per lane its end, and its state: the current bit and the two words there.
+    Returns the LUTs and the shift from a window to an index into the whole one; per tile its signs and mantissas, its
+    words and whether its lanes fill them; per lane its end, and its state: the current bit, the two words there and
+    the next one.
     """
     num_words = sizes.to(tl.uint32)  # its lower half
     code_bits = sizes >> 32
@@ -132,16 +137,25 @@ def _open(payload, sizes, tile, num_tiles):
     word = words + (bit >> 5)
     shift = (32 - code_bits).to(tl.uint32)
     lut = _section(payload, 0, tl.uint16)
-    return lut, shift, plane, words, is_full, end, bit, tl.load(word), tl.load(word + 1)
+    word0, word1, word2 = tl.load(word), tl.load(word + 1), tl.load(word + 2)
+    return lut, shift, plane, words, is_full, end, bit, word0, word1, word2
 
 
 @triton.jit
 def _exponents_of_eight(
-    words, bit, word0, word1, lut, shift, PER_WINDOW: tl.constexpr = 32 // layout.MAX_CODE_BITS
+    words,
+    bit,
+    word0,
+    word1,
+    word2,
+    lut,
+    shift,
+    PER_WINDOW: tl.constexpr = 32 // layout.MAX_CODE_BITS,
 ):
     """Decode the next 8 weights of each lane; return 4 pairs of LUT entries, and the state after them.
 
-    A word is loaded once, when the lane reaches it, and not again for every lookup.
+    Each word is loaded once, a word before it is needed, so that no look-up waits for it. The short LUT is one line of
+    the L1 cache, which answers 32 threads at once; the few lanes with a longer code look it up in the whole LUT.
     """
     window = tl.zeros_like(word0)
     first = window
@@ -155,7 +169,10 @@ def _exponents_of_eight(
             fill = (bit & 31).to(tl.uint32)
             # Written as two shifts, the right half is correct for fill 0 too, and compiles to one funnel shift.
             window = (word0 << fill) | ((word1 >> 1) >> (31 - fill))
-        entry = tl.load(lut + (window >> shift)).to(tl.uint32)
+        entry = tl.load(lut + (window >> (32 - SHORT_BITS)))
+        is_long = entry == 0
+        entry = tl.load(lut + SHORT_LUT_ENTRIES + (window >> shift), mask=is_long, other=entry)
+        entry = entry.to(tl.uint32)
         length = entry & LENGTH_MASK
         window = window << length
         bit += length.to(tl.int32)
@@ -175,9 +192,10 @@ def _exponents_of_eight(
             word = bit >> 5
             is_next = word != before
             word0 = tl.where(is_next, word1, word0)
-            word1 = tl.load(words + (word + 1), mask=is_next, other=word1)
+            word1 = tl.where(is_next, word2, word1)
+            word2 = tl.load(words + (word + 2), mask=is_next, other=word2)
             before = word
-    return pair0, pair1, pair2, pair3, bit, word0, word1
+    return pair0, pair1, pair2, pair3, bit, word0, word1, word2
 
 
 @triton.jit

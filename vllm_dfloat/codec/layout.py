@@ -6,6 +6,7 @@ worked example in bits, are written down in docs/packed-layout.md; in the code t
 
 A payload is one run of bytes:
 
+    short_lut      uint16[64]                    the LUT for the next 6 bits; 0 where they are not a whole code
     lut            uint16[1 << code_bits]        symbol << 7 | code length; 0 where no code leads
     sign_mantissa  uint32[num_tiles, 8, 16, 4]   sign and mantissa bits, in the order in which decoding merges them
     lane_lengths   uint8[num_tiles, 16]          bits of each lane / LANE_LENGTH_UNIT, rounded up
@@ -21,7 +22,7 @@ import numpy as np
 
 from vllm_dfloat.codec.arrays import U8Array, U16Array, U32Array
 
-LAYOUT_VERSION = 2
+LAYOUT_VERSION = 3
 
 LANES = 16
 STEPS = 16  # a lane's weights come in steps of STEP_WEIGHTS, so that a lane stores 16 bytes at once
@@ -29,18 +30,22 @@ STEP_WEIGHTS = 8
 LANE_WEIGHTS = STEPS * STEP_WEIGHTS
 TILE_WEIGHTS = LANES * LANE_WEIGHTS
 
-# The longest code of a matrix. With 8 bits the LUT is 4 lines of the L1 cache and 32 threads look up in about as many
-# turns; with 10 it is 16 lines, and 13 turns (docs/kernels.md). Codes are never longer: 3 of them fit a 32-bit window.
+# The longest code of a matrix. Never longer than 10: 3 codes fit a window of 32 bits.
 MIN_CODE_BITS = 8  # below this, 256 symbols would not fit
 MAX_CODE_BITS = 10
+# 97 % of the weights have a code of at most 6 bits. A table for these is one line of the L1 cache, in which 32 threads
+# look up at once; in a table for 10 bits they touch 14 lines, one after the other (docs/kernels.md).
+SHORT_BITS = 6
+SHORT_LUT_BYTES = 2 << SHORT_BITS
 LANE_LENGTH_UNIT = 8
 
 SYMBOL_SHIFT = 7  # where a BF16 weight holds its exponent, and a LUT entry its symbol
 LENGTH_MASK = 15  # code length of a LUT entry: 4 bits
 SIGN_MANTISSA_MASK = 0x807F807F  # the bits of two BF16 weights that are not exponent
 MAX_WORDS = 1 << 31
-# Words that a lane can read after its first one, whatever the bytes say: the longest codes of a LUT, and a window.
-PAD_WORDS = LANE_WEIGHTS * LENGTH_MASK // 32 + 2
+# Words that a lane can read after its first one, whatever the bytes say: the longest codes of a LUT, a window, and
+# the word after it, which kernels load before they need it.
+PAD_WORDS = LANE_WEIGHTS * LENGTH_MASK // 32 + 3
 ALIGNMENT = 16
 
 
@@ -77,7 +82,7 @@ class PackedLayout:
 
     @property
     def sign_mantissa_offset(self) -> int:
-        return 2 << self.code_bits
+        return SHORT_LUT_BYTES + (2 << self.code_bits)
 
     @property
     def lane_lengths_offset(self) -> int:
@@ -126,8 +131,12 @@ class PackedTensor:
         return 8 * self.num_bytes / self.layout.numel if self.layout.numel else 0.0
 
     @property
+    def short_lut(self) -> U16Array:
+        return self.payload[:SHORT_LUT_BYTES].view(np.uint16)
+
+    @property
     def lut(self) -> U16Array:
-        return self.payload[: self.layout.sign_mantissa_offset].view(np.uint16)
+        return self.payload[SHORT_LUT_BYTES : self.layout.sign_mantissa_offset].view(np.uint16)
 
     @property
     def sign_mantissa(self) -> U32Array:
