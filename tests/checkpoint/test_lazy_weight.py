@@ -40,6 +40,9 @@ CUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "one column": lambda w: w[:, 5],
     "from the end": lambda w: w[-9:-2, -11:],
     "nothing": lambda w: w[5:5],
+    "all rows and all columns, one after the other": lambda w: w[:, 0:COLS][0:ROWS],
+    "all rows, columns": lambda w: w[:, 8:24],
+    "every dimension in full": lambda w: w[0:ROWS, 0:COLS],
     "detached": lambda w: w.detach()[3:9],
 }
 
@@ -123,6 +126,30 @@ def test_what_is_written_to_stays_written() -> None:
     out = torch.zeros(ROWS, COLS, dtype=torch.bfloat16).copy_(lazy)
     assert (out == 3).all()
     assert (lazy[5] == 3).all()
+
+
+WRITES: dict[str, Callable[[torch.Tensor], Any]] = {
+    "a cut": lambda w: w[3:9].mul_(2),
+    "a cut of a cut": lambda w: w[3:9][:, 5:7].fill_(1),
+    "one row": lambda w: w[7].zero_(),
+    "what is detached": lambda w: w.detach().neg_(),
+    "a cut, then what another cut sees": lambda w: (w[3:9].zero_(), w[8:10].add_(w[4:6])),
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_a_write_to_a_cut_is_seen_by_the_weight_and_by_its_other_cuts(
+    write: Callable[[torch.Tensor], Any],
+) -> None:
+    # Bug caught: a write to a cut changed a copy of it, and the weight was loaded without it.
+    reader = Reader(ROWS, COLS)
+    expected, lazy = reader.weight.clone(), reader.lazy()
+    before = lazy[2:30]
+    write(expected)
+    write(lazy)
+    assert same_bits(torch.zeros(ROWS, COLS, dtype=torch.bfloat16).copy_(lazy), expected)
+    assert same_bits(before.decode(), expected[2:30])
+    assert same_bits(torch.zeros(COLS, dtype=torch.bfloat16).copy_(before[5]), expected[7])
 
 
 def test_counting_on_the_meta_device_decodes_nothing() -> None:

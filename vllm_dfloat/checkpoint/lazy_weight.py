@@ -9,6 +9,7 @@ into new memory: slower, but right.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,14 +30,27 @@ _OF_MEMORY = (
 )
 
 
+@dataclass(eq=False)
+class _Stored:
+    """What all cuts of one weight share.
+
+    Attributes:
+        read: as for a LazyWeight.
+        shape: matrices, rows, columns.
+        value: the contents, once somebody has written to the weight or to a cut of it.
+    """
+
+    read: Read
+    shape: tuple[int, int, int]
+    value: torch.Tensor | None = None
+
+
 class LazyWeight(torch.Tensor):
     """A box of a stored weight: a range of each of its three dimensions. BF16 on the CPU; only what is used is read."""
 
-    _read: Read
-    _stored: tuple[int, int, int]  # shape of the stored weight: matrices, rows, columns
+    _stored: _Stored
     _box: Box
     _hidden: tuple[int, ...]  # dimensions of size 1 that the tensor's shape leaves out
-    _value: torch.Tensor | None  # its contents, once somebody has written to it
 
     @staticmethod
     def __new__(cls, read: Read, shape: Sequence[int]) -> LazyWeight:
@@ -49,22 +63,20 @@ class LazyWeight(torch.Tensor):
         missing = 3 - len(shape)
         matrices, rows, cols = (1,) * missing + tuple(shape)
         box = ((0, matrices), (0, rows), (0, cols))
-        return cls._make(read, (matrices, rows, cols), box, tuple(range(missing)))
+        stored = _Stored(read, (matrices, rows, cols))
+        return cls._make(stored, box, tuple(range(missing)))
 
     @classmethod
-    def _make(
-        cls, read: Read, stored: tuple[int, int, int], box: Box, hidden: tuple[int, ...]
-    ) -> LazyWeight:
+    def _make(cls, stored: _Stored, box: Box, hidden: tuple[int, ...]) -> LazyWeight:
         shape = [stop - start for dim, (start, stop) in enumerate(box) if dim not in hidden]
         self = torch.Tensor._make_wrapper_subclass(
             cls, shape, dtype=torch.bfloat16, device=torch.device("cpu")
         )
-        self._read, self._stored, self._box, self._hidden = read, stored, box, hidden
-        self._value = None
+        self._stored, self._box, self._hidden = stored, box, hidden
         return self
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]  # printing must not decode
-        return f"LazyWeight({list(self.shape)} of {list(self._stored)})"
+        return f"LazyWeight({list(self.shape)} of {list(self._stored.shape)})"
 
     @classmethod
     def __torch_function__(
@@ -84,7 +96,7 @@ class LazyWeight(torch.Tensor):
                 return result
         target = args[0] if args else None
         if func._schema.is_mutable and isinstance(target, LazyWeight):
-            target._value = target.decode()
+            target._keep_contents()
             func(*_decoded(args), **_decoded(dict(kwargs or {})))
             return target
         return func(*_decoded(args), **_decoded(dict(kwargs or {})))
@@ -96,7 +108,22 @@ class LazyWeight(torch.Tensor):
         first = self._box[at][0]
         box = (*self._box[:at], (first + start, first + stop), *self._box[at + 1 :])
         hidden = tuple(sorted((*self._hidden, at))) if hide else self._hidden
-        return self._make(self._read, self._stored, box, hidden)
+        return self._make(self._stored, box, hidden)
+
+    def same(self) -> LazyWeight:
+        """Return another tensor with the same contents: torch accepts no view that is the tensor itself."""
+        return self._make(self._stored, self._box, self._hidden)
+
+    @property
+    def is_written(self) -> bool:
+        """Whether somebody has written to the weight, so that the stored one is not what it holds."""
+        return self._stored.value is not None
+
+    def _keep_contents(self) -> None:
+        """Decode the whole weight into memory that all its cuts share from now on, as views of a tensor do."""
+        if not self.is_written:
+            whole = tuple((0, size) for size in self._stored.shape)
+            self._stored.value = self._make(self._stored, whole, ()).decode()
 
     def copy_to(self, out: torch.Tensor) -> None:
         """Decode into `out`, of this tensor's shape and of any dtype and device, piece by piece."""
@@ -109,7 +136,7 @@ class LazyWeight(torch.Tensor):
 
     def _pieces(self) -> Iterator[tuple[tuple[int, int, int], torch.Tensor]]:
         """Yield ((matrix, row, column) of the first weight, BF16 [rows, columns]) until the box is covered."""
-        _, num_rows, num_cols = self._stored
+        read, (_, num_rows, num_cols) = self._stored.read, self._stored.shape
         (first_matrix, last_matrix), (first, last), (left, right) = self._box
         step = max(1, PIECE_WEIGHTS // max(1, num_cols))
         width = min(PIECE_WEIGHTS, max(1, right - left))
@@ -119,20 +146,21 @@ class LazyWeight(torch.Tensor):
                 at = (matrix * num_rows + row) * num_cols
                 if end > row + 1:  # also decodes the columns between the parts of two rows
                     start, stop = at + left, at + (end - row - 1) * num_cols + right
-                    rows = self._read(start, stop)
+                    rows = read(start, stop)
                     yield (matrix, row, left), _strided(rows, end - row, num_cols, right - left)
                     continue
                 for col in range(left, right, width):
-                    part = self._read(at + col, at + min(col + width, right))
+                    part = read(at + col, at + min(col + width, right))
                     yield (matrix, row, col), part[None]
 
     def decode(self) -> torch.Tensor:
-        """Return the weight as an ordinary tensor on the CPU."""
-        if self._value is None:
+        """Return the weight as an ordinary tensor on the CPU; once it was written to, as a view of its contents."""
+        if self._stored.value is None:
             out = torch.empty(self.shape, dtype=torch.bfloat16, device="cpu")
             self.copy_to(out)
             return out
-        return self._value
+        part = self._stored.value[tuple(slice(start, stop) for start, stop in self._box)]
+        return part.squeeze(self._hidden)
 
 
 def _strided(flat: torch.Tensor, rows: int, stride: int, cols: int) -> torch.Tensor:
@@ -151,7 +179,7 @@ def _slice(
     end: int | None = None,
     step: int = 1,
 ) -> Any:
-    if step != 1 or weight._value is not None:
+    if step != 1 or weight.is_written:
         return NotImplemented
     begin, stop, _ = slice(start, end).indices(weight.shape[dim])
     return weight.cut(dim % weight.dim(), begin, max(begin, stop))
@@ -159,20 +187,20 @@ def _slice(
 
 def _select(weight: LazyWeight, dim: int, index: int) -> Any:
     size = weight.shape[dim]
-    if weight._value is not None or not -size <= index < size or weight.dim() == 1:
+    if weight.is_written or not -size <= index < size or weight.dim() == 1:
         return NotImplemented
     at = index % size
     return weight.cut(dim % weight.dim(), at, at + 1, hide=True)
 
 
 def _same(weight: LazyWeight) -> Any:
-    return NotImplemented if weight._value is not None else weight
+    return NotImplemented if weight.is_written else weight.same()
 
 
 def _copy(out: torch.Tensor, weight: Any, non_blocking: bool = False) -> Any:
     if isinstance(out, LazyWeight) or not isinstance(weight, LazyWeight):
         return NotImplemented
-    if out.shape != weight.shape or weight._value is not None:
+    if out.shape != weight.shape or weight.is_written:
         return NotImplemented
     if not out.is_meta:  # vLLM copies to the meta device to count
         weight.copy_to(out)
