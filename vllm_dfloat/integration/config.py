@@ -11,7 +11,7 @@ from vllm.model_executor.layers.quantization.base_config import (
 
 from vllm_dfloat.checkpoint.folder import CONFIG_KEY
 from vllm_dfloat.errors import UnsupportedError
-from vllm_dfloat.integration.seam import compat
+from vllm_dfloat.integration.seam import compat, layer_kinds
 from vllm_dfloat.integration.seam.names import METHOD, logger
 from vllm_dfloat.integration.seam.options import Options
 from vllm_dfloat.integration.seam.refusal import refusal
@@ -97,9 +97,19 @@ class DFloat11Config(QuantizationConfig):  # type: ignore[misc]  # vLLM is untyp
 
         is_head = isinstance(layer, ParallelLMHead)
         name = prefix or ("lm_head" if is_head else NAMELESS_EMBEDDING)
-        if self._is_left_alone(layer, name):
+        if self._is_left_alone(layer, name) or self._is_read_as_head(is_head):
             return IgnoredLMHeadMethod() if is_head else None
         return DFloat11EmbeddingMethod(name, self.options)
+
+    def _is_read_as_head(self, is_head: bool) -> bool:
+        model_config = getattr(compat.current_config(), "model_config", None)
+        dtype = layer_kinds.other_dtype_of_head(model_config)
+        if dtype is None or not (is_head or layer_kinds.may_be_lm_head(model_config)):
+            return False
+        self._log_left_alone(
+            f"the LM head (vLLM reads its BF16 weight, since head_dtype is {dtype})"
+        )
+        return True
 
     def _is_left_alone(self, layer: torch.nn.Module, name: str) -> bool:
         self._unused_ignore = {

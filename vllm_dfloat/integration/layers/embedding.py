@@ -12,7 +12,7 @@ from vllm.model_executor.utils import set_weight_attrs
 from vllm_dfloat.device import ops
 from vllm_dfloat.integration.layers import lookup, tying
 from vllm_dfloat.integration.layers.method import PackedMethod
-from vllm_dfloat.integration.seam import compat, layerwise
+from vllm_dfloat.integration.seam import compat, layer_kinds, layerwise
 from vllm_dfloat.integration.seam.names import logger
 
 # vLLM's compile cache hashes this file's text, but not that of the ops: increase this when an op's meaning changes.
@@ -59,8 +59,7 @@ class DFloat11EmbeddingMethod(PackedMethod, QuantizeMethodBase):  # type: ignore
         return rows.view(*input_.shape, self.cols)
 
     def tie_weights(self, layer: torch.nn.Module, embed_tokens: torch.nn.Module) -> torch.nn.Module:
-        """Return the embedding, which then is the LM head too: to share `weight` would share only the placeholder."""
-        return tying.as_lm_head(embed_tokens)
+        return tying.tied(layer, embed_tokens)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         if (
@@ -90,5 +89,6 @@ class IgnoredLMHeadMethod(UnquantizedEmbeddingMethod):  # type: ignore[misc]  # 
         if self.twin is not None:
             # vLLM would share the parameter of an equal copy. An update of one would then change both.
             return layer
-        logger.info("dfloat11: ignore: the LM head is the embedding, and is held as that is")
-        return tying.as_lm_head(embed_tokens)
+        if layer_kinds.is_vocabulary(embed_tokens):
+            logger.info("dfloat11: ignore: the LM head is the embedding, and is held as that is")
+        return tying.tied(layer, embed_tokens)

@@ -37,7 +37,7 @@ def find_gemm(name: str) -> Gemm:
     if name == BATCH_INVARIANT:
         return compat.batch_invariant_gemm()
     if current_platform.is_cpu():
-        return _cpu_gemm
+        return cpu_gemm
     gemm = compat.unquantized_gemm(name)
     return lambda x, weight, bias: gemm(None, x, weight, bias)
 
@@ -49,7 +49,7 @@ def is_traced_as_matmul(name: str) -> bool:
     return name == PLAIN or compat.is_plain_gemm(compat.unquantized_gemm(name))
 
 
-def _cpu_gemm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def cpu_gemm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Do what BF16 vLLM does on a CPU, for equal bits: pack the weight for oneDNN or sgl, then multiply."""
     # Packing gets a detached bias: 0.28 takes the bias from the layer, later versions change the layer's bias.
     layer = _packed_for_cpu(weight, None if bias is None else bias.detach())

@@ -1,6 +1,6 @@
 """LM heads that are tied to the embedding, as the config says, and those that a checkpoint stores all the same.
 
-A tied head is the embedding itself (`as_lm_head`). If the checkpoint stores a head, vLLM unties the two layers. If
+A tied head is the embedding itself (`tied`). If the checkpoint stores a head, vLLM unties the two layers. If
 their weights are equal, vLLM ties them again, but only if both are unquantized. Compressed layers stay two layers that
 share one payload, so an update may make their weights differ.
 """
@@ -10,10 +10,12 @@ import weakref
 from typing import Any
 
 import torch
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
 from vllm_dfloat.device import ops
+from vllm_dfloat.integration.layers import linear_op
 from vllm_dfloat.integration.layers.method import packed_of
-from vllm_dfloat.integration.seam import layer_kinds
+from vllm_dfloat.integration.seam import compat, layer_kinds
 from vllm_dfloat.integration.seam.names import logger
 
 
@@ -24,6 +26,7 @@ def prepare(model: torch.nn.Module, vllm_config: Any, model_config: Any) -> None
         if hasattr(layer.quant_method, "may_be_empty"):
             given = layer_kinds.may_be_the_targets(layer, vllm_config, model_config)
             layer.quant_method.may_be_empty = given
+    _tie_those_that_share(model)
     if not layer_kinds.is_untied_by_checkpoint(model_config):
         return
     heads = [layer for layer in layers if layer_kinds.is_lm_head(layer)]
@@ -65,7 +68,53 @@ def warn_if_different(model: torch.nn.Module, model_config: Any) -> None:
             )
 
 
-def as_lm_head(embed_tokens: torch.nn.Module) -> torch.nn.Module:
+def tied(head: Any, embed_tokens: torch.nn.Module) -> torch.nn.Module:
+    """Return the module to use as LM head: the embedding, since to share `weight` would share only the placeholder.
+
+    An embedding of torch's own, as Whisper's, cannot multiply. The head then reads its BF16 weight.
+    """
+    if layer_kinds.is_vocabulary(embed_tokens):
+        return _as_lm_head(embed_tokens)
+    compat.process_at_the_end(head)
+    del head.weight
+    head.__dict__["weight"] = (
+        embed_tokens.weight
+    )  # no parameter: an update of the embedding is all that it needs
+    head.quant_method = SharedWeightMethod()
+    return head  # type: ignore[no-any-return]
+
+
+class SharedWeightMethod(UnquantizedEmbeddingMethod):  # type: ignore[misc]  # vLLM is untyped
+    """Multiplies by the BF16 weight of an embedding that is not vLLM's, as it is now."""
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Do nothing: on a CPU vLLM would keep a packed copy, which no update of the embedding reaches."""
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        if x.device.type == "cpu":
+            return linear_op.cpu_gemm(x, layer.weight, bias)
+        return super().apply(layer, x, bias)  # type: ignore[no-any-return]
+
+
+def _tie_those_that_share(model: torch.nn.Module) -> None:
+    """Put the embedding in the place of a compressed LM head that a model, as ChatGLM, has given its parameter."""
+    layers: list[Any] = [layer for layer in model.modules() if layer_kinds.is_vocabulary(layer)]
+    embeddings = {
+        id(layer.weight): layer
+        for layer in layers
+        if not layer_kinds.is_lm_head(layer) and not layer_kinds.is_left_out(layer)
+    }
+    for head in filter(layer_kinds.is_lm_head, layers):
+        embedding = embeddings.get(id(head.weight))
+        if embedding is None or isinstance(head.quant_method, UnquantizedEmbeddingMethod):
+            continue
+        for parent in list(model.modules()):
+            for name, child in list(parent._modules.items()):
+                if child is head:
+                    setattr(parent, name, tied(head, embedding))
+
+
+def _as_lm_head(embed_tokens: torch.nn.Module) -> torch.nn.Module:
     """Give an embedding what models ask of an LM head, and return it: vLLM's Transformers backend reads `bias`."""
     if not hasattr(embed_tokens, "bias"):
         embed_tokens.register_parameter("bias", None)

@@ -165,6 +165,13 @@ def process_when_complete(layer: torch.nn.Module) -> None:
     initialize_online_processing(layer)
 
 
+def process_at_the_end(layer: torch.nn.Module) -> None:
+    """Undo `process_when_complete`, for a layer that gets the parameter of another one."""
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+    get_layerwise_info(layer).reset()
+
+
 def model_device() -> torch.device:
     """Return the device that vLLM runs models on in this process."""
     from vllm.platforms import current_platform

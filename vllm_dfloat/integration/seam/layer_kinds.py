@@ -41,6 +41,22 @@ def is_untied_by_checkpoint(model_config: Any) -> bool:
     return bool(getattr(model_config, "word_embeddings_untied_by_checkpoint", False))
 
 
+def other_dtype_of_head(model_config: Any) -> torch.dtype | None:
+    """Return the dtype in which vLLM multiplies by the LM head, None if it is the model's.
+
+    vLLM then reads the head's weight. None too for pooling models, whose head_dtype is that of other layers.
+    """
+    if model_config is None or str(getattr(model_config, "runner_type", "")) == "pooling":
+        return None
+    dtype: torch.dtype | None = getattr(model_config, "head_dtype", None)
+    return None if dtype == model_config.dtype else dtype
+
+
+def may_be_lm_head(model_config: Any) -> bool:
+    """Return whether the embedding may be the LM head too, by the model's config."""
+    return bool(getattr(getattr(model_config, "hf_text_config", None), "tie_word_embeddings", True))
+
+
 def is_draft(model_config: Any) -> bool:
     """Return whether the model is a draft model of speculative decoding; the model it drafts for is the target."""
     return str(getattr(model_config, "runner_type", "")) == "draft"
