@@ -22,7 +22,7 @@ ALLOWED = {
     "checkpoint": {"errors", "codec.arrays", "storage", "dfloat11"},
     "convert": {"errors", "codec", "storage", "dfloat11", "checkpoint"},
     "plan": {"errors", "codec", "storage", "checkpoint"},
-    "kernels": {"codec.layout", "codec.descriptor", "dfloat11.format"},
+    "kernels": {"codec.layout", "codec.fast_layout", "codec.descriptor", "dfloat11.format"},
     "device": {"errors", "codec", "dfloat11", "kernels"},
     "commands": {
         "errors", "codec", "dfloat11", "checkpoint", "convert", "plan", "device.unit_coder",
