@@ -1,56 +1,91 @@
 """A compressed weight that looks like a BF16 tensor; only what is copied of it is decoded.
 
-vLLM's weight loaders cut out the part of a tensor that a rank needs, and copy it into a parameter. Cutting a LazyWeight
-gives another LazyWeight. Copying decodes it into place, a bounded piece at a time. A weight that no loader copies (of
-another pipeline stage, or an expert of another rank) is never decoded. Any other operation decodes the whole weight
-into new memory: slower, but right.
+vLLM's weight loaders cut out the part of a tensor that a rank needs, and copy it into a parameter. Any view of a
+LazyWeight (a slice, a transpose, another shape, another dtype of the same bytes) is again a LazyWeight. Copying
+decodes it into place, a bounded piece at a time. A weight that no loader copies (of another pipeline stage, or an
+expert of another rank) is never decoded. Any other operation decodes what it is given into new memory: slower, but
+right. An operation that writes decodes the whole weight first, once; all views then share this memory.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map_only
 
+from vllm_dfloat.errors import UnsupportedError
+
 PIECE_WEIGHTS = 1 << 23  # decoded at a time: 16 MiB of BF16
+GAP_WEIGHTS = 1 << 16  # unused weights between two rows that are decoded rather than read around
+WEIGHT_BYTES = 2
 
 Read = Callable[[int, int], torch.Tensor]
-Box = tuple[tuple[int, int], ...]
 
+aten = torch.ops.aten
 # What needs an address, which a wrapper does not have.
-_OF_MEMORY = (
-    torch.Tensor.numpy,
-    torch.Tensor.__array__,
-    torch.Tensor.tolist,
-    torch.Tensor.data_ptr,
-    torch.Tensor.untyped_storage,
-)
+_OF_MEMORY = frozenset(
+    [
+        torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.__dlpack__, torch.Tensor.tolist, torch.Tensor.data_ptr,
+        torch.Tensor.untyped_storage, torch.Tensor.storage, torch.Tensor.is_shared, torch.Tensor.pin_memory,
+    ]
+)  # fmt: skip
+_OF_SHAPE = frozenset(
+    getattr(aten, name)
+    for name in ("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like",
+                 "new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided")
+)  # fmt: skip
 
 
-@dataclass(eq=False)
 class _Stored:
-    """What all cuts of one weight share.
+    """A stored weight: its flat BF16 weights, read when needed.
 
     Attributes:
-        read: as for a LazyWeight.
-        shape: matrices, rows, columns.
-        value: the contents, once somebody has written to the weight or to a cut of it.
+        read: (start, stop) -> weights start..stop, BF16 [stop - start], on any device.
+        numel: number of weights.
+        value: all weights [numel] on the CPU, once somebody has asked for their memory.
     """
 
-    read: Read
-    shape: tuple[int, int, int]
-    value: torch.Tensor | None = None
+    def __init__(self, read: Read, numel: int) -> None:
+        self.read, self.numel = read, numel
+        self.value: torch.Tensor | None = None
+
+    def memory(self) -> torch.Tensor:
+        """Return all weights in memory that every view shares from now on."""
+        if self.value is None:
+            value = torch.empty(self.numel, dtype=torch.bfloat16, device="cpu")
+            for start in range(0, self.numel, PIECE_WEIGHTS):
+                stop = min(start + PIECE_WEIGHTS, self.numel)
+                value[start:stop].copy_(self.read(start, stop))
+            self.value = value
+        return self.value
+
+    def view(self, meta: torch.Tensor) -> torch.Tensor:
+        """Return the elements at which a meta tensor points, in one range that is decoded for this alone."""
+        size, stride, offset = meta.shape, meta.stride(), meta.storage_offset()
+        if not meta.numel():
+            return torch.empty(size, dtype=meta.dtype)
+        if self.value is not None:
+            storage = self.value.untyped_storage()
+            return torch.empty(0, dtype=meta.dtype).set_(storage, offset, size, stride)
+        width = meta.element_size()
+        at_once = max(width, WEIGHT_BYTES)  # elements must begin where memory can be viewed as them
+        first = offset * width // at_once * at_once
+        last = math.ceil((offset + _span(meta)) * width / at_once) * at_once
+        flat = self.read(first // WEIGHT_BYTES, last // WEIGHT_BYTES)
+        if flat.storage_offset() * WEIGHT_BYTES % at_once:
+            flat = flat.clone()
+        flat = flat.view(meta.dtype)
+        return flat.as_strided(size, stride, flat.storage_offset() + offset - first // width)
 
 
 class LazyWeight(torch.Tensor):
-    """A box of a stored weight: a range of each of its three dimensions. BF16 on the CPU; only what is used is read."""
+    """A view of a stored weight, on the CPU; only what is used is read."""
 
     _stored: _Stored
-    _box: Box
-    _hidden: tuple[int, ...]  # dimensions of size 1 that the tensor's shape leaves out
+    _meta: torch.Tensor  # the same view of a meta tensor: its shape, strides, offset and dtype
 
     @staticmethod
     def __new__(cls, read: Read, shape: Sequence[int]) -> LazyWeight:
@@ -58,159 +93,160 @@ class LazyWeight(torch.Tensor):
 
         Args:
             read: (start, stop) -> weights start..stop of the flattened weight, BF16 [stop - start], on any device.
-            shape: of the weight, one to three dimensions.
+            shape: of the weight.
         """
-        missing = 3 - len(shape)
-        matrices, rows, cols = (1,) * missing + tuple(shape)
-        box = ((0, matrices), (0, rows), (0, cols))
-        stored = _Stored(read, (matrices, rows, cols))
-        return cls._make(stored, box, tuple(range(missing)))
+        meta = torch.empty(tuple(shape), dtype=torch.bfloat16, device="meta")
+        return cls._make(_Stored(read, meta.numel()), meta)
 
     @classmethod
-    def _make(cls, stored: _Stored, box: Box, hidden: tuple[int, ...]) -> LazyWeight:
-        shape = [stop - start for dim, (start, stop) in enumerate(box) if dim not in hidden]
+    def _make(cls, stored: _Stored, meta: torch.Tensor) -> LazyWeight:
         self = torch.Tensor._make_wrapper_subclass(
-            cls, shape, dtype=torch.bfloat16, device=torch.device("cpu")
-        )
-        self._stored, self._box, self._hidden = stored, box, hidden
+            cls, meta.shape, strides=meta.stride(), storage_offset=meta.storage_offset(),
+            dtype=meta.dtype, device=torch.device("cpu"),
+        )  # fmt: skip
+        self._stored, self._meta = stored, meta
         return self
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]  # printing must not decode
-        return f"LazyWeight({list(self.shape)} of {list(self._stored.shape)})"
+        return f"LazyWeight({list(self.shape)}, {self._stored.numel} weights stored)"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        return memo.setdefault(id(self), self.decode().clone())  # type: ignore[no-any-return]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.decode().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+
+    def share_memory_(self) -> LazyWeight:
+        self._stored.memory().share_memory_()  # type: ignore[no-untyped-call]
+        return self
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        if func in _OF_MEMORY:
+            args = tree_map_only(LazyWeight, LazyWeight.in_memory, args)
         with torch._C.DisableTorchFunctionSubclass():
-            return func(*(_decoded(args) if func in _OF_MEMORY else args), **(kwargs or {}))
+            return func(*args, **(kwargs or {}))
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # as a class method, which torch asks for
         cls, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        lazily = _LAZILY.get(func)
-        if lazily is not None and not kwargs:
-            result = lazily(*args)
-            if result is not NotImplemented:
-                return result
-        target = args[0] if args else None
-        if func._schema.is_mutable and isinstance(target, LazyWeight):
-            target._keep_contents()
-            func(*_decoded(args), **_decoded(dict(kwargs or {})))
-            return target
-        return func(*_decoded(args), **_decoded(dict(kwargs or {})))
+        kwargs = dict(kwargs or {})
+        if func is aten.copy_.default and _is_copied_out(*args[:2]):
+            args[1].copy_to(args[0])
+            return args[0]
+        if func.overloadpacket in _OF_SHAPE:
+            kwargs["device"] = kwargs.get("device") or torch.device("cpu")
+            return func(*tree_map_only(LazyWeight, lambda w: w._meta, args), **kwargs)
+        if func._schema.is_mutable:
+            return _write(func, args, kwargs)
+        if _is_view(func, args):
+            return _view(func, args, kwargs)
+        return func(*_decoded(args), **_decoded(kwargs))
 
-    def cut(self, dim: int, start: int, stop: int, hide: bool = False) -> LazyWeight:
-        """Return start to stop - 1 of a dimension; with `hide` the result's shape leaves that dimension out."""
-        shown = [i for i in range(3) if i not in self._hidden]
-        at = shown[dim]
-        first = self._box[at][0]
-        box = (*self._box[:at], (first + start, first + stop), *self._box[at + 1 :])
-        hidden = tuple(sorted((*self._hidden, at))) if hide else self._hidden
-        return self._make(self._stored, box, hidden)
-
-    def same(self) -> LazyWeight:
-        """Return another tensor with the same contents: torch accepts no view that is the tensor itself."""
-        return self._make(self._stored, self._box, self._hidden)
-
-    @property
-    def is_written(self) -> bool:
-        """Whether somebody has written to the weight, so that the stored one is not what it holds."""
-        return self._stored.value is not None
-
-    def _keep_contents(self) -> None:
-        """Decode the whole weight into memory that all its cuts share from now on, as views of a tensor do."""
-        if not self.is_written:
-            whole = tuple((0, size) for size in self._stored.shape)
-            self._stored.value = self._make(self._stored, whole, ()).decode()
+    def in_memory(self) -> torch.Tensor:
+        """Return an ordinary tensor on the CPU, in memory that all views of the stored weight share from now on."""
+        self._stored.memory()
+        return self._stored.view(self._meta)
 
     def copy_to(self, out: torch.Tensor) -> None:
         """Decode into `out`, of this tensor's shape and of any dtype and device, piece by piece."""
-        for dim in self._hidden:
-            out = out.unsqueeze(dim)
-        (matrix, _), (row, _), (col, _) = self._box
-        for (m, r, c), piece in self._pieces():
-            part = out[m - matrix, r - row : r - row + piece.shape[0]]
-            part[:, c - col : c - col + piece.shape[1]].copy_(piece)
-
-    def _pieces(self) -> Iterator[tuple[tuple[int, int, int], torch.Tensor]]:
-        """Yield ((matrix, row, column) of the first weight, BF16 [rows, columns]) until the box is covered."""
-        read, (_, num_rows, num_cols) = self._stored.read, self._stored.shape
-        (first_matrix, last_matrix), (first, last), (left, right) = self._box
-        step = max(1, PIECE_WEIGHTS // max(1, num_cols))
-        width = min(PIECE_WEIGHTS, max(1, right - left))
-        for matrix in range(first_matrix, last_matrix):
-            for row in range(first, last, step):
-                end = min(row + step, last)
-                at = (matrix * num_rows + row) * num_cols
-                if end > row + 1:  # also decodes the columns between the parts of two rows
-                    start, stop = at + left, at + (end - row - 1) * num_cols + right
-                    rows = read(start, stop)
-                    yield (matrix, row, left), _strided(rows, end - row, num_cols, right - left)
-                    continue
-                for col in range(left, right, width):
-                    part = read(at + col, at + min(col + width, right))
-                    yield (matrix, row, col), part[None]
+        if out.is_meta:  # vLLM copies to the meta device to count
+            return
+        if self._stored.value is not None:
+            out.copy_(self._stored.view(self._meta))
+            return
+        for part, meta in _pieces(out, self._meta):
+            part.copy_(self._stored.view(meta))
 
     def decode(self) -> torch.Tensor:
-        """Return the weight as an ordinary tensor on the CPU; once it was written to, as a view of its contents."""
-        if self._stored.value is None:
-            out = torch.empty(self.shape, dtype=torch.bfloat16, device="cpu")
-            self.copy_to(out)
-            return out
-        part = self._stored.value[tuple(slice(start, stop) for start, stop in self._box)]
-        return part.squeeze(self._hidden)
+        """Return the weight as an ordinary tensor on the CPU."""
+        if self._stored.value is not None:
+            return self._stored.view(self._meta)
+        out = torch.empty_like(self._meta, device="cpu")
+        self.copy_to(out)
+        return out
 
 
-def _strided(flat: torch.Tensor, rows: int, stride: int, cols: int) -> torch.Tensor:
-    """Return the first `cols` of every `stride` weights as [rows, cols]."""
-    return flat.as_strided((rows, cols), (stride, 1))
+def _span(meta: torch.Tensor) -> int:
+    """Return the length of the range of storage that a tensor with elements lies in."""
+    return 1 + sum(
+        (size - 1) * stride for size, stride in zip(meta.shape, meta.stride(), strict=True)
+    )
+
+
+def _pieces(out: torch.Tensor, meta: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Split two tensors of the same shape alike, until each part of `meta` can be read as one range."""
+    if not meta.numel():
+        return
+    piece, gap = (
+        count * WEIGHT_BYTES // meta.element_size() for count in (PIECE_WEIGHTS, GAP_WEIGHTS)
+    )
+    extents = [(size - 1) * stride for size, stride in zip(meta.shape, meta.stride(), strict=True)]
+    dim = max(range(len(extents)), key=extents.__getitem__, default=0)
+    span = 1 + sum(extents)
+    if not extents or not extents[dim]:
+        yield out, meta
+        return
+    stride = meta.stride(dim)
+    inner = span - extents[dim]  # range of one index of that dimension
+    has_gaps = stride - inner > gap
+    if span <= piece and not has_gaps:
+        yield out, meta
+        return
+    step = 1 if has_gaps else max(1, (piece - inner) // stride + 1)
+    for first in range(0, meta.shape[dim], step):
+        length = min(step, meta.shape[dim] - first)
+        yield from _pieces(out.narrow(dim, first, length), meta.narrow(dim, first, length))
 
 
 def _decoded(values: Any) -> Any:
     return tree_map_only(LazyWeight, LazyWeight.decode, values)
 
 
-def _slice(
-    weight: LazyWeight,
-    dim: int = 0,
-    start: int | None = None,
-    end: int | None = None,
-    step: int = 1,
-) -> Any:
-    if step != 1 or weight.is_written:
-        return NotImplemented
-    begin, stop, _ = slice(start, end).indices(weight.shape[dim])
-    return weight.cut(dim % weight.dim(), begin, max(begin, stop))
+def _is_copied_out(out: torch.Tensor, weight: torch.Tensor) -> bool:
+    is_lazy = isinstance(weight, LazyWeight) and not isinstance(out, LazyWeight)
+    return is_lazy and out.shape == weight.shape  # else an ordinary copy broadcasts, or raises
 
 
-def _select(weight: LazyWeight, dim: int, index: int) -> Any:
-    size = weight.shape[dim]
-    if weight.is_written or not -size <= index < size or weight.dim() == 1:
-        return NotImplemented
-    at = index % size
-    return weight.cut(dim % weight.dim(), at, at + 1, hide=True)
+def _is_view(func: Any, args: Any) -> bool:
+    """Return whether an operation returns views of its first argument, a LazyWeight."""
+    if not args or not isinstance(args[0], LazyWeight):
+        return False
+    return any(result.alias_info is not None for result in func._schema.returns)
 
 
-def _same(weight: LazyWeight) -> Any:
-    return NotImplemented if weight.is_written else weight.same()
+def _view(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    stored, meta = args[0]._stored, args[0]._meta
+    views = func(meta, *args[1:], **kwargs)
+    return tree_map_only(torch.Tensor, lambda view: LazyWeight._make(stored, view), views)
 
 
-def _copy(out: torch.Tensor, weight: Any, non_blocking: bool = False) -> Any:
-    if isinstance(out, LazyWeight) or not isinstance(weight, LazyWeight):
-        return NotImplemented
-    if out.shape != weight.shape or weight.is_written:
-        return NotImplemented
-    if not out.is_meta:  # vLLM copies to the meta device to count
-        weight.copy_to(out)
-    return out
-
-
-_LAZILY: dict[Any, Callable[..., Any]] = {
-    torch.ops.aten.slice.Tensor: _slice,
-    torch.ops.aten.select.int: _select,
-    torch.ops.aten.detach.default: _same,
-    torch.ops.aten.alias.default: _same,
-    torch.ops.aten.copy_.default: _copy,
-}
+def _write(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Run an operation that writes to some of its arguments; return those arguments themselves, as it does."""
+    if torch.Tag.inplace_view in func.tags or func in (
+        aten.resize_.default,
+        aten.set_.source_Tensor,
+    ):
+        raise UnsupportedError(
+            f"{func.overloadpacket.__name__}: it changes the shape of a weight that is decoded when it is copied; "
+            "expected a function that returns a view, such as t() for t_()."
+        )
+    arguments = func._schema.arguments
+    given = {
+        **{argument.name: value for argument, value in zip(arguments, args, strict=False)},
+        **kwargs,
+    }
+    written = {argument.name for argument in arguments if argument.is_write}
+    plain = {
+        name: tree_map_only(
+            LazyWeight, LazyWeight.in_memory if name in written else LazyWeight.decode, value
+        )
+        for name, value in given.items()
+    }
+    lazy = {id(plain[name]): given[name] for name in written & given.keys()}
+    positional = [plain.pop(argument.name) for argument in arguments[: len(args)]]
+    result = func(*positional, **plain)
+    return tree_map_only(torch.Tensor, lambda tensor: lazy.get(id(tensor), tensor), result)
