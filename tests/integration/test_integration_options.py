@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from model_loads import loaded
+from tiny_models import SHIPPED
 from vllm.config import VllmConfig, set_current_vllm_config
 
 from vllm_dfloat.errors import UnsupportedError
@@ -82,3 +84,19 @@ def test_fused_mode_is_refused_where_batches_must_not_matter(
         pytest.raises(UnsupportedError, match="'fused' with VLLM_BATCH_INVARIANT"),
     ):
         DFloat11Config().get_quant_method(torch.nn.Linear(1, 1), "x")
+
+
+@pytest.mark.parametrize("load_format", ["tensorizer", "sharded_state", "ipc_cache"])
+def test_a_load_format_that_cannot_work_is_refused_before_its_loader_looks_for_anything(
+    load_format: str,
+) -> None:
+    # Bug caught: "No module named 'tensorizer'", and where that is installed an attempt to read the folder as a file.
+    refused = pytest.raises(UnsupportedError, match=f"--load-format {load_format}: it restores")
+    with refused, loaded(SHIPPED, quantization="dfloat11", load_format=load_format):
+        pass
+
+
+def test_another_load_format_of_a_bf16_model_is_left_alone() -> None:
+    missing = pytest.raises(ValueError, match="Could not find checkpoint files")
+    with missing, loaded(SHIPPED, load_format="sharded_state"):
+        pass

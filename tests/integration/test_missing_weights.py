@@ -330,7 +330,9 @@ def test_weights_that_a_model_writes_past_the_loaders_are_not_lost_in_silence(
         assert all(torch.equal(after[name], before[name]) for name in before)
 
 
-def test_gpt_oss_of_an_official_checkpoint_is_the_same_model(tmp_path: Path) -> None:
+def test_gpt_oss_of_an_official_checkpoint_is_the_same_model(
+    tmp_path: Path, log_lines: list[str]
+) -> None:
     # Bug caught: RuntimeError for a slice of a compressed weight that takes all of it.
     model = gpt_oss(tmp_path / "m", 0)
     compress(open_source(model), tmp_path / "df11", workers=1)
@@ -341,3 +343,6 @@ def test_gpt_oss_of_an_official_checkpoint_is_the_same_model(tmp_path: Path) -> 
             held.append({name: tensor.clone() for name, tensor in experts.named_parameters()})
     assert held[0].keys() == held[1].keys() != set()
     assert all(torch.equal(held[0][name], held[1][name]) for name in held[0])
+    # Bug caught: only experts whose class is named exactly RoutedExperts had a line.
+    line = "dfloat11: left uncompressed: GptOssRoutedExperts (mixture of experts)"
+    assert log_lines.count(line) == 2

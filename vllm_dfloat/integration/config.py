@@ -74,7 +74,7 @@ class DFloat11Config(QuantizationConfig):  # type: ignore[misc]  # vLLM is untyp
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
         from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
-        self._start()
+        self.start()
         if isinstance(layer, LinearBase):
             from vllm_dfloat.integration.layers.linear import DFloat11LinearMethod
 
@@ -83,8 +83,8 @@ class DFloat11Config(QuantizationConfig):  # type: ignore[misc]  # vLLM is untyp
             return DFloat11LinearMethod(prefix, self.options)
         if isinstance(layer, VocabParallelEmbedding):
             return self._embedding_method(layer, prefix)
-        if type(layer).__name__ == "RoutedExperts":
-            self._log_left_alone("RoutedExperts (mixture of experts)")
+        if layer_kinds.is_experts(layer):  # models have subclasses, such as GptOssRoutedExperts
+            self._log_left_alone(f"{type(layer).__name__} (mixture of experts)")
         return None  # vLLM's default for this kind of layer
 
     def _embedding_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
@@ -147,7 +147,7 @@ class DFloat11Config(QuantizationConfig):  # type: ignore[misc]  # vLLM is untyp
             self._left_alone.add(kind)
             logger.info("dfloat11: left uncompressed: %s", kind)
 
-    def _start(self) -> None:
+    def start(self) -> None:
         """Once, when a VllmConfig is current: read the command line's options, and refuse those that cannot work."""
         from vllm_dfloat.integration.compiling import settings
 

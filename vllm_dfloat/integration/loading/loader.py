@@ -33,7 +33,10 @@ def install() -> None:
     ours = {DefaultModelLoader: DFloat11ModelLoader, DummyModelLoader: DFloat11DummyLoader}
     formats = model_loader._LOAD_FORMAT_TO_MODEL_LOADER
     for load_format, loader in list(formats.items()):
-        formats[load_format] = ours.get(loader, loader)
+        if loader in ours:
+            formats[load_format] = ours[loader]
+        elif not issubclass(loader, _Reporting | _Refusing):
+            formats[load_format] = type(loader.__name__, (_Refusing, loader), {})
 
 
 def reads_official(load_format: str) -> bool:
@@ -68,6 +71,18 @@ class _Reporting:
             ):  # the options name the target's layers; a draft may have others
                 num_stages = vllm_config.parallel_config.pipeline_parallel_size
                 vllm_config.quant_config.log_unused_ignore(num_stages)
+        return model
+
+
+class _Refusing:
+    """A mixin for vLLM's other loaders: refuse what cannot work before they look for their files and libraries."""
+
+    def load_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> torch.nn.Module:
+        if model_config.quantization == METHOD:
+            vllm_config.quant_config.start()
+        model: torch.nn.Module = super().load_model(  # type: ignore[misc]  # vLLM's loader follows the mixin
+            vllm_config=vllm_config, model_config=model_config, prefix=prefix
+        )
         return model
 
 
