@@ -1,0 +1,186 @@
+"""Multiply up to 64 rows of activations by a matrix in the fast layout; decoded weights stay in registers.
+
+    y[m, n] = sum over k of x[m, k] * w[n, k], + bias[n]
+
+There are two forms: FP32 multiply-adds for at most 4 rows of x (fast_matmul_gemv.py), and tensor cores
+(fast_matmul_dot.py). In both a program has some rows of w and all columns, or one of PARTS equal parts of the columns;
+with parts, a second kernel adds their sums in order. Every order of addition is fixed, and no sum mixes rows. So the
+result is deterministic, and the values of other rows of x do not change the bits of a row. The forms add in different
+orders, so a row's bits may change with the number of rows.
+
+Error against the exact sum: as kernels/packed_matmul.py derives, |y - exact| <= (K + 1) 2**-23 S with
+S = sum |x w| + |bias|, and rounding y to BF16 adds 2**-8 |y|. A row takes at most K products into account, each added
+once to a sum; sums of threads, of parts and the bias are further additions, but each joins two sums that hold disjoint
+products, and so there are at most K additions of products and sums, and one of the bias.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_dfloat.codec.fast_layout import TILE_COLS, FastLayout
+from vllm_dfloat.kernels.fast_decode import LOW_BYTES
+from vllm_dfloat.kernels.fast_escapes import PERMUTED, PLAIN, _round
+from vllm_dfloat.kernels.fast_matmul_dot import _dot_kernel
+from vllm_dfloat.kernels.fast_matmul_gemv import _gemv_kernel
+
+MAX_GEMV_ROWS = 4
+MAX_ROWS = 64
+MAX_COLS = 2**31 // MAX_ROWS
+SUM_ROWS = 256  # rows of w per program of the kernel that adds the sums of parts
+
+
+class FastMatrix(NamedTuple):
+    """A matrix in the fast layout on a device: its sections (codec/fast_layout.py), shape and base."""
+
+    low: torch.Tensor
+    high: torch.Tensor
+    starts: torch.Tensor
+    entries: torch.Tensor
+    rows: int
+    cols: int
+    base: int
+
+    @classmethod
+    def of(cls, lay: FastLayout, payload: torch.Tensor) -> "FastMatrix":
+        """Return the sections of a payload, uint8 [lay.num_bytes], as words."""
+        words = payload.view(torch.uint32)
+        ends = (lay.high_offset, lay.starts_offset, lay.entries_offset, lay.num_bytes)
+        low, high, starts, entries = (
+            words[begin // 4 : end // 4] for begin, end in zip((0, *ends), ends, strict=False)
+        )
+        return cls(low, high, starts, entries[: lay.num_entries], lay.rows, lay.cols, lay.base)
+
+
+@dataclass(frozen=True)
+class DotShape:
+    """How the kernel with tensor cores is launched.
+
+    Attributes:
+        rows: rows of w per program, 64 or 128; 16 * warps divides it.
+        cols: columns at a time, 128 or 256.
+        stages: columns ahead of those multiplied that are loaded, plus 1.
+        warps: 4, or 8 for 128 rows.
+        parts: parts of the columns.
+    """
+
+    rows: int = 64
+    cols: int = 128
+    stages: int = 4
+    warps: int = 4
+    parts: int = 1
+
+
+@dataclass(frozen=True)
+class GemvShape:
+    """How the kernel without tensor cores is launched.
+
+    Attributes:
+        turns: rows of w per warp; turns * warps divides 64.
+        groups: groups of 16 columns at a time, a multiple of 32.
+        stages: 1 to load from memory to registers, more to load ahead into shared memory.
+        warps: per program.
+        parts: parts of the columns.
+    """
+
+    turns: int = 4
+    groups: int = 32
+    stages: int = 1
+    warps: int = 4
+    parts: int = 1
+
+
+def is_supported(cols: int) -> bool:
+    """Return whether `matmul` takes matrices of `cols` columns: multiples of 128, within reach of 32-bit offsets."""
+    return 0 < cols < MAX_COLS and cols % TILE_COLS == 0
+
+
+def compiled_rows(num_x: int, shape: DotShape | GemvShape) -> int:
+    """Return for how many rows of x the kernel that multiplies `num_x` rows is compiled."""
+    padded = 1 << (num_x - 1).bit_length()
+    return padded if isinstance(shape, GemvShape) else max(padded, 16)
+
+
+def num_partials(rows: int, num_x: int, shape: DotShape | GemvShape) -> int:
+    """Return how many FP32 numbers of scratch memory `matmul` needs."""
+    return 0 if shape.parts == 1 else shape.parts * compiled_rows(num_x, shape) * rows
+
+
+@triton.jit(do_not_specialize=["rows", "padded"])
+def _sum_kernel(
+    part_ptr,  # float32[PARTS, padded, rows]
+    bias_ptr,  # bfloat16 or float32[rows], not read unless HAS_BIAS
+    out_ptr,  # uint16[num_x, rows], BF16 bits
+    rows,  # int32
+    padded,  # int32, rows of x for which the sums were made
+    PARTS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    """Add the sums of all parts, in order. Grid (ceil(rows / AT_ONCE), num_x)."""
+    row = tl.program_id(0) * AT_ONCE + tl.arange(0, AT_ONCE)
+    m = tl.program_id(1)
+    exists = row < rows
+    total = tl.zeros([AT_ONCE], tl.float32)
+    for part in tl.static_range(PARTS):
+        total += tl.load(
+            part_ptr + (part * padded + m).to(tl.int64) * rows + row, mask=exists, other=0.0
+        )
+    if HAS_BIAS:
+        total += tl.load(bias_ptr + row, mask=exists, other=0.0).to(tl.float32)
+    tl.store(out_ptr + m.to(tl.int64) * rows + row, _round(total), mask=exists)
+
+
+def matmul(
+    x: torch.Tensor,
+    weight: FastMatrix,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    partials: torch.Tensor,
+    shape: DotShape | GemvShape,
+    form: int | None = None,
+) -> None:
+    """Write x @ w.T + bias to `out`; allocates nothing and does not wait for the device.
+
+    Args:
+        x: BF16 [num_x, cols], contiguous, 1 to 64 rows (4 for a GemvShape), aligned to 16 bytes.
+        weight: w; `is_supported(cols)`, and its sections aligned to 16 bytes.
+        bias: BF16 or FP32 [rows], or None.
+        out: BF16 [num_x, rows], contiguous.
+        partials: FP32, at least `num_partials(rows, num_x, shape)` elements; overwritten.
+        shape: how the kernel is launched.
+        form: PLAIN, PATCHED or PERMUTED; None for PERMUTED on a GPU, PLAIN in the interpreter.
+    """
+    num_x, rows = out.shape
+    if not out.numel():
+        return
+    is_gpu = x.is_cuda
+    if form is None:
+        form = PERMUTED if is_gpu else PLAIN
+    compiled = compiled_rows(num_x, shape)
+    bits = out.view(torch.uint16)
+    target = bits if shape.parts == 1 else partials
+    base4 = weight.base // 2 * 0x01010101
+    rest = (
+        x if bias is None else bias, target, base4, LOW_BYTES, weight.entries.numel(), rows, weight.cols, num_x,
+        compiled,
+    )  # fmt: skip
+    if isinstance(shape, DotShape):
+        _dot_kernel[(triton.cdiv(rows, shape.rows), shape.parts)](
+            *weight[:4], x, *rest,
+            shape.rows, shape.cols, shape.parts > 1, shape.stages, shape.warps, form, bias is not None,
+            tl.bfloat16 if is_gpu else tl.float32, num_warps=shape.warps, num_stages=shape.stages,
+        )  # fmt: skip
+    else:
+        _gemv_kernel[(triton.cdiv(rows, shape.turns * shape.warps), shape.parts)](
+            *weight[:4], x.view(torch.uint32), *rest,
+            shape.turns, shape.groups, shape.parts > 1, shape.stages, shape.warps, form, bias is not None, is_gpu,
+            num_warps=shape.warps, num_stages=shape.stages,
+        )  # fmt: skip
+    if shape.parts > 1:
+        _sum_kernel[(triton.cdiv(rows, SUM_ROWS), num_x)](
+            partials, rest[0], bits, rows, compiled, shape.parts, SUM_ROWS, bias is not None
+        )

@@ -1,0 +1,146 @@
+"""The product with a matrix in the fast layout on tensor cores, for up to 64 rows of activations.
+
+A program multiplies BN rows of weights by all columns, or by one of several equal parts of them, BK at a time. Weights
+are the left operand. Tensor cores want 4 neighbouring threads to hold 2 neighbouring columns each, but a thread has a
+whole group of 16; so columns are taken in another order, in which its group is what a thread must hold. The rows of
+activations are put in the same order, and no weight changes its thread.
+"""
+
+import triton
+import triton.language as tl
+
+from vllm_dfloat.codec import fast_layout
+from vllm_dfloat.kernels.fast_decode import _eight_weights
+from vllm_dfloat.kernels.fast_escapes import PERMUTED, _bounded, _patch, _round, _split_four
+
+_GROUP = tl.constexpr(fast_layout.GROUP)
+_TILE_COLS = tl.constexpr(fast_layout.TILE_COLS)
+_TILE_ROWS = tl.constexpr(fast_layout.TILE_ROWS)
+_QUAD = tl.constexpr(4)  # threads that share a row
+_PERMUTED = tl.constexpr(PERMUTED)
+_ROW_GROUPS = tl.constexpr(fast_layout.TILE_COLS // fast_layout.GROUP)
+
+
+@triton.jit
+def _words(ptr, offset, IS_GPU: tl.constexpr):
+    """Load a tile of words [blocks, rows, 4 groups, words of a group] at pointers `ptr` + `offset`.
+
+    The claims of contiguity are not true. They only sort the axes: Triton gives neighbouring groups to neighbouring
+    threads, then neighbouring rows, so that nothing must be exchanged between threads later.
+    """
+    ptr += offset
+    if IS_GPU:
+        return tl.load(tl.max_contiguous(ptr, [1, 2, 4, 8]))
+    else:
+        return tl.load(ptr)
+
+
+@triton.jit
+def _operand(a, b, c, d, e, f, g, h, BN: tl.constexpr, BK: tl.constexpr, WARPS: tl.constexpr):
+    """Return the words of each group, [BK / 64, BN, 4], as BF16 [BN, BK], rows and columns in the order of the product.
+
+    Column (block, step, half, thread, one of two) is weight (step, half, one of two) of the thread's group.
+    """
+    left = tl.join(tl.join(a, e), tl.join(c, g))
+    right = tl.join(tl.join(b, f), tl.join(d, h))
+    words = tl.join(left, right)  # [block, row, thread, step / 2, step % 2, half]
+    pairs = tl.join(words & 0xFFFF, words >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    # A warp's rows are 8 neighbouring ones, and 8 more for every further turn of all warps.
+    pairs = tl.reshape(pairs, [BK // 64, BN // (16 * WARPS), 2, WARPS, 8, 4, 2, 2, 2, 2])
+    pairs = tl.permute(pairs, (1, 3, 2, 4, 0, 6, 7, 8, 5, 9))
+    return tl.reshape(pairs, [BN, BK])
+
+
+@triton.jit
+def _activations(x, BK: tl.constexpr, ROWS: tl.constexpr):
+    """Return x [ROWS, BK] as [BK, ROWS], columns in the order of `_operand`."""
+    x = tl.reshape(x, [ROWS, BK // 64, 4, 4, 2, 2])
+    return tl.reshape(tl.permute(x, (1, 3, 4, 2, 5, 0)), [BK, ROWS])
+
+
+@triton.jit(do_not_specialize=["base4", "low_bytes", "num_entries", "rows", "num_x"])
+def _dot_kernel(
+    low_ptr,  # uint32[rows, cols / 4]
+    high_ptr,  # uint32[rows, cols / 8]
+    starts_ptr,  # uint32[tiles + 1]
+    entries_ptr,  # uint32[num_entries]
+    x_ptr,  # bfloat16[num_x, cols]
+    bias_ptr,  # bfloat16 or float32[rows], not read unless HAS_BIAS
+    out_ptr,  # uint16[num_x, rows], BF16 bits; float32[parts, ROWS, rows] if HAS_PARTS
+    base4,  # int32, half of the base, in each of 4 bytes
+    low_bytes,  # int32, 0x00FF00FF, see fast_decode.py
+    num_entries,  # int32
+    rows,  # int32
+    cols,  # int32, a multiple of BK
+    num_x,  # int32, 1 to ROWS
+    ROWS: tl.constexpr,
+    BN: tl.constexpr,  # 64 or 128
+    BK: tl.constexpr,  # 128 or 256
+    HAS_PARTS: tl.constexpr,
+    STAGES: tl.constexpr,
+    WARPS: tl.constexpr,
+    FORM: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    OPERAND: tl.constexpr,  # bfloat16; float32 in the interpreter, which cannot multiply BF16
+):
+    """Grid (ceil(rows / BN), parts)."""
+    first = tl.program_id(0) * BN
+    part = tl.program_id(1)
+    prmt: tl.constexpr = FORM == _PERMUTED
+    base4 = base4.to(tl.uint32)
+    low_bytes = low_bytes.to(tl.uint32)
+    is_gpu: tl.constexpr = OPERAND != tl.float32  # noqa: SIM300  (a constexpr must be left of a dtype)
+    block = tl.arange(0, BK // 64)[:, None, None]
+    row = tl.arange(0, BN)[None, :, None]
+    group = block * _QUAD + tl.arange(0, _QUAD)[None, None, :]  # [block, 1, 4], of the row
+    # Rows beyond the last are the last once more; they are not stored.
+    held = tl.minimum(first + row, rows - 1).to(tl.int64) * (cols // _GROUP)
+    at = held + group
+    low = low_ptr + (at * 4)[:, :, :, None] + tl.arange(0, 4)[None, None, None, :]
+    high = high_ptr + (at * 2)[:, :, :, None] + tl.arange(0, 2)[None, None, None, :]
+    m = tl.arange(0, ROWS)[:, None]
+    x = x_ptr + m * cols + tl.arange(0, BK)[None, :]
+    tile_cols = cols // _TILE_COLS
+    steps = cols // BK
+    per_part = tl.cdiv(steps, tl.num_programs(1))
+    begin = part * per_part
+    end = tl.minimum(begin + per_part, steps)
+    acc = tl.zeros([BN, ROWS], tl.float32)
+    for step in tl.range(begin, end, num_stages=STAGES):
+        low_words = _words(low, step * (BK // 4), is_gpu)
+        codes = _words(high, step * (BK // 8), is_gpu)
+        xs = tl.load(x + step * BK, mask=m < num_x, other=0.0)
+        low0, low1, low2, low3 = _split_four(low_words)
+        codes0, codes1 = tl.split(codes)
+        a, b, c, d = _eight_weights(low0, low1, codes0, base4, low_bytes, prmt)
+        e, f, g, h = _eight_weights(low2, low3, codes1, base4, low_bytes, prmt)
+        for i in tl.static_range(BN // _TILE_ROWS):
+            for j in tl.static_range(BK // _TILE_COLS):
+                tile_row = first // _TILE_ROWS + i
+                starts = starts_ptr + tile_row * tile_cols + step * (BK // _TILE_COLS) + j
+                exists = tile_row * _TILE_ROWS < rows
+                entry = tl.load(starts, mask=exists, other=0)
+                stop = tl.load(starts + 1, mask=exists, other=0)
+                entry, stop = _bounded(entry, stop, num_entries)
+                if stop > entry:
+                    column = group - j * _ROW_GROUPS
+                    inside = (column >= 0) & (column < _ROW_GROUPS)
+                    number = (row - i * _TILE_ROWS) * _ROW_GROUPS + column
+                    number = tl.where(inside, number, -1)
+                    a, b, c, d, e, f, g, h = _patch(
+                        a, b, c, d, e, f, g, h, number, entry, stop, entries_ptr, FORM, 4
+                    )
+        weights = _operand(a, b, c, d, e, f, g, h, BN, BK, WARPS).to(OPERAND)
+        acc = tl.dot(weights, _activations(xs, BK, ROWS).to(OPERAND), acc)
+    n = tl.arange(0, BN)[:, None]
+    turn = n // (16 * WARPS) * 2 + n // 8 % 2
+    out_row = first + (turn * WARPS + n // 16 % WARPS) * 8 + n % 8
+    m = tl.arange(0, ROWS)[None, :]
+    if HAS_PARTS:
+        out = out_ptr + (part * ROWS + m).to(tl.int64) * rows + out_row
+        tl.store(out, acc, mask=(out_row < rows) & (m < num_x))
+    else:
+        if HAS_BIAS:
+            acc += tl.load(bias_ptr + out_row, mask=out_row < rows, other=0.0).to(tl.float32)
+        out = out_ptr + m.to(tl.int64) * rows + out_row
+        tl.store(out, _round(acc), mask=(out_row < rows) & (m < num_x))

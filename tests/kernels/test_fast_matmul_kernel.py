@@ -1,0 +1,144 @@
+"""The product with the fast layout, in Triton's interpreter: within its error bound, each row for itself."""
+
+import pytest
+import torch
+from helpers import assert_within_bound, bf16_bits, gaussian, same_bits, to_torch
+
+from vllm_dfloat.codec import fast_layout
+from vllm_dfloat.device import fast_encode
+from vllm_dfloat.kernels import fast_matmul as kernels
+from vllm_dfloat.kernels.fast_matmul import DotShape, FastMatrix, GemvShape
+
+Shape = DotShape | GemvShape
+# For each form: columns at a time that do not divide a matrix's, programs of several rows of tiles, and parts.
+SHAPES: list[tuple[Shape, int]] = [
+    (GemvShape(turns=8), 1),
+    (GemvShape(turns=4, warps=8, parts=2), 2),
+    (GemvShape(turns=8, groups=64, parts=3), 3),
+    (GemvShape(turns=16), 4),
+    (DotShape(), 1),
+    (DotShape(parts=3), 16),
+    (DotShape(rows=128, warps=8), 33),
+    (DotShape(rows=128, cols=256, parts=2), 5),
+    (DotShape(cols=256), 64),
+]
+
+
+def activations(num_rows: int, cols: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(num_rows, cols, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+def held(weight: torch.Tensor) -> FastMatrix:
+    encoded = fast_encode.encode(weight)
+    assert encoded is not None
+    return FastMatrix.of(*encoded)
+
+
+def multiply(
+    matrix: FastMatrix, x: torch.Tensor, shape: Shape, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return the kernels' result, computed in poisoned memory."""
+    out = torch.full((len(x), matrix.rows), float("nan"), dtype=torch.bfloat16)
+    partials = torch.full((kernels.num_partials(matrix.rows, len(x), shape),), float("nan"))
+    kernels.matmul(x, matrix, bias, out, partials, shape)
+    return out
+
+
+def hard(rows: int, cols: int) -> torch.Tensor:
+    """Return a matrix with a raw tile, rows of zeros, and escapes at the edges of tiles and of the matrix."""
+    weight = to_torch(gaussian(rows, cols))
+    for row, col in (
+        (0, 0),
+        (0, 127),
+        (1, 128),
+        (rows - 1, cols - 1),
+        (rows - 1, 0),
+        (7, 200),
+        (7, 201),
+    ):
+        weight[row, col] = 1e-30
+    weight[2, 130:138] = 1e20
+    weight[5, 256:320] = 0
+    spread = torch.randn(64, 128, generator=torch.Generator().manual_seed(1)) * 9
+    weight[:64, 384:512] = (weight[:64, 384:512].float() * spread.exp()).bfloat16()
+    return weight
+
+
+@pytest.mark.parametrize(("shape", "num_rows"), SHAPES)
+def test_product_is_within_the_derived_bound(shape: Shape, num_rows: int) -> None:
+    weight = hard(131, 768)
+    matrix, x = held(weight), activations(num_rows, 768)
+    assert (matrix.starts.view(torch.int32).diff() == fast_layout.RAW_ENTRIES).sum() == 1
+    bias = activations(1, len(weight), seed=3)[0] if num_rows % 2 else None
+    assert_within_bound(multiply(matrix, x, shape, bias), weight, x, bias)
+
+
+@pytest.mark.parametrize(("shape", "num_rows"), [SHAPES[2], SHAPES[3], SHAPES[7]])
+def test_result_of_a_row_does_not_depend_on_the_other_rows(shape: Shape, num_rows: int) -> None:
+    # Bug caught: 0 times infinity, where rows or columns that do not count are multiplied by 0.
+    matrix, x = held(to_torch(gaussian(67, 384))), activations(num_rows, 384)
+    alone = multiply(matrix, x, shape)
+    for other in (activations(num_rows, 384, seed=1), torch.full_like(x, float("inf"))):
+        other[1] = x[1]
+        assert same_bits(multiply(matrix, other, shape)[1], alone[1])
+    again = torch.cat([x[1:], x[:1]])
+    assert same_bits(multiply(matrix, again, shape)[0], alone[1])  # nor on the row's index
+
+
+@pytest.mark.parametrize("shape", [GemvShape(turns=16), GemvShape(turns=8, groups=64), DotShape()])
+def test_infinite_weights_and_no_numbers_stay_in_their_rows(shape: Shape) -> None:
+    # Bug caught: columns past the end of a row, multiplied by 0.
+    weight = to_torch(gaussian(66, 640))
+    weight[2, 639], weight[3, 0], weight[65, 5] = float("inf"), float("-inf"), float("nan")
+    x = activations(1, 640)
+    out = multiply(held(weight), x, shape)
+    finite = [row for row in range(66) if row not in (2, 3, 65)]
+    assert_within_bound(out[:, finite], weight[finite], x)
+    assert torch.equal(out[:, 2], x[:, 639].float().sign().bfloat16() * float("inf"))
+    assert torch.equal(out[:, 3], x[:, 0].float().sign().bfloat16() * float("-inf"))
+    assert out[:, 65].isnan().all()
+
+
+@pytest.mark.parametrize("shape", [GemvShape(turns=16), DotShape()])
+def test_rows_of_zeros_give_zeros(shape: Shape) -> None:
+    weight = to_torch(gaussian(70, 128))
+    weight[3], weight[69] = 0, -0.0
+    out = multiply(held(weight), activations(2, 128), shape)
+    assert not out[:, [3, 69]].any()
+
+
+@pytest.mark.parametrize("shape", [GemvShape(turns=16), DotShape(), DotShape(parts=2)])
+def test_result_is_rounded_to_nearest_with_ties_to_even(shape: Shape) -> None:
+    # One weight of 1 and a bias: sums that lie halfway between two BF16 numbers.
+    weight = to_torch(bf16_bits(torch.ones(4, 256).numpy()))
+    x = torch.zeros(2, 256, dtype=torch.bfloat16)
+    x[:, 0] = 2.0**-8
+    bias = torch.tensor([1.0, 1.0078125, -1.0, 256.0]).bfloat16()
+    expected = (bias.float() + 2.0**-8).bfloat16().expand(2, 4)
+    assert same_bits(multiply(held(weight), x, shape, bias), expected.contiguous())
+
+
+@pytest.mark.parametrize("shape", [GemvShape(turns=16), DotShape()])
+def test_damaged_starts_and_entries_are_not_followed_out_of_the_payload(shape: Shape) -> None:
+    matrix, x = held(to_torch(gaussian(64, 512))), activations(1, 512)
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(2):
+        starts = torch.randint(-(2**31), 2**31, matrix.starts.shape, generator=generator)
+        damaged = matrix._replace(starts=starts.to(torch.int32).view(torch.uint32))
+        multiply(
+            damaged, x, shape
+        )  # ends, and in the interpreter an access outside would be a crash
+
+
+def test_columns_that_are_no_whole_tiles_are_not_supported() -> None:
+    assert kernels.is_supported(4096)
+    assert kernels.is_supported(14_336)
+    assert not kernels.is_supported(0)
+    assert not kernels.is_supported(4096 + 64)
+    assert not kernels.is_supported(kernels.MAX_COLS)
+
+
+def test_no_weights_give_an_empty_result() -> None:
+    nothing = torch.zeros(0, dtype=torch.uint32)
+    matrix = FastMatrix(nothing, nothing, nothing, nothing, 0, 256, 100)
+    assert multiply(matrix, activations(2, 256), DotShape()).shape == (2, 0)
