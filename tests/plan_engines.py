@@ -24,20 +24,13 @@ def of_rank(model: Any) -> dict[str, int]:
 
 
 def unseen_bytes(model: Any) -> int:
-    """Return the bytes of BF16 layers that parameters do not show: on some CPUs (AMX) vLLM's CPU build replaces a
-    weight by a packed copy for its own GEMM and empties the parameter, and converts the bias to float32."""
+    """Return the bytes, negative, that parameters show too much: on some CPUs (AMX) vLLM converts biases to float32."""
     from vllm.model_executor.layers.linear import LinearBase
-
-    from vllm_dfloat.integration.layers.method import packed_of
 
     unseen = 0
     for layer in model.modules():
         if not isinstance(layer, LinearBase):
             continue
-        if not layer.weight.numel() and packed_of(layer) is None:
-            rows = getattr(layer, "output_size_per_partition", layer.output_size)
-            cols = getattr(layer, "input_size_per_partition", layer.input_size)
-            unseen += 2 * rows * cols
         if layer.bias is not None:  # of compressed layers too: they call the same GEMM
             unseen -= layer.bias.nbytes - 2 * layer.bias.numel()
     return unseen

@@ -145,8 +145,8 @@ def test_experts_stay_bf16_and_the_plan_says_so(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
     plan = make_plan(str(tmp_path), Settings(gpu_memory=141 * GIB))
     assert plan.parameters == 46_702_792_704  # Mixtral 8x7B
-    # Mixtral's embedding stays BF16 too; attention and LM head are compressed.
-    assert plan.ranks[0].compressed_numel == 32 * (2 * 4096 + 2 * 1024) * 4096 + 32000 * 4096
+    # Attention, embedding and LM head are compressed.
+    assert plan.ranks[0].compressed_numel == 32 * (2 * 4096 + 2 * 1024) * 4096 + 2 * 32000 * 4096
     assert any("experts and their routers stay BF16" in note for note in plan.notes)
 
 

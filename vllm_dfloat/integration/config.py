@@ -12,7 +12,7 @@ from vllm.model_executor.layers.quantization.base_config import (
 from vllm_dfloat.checkpoint.folder import CONFIG_KEY
 from vllm_dfloat.errors import UnsupportedError
 from vllm_dfloat.integration.seam import compat, layer_kinds
-from vllm_dfloat.integration.seam.names import METHOD, logger
+from vllm_dfloat.integration.seam.names import ASKED, METHOD, logger
 from vllm_dfloat.integration.seam.options import Options
 from vllm_dfloat.integration.seam.refusal import refusal
 
@@ -95,6 +95,7 @@ class DFloat11Config(QuantizationConfig):  # type: ignore[misc]  # vLLM is untyp
             IgnoredLMHeadMethod,
         )
 
+        layer.__dict__[ASKED] = True
         is_head = isinstance(layer, ParallelLMHead)
         name = prefix or ("lm_head" if is_head else NAMELESS_EMBEDDING)
         if self._is_left_alone(layer, name) or self._is_read_as_head(is_head):

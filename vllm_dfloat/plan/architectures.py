@@ -51,7 +51,6 @@ RULES = {
         qkv_bias=False,
         o_bias="",
         has_all_ends=True,
-        is_embedding_compressed=False,
         experts=Experts("intermediate_size", "block_sparse_moe", ("w1", "w3", "w2")),
     ),
     "Qwen2MoeForCausalLM": Rules(

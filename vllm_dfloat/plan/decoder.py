@@ -23,7 +23,6 @@ class Rules:
         is_fused: whether qkv_proj and gate_up_proj are one tensor each in the checkpoint.
         is_latent: whether attention is multi-head latent attention.
         has_all_ends: whether every pipeline stage holds embedding, last norm and LM head.
-        is_embedding_compressed: False where vLLM gives the embedding no quantization method.
         experts: of a mixture of experts.
     """
 
@@ -36,7 +35,6 @@ class Rules:
     is_fused: bool = False
     is_latent: bool = False
     has_all_ends: bool = False
-    is_embedding_compressed: bool = True
     experts: Experts | None = None
 
 
@@ -59,7 +57,7 @@ def _ends(config: ModelConfig, rules: Rules) -> Iterator[Weight]:
     shape = config.vocab, config.hidden
     yield Weight(
         "model.embed_tokens", (Part(config.vocab),), config.hidden, "vocab", first,
-        is_compressed=rules.is_embedding_compressed, stored={"model.embed_tokens.weight": shape},
+        is_compressed=True, stored={"model.embed_tokens.weight": shape},
     )  # fmt: skip
     yield plain(Spot(place=last), "model.norm.weight", config.hidden)
     if not config.tied:

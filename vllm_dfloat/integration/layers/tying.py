@@ -26,7 +26,7 @@ def prepare(model: torch.nn.Module, vllm_config: Any, model_config: Any) -> None
         if hasattr(layer.quant_method, "may_be_empty"):
             given = layer_kinds.may_be_the_targets(layer, vllm_config, model_config)
             layer.quant_method.may_be_empty = given
-    _tie_those_that_share(model)
+    tie_those_that_share(model)
     if not layer_kinds.is_untied_by_checkpoint(model_config):
         return
     heads = [layer for layer in layers if layer_kinds.is_lm_head(layer)]
@@ -96,7 +96,7 @@ class SharedWeightMethod(UnquantizedEmbeddingMethod):  # type: ignore[misc]  # v
         return super().apply(layer, x, bias)  # type: ignore[no-any-return]
 
 
-def _tie_those_that_share(model: torch.nn.Module) -> None:
+def tie_those_that_share(model: torch.nn.Module) -> None:
     """Put the embedding in the place of a compressed LM head that a model, as ChatGLM, has given its parameter."""
     layers: list[Any] = [layer for layer in model.modules() if layer_kinds.is_vocabulary(layer)]
     embeddings = {

@@ -49,9 +49,10 @@ class _Reporting:
     """A mixin for vLLM's loaders: after loading, prepare groups and updates, and log what was compressed."""
 
     _vllm_config: Any = None
+    _is_new = False  # whether the model has just been built
 
     def load_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> torch.nn.Module:
-        self._vllm_config = vllm_config
+        self._vllm_config, self._is_new = vllm_config, model_config.quantization == METHOD
         model: torch.nn.Module = super().load_model(  # type: ignore[misc]  # vLLM's loader follows the mixin
             vllm_config=vllm_config, model_config=model_config, prefix=prefix
         )
@@ -72,6 +73,17 @@ class _Reporting:
                 num_stages = vllm_config.parallel_config.pipeline_parallel_size
                 vllm_config.quant_config.log_unused_ignore(num_stages)
         return model
+
+    def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
+        if self._is_new:  # and not a reload
+            from vllm_dfloat.integration.layers import unasked
+
+            self._is_new = False
+            unasked.compress(model, self._vllm_config)
+        self._load(model, model_config)
+
+    def _load(self, model: torch.nn.Module, model_config: Any) -> None:
+        super().load_weights(model, model_config)  # type: ignore[misc]  # vLLM's loader follows the mixin
 
 
 class _Refusing:
@@ -96,9 +108,9 @@ class DFloat11ModelLoader(_Reporting, DefaultModelLoader):  # type: ignore[misc]
     enable_weights_track: bool | None
     _arrivals: Arrivals | None = None
 
-    def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
+    def _load(self, model: torch.nn.Module, model_config: Any) -> None:
         if model_config.quantization != METHOD:
-            return super().load_weights(model, model_config)  # type: ignore[no-any-return]
+            return super()._load(model, model_config)
         if self.enable_weights_track is None:  # not set by the user
             self.enable_weights_track = True  # vLLM's default for unquantized models only
         from vllm_dfloat.integration.layers import tying
@@ -107,7 +119,7 @@ class DFloat11ModelLoader(_Reporting, DefaultModelLoader):  # type: ignore[misc]
         self._arrivals, self._model_config = Arrivals(model), model_config
         try:
             with self._arrivals:
-                super().load_weights(model, model_config)
+                super()._load(model, model_config)
         finally:
             self._arrivals = None
 

@@ -1,5 +1,6 @@
 """The log line after loading: what was compressed, and the memory saved."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 
 from vllm_dfloat.device.scratch import scratch
 from vllm_dfloat.integration.layers.method import packed_of
-from vllm_dfloat.integration.layers.placeholder import WeightPlaceholder
+from vllm_dfloat.integration.loading.uncompressed import plain_parameters, uncompressed
 from vllm_dfloat.integration.seam.names import logger
 from vllm_dfloat.integration.seam.options import Options
 
@@ -30,6 +31,7 @@ class Summary:
         bf16_bytes: bytes of all parameters in BF16 vLLM.
         held_bytes: bytes of all parameters as held now.
         scratch_bytes: bytes of the scratch buffers of all slots.
+        uncompressed: name -> bytes of everything else, the largest first.
     """
 
     num_layers: int
@@ -43,6 +45,12 @@ class Summary:
     bf16_bytes: int
     held_bytes: int
     scratch_bytes: int
+    uncompressed: Mapping[str, int]
+
+    @property
+    def compressed_share(self) -> float:
+        """Per cent of the bytes of all parameters in BF16 vLLM that are compressed."""
+        return 200 * self.weights / max(1, self.bf16_bytes)
 
     @property
     def freed_bytes(self) -> int:
@@ -52,11 +60,13 @@ class Summary:
     def __str__(self) -> str:
         layout = "" if self.layout == DEFAULT_LAYOUT else f" in the {self.layout} layout"
         bits = 8 * self.packed_bytes / self.weights if self.weights else 16.0
+        others = ", ".join(f"{name} {size} bytes" for name, size in self.uncompressed.items())
         return (
-            f"compressed {self.num_compressed} of {self.num_layers} layers{layout}, {bits:.3f} bits per weight, "
+            f"compressed {self.num_compressed} of {self.num_layers} layers{layout}, {self.compressed_share:.2f} % of "
+            f"all weight bytes, {bits:.3f} bits per weight, "
             f"{self.bf16_bytes / GIB:.3f} GiB in BF16 -> {self.held_bytes / GIB:.3f} GiB, "
             f"{self.freed_bytes / GIB:.3f} GiB freed for the KV cache "
-            f"({self.bf16_bytes} -> {self.held_bytes} bytes)"
+            f"({self.bf16_bytes} -> {self.held_bytes} bytes); not compressed: {others or 'nothing'}"
         )
 
 
@@ -68,7 +78,7 @@ def summarize(model: torch.nn.Module) -> Summary:
     methods = [layer.quant_method for layer in layers if packed_of(layer) is not None]
     layouts = {method.layout for method in methods}
     packed = [weight for weight in held if not weight.is_raw]
-    plain_bytes = _plain_bytes(model)
+    plain_bytes = sum(num_bytes for _, _, num_bytes in plain_parameters(model))
     devices = {weight.payload.device for weight in held}
     return Summary(
         num_layers=len(layers),
@@ -84,19 +94,8 @@ def summarize(model: torch.nn.Module) -> Summary:
         + sum(weight.payload.nbytes for weight in held)
         + sum(weight.desc.nbytes for weight in of_layers),
         scratch_bytes=sum(scratch.num_bytes(device) for device in devices),
+        uncompressed=uncompressed(model),
     )
-
-
-def _plain_bytes(model: torch.nn.Module) -> int:
-    """Return the bytes of the parameters that are not compressed; views of one memory, as in latent attention, once."""
-    memory = {
-        storage.data_ptr(): storage.nbytes()
-        for parameter in model.parameters()
-        # A placeholder has the size of the BF16 weight, a layer that vLLM leaves out no memory.
-        if not isinstance(parameter, WeightPlaceholder) and not parameter.is_meta
-        for storage in [parameter.untyped_storage()]
-    }
-    return sum(memory.values())
 
 
 def is_weight_layer(module: torch.nn.Module) -> bool:

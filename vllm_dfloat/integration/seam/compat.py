@@ -172,6 +172,16 @@ def process_at_the_end(layer: torch.nn.Module) -> None:
     get_layerwise_info(layer).reset()
 
 
+def created_anew(layer: Any) -> None:
+    """Tell vLLM of the new parameters of an embedding or LM head that had others when the model was built."""
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+    from vllm.model_executor.model_loader.reload.meta import capture_layer_to_meta
+
+    get_layerwise_info(layer).restore_metadata = capture_layer_to_meta(layer)
+    if hasattr(layer, "use_fused_embedding"):  # since 0.30: a kernel that reads the BF16 weight
+        layer.use_fused_embedding = False
+
+
 def model_device() -> torch.device:
     """Return the device that vLLM runs models on in this process."""
     from vllm.platforms import current_platform

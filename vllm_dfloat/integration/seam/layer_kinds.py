@@ -12,6 +12,14 @@ def is_linear(layer: torch.nn.Module) -> bool:
     return isinstance(layer, LinearBase)
 
 
+def shape_of_linear(layer: Any) -> tuple[int, int] | None:
+    """Return [rows, cols] of a linear layer's weight on this rank, None for layers of other kinds."""
+    if not is_linear(layer):
+        return None
+    rows = getattr(layer, "output_size_per_partition", layer.output_size)
+    return rows, getattr(layer, "input_size_per_partition", layer.input_size)
+
+
 def is_vocabulary(layer: torch.nn.Module) -> bool:
     """Return whether the layer is a vocabulary embedding or an LM head."""
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
