@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from vllm_dfloat import __version__
 from vllm_dfloat.commands import check, convert
-from vllm_dfloat.commands.endings import is_unread, sentence, settle_stdout
+from vllm_dfloat.commands.endings import is_unread, open_closed_streams, sentence, settle_stdout
 from vllm_dfloat.commands.output import flush
 from vllm_dfloat.commands.plan import add_plan
 from vllm_dfloat.errors import one_line
@@ -27,6 +27,7 @@ EXIT_INTERRUPTED, EXIT_UNREAD = 130, 141  # as shells say it: 128 and the signal
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
+    open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # paths may hold bytes that are not text
             stream.reconfigure(errors="backslashreplace")

@@ -41,6 +41,9 @@ def child(kind, command):
         sys.addaudithook(interrupt)
     if kind == "small files":
         resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+    if kind == "no streams":
+        os.closerange(0, 3)
+        sys.stdin = sys.stdout = sys.stderr = None  # as Python starts then
     sys.exit(main(command))
 
 ended = {}
@@ -54,7 +57,7 @@ for kind, commands in kinds.items():
         (folder / command[0]).unlink()
 print(json.dumps(ended))
 """
-KINDS = ("ctrl-C", "closed pipe", "full disk", "small files")
+KINDS = ("ctrl-C", "closed pipe", "full disk", "small files", "no streams")
 Endings = dict[str, dict[str, list[int | str]]]  # kind -> command -> exit status and stderr
 
 
@@ -114,3 +117,14 @@ def test_a_limit_on_the_size_of_files_is_one_sentence_and_leaves_no_half_of_one(
         assert only_line(str(err)).endswith(f".safetensors: {os.strerror(errno.EFBIG)}.")
         assert list((folder / "small files" / name).glob(".tmp-*")) == []
     assert ended == {name: [0, ""] for name in ("inspect", "verify", "plan")}
+
+
+def test_a_command_without_stdin_stdout_and_stderr_does_its_work(
+    endings: Endings, folder: Path
+) -> None:
+    # Bug caught: exit status 1, "different", of verify; compress ended with a traceback, or before it had finished.
+    assert endings["no streams"] == {name: [0, ""] for name in COMMANDS}
+    made = folder / "no streams" / "compress"
+    assert {file.name for file in made.iterdir()} == {
+        file.name for file in (folder / "df11").iterdir()
+    }

@@ -79,6 +79,22 @@ def is_unread() -> bool:
         return False
 
 
+def open_closed_streams() -> None:
+    """Open stdin, stdout and stderr on /dev/null where the caller closed them, as some daemons do.
+
+    Python has no stream then, and the next file that is opened, such as one with weights, would have the stream's
+    number, to which libraries and children write.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
+
+
 def settle_stdout() -> None:
     """Redirect an unwritable stdout to /dev/null, so that exit keeps our status."""
     try:
