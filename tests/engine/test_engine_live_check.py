@@ -1,10 +1,13 @@
 """The check of a live engine names every tensor that was changed from outside, and no other."""
 
+import re
+
 import pytest
 import tiny_models
 from conftest import Checkpoint
 from engines import engine
 
+from vllm_dfloat.errors import FormatError
 from vllm_dfloat.integration.layers.method import packed_of
 from vllm_dfloat.integration.loading.live_check import METHOD_NAME
 
@@ -32,6 +35,12 @@ def test_check_names_a_flipped_bit_of_any_part_and_is_clean_before_and_after(
         (report,) = llm.collective_rpc(METHOD_NAME)
         named = sorted(sentence.partition(":")[0] for sentence in report["damaged"])
         assert named == [embedding.name, down.name]
+        # Bug caught: of a data-parallel server vLLM returns the first engine's reports only, which were clean.
+        parallel = llm.llm_engine.model_executor.driver_worker.worker.vllm_config.parallel_config
+        parallel.data_parallel_index = 1
+        with pytest.raises(FormatError, match=rf"engine 1 .*{re.escape(down.name)}"):
+            llm.collective_rpc(METHOD_NAME)
+        parallel.data_parallel_index = 0
         down.payload[down.payload.numel() // 2] ^= 1
         embedding.desc[1] ^= 1
         assert llm.collective_rpc(METHOD_NAME) == [clean]

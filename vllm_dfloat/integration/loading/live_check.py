@@ -1,6 +1,6 @@
 """A check of a live server: have the compressed weights in memory changed since encoding?
 
-    llm.collective_rpc("check_dfloat11_weights")        # one report per rank
+    llm.collective_rpc("check_dfloat11_weights")        # one report per rank of the first engine
 
 A forward pass does not compare checksums, so a bit flip in a payload while serving changes answers without an error.
 This check finds it. It reads all payloads once; requests wait meanwhile.
@@ -31,6 +31,10 @@ def check_worker(worker: Any) -> dict[str, Any]:
         Plain data: `rank`; `tensors` and `bytes`, the number compared; `damaged`, one sentence with the name for each
         tensor that has changed since encoding; `not_compared`, the bytes of parameters held as BF16, which have no
         checksum: trainers may write to them.
+
+    Raises:
+        FormatError: some have changed, and this is not the first engine of a data-parallel server, of which alone vLLM
+            returns the reports.
     """
     report: dict[str, Any] = {"rank": int(getattr(worker, "rank", 0)), "tensors": 0, "bytes": 0}
     report |= {"damaged": [], "not_compared": 0}
@@ -41,6 +45,11 @@ def check_worker(worker: Any) -> dict[str, Any]:
             report["bytes"] += weight.num_bytes
             report["damaged"] += _damage(weight)
         report["not_compared"] += _plain_bytes(model, seen)
+    engine = compat.data_parallel_index(worker)
+    if engine and report["damaged"]:
+        raise FormatError(
+            f"engine {engine} of this data-parallel server, rank {report['rank']}: {'; '.join(report['damaged'])}"
+        )
     return report
 
 

@@ -283,6 +283,12 @@ def models_of(worker: Any) -> list[torch.nn.Module]:
     return models
 
 
+def data_parallel_index(worker: Any) -> int:
+    """Return the number of the worker's engine among those of a data-parallel server; 0 for the first or only one."""
+    parallel = getattr(getattr(worker, "vllm_config", None), "parallel_config", None)
+    return int(getattr(parallel, "data_parallel_index", 0) or 0)
+
+
 def holds_a_matrix(layer: torch.nn.Module) -> bool:
     """Return whether the layer is one of vLLM's linear layers, vocabulary embeddings or LM heads."""
     from vllm.model_executor.layers.linear import LinearBase
