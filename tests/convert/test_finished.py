@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -104,10 +105,18 @@ def test_another_source_is_refused_though_its_files_look_the_same(
     assert f"is not what {command[2]} was made from: " in only_line(capsys.readouterr().err)
 
 
+def put_the_clock_back(target: str) -> None:
+    """Make the note of a time that is still to come, as it is when the clock was put back afterwards."""
+    soon = time.time() + 3600
+    os.utime(Path(target) / FINISHED_FILE, (soon, soon))
+
+
 @pytest.mark.parametrize(
     "change",
     [
         lambda target: flip_last_byte(weights(target)),
+        # Bug caught: only files with later times than the note's were read.
+        lambda target: (put_the_clock_back(target), flip_last_byte(weights(target))),
         lambda target: weights(target).unlink(),
         lambda target: Path(target, "tokenizer.json").unlink(),
         lambda target: Path(target, "config.json").write_text("{}"),

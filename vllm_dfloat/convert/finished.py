@@ -7,6 +7,7 @@ report. It is for this machine only, as times are; a reader of the checkpoint do
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -104,9 +105,10 @@ def _check_source(
 
 
 def _check_target(target: Path, stamp: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
-    """Compare the sizes of files, and all bytes of those with a newer time.
+    """Compare the sizes of files, and all bytes of those that are as new as the note or newer.
 
-    An added file with weights or an index may change what a reader finds; others, such as a README, do not.
+    All bytes of all files if the note is of a time that is still to come: the clock was put back. An added file with
+    weights or an index may change what a reader finds; others, such as a README, do not.
     """
     for name, _ in visible_paths(target):
         if name not in files and changes_answers(name):
@@ -118,9 +120,9 @@ def _check_target(target: Path, stamp: Path, files: Mapping[str, Mapping[str, An
     for name, entry in files.items():
         try:
             status = (target / name).stat()
-            is_newer = max(status.st_mtime_ns, status.st_ctime_ns) > finished
+            is_older = max(status.st_mtime_ns, status.st_ctime_ns) < finished < time.time_ns()
             same = status.st_size == entry["bytes"] and (
-                not is_newer or file_entry(target / name) == entry
+                is_older or file_entry(target / name) == entry
             )
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             same = False
