@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_dfloat.codec import descriptor
+from vllm_dfloat.codec import descriptor, layout
 from vllm_dfloat.kernels.configs import config_of
 from vllm_dfloat.kernels.tiles import (
     LANES,
@@ -27,10 +27,43 @@ from vllm_dfloat.kernels.tiles import (
     num_warps,
 )
 
+SHORT_CODE_BITS = tl.constexpr(layout.MIN_CODE_BITS)  # as in nearly all matrices
+
+
+@triton.jit
+def _decode_coded(
+    payload, sizes, tile, num_tiles, out_ptr, status_ptr, TILES: tl.constexpr,
+    PER_WINDOW: tl.constexpr = 32 // layout.MAX_CODE_BITS,
+):  # fmt: skip
+    """Decode tiles int64 [TILES, 1] of a matrix held in codes, PER_WINDOW look-ups in a window of 32 bits."""
+    lut, shift, plane, words, is_full, end, bit, word0, word1, word2 = _open(
+        payload, sizes, tile, num_tiles
+    )
+    lane = tl.arange(0, LANES)[None, :]
+    quad = tl.arange(0, 4)[None, None, :]
+    out = out_ptr + (tile * (TILE_WEIGHTS // 2))[:, :, None]
+    signs = plane[:, :, None] + (lane * 4)[:, :, None]
+    sm0, sm1, sm2, sm3 = _four_words(signs, TILES)
+    for half in range(STEPS // 2):
+        # The next ones are on their way while these are used.
+        following = tl.minimum(half + 1, STEPS // 2 - 1)
+        next0, next1, next2, next3 = _four_words(signs + following * (LANES * 4), TILES)
+        for k in tl.static_range(2):
+            e0, e1, e2, e3, bit, word0, word1, word2 = _exponents_of_eight(
+                words, bit, word0, word1, word2, lut, shift, PER_WINDOW
+            )
+            a, b = _merge(sm0 if k == 0 else sm2, e0, e1)
+            c, d = _merge(sm1 if k == 0 else sm3, e2, e3)
+            offset = ((lane + (half * 2 + k) * LANES) * 4)[:, :, None] + quad
+            tl.store(out + offset, _interleave(a, b, c, d))
+        sm0, sm1, sm2, sm3 = next0, next1, next2, next3
+    tl.store(status_ptr + tile, _tile_status(bit, end, is_full))
+
 
 @triton.jit
 def _decode_tiles(
-    desc_ptr, salt, tile, num_tiles, out_ptr, status_ptr, TILES: tl.constexpr, is_known=None
+    desc_ptr, salt, tile, num_tiles, out_ptr, status_ptr, TILES: tl.constexpr, is_known=None,
+    PER_WINDOW: tl.constexpr = 32 // layout.MIN_CODE_BITS,
 ):  # fmt: skip
     """Decode tiles int64 [TILES, 1] of one matrix; the pointers are those of `_decode_kernel`."""
     is_sound, payload, kind, sizes = _read(desc_ptr, salt, is_known)
@@ -38,25 +71,10 @@ def _decode_tiles(
     quad = tl.arange(0, 4)[None, None, :]
     out_base = out_ptr + (tile * (TILE_WEIGHTS // 2))[:, :, None]
     if is_sound & (kind == 0):
-        lut, shift, plane, words, is_full, end, bit, word0, word1, word2 = _open(
-            payload, sizes, tile, num_tiles
-        )
-        signs = plane[:, :, None] + (lane * 4)[:, :, None]
-        sm0, sm1, sm2, sm3 = _four_words(signs, TILES)
-        for half in range(STEPS // 2):
-            # The next ones are on their way while these are used.
-            following = tl.minimum(half + 1, STEPS // 2 - 1)
-            next0, next1, next2, next3 = _four_words(signs + following * (LANES * 4), TILES)
-            for k in tl.static_range(2):
-                e0, e1, e2, e3, bit, word0, word1, word2 = _exponents_of_eight(
-                    words, bit, word0, word1, word2, lut, shift
-                )
-                a, b = _merge(sm0 if k == 0 else sm2, e0, e1)
-                c, d = _merge(sm1 if k == 0 else sm3, e2, e3)
-                offset = ((lane + (half * 2 + k) * LANES) * 4)[:, :, None] + quad
-                tl.store(out_base + offset, _interleave(a, b, c, d))
-            sm0, sm1, sm2, sm3 = next0, next1, next2, next3
-        tl.store(status_ptr + tile, _tile_status(bit, end, is_full))
+        if (sizes >> 32) <= SHORT_CODE_BITS:
+            _decode_coded(payload, sizes, tile, num_tiles, out_ptr, status_ptr, TILES, PER_WINDOW)
+        else:
+            _decode_coded(payload, sizes, tile, num_tiles, out_ptr, status_ptr, TILES)
     elif is_sound:
         raw = _section(payload, 0, tl.uint32) + (tile * (TILE_WEIGHTS // 2))[:, :, None]
         for half in range(STEPS // 2):

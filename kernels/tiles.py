@@ -29,9 +29,6 @@ LENGTH_MASK = tl.constexpr(layout.LENGTH_MASK)
 PAD_WORDS = tl.constexpr(layout.PAD_WORDS)
 SIGN_MANTISSA_MASK = tl.constexpr(layout.SIGN_MANTISSA_MASK)
 EXPONENT_MASK = tl.constexpr(layout.SIGN_MANTISSA_MASK ^ 0xFFFFFFFF)
-SHORT_BITS = tl.constexpr(layout.SHORT_BITS)
-SHORT_LUT_BYTES = tl.constexpr(layout.SHORT_LUT_BYTES)
-SHORT_LUT_ENTRIES = tl.constexpr(layout.SHORT_LUT_BYTES // 2)
 MAX_TILE_WORDS = tl.constexpr(layout.LANES * 255 * layout.LANE_LENGTH_UNIT // 32)
 
 STATUS_LANE_END = tl.constexpr(1)
@@ -90,8 +87,8 @@ def _everywhere(like, condition):
 
 @triton.jit
 def _lut_bytes(code_bits):
-    # Both LUTs. As a product, so that the compiler knows that the sections after the LUT are aligned.
-    return ((tl.full([], 1, tl.int64) << (code_bits - 3)) + SHORT_LUT_BYTES // 16) * 16
+    # As a product, so that the compiler knows that the sections after the LUT are aligned.
+    return (tl.full([], 1, tl.int64) << (code_bits - 3)) * 16
 
 
 @triton.jit
@@ -126,8 +123,8 @@ def _open(payload, sizes, tile, num_tiles):
     payload, sizes: from a descriptor whose seal is right.
     tile: int64 [TILES, 1], tiles of the matrix; num_tiles: an int64, all tiles of the matrix.
 
-    Returns the LUTs and the shift from a window to an index into the whole one; per tile its signs and mantissas, its
-    words and whether its lanes fill them; per lane its end, and its state: the current bit, the two words there and
+    Returns the LUT and the shift from a window to an index into it; per tile its signs and mantissas, its words and
+    whether its lanes fill them; per lane its end, and its state: the current bit, the two words there and
     the next one.
     """
     num_words = sizes.to(tl.uint32)  # its lower half
@@ -154,8 +151,7 @@ def _exponents_of_eight(
 ):
     """Decode the next 8 weights of each lane; return 4 pairs of LUT entries, and the state after them.
 
-    Each word is loaded once, a word before it is needed, so that no look-up waits for it. The short LUT is one line of
-    the L1 cache, which answers 32 threads at once; the few lanes with a longer code look it up in the whole LUT.
+    Each word is loaded once, a word before it is needed, so that no look-up waits for it.
     """
     window = tl.zeros_like(word0)
     first = window
@@ -169,10 +165,7 @@ def _exponents_of_eight(
             fill = (bit & 31).to(tl.uint32)
             # Written as two shifts, the right half is correct for fill 0 too, and compiles to one funnel shift.
             window = (word0 << fill) | ((word1 >> 1) >> (31 - fill))
-        entry = tl.load(lut + (window >> (32 - SHORT_BITS)))
-        is_long = entry == 0
-        entry = tl.load(lut + SHORT_LUT_ENTRIES + (window >> shift), mask=is_long, other=entry)
-        entry = entry.to(tl.uint32)
+        entry = tl.load(lut + (window >> shift)).to(tl.uint32)
         length = entry & LENGTH_MASK
         window = window << length
         bit += length.to(tl.int32)

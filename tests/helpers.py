@@ -55,9 +55,9 @@ def assert_within_bound(
 LIMITS = [(10, 8), (40, 9), (120, 10)]  # number of rare symbols -> longest code chosen for them
 
 
-def rare_symbols(rare: int, tiles: int = 20) -> Bits:
-    """Return a matrix [1, n] of `tiles` tiles of common exponents and `rare` others that get the longest codes."""
-    common = np.random.default_rng(5).geometric(0.5, tiles * 2048)
+def rare_symbols(rare: int) -> Bits:
+    """Return a matrix [1, n] of a few common exponents and `rare` others that get the longest codes."""
+    common = np.random.default_rng(5).geometric(0.5, 60 * 2048)
     symbols = np.concatenate([common, np.repeat(np.arange(100, 100 + rare), 4)])
     np.random.default_rng(6).shuffle(symbols)
     return (symbols << 7 | 0x8001).astype(np.uint16)[None]

@@ -9,7 +9,6 @@ from vllm_dfloat.codec.layout import (
     MAX_WORDS,
     MIN_CODE_BITS,
     PAD_WORDS,
-    SHORT_BITS,
     PackedTensor,
 )
 
@@ -27,8 +26,5 @@ def assert_follows_layout(packed: PackedTensor) -> None:
     assert (starts[0], starts[-1]) == (0, lay.num_words - PAD_WORDS), "words of all tiles"
     lane_bits = packed.lane_lengths.astype(np.int64).sum(axis=1) * LANE_LENGTH_UNIT
     assert (np.diff(starts) == -(-lane_bits // 32)).all(), "words of each tile"
-    for window, entry in enumerate(packed.short_lut):
-        whole = packed.lut[window << (lay.code_bits - SHORT_BITS)]
-        assert entry == (whole if whole & LENGTH_MASK <= SHORT_BITS else 0), "the short LUT"
     assert int((packed.lut & np.uint16(LENGTH_MASK)).max()) <= lay.code_bits, "the longest code"
     assert not packed.words[lay.num_words - PAD_WORDS :].any(), "padding"

@@ -9,7 +9,7 @@ from packed_rules import assert_follows_layout
 
 from vllm_dfloat.codec import decode, descriptor, reference
 from vllm_dfloat.codec.encode import encode
-from vllm_dfloat.codec.huffman import build_lut, build_short_lut
+from vllm_dfloat.codec.huffman import build_lut
 from vllm_dfloat.codec.layout import (
     LANES,
     LAYOUT_VERSION,
@@ -42,7 +42,6 @@ def from_the_document() -> PackedTensor:
     for symbol, code in CODES.items():
         lengths[symbol] = len(code)
     packed.lut[:] = build_lut(lengths, layout.code_bits)
-    packed.short_lut[:] = build_short_lut(packed.lut)
     packed.sign_mantissa[:] = np.tile([int(w, 16) for w in line("sign_mantissa")], 2)
     packed.lane_lengths[:] = int(line("lane length")[0])
     packed.tile_starts[:] = starts

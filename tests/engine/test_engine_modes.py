@@ -132,7 +132,7 @@ def test_fused_engine_answers_nearly_as_bf16_vllm_and_always_the_same(
         assert multiplied.count(1) >= 4
         again = ask(llm, prompts, num_tokens=1)
         assert [again[0][key] for key in again[0]] == [first[0][key][:1] for key in again[0]]
-    assert "dfloat11: fused for up to 16 rows of activations in 6 of 6 layers" in log_lines
+    assert "dfloat11: fused for up to 4 rows of activations in 6 of 6 layers" in log_lines
     # Logits of this model are of size 1, and BF16 has 8 bits; a wrong weight gives differences of size 1.
     assert largest_difference(first, expected) < 0.1
 

@@ -91,9 +91,11 @@ def test_every_kernel_compiles_without_spills_and_loops_without_barriers(
 
 def test_decode_kernel_keeps_to_its_instruction_budget(report: Rows) -> None:
     row = report["decode", "sm_90"]
-    assert row["instructions_per_weight"] <= 22
+    assert max(row["of_each_loop"]) <= 13
+    # One warp per program, and 32 programs fit on a multiprocessor of 65,536 registers.
+    assert row["registers"] <= 64
     assert row["spilled_bytes"] == 0
-    assert row["barriers"] <= (10 if triton.__version__.startswith("3.6.") else 1)
+    assert row["barriers"] == 0
     assert row["widest_store_bits"] == 128
 
 

@@ -70,9 +70,7 @@ def test_flipped_bits_end_with_a_status_or_decode_and_equal_the_cpu_decoder() ->
     for _ in range(25):
         packed = ops.pack(to_torch(weight), "w")
         payload = packed.payload.numpy()
-        # Not in the LUTs: the CPU decoder has no use for the short one, and so would find other codes.
-        luts = layout.PackedLayout(*weight.shape, *packed.fields[1:]).sign_mantissa_offset
-        for position in rng.integers(luts, payload.size, 60):
+        for position in rng.integers(0, payload.size, 40):
             payload[position] ^= 1 << rng.integers(0, 8)
         numel = ops.padded_numel(*weight.shape)
         results = []

@@ -10,13 +10,7 @@ import numpy as np
 from numba import njit
 
 from vllm_dfloat.codec.arrays import I64Array, U8Array, U16Array, U32Array
-from vllm_dfloat.codec.huffman import (
-    NUM_SYMBOLS,
-    build_lut,
-    build_short_lut,
-    canonical_codes,
-    choose_code,
-)
+from vllm_dfloat.codec.huffman import NUM_SYMBOLS, build_lut, canonical_codes, choose_code
 from vllm_dfloat.codec.layout import (
     LANE_LENGTH_UNIT,
     LANES,
@@ -60,7 +54,6 @@ def encode(weight: U16Array, name: str = "") -> PackedTensor:
         return _raw(flat, raw, name)
     packed = PackedTensor(layout, np.zeros(layout.num_bytes, np.uint8), name)
     packed.lut[:] = build_lut(lengths, code_bits)
-    packed.short_lut[:] = build_short_lut(packed.lut)
     packed.lane_lengths[:] = lane_lengths
     packed.tile_starts[:] = starts
     codes = canonical_codes(lengths)

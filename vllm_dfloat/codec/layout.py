@@ -6,7 +6,6 @@ worked example in bits, are written down in docs/packed-layout.md; in the code t
 
 A payload is one run of bytes:
 
-    short_lut      uint16[64]                    the LUT for the next 6 bits; 0 where they are not a whole code
     lut            uint16[1 << code_bits]        symbol << 7 | code length; 0 where no code leads
     sign_mantissa  uint32[num_tiles, 8, 16, 4]   sign and mantissa bits, in the order in which decoding merges them
     lane_lengths   uint8[num_tiles, 16]          bits of each lane / LANE_LENGTH_UNIT, rounded up
@@ -30,13 +29,10 @@ STEP_WEIGHTS = 8
 LANE_WEIGHTS = STEPS * STEP_WEIGHTS
 TILE_WEIGHTS = LANES * LANE_WEIGHTS
 
-# The longest code of a matrix. Never longer than 10: 3 codes fit a window of 32 bits.
+# The longest code of a matrix. Never longer than 10: 3 codes fit a window of 32 bits. With 8 bits the LUT is 4 lines of
+# the L1 cache and 32 threads look up in about as many turns; with 10 it is 16 lines, and 13 turns (docs/kernels.md).
 MIN_CODE_BITS = 8  # below this, 256 symbols would not fit
 MAX_CODE_BITS = 10
-# 97 % of the weights have a code of at most 6 bits. A table for these is one line of the L1 cache, in which 32 threads
-# look up at once; in a table for 10 bits they touch 14 lines, one after the other (docs/kernels.md).
-SHORT_BITS = 6
-SHORT_LUT_BYTES = 2 << SHORT_BITS
 LANE_LENGTH_UNIT = 8
 
 SYMBOL_SHIFT = 7  # where a BF16 weight holds its exponent, and a LUT entry its symbol
@@ -82,7 +78,7 @@ class PackedLayout:
 
     @property
     def sign_mantissa_offset(self) -> int:
-        return SHORT_LUT_BYTES + (2 << self.code_bits)
+        return 2 << self.code_bits
 
     @property
     def lane_lengths_offset(self) -> int:
@@ -131,12 +127,8 @@ class PackedTensor:
         return 8 * self.num_bytes / self.layout.numel if self.layout.numel else 0.0
 
     @property
-    def short_lut(self) -> U16Array:
-        return self.payload[:SHORT_LUT_BYTES].view(np.uint16)
-
-    @property
     def lut(self) -> U16Array:
-        return self.payload[SHORT_LUT_BYTES : self.layout.sign_mantissa_offset].view(np.uint16)
+        return self.payload[: self.layout.sign_mantissa_offset].view(np.uint16)
 
     @property
     def sign_mantissa(self) -> U32Array:

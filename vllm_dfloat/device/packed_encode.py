@@ -12,13 +12,7 @@ import torch
 
 from vllm_dfloat.codec.arrays import U8Array, U32Array
 from vllm_dfloat.codec.encode import filler, layout_for
-from vllm_dfloat.codec.huffman import (
-    NUM_SYMBOLS,
-    build_lut,
-    build_short_lut,
-    canonical_codes,
-    choose_code,
-)
+from vllm_dfloat.codec.huffman import NUM_SYMBOLS, build_lut, canonical_codes, choose_code
 from vllm_dfloat.codec.layout import ALIGNMENT, LANES, TILE_WEIGHTS, PackedLayout
 from vllm_dfloat.device.checks import needing_triton
 from vllm_dfloat.errors import DeviceError
@@ -125,7 +119,7 @@ def _payload(
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """Return a payload without codes, signs and mantissas, and the sections that the write kernel takes."""
     payload = torch.empty(layout.num_bytes, dtype=torch.uint8, device=ends.device)
-    luts, plane, lane_section, starts, words = payload.tensor_split(
+    lut, plane, lane_section, starts, words = payload.tensor_split(
         (
             layout.sign_mantissa_offset,
             layout.lane_lengths_offset,
@@ -133,8 +127,7 @@ def _payload(
             layout.words_offset,
         )
     )
-    table = build_lut(lengths, layout.code_bits)
-    luts.copy_(torch.from_numpy(np.concatenate([build_short_lut(table), table]).view(np.uint8)))
+    lut.copy_(torch.from_numpy(build_lut(lengths, layout.code_bits).view(np.uint8)))
     lane_section.view_as(lane_lengths).copy_(lane_lengths)
     starts.zero_()
     words.zero_()
