@@ -32,6 +32,7 @@ SECTIONS = {  # the most important come first: time may run out
     "block": ("bench.kernels.groups", "run"),
     "decode_rows": ("bench.kernels.decode", "run_rows"),
     "layouts": ("bench.kernels.units", "run"),
+    "slabs": ("bench.kernels.slabs", "run"),
 }
 ROUNDS = 21
 

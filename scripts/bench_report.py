@@ -40,6 +40,8 @@ HEAD = _in_columns(HEADS)
 
 def line(row: Mapping[str, Any]) -> str:
     """Return a row as text with the columns of `HEAD`; `ratio` is the time relative to the case's first contender."""
+    if "found" in row:
+        return _in_columns([*(str(row[head]) for head in HEADS[:3]), row["found"]])
     if "not_measured" in row:
         reason = f"not measured: {row['not_measured']}"
         return _in_columns([*(str(row[head]) for head in HEADS[:3]), reason])

@@ -83,6 +83,10 @@ class Bench:
     def skip(self, section: str, case: str, name: str, reason: str) -> None:
         self._add({"section": section, "case": case, "name": name, "not_measured": reason})
 
+    def tell(self, section: str, case: str, name: str, found: str) -> None:
+        """Add a row that holds a finding instead of a time."""
+        self._add({"section": section, "case": case, "name": name, "found": found})
+
     def _add(self, row: dict[str, Any]) -> None:
         if self._marks:
             row["wrong_bits"] = "; ".join(self._marks)
