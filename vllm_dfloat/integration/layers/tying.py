@@ -6,11 +6,15 @@ share one payload, so an update may make their weights differ.
 """
 
 import dataclasses
+import functools
 import weakref
 from typing import Any
 
 import torch
-from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+)
 
 from vllm_dfloat.device import ops
 from vllm_dfloat.integration.layers import linear_op
@@ -115,7 +119,13 @@ def tie_those_that_share(model: torch.nn.Module) -> None:
 
 
 def _as_lm_head(embed_tokens: torch.nn.Module) -> torch.nn.Module:
-    """Give an embedding what models ask of an LM head, and return it: vLLM's Transformers backend reads `bias`."""
+    """Give an embedding what models ask of an LM head, and return it.
+
+    vLLM's Transformers backend reads `bias`, and creates it when a checkpoint, as CTRL's, has one.
+    """
     if not hasattr(embed_tokens, "bias"):
         embed_tokens.register_parameter("bias", None)
+        embed_tokens.__dict__["_register_bias"] = functools.partial(
+            ParallelLMHead._register_bias, embed_tokens
+        )
     return embed_tokens
