@@ -36,6 +36,11 @@ class LaunchConfig:
         dfloat11_encode_num_warps: warps per program of the official encode kernels; 4 warps and 8 * 16 lanes give each
             thread one lane.
         dfloat11_split_weights: weights per program of the kernel that splits off signs and mantissas.
+        fast_rows_per_program: rows per program of the fast decode kernel; a power of two that divides 64.
+        fast_rows_at_once: rows of them at a time; divides them.
+        fast_tiles_per_program: tiles of a row of tiles per program, 128 columns each; a power of two.
+        fast_weights_at_once: weights of a thread at a time, 8 or 16.
+        fast_num_warps: warps per program of the fast decode kernel.
         measured: False if the values are estimated, not measured.
     """
 
@@ -53,6 +58,11 @@ class LaunchConfig:
     dfloat11_encode_tiles_per_program: int = 8
     dfloat11_encode_num_warps: int = 4
     dfloat11_split_weights: int = 4096
+    fast_rows_per_program: int = 64
+    fast_rows_at_once: int = 4
+    fast_tiles_per_program: int = 4
+    fast_weights_at_once: int = 16
+    fast_num_warps: int = 4
     measured: bool = False
 
 
@@ -62,9 +72,15 @@ INTERPRETED = LaunchConfig(
     decode_tiles_per_program=64,
     fused_gemv_tiles_per_program=64,
     dfloat11_encode_tiles_per_program=128,
+    fast_rows_at_once=64,
+    fast_tiles_per_program=8,
 )
 # The same on every device: the shape of the statuses depends on the first; no other value of the second was tried.
 ROWS_TILES_PER_PROGRAM = 2  # tiles per program of the kernel that decodes chosen rows: one warp
+FAST_ROWS_TILES_PER_PROGRAM, FAST_ROWS_NUM_WARPS = (
+    8,
+    2,
+)  # of the kernel that decodes chosen rows of the fast layout
 SUM_ROWS = 32  # output rows per program of the kernel that adds the fused kernel's partial sums
 
 # A part of the device's name, or its compute capability -> parameters. A name is preferred to a capability, the longest

@@ -22,10 +22,10 @@ import triton
 import triton.language as tl
 
 from vllm_dfloat.codec.fast_layout import TILE_COLS, FastLayout
-from vllm_dfloat.kernels.fast_decode import LOW_BYTES
 from vllm_dfloat.kernels.fast_escapes import PERMUTED, PLAIN, _round
 from vllm_dfloat.kernels.fast_matmul_dot import _dot_kernel
 from vllm_dfloat.kernels.fast_matmul_gemv import _gemv_kernel
+from vllm_dfloat.kernels.fast_planes import LOW_BYTES
 
 MAX_GEMV_ROWS = 4
 MAX_ROWS = 64

@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 
 from vllm_dfloat.codec import fast_layout
-from vllm_dfloat.kernels.fast_decode import _eight_weights
 from vllm_dfloat.kernels.fast_escapes import PERMUTED, _bounded, _patch, _round, _split_four
+from vllm_dfloat.kernels.fast_planes import _eight_weights
 
 _GROUP = tl.constexpr(fast_layout.GROUP)
 _TILE_ROWS = tl.constexpr(fast_layout.TILE_ROWS)

@@ -43,9 +43,9 @@ def _with_raw_tiles() -> Bits:
 
 
 def _with_a_raw_edge() -> Bits:
-    weight = gaussian(450, 1000)
-    weight[448:, 896:] = 0  # 208 escapes of a tile of 2 x 104
-    weight[384:448, 896:] = 0x8000
+    weight = gaussian(200, 700)
+    weight[192:, 640:] = 0  # 480 escapes of a tile of 8 x 60
+    weight[128:192, 640:] = 0x8000
     return weight
 
 

@@ -1,52 +1,107 @@
-"""The decode kernel of the fast layout, in Triton's interpreter, against the original bits."""
+"""The kernels of the fast layout, in Triton's interpreter, against the original bits."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 from fast_matrices import fast_matrices, large_fast_matrices
 from helpers import Bits, poisoned, same_bits, to_torch, unlike
 
-from vllm_dfloat.codec.fast_layout import FastLayout
-from vllm_dfloat.device import fast_encode
-from vllm_dfloat.kernels.fast_decode import decode_sections
+from vllm_dfloat.codec import fast_encode
+from vllm_dfloat.codec.fast_layout import FastTensor, size
+from vllm_dfloat.device.packed_weight import make_descriptor
+from vllm_dfloat.kernels.configs import INTERPRETED, override
+from vllm_dfloat.kernels.fast_decode import decode
+from vllm_dfloat.kernels.fast_rows import decode_rows
 
-MATRICES = fast_matrices() | large_fast_matrices()
+MATRICES = fast_matrices()
+LARGE = large_fast_matrices()
+CPU = torch.device("cpu")
+SIZES = ["37 x 333", "100 x 328", "70 x 336", "whole tiles", "a raw tile at the edge"]
 PARAMETERS = (
-    dict(),
-    dict(rows_at_once=16, tiles_per_program=2, at_once=16),
-    dict(rows_per_program=16, rows_at_once=16, tiles_per_program=1, at_once=16),
-    dict(rows_per_program=32, rows_at_once=4, tiles_per_program=8),
+    dict(fast_tiles_per_program=4, fast_rows_at_once=8, fast_weights_at_once=8),
+    dict(fast_tiles_per_program=1, fast_rows_per_program=16, fast_rows_at_once=16),
+    dict(fast_tiles_per_program=2, fast_rows_per_program=32, fast_rows_at_once=32),
 )
 
 
-def sections(layout: FastLayout, payload: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    def words(offset: int, numel: int) -> torch.Tensor:
-        return payload[offset : offset + 4 * numel].view(torch.uint32)
-
-    return (
-        payload[: layout.high_offset],
-        words(layout.high_offset, layout.rows * layout.pitch // 8),
-        words(layout.starts_offset, layout.num_tiles + 1),
-        words(layout.entries_offset, layout.num_entries),
-    )
+def described(weight: Bits) -> tuple[FastTensor, torch.Tensor]:
+    """Return a matrix in the fast layout and its descriptor; the tensor must outlive the descriptor."""
+    fast = fast_encode.encode(weight)
+    assert fast is not None
+    fields = (2, fast.layout.num_entries, fast.layout.base)
+    return fast, make_descriptor(torch.from_numpy(fast.payload), fields, size(*weight.shape))
 
 
-def decoded(weight: Bits, **parameters: int) -> torch.Tensor:
-    found = fast_encode.encode(to_torch(weight))
-    assert found is not None
-    layout, payload = found
-    out = poisoned(weight.shape, unlike(weight), payload.device)
-    decode_sections(*sections(layout, payload), layout.base, out, prmt=False, **parameters)
-    return out
+def decoded(fast: FastTensor, desc: torch.Tensor, poison: int) -> tuple[torch.Tensor, torch.Tensor]:
+    lay = fast.layout
+    out = poisoned((lay.numel,), poison, CPU)
+    status = torch.full((lay.num_tiles,), -1, dtype=torch.int32)
+    decode(desc, lay.rows, lay.cols, out, status)
+    return out.view(lay.rows, lay.cols), status
 
 
-@pytest.mark.parametrize("name", MATRICES)
+def assert_decodes(weight: Bits) -> None:
+    out, status = decoded(*described(weight), unlike(weight))
+    assert not status.any()
+    assert same_bits(out, to_torch(weight))
+
+
+@pytest.mark.parametrize("name", MATRICES | LARGE)
 def test_kernel_equals_the_original_on_poisoned_output(name: str) -> None:
-    assert same_bits(decoded(MATRICES[name]), to_torch(MATRICES[name]))
+    assert_decodes((MATRICES | LARGE)[name])
 
 
-@pytest.mark.parametrize("parameters", PARAMETERS[1:], ids=str)
-@pytest.mark.parametrize(
-    "name", ["37 x 333", "100 x 328", "whole tiles", "heavy tails", "raw tiles"]
-)
+@pytest.mark.parametrize("parameters", PARAMETERS, ids=str)
+@pytest.mark.parametrize("name", SIZES)
 def test_launch_parameters_change_no_bit(name: str, parameters: dict[str, int]) -> None:
-    assert same_bits(decoded(MATRICES[name], **parameters), to_torch(MATRICES[name]))
+    with override(replace(INTERPRETED, **parameters)):
+        assert_decodes(MATRICES[name])
+
+
+@pytest.mark.parametrize("name", [*SIZES, "specials and a zero row", "raw tiles"])
+def test_rows_kernel_returns_the_rows_asked_for(name: str) -> None:
+    weight = MATRICES[name]
+    fast, desc = described(weight)
+    rows, cols = weight.shape
+    ids = torch.tensor(
+        [0, rows - 1, rows // 2, 0, -1, 1 << 40]
+    )  # vLLM masks ids outside afterwards
+    out = poisoned((6, cols), unlike(weight), CPU)
+    decode_rows(desc, ids, rows, cols, out)
+    assert same_bits(out, to_torch(weight[np.clip(ids.numpy(), 0, rows - 1)]))
+    assert fast.payload.size  # alive until here
+
+
+@pytest.mark.parametrize("word", range(4))
+def test_a_changed_descriptor_is_not_followed(word: int) -> None:
+    weight = MATRICES["37 x 333"]
+    fast, desc = described(weight)
+    desc[word] ^= 1 << 20
+    out, status = decoded(fast, desc, 0)
+    assert out.isnan().all()
+    assert (status == 4).all()
+    rows = poisoned((1, 333), 0, CPU)
+    decode_rows(desc, torch.tensor([5]), 37, 333, rows)
+    assert rows.isnan().all()
+
+
+def test_a_descriptor_is_not_followed_as_one_of_the_transposed_shape() -> None:
+    fast, desc = described(MATRICES["whole tiles"])
+    out = poisoned((128 * 1024,), 0, CPU)
+    status = torch.full((16,), -1, dtype=torch.int32)
+    decode(desc, 1024, 128, out, status)
+    assert out.isnan().all()
+    assert (status == 4).all()
+    assert fast.payload.size
+
+
+@pytest.mark.parametrize("start", [600, 0xFFFFFFFF])
+def test_starts_that_contradict_each_other_are_reported(start: int) -> None:
+    weight = MATRICES["raw tiles"].copy()
+    weight[:64, :128] = 0  # raw, 4096 entries
+    fast, desc = described(weight)
+    fast.starts[1] = start
+    _, status = decoded(fast, desc, 0)
+    assert status.nonzero()[:, 0].tolist() == [0, 1]

@@ -153,6 +153,11 @@ class FastTensor:
         return self.payload[start : start + 4 * self.layout.num_entries].view(np.uint32)
 
 
+def size(rows: int, cols: int) -> int:
+    """Return what the seal of a matrix's descriptor covers; it is no number of tiles, which is below 2**32."""
+    return rows << 32 | cols
+
+
 def half_base_of(counts: list[int]) -> int:
     """Return half of the best base: of its 16 exponents occur most weights; the smallest such base.
 

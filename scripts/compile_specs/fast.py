@@ -1,0 +1,47 @@
+"""The kernels that decode the fast layout."""
+
+from compile_specs.spec import CONSTANT, CompileSpec
+
+from vllm_dfloat.codec.fast_layout import TILE_COLS
+from vllm_dfloat.kernels import fast_decode, fast_rows
+from vllm_dfloat.kernels.configs import DEFAULT, FAST_ROWS_NUM_WARPS, FAST_ROWS_TILES_PER_PROGRAM
+
+_ROWS, _TILES = DEFAULT.fast_rows_per_program, DEFAULT.fast_tiles_per_program
+_CONSTANTS = dict(
+    ROWS=_ROWS, STEP=DEFAULT.fast_rows_at_once, TILES=_TILES, AT_ONCE=DEFAULT.fast_weights_at_once
+)  # fmt: skip
+
+WHOLE = [
+    CompileSpec(
+        name=name,
+        fn=fast_decode._fast_decode_kernel,
+        signature=dict(
+            desc_ptr="*i64", out_ptr="*u16", status_ptr="*i32", rows="i32", cols="i32", salt="i64", low_bytes="i32",
+            ROWS=CONSTANT, STEP=CONSTANT, TILES=CONSTANT, AT_ONCE=CONSTANT, COLS_FACTOR=CONSTANT, WHOLE=CONSTANT,
+            PRMT=CONSTANT,
+        ),
+        constexprs=_CONSTANTS | dict(COLS_FACTOR=factor, WHOLE=whole, PRMT=prmt),
+        aligned_args=("desc_ptr", "out_ptr", "status_ptr"),
+        num_warps=DEFAULT.fast_num_warps,
+        weights_per_program=_ROWS * _TILES * TILE_COLS,
+    )
+    for name, factor, whole, prmt in (
+        ("fast_decode", 16, True, True), ("fast_decode_plain", 16, True, False),
+        ("fast_decode_partial", 16, False, True), ("fast_decode_8", 8, False, True), ("fast_decode_1", 1, False, True),
+    )
+]  # fmt: skip
+ROWS = [
+    CompileSpec(
+        name=name,
+        fn=fast_rows._fast_rows_kernel,
+        signature=dict(
+            desc_ptr="*i64", ids_ptr="*i32", out_ptr="*u16", rows="i32", cols="i32", salt="i64", low_bytes="i32",
+            TILES=CONSTANT, COLS_FACTOR=CONSTANT, PRMT=CONSTANT,
+        ),
+        constexprs=dict(TILES=FAST_ROWS_TILES_PER_PROGRAM, COLS_FACTOR=factor, PRMT=True),
+        aligned_args=("desc_ptr", "ids_ptr", "out_ptr"),
+        num_warps=FAST_ROWS_NUM_WARPS,
+        weights_per_program=FAST_ROWS_TILES_PER_PROGRAM * TILE_COLS,
+    )
+    for name, factor in (("fast_rows", 16), ("fast_rows_1", 1))
+]  # fmt: skip
