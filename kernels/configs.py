@@ -58,10 +58,10 @@ class LaunchConfig:
     dfloat11_encode_tiles_per_program: int = 8
     dfloat11_encode_num_warps: int = 4
     dfloat11_split_weights: int = 4096
-    fast_rows_per_program: int = 64
+    fast_rows_per_program: int = 16
     fast_rows_at_once: int = 4
     fast_tiles_per_program: int = 4
-    fast_weights_at_once: int = 16
+    fast_weights_at_once: int = 8
     fast_num_warps: int = 4
     measured: bool = False
 
@@ -72,8 +72,10 @@ INTERPRETED = LaunchConfig(
     decode_tiles_per_program=64,
     fused_gemv_tiles_per_program=64,
     dfloat11_encode_tiles_per_program=128,
+    fast_rows_per_program=64,
     fast_rows_at_once=64,
     fast_tiles_per_program=8,
+    fast_weights_at_once=16,
 )
 # The same on every device: the shape of the statuses depends on the first; no other value of the second was tried.
 ROWS_TILES_PER_PROGRAM = 2  # tiles per program of the kernel that decodes chosen rows: one warp

@@ -33,6 +33,7 @@ SECTIONS = {  # the most important come first: time may run out
     "decode_rows": ("bench.kernels.decode", "run_rows"),
     "layouts": ("bench.kernels.units", "run"),
     "slabs": ("bench.kernels.slabs", "run"),
+    "fast": ("bench.kernels.fast_decode", "run"),
 }
 ROUNDS = 21
 

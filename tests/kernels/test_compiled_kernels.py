@@ -26,7 +26,7 @@ OTHER_NUMPY = "numpy>=2.4,<2.5"  # current hosts have it together with Triton 3.
 FORMS = (
     "decode", "decode_group", "decode_rows", "decode_dfloat11", "decode_dfloat11_resident", "decode_dfloat11_rows",
     "encode_count", "encode_measure", "encode_write", "encode_dfloat11_measure", "encode_dfloat11_write",
-    "encode_dfloat11_split", "gemv_1", "dot_16", "sum_1",
+    "encode_dfloat11_split", "gemv_1", "dot_16", "sum_1", "fast_decode", "fast_rows",
 )  # fmt: skip
 
 # Kernels whose threads must wait for each other in every turn of a loop, with any compiler: operands go to the tensor
@@ -96,6 +96,17 @@ def test_decode_kernel_keeps_to_its_instruction_budget(report: Rows) -> None:
     assert row["registers"] <= 64
     assert row["spilled_bytes"] == 0
     assert row["barriers"] == 0
+    assert row["widest_store_bits"] == 128
+
+
+@pytest.mark.parametrize("name", ["fast_decode", "fast_decode_plain", "fast_decode_8", "fast_rows"])
+def test_fast_kernels_exchange_nothing_between_threads_and_store_16_bytes(
+    name: str, report: Rows
+) -> None:
+    # Bug caught: words of nibbles loaded four a thread, then moved through shared memory to the threads of their bytes.
+    row = report[name, "sm_90"]
+    assert row["shared_bytes"] == 0
+    assert row["barriers"] == 1  # before escapes are stored
     assert row["widest_store_bits"] == 128
 
 

@@ -7,7 +7,7 @@ knows it, and a number that only this process knows. Whoever follows a descripto
 device and in every forward pass (kernels/tiles.py; packed_weight.py for the CPU).
 
     0  address of the payload
-    1  kind: 0 coded, 1 raw BF16
+    1  kind: 0 coded, 1 raw BF16, 2 the fast layout
     2  sizes: two numbers of the layout, the first in the lower 32 bits
     3  seal: the sum of the three, each times an odd number, and of the salt, modulo 2**64
 
@@ -20,7 +20,7 @@ import functools
 import secrets
 
 DESC_LENGTH = 4
-KIND_PACKED, KIND_RAW = 0, 1
+KIND_PACKED, KIND_RAW, KIND_FAST = 0, 1, 2
 
 # Odd, without a pattern, and of 32 bits: on a GPU a product with 64 bits is two instructions then.
 ADDRESS_FACTOR, KIND_FACTOR, SIZES_FACTOR = 0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35
@@ -47,7 +47,8 @@ def salt(place: int, size: int) -> int:
 
     Args:
         place: address of the descriptor.
-        size: of the matrix: its tiles in the packed layout; in the official one minus the number of its weights.
+        size: of the matrix: its tiles in the packed layout; in the official one minus the number of its weights; in
+            the fast one both its sides.
     """
     return signed(_secret() + place * _PLACE_FACTOR + size * _SIZE_FACTOR)
 
