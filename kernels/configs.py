@@ -79,11 +79,10 @@ INTERPRETED = LaunchConfig(
 )
 # The same on every device: the shape of the statuses depends on the first; no other value of the second was tried.
 ROWS_TILES_PER_PROGRAM = 2  # tiles per program of the kernel that decodes chosen rows: one warp
-FAST_ROWS_TILES_PER_PROGRAM, FAST_ROWS_NUM_WARPS = (
-    8,
-    2,
-)  # of the kernel that decodes chosen rows of the fast layout
 SUM_ROWS = 32  # output rows per program of the kernel that adds the fused kernel's partial sums
+# The same on every device: of the kernel that decodes chosen rows of the fast layout; no other value was tried.
+FAST_ROWS_TILES_PER_PROGRAM = 8
+FAST_ROWS_NUM_WARPS = 2
 
 # A part of the device's name, or its compute capability -> parameters. A name is preferred to a capability, the longest
 # name to shorter ones; the default is used last.

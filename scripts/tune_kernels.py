@@ -32,7 +32,7 @@ CANDIDATES: dict[str, tuple[int, ...]] = {  # Triton takes powers of two
     "fused_dot_num_warps": (2, 4, 8),
 }
 DERIVED = ("fused_max_rows", "group_decode_max_numel")
-NOT_TUNED = (  # of the encoders, which see a weight once
+NOT_TUNED = (  # of the encoders, which see a weight once, and of the fast layout, tried together on an H100
     "count_window_tiles_per_program",
     "count_tiles_per_program",
     "count_num_warps",
@@ -40,6 +40,11 @@ NOT_TUNED = (  # of the encoders, which see a weight once
     "dfloat11_encode_tiles_per_program",
     "dfloat11_encode_num_warps",
     "dfloat11_split_weights",
+    "fast_rows_per_program",
+    "fast_rows_at_once",
+    "fast_tiles_per_program",
+    "fast_weights_at_once",
+    "fast_num_warps",
 )
 
 
