@@ -13,6 +13,37 @@ import torch
 
 
 @dataclass(frozen=True)
+class FastProduct:
+    """How the product with the fast layout (fast_matmul.py) is launched on one kind of device.
+
+    Attributes:
+        gemv_turns: rows of weights per warp of the form without tensor cores.
+        gemv_groups: groups of 16 columns that a warp takes at a time; a multiple of 32.
+        gemv_num_warps: warps per program; gemv_turns times this divides 64.
+        gemv_programs: with fewer programs the columns are cut in two parts.
+        dot_rows: rows of weights per program of the form with tensor cores, 64 or 128.
+        dot_cols: columns at a time, 128 or 256.
+        dot_num_stages: how many times as many columns are in shared memory.
+        dot_num_warps: warps per program, 4, or 8 for 128 rows.
+        dot_programs: with fewer programs the columns are cut in 2, 4 or 8 parts, for up to 32 rows of activations.
+        dot_programs_beyond_32: the same for more rows.
+        measured: False if the values are estimated.
+    """
+
+    gemv_turns: int = 4
+    gemv_groups: int = 32
+    gemv_num_warps: int = 4
+    gemv_programs: int = 330
+    dot_rows: int = 64
+    dot_cols: int = 128
+    dot_num_stages: int = 3
+    dot_num_warps: int = 4
+    dot_programs: int = 384
+    dot_programs_beyond_32: int = 256
+    measured: bool = False
+
+
+@dataclass(frozen=True)
 class LaunchConfig:
     """How the kernels are launched on one kind of device.
 
@@ -41,7 +72,8 @@ class LaunchConfig:
         fast_tiles_per_program: tiles of a row of tiles per program, 128 columns each; a power of two.
         fast_weights_at_once: weights of a thread at a time, 8 or 16.
         fast_num_warps: warps per program of the fast decode kernel.
-        measured: False if the values are estimated, not measured.
+        fast_product: of the product with the fast layout.
+        measured: False if the values are estimated, not measured; those of `fast_product` say so themselves.
     """
 
     decode_tiles_per_program: int = 2
@@ -63,6 +95,7 @@ class LaunchConfig:
     fast_tiles_per_program: int = 4
     fast_weights_at_once: int = 8
     fast_num_warps: int = 4
+    fast_product: FastProduct = FastProduct()
     measured: bool = False
 
 
@@ -90,9 +123,8 @@ CONFIGS: dict[str | tuple[int, int], LaunchConfig] = {
     (8, 0): LaunchConfig(),  # A100
     (8, 9): LaunchConfig(),  # Ada: L4, L40S, RTX 40
     (9, 0): LaunchConfig(),  # Hopper: H100, H200
-    "NVIDIA H100 80GB HBM3": LaunchConfig(
-        measured=True
-    ),  # 2026-11-27, driver 580.159.04, torch 2.11, Triton 3.6.0
+    # 2026-11-27, driver 580.159.04, torch 2.11, Triton 3.6.0
+    "NVIDIA H100 80GB HBM3": LaunchConfig(fast_product=FastProduct(measured=True), measured=True),
     (10, 0): LaunchConfig(),  # Blackwell: B200
 }
 

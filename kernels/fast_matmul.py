@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 
 from vllm_dfloat.codec.fast_layout import TILE_COLS, FastLayout
+from vllm_dfloat.kernels.configs import FastProduct
 from vllm_dfloat.kernels.fast_escapes import PERMUTED, PLAIN, _round
 from vllm_dfloat.kernels.fast_matmul_dot import _dot_kernel
 from vllm_dfloat.kernels.fast_matmul_gemv import _gemv_kernel
@@ -30,6 +31,7 @@ from vllm_dfloat.kernels.fast_planes import LOW_BYTES
 MAX_GEMV_ROWS = 4
 MAX_ROWS = 64
 MAX_COLS = 2**31 // MAX_ROWS
+MAX_PARTS = 8
 SUM_ROWS = 256  # rows of w per program of the kernel that adds the sums of parts
 
 
@@ -69,7 +71,7 @@ class DotShape:
 
     rows: int = 64
     cols: int = 128
-    stages: int = 4
+    stages: int = 3
     warps: int = 4
     parts: int = 1
 
@@ -96,6 +98,23 @@ class GemvShape:
 def is_supported(cols: int) -> bool:
     """Return whether `matmul` takes matrices of `cols` columns: multiples of 128, within reach of 32-bit offsets."""
     return 0 < cols < MAX_COLS and cols % TILE_COLS == 0
+
+
+def launch_shape(config: FastProduct, rows: int, cols: int, num_x: int) -> DotShape | GemvShape:
+    """Return how to launch the kernel that multiplies `num_x` rows by a matrix [rows, cols].
+
+    Few programs leave multiprocessors idle, so the columns of a matrix of few rows are cut in parts.
+    """
+    if num_x <= MAX_GEMV_ROWS:
+        per_program = config.gemv_turns * config.gemv_num_warps
+        parts = 2 if triton.cdiv(rows, per_program) < config.gemv_programs else 1
+        return GemvShape(config.gemv_turns, config.gemv_groups, 1, config.gemv_num_warps, parts)
+    wanted = config.dot_programs if num_x <= 32 else config.dot_programs_beyond_32
+    programs, parts = triton.cdiv(rows, config.dot_rows), 1
+    while parts < MAX_PARTS and programs * parts < wanted:
+        parts *= 2
+    dot_cols = config.dot_cols if cols % config.dot_cols == 0 else TILE_COLS
+    return DotShape(config.dot_rows, dot_cols, config.dot_num_stages, config.dot_num_warps, parts)
 
 
 def compiled_rows(num_x: int, shape: DotShape | GemvShape) -> int:

@@ -29,6 +29,7 @@ SECTIONS = {  # the most important come first: time may run out
     "decode": ("bench.kernels.decode", "run"),
     "encode": ("bench.kernels.decode", "run_encode"),
     "fused": ("bench.kernels.fused", "run"),
+    "fast_fused": ("bench.kernels.fast_fused", "run"),
     "block": ("bench.kernels.groups", "run"),
     "decode_rows": ("bench.kernels.decode", "run_rows"),
     "layouts": ("bench.kernels.units", "run"),

@@ -26,7 +26,7 @@ from typing import Any
 os.environ.pop("TRITON_INTERPRET", None)  # interpreted functions cannot be compiled
 
 import triton
-from compile_specs import decode, encode, fast, matmul
+from compile_specs import decode, encode, fast, fast_matmul, matmul
 from compile_specs.spec import TARGETS, CompileSpec
 
 TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -40,7 +40,8 @@ RESOURCE = re.compile(r"(REG|STACK|SHARED|LOCAL):(\d+)")
 def specs() -> list[CompileSpec]:
     return [
         *decode.PACKED, *decode.ROWS, *decode.OFFICIAL, *encode.COUNT, *encode.PACKED, *encode.OFFICIAL,
-        *matmul.GEMV, *matmul.DOT, *matmul.SUM, *fast.WHOLE, *fast.ROWS,
+        *matmul.GEMV, *matmul.DOT, *matmul.SUM, *fast.WHOLE, *fast.ROWS, *fast_matmul.GEMV, *fast_matmul.DOT,
+        *fast_matmul.SUM,
     ]  # fmt: skip
 
 

@@ -45,6 +45,7 @@ NOT_TUNED = (  # of the encoders, which see a weight once, and of the fast layou
     "fast_tiles_per_program",
     "fast_weights_at_once",
     "fast_num_warps",
+    "fast_product",  # its shapes are compared by bench_kernels.py --only fast_fused
 )
 
 

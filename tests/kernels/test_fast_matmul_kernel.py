@@ -7,6 +7,7 @@ from helpers import assert_within_bound, bf16_bits, gaussian, same_bits, to_torc
 from vllm_dfloat.codec import fast_layout
 from vllm_dfloat.device import fast_encode
 from vllm_dfloat.kernels import fast_matmul as kernels
+from vllm_dfloat.kernels.configs import FastProduct, config_for
 from vllm_dfloat.kernels.fast_matmul import DotShape, FastMatrix, GemvShape
 
 Shape = DotShape | GemvShape
@@ -128,6 +129,35 @@ def test_damaged_starts_and_entries_are_not_followed_out_of_the_payload(shape: S
         multiply(
             damaged, x, shape
         )  # ends, and in the interpreter an access outside would be a crash
+
+
+@pytest.mark.parametrize(
+    ("rows", "cols", "parts"),
+    [
+        (28_672, 4096, {1: 1, 16: 1, 64: 1}),
+        (6144, 4096, {1: 1, 16: 4, 64: 4}),
+        (4096, 14_336, {1: 2, 16: 8, 64: 4}),
+        (4096, 4096, {1: 2, 16: 8, 64: 4}),
+        (64, 128, {1: 2, 16: 8, 64: 8}),
+    ],
+)
+def test_columns_are_cut_in_the_parts_that_were_best_on_an_h100(
+    rows: int, cols: int, parts: dict[int, int]
+) -> None:
+    config = config_for("NVIDIA H100 80GB HBM3", (9, 0)).fast_product
+    assert config.measured
+    for num_x, expected in parts.items():
+        shape = kernels.launch_shape(config, rows, cols, num_x)
+        assert isinstance(shape, GemvShape) == (num_x <= kernels.MAX_GEMV_ROWS)
+        assert shape.parts == expected
+
+
+@pytest.mark.parametrize("num_rows", [4, 5, 64])
+def test_more_parts_than_columns_at_a_time_still_add_up(num_rows: int) -> None:
+    # Bug caught: parts without columns, whose sums are not written.
+    weight, x = to_torch(gaussian(5, 256)), activations(num_rows, 256)
+    shape = kernels.launch_shape(FastProduct(), 5, 256, num_rows)
+    assert_within_bound(multiply(held(weight), x, shape), weight, x)
 
 
 def test_columns_that_are_no_whole_tiles_are_not_supported() -> None:

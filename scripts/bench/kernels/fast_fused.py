@@ -1,0 +1,237 @@
+"""Measure the product with the fast layout against cuBLAS on BF16 weights, for several ways to launch its kernels.
+
+First each kernel multiplies a small hard matrix, with escapes, a raw tile and a row of zeros, and the product is
+compared with one in FP64; the forms that are not Triton alone are compared bit for bit with each other. Kernels compile
+in processes of their own, because that takes most of the time. Of the weights of large matrices 0.03 % are escapes, as
+in trained ones.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
+from typing import Any, NamedTuple
+
+import torch
+from bench.kernels.fused import LLAMA_8B
+from bench.kernels.timing import Bench, Call, WrongBitsError, expect_same_bits
+from torch.nn import functional
+
+from vllm_dfloat.device import fast_encode
+from vllm_dfloat.kernels import fast_matmul as kernels
+from vllm_dfloat.kernels.fast_escapes import PATCHED, PERMUTED, PLAIN
+from vllm_dfloat.kernels.fast_matmul import DotShape, FastMatrix, GemvShape
+
+NAMES = {PLAIN: "plain", PATCHED: "patched", PERMUTED: "prmt"}
+NUM_X = (1, 16, 8, 64, 4, 2, 32)
+GEMV = (
+    GemvShape(), GemvShape(turns=2, groups=64), GemvShape(turns=1, groups=64), GemvShape(turns=2, warps=8),
+    GemvShape(warps=8), GemvShape(turns=8, warps=2),
+)  # fmt: skip
+DOT = (
+    DotShape(), DotShape(stages=4), DotShape(rows=128, warps=8), DotShape(rows=128), DotShape(cols=256),
+    DotShape(stages=6),
+)  # fmt: skip
+PARTS = {"gate_up": (1, 2), "o": (2, 4, 8), "down": (2, 4, 7, 14), "qkv": (1, 2, 4, 8)}
+ESCAPES = 3e-4
+HARD_ROWS, HARD_COLS = 208, 1024
+
+
+class Kernel(NamedTuple):
+    """One compiled kernel: its shape with 1 part or 2, its form, and the rows of x that it is compiled for."""
+
+    shape: DotShape | GemvShape
+    form: int
+    num_x: int
+
+
+def run(bench: Bench) -> None:
+    if not bench.is_gpu:
+        return _rehearse(bench)
+    pool = ProcessPoolExecutor(max(1, (os.cpu_count() or 2) - 1), mp_context=get_context("spawn"))
+    try:
+        _run(bench, {kernel: pool.submit(compile_kernel, kernel) for kernel in _kernels()})
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _rehearse(bench: Bench) -> None:
+    for num_x, shape in ((1, GemvShape()), (5, DotShape(parts=2))):
+        if not bench.begin("fast_fused", f"tiny 64 x 256, {num_x} rows"):
+            continue
+        matrix, weight = _matrix(64, 256, bench.device)
+        _measure(bench, "tiny", [weight], [matrix], num_x, [Kernel(shape, PLAIN, num_x)])
+
+
+def _run(bench: Bench, compiled: dict[Kernel, Future[None]]) -> None:
+    checked: dict[Kernel, bool] = {}
+    if bench.begin("fast_fused", "forms"):
+        for kernel in compiled:
+            if kernel.form != PERMUTED:
+                _check(bench, kernel, compiled, checked)
+    for name, (rows, cols) in LLAMA_8B.items():
+        if not bench.begin("fast_fused", f"{name} {rows} x {cols}"):
+            continue
+        matrix, weight = _matrix(rows, cols, bench.device)
+        sets = bench.num_sets(4 * sum(part.numel() for part in matrix[:4]))
+        weights = [weight] + [weight.clone() for _ in range(sets - 1)]
+        held = [matrix] + [_copy(matrix) for _ in range(sets - 1)]
+        for num_x in NUM_X:
+            if bench.begin("fast_fused", f"{name} {rows} x {cols}, {num_x} rows"):
+                tried = [
+                    Kernel(replace(kernel.shape, parts=parts), kernel.form, num_x)
+                    for kernel in compiled
+                    for parts in PARTS[name]
+                    if kernel.num_x == kernels.compiled_rows(num_x, kernel.shape)
+                    and kernel.form == PERMUTED
+                    and (parts > 1) == (kernel.shape.parts > 1)
+                    and _check(bench, kernel, compiled, checked)
+                ]
+                _measure(bench, name, weights, held, num_x, tried)
+
+
+def _kernels() -> Iterator[Kernel]:
+    """Yield what must be compiled, the most important first."""
+    for num_x in dict.fromkeys(
+        kernels.compiled_rows(n, s) for n in NUM_X for s in (GEMV[0], DOT[0])
+    ):
+        shapes = GEMV if num_x <= kernels.MAX_GEMV_ROWS else DOT
+        for shape in shapes[: len(shapes) if num_x in (1, 16) else 4]:
+            for parts in (1, 2):
+                yield Kernel(replace(shape, parts=parts), PERMUTED, num_x)
+    for form in (PATCHED, PLAIN):
+        yield Kernel(GEMV[0], form, 1)
+        yield Kernel(DOT[0], form, 16)
+
+
+def compile_kernel(kernel: Kernel) -> None:
+    """Compile one kernel into Triton's cache on disk, by launching it."""
+    device = torch.device("cuda")
+    x = torch.zeros(kernel.num_x, 128, dtype=torch.bfloat16, device=device)
+    encoded = fast_encode.encode(torch.ones(64, 128, dtype=torch.bfloat16, device=device))
+    assert encoded is not None
+    _product(x, FastMatrix.of(*encoded), kernel)
+    torch.cuda.synchronize()
+
+
+def _product(x: torch.Tensor, matrix: FastMatrix, kernel: Kernel) -> torch.Tensor:
+    """Return the product, computed in memory of NaNs."""
+    out = torch.full((len(x), matrix.rows), float("nan"), dtype=torch.bfloat16, device=x.device)
+    size = kernels.num_partials(matrix.rows, len(x), kernel.shape)
+    partials = torch.full((size,), float("nan"), device=x.device)
+    kernels.matmul(x, matrix, None, out, partials, kernel.shape, kernel.form)
+    return out
+
+
+def _matrix(rows: int, cols: int, device: torch.device) -> tuple[FastMatrix, torch.Tensor]:
+    generator = torch.Generator(device=device).manual_seed(7)
+    weight = torch.randn(rows, cols, generator=generator, device=device).mul_(0.02).bfloat16()
+    count = int(ESCAPES * weight.numel())
+    at = torch.randint(weight.numel(), (count,), generator=generator, device=device)
+    weight.view(-1)[at] = (weight.view(-1)[at].float() * 2.0**-24).bfloat16()
+    return _held(weight), weight
+
+
+def _hard(device: torch.device) -> torch.Tensor:
+    _, weight = _matrix(HARD_ROWS, HARD_COLS, device)
+    weight[1] = 0
+    weight[64, 0] = weight[65, 127] = weight[69, 255] = weight[-1, -1] = 1e-30
+    weight[66, 130:140] = 1e30
+    spread = torch.randn(64, 128, generator=torch.Generator().manual_seed(1)).to(device)
+    weight[:64, 128:256] = (0.02 * torch.exp(8 * spread)).bfloat16()
+    return weight
+
+
+def _held(weight: torch.Tensor) -> FastMatrix:
+    encoded = fast_encode.encode(weight)
+    assert encoded is not None  # such weights take 12 to 13 bits
+    return FastMatrix.of(*encoded)
+
+
+def _copy(matrix: FastMatrix) -> FastMatrix:
+    low, high, starts, entries = (part.clone() for part in matrix[:4])
+    return FastMatrix(low, high, starts, entries, *matrix[4:])
+
+
+def _check(
+    bench: Bench,
+    kernel: Kernel,
+    compiled: dict[Kernel, Future[None]],
+    checked: dict[Kernel, bool],
+) -> bool:
+    """Return whether the kernel could be compiled; compare its product, once, with FP64 and with the other forms."""
+    if kernel in checked:
+        return checked[kernel]
+    try:
+        compiled[kernel].result(timeout=max(0.1, bench.deadline - time.monotonic()))
+    except Exception as error:
+        bench.skip("fast_fused", "forms", _name(kernel), f"{type(error).__name__}: {error}"[-200:])
+        checked[kernel] = False
+        return False
+    checked[kernel] = True
+    weight = _hard(bench.device)
+    matrix = _held(weight)
+    x = torch.randn(kernel.num_x, HARD_COLS, device=bench.device).bfloat16()
+    bench.compare(_compare, x, matrix, weight, kernel)
+    if kernel.form != PERMUTED:
+        twin = kernel._replace(form=PERMUTED)
+        found, expected = _product(x, matrix, kernel), _product(x, matrix, twin)
+        bench.compare(expect_same_bits, found, expected, f"{_name(kernel)} against prmt")
+    return True
+
+
+def _compare(x: torch.Tensor, matrix: FastMatrix, weight: torch.Tensor, kernel: Kernel) -> None:
+    """Raise WrongBitsError unless two products are equal and within the bound of kernels/fast_matmul.py."""
+    out = _product(x, matrix, kernel)
+    exact = x.double() @ weight.double().T
+    lost = (matrix.cols + 1) * 2**-23 * (x.double().abs() @ weight.double().abs().T)
+    bound = (lost + 2**-8 * (exact.abs() + lost)).clamp_min(1e-300)
+    excess = ((out.double() - exact).abs() / bound).nan_to_num(nan=float("inf")).max().item()
+    if not excess <= 1:
+        raise WrongBitsError(f"{_name(kernel)}: an error of {excess:.3g} times its bound")
+    expect_same_bits(_product(x, matrix, kernel), out, f"{_name(kernel)}, a second time")
+
+
+def _name(kernel: Kernel) -> str:
+    shape = kernel.shape
+    kind = "dot" if isinstance(shape, DotShape) else "gemv"
+    sizes = [str(value) for value in vars(shape).values()]
+    return f"{kind} {'x'.join(sizes[:-1])} parts {sizes[-1]} {NAMES[kernel.form]}"
+
+
+def _measure(
+    bench: Bench,
+    name: str,
+    weights: list[torch.Tensor],
+    held: list[FastMatrix],
+    num_x: int,
+    tried: list[Kernel],
+) -> None:
+    rows, cols = weights[0].shape
+    x = torch.randn(num_x, cols, device=bench.device).bfloat16()
+    out = torch.empty(num_x, rows, dtype=torch.bfloat16, device=bench.device)
+    sizes = [kernels.num_partials(rows, num_x, kernel.shape) for kernel in tried]
+    partials = torch.empty(max(sizes, default=0), device=bench.device)
+    calls: dict[str, Call] = {"cuBLAS on BF16": lambda i: functional.linear(x, weights[i])}
+    for kernel in tried:
+        bench.compare(_compare, x, held[0], weights[0], kernel)
+        calls[_name(kernel)] = _call(x, held, out, partials, kernel)
+    case = f"{name} {rows} x {cols}, {num_x} rows"
+    bench.measure("fast_fused", case, calls, len(held), 2 * rows * cols)
+
+
+def _call(
+    x: torch.Tensor,
+    held: list[FastMatrix],
+    out: torch.Tensor,
+    partials: torch.Tensor,
+    kernel: Kernel,
+) -> Call:
+    def call(i: int) -> Any:
+        kernels.matmul(x, held[i], None, out, partials, kernel.shape, kernel.form)
+
+    return call

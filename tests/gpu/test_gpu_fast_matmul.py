@@ -1,0 +1,72 @@
+"""The product with the fast layout on a GPU: every form has the same bits, within the bound, each row for itself."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from gpu_helpers import DEVICE, NEEDS_GPU, gaussian, of_size
+from helpers import assert_within_bound, same_bits, to_torch
+
+from vllm_dfloat.device import fast_encode
+from vllm_dfloat.kernels import fast_matmul as kernels
+from vllm_dfloat.kernels.configs import config_of
+from vllm_dfloat.kernels.fast_escapes import FORMS, PLAIN
+from vllm_dfloat.kernels.fast_matmul import DotShape, FastMatrix, GemvShape
+
+pytestmark = NEEDS_GPU
+COLS = 1024
+# Each number of rows of x has its own kernel; and some that leave rows of a kernel empty.
+NUM_ROWS = of_size([1, 2, 3, 4, 5, 16, 17, 33, 64], [3, 5])
+
+
+def hard(rows: int) -> torch.Tensor:
+    """Return a matrix with a raw tile, a row of zeros, and escapes at the edges of tiles and of the matrix."""
+    weight = to_torch(gaussian(rows, COLS))
+    for row, col in (
+        (0, 0),
+        (0, 127),
+        (1, 128),
+        (rows - 1, COLS - 1),
+        (rows - 1, 0),
+        (7, 200),
+        (7, 201),
+    ):
+        weight[row, col] = 1e-30
+    weight[2, 130:138] = 1e20
+    weight[5, 512:640] = 0
+    spread = torch.randn(64, 128, generator=torch.Generator().manual_seed(1)) * 9
+    weight[:64, 384:512] = (weight[:64, 384:512].float() * spread.exp()).bfloat16()
+    return weight.to(DEVICE)
+
+
+def multiply(
+    weight: torch.Tensor, x: torch.Tensor, shape: DotShape | GemvShape, form: int
+) -> torch.Tensor:
+    """Return the kernels' result, computed in poisoned memory."""
+    encoded = fast_encode.encode(weight)
+    assert encoded is not None
+    matrix = FastMatrix.of(*encoded)
+    out = torch.full((len(x), matrix.rows), float("nan"), dtype=torch.bfloat16, device=DEVICE)
+    size = kernels.num_partials(matrix.rows, len(x), shape)
+    partials = torch.full((size,), float("nan"), device=DEVICE)
+    kernels.matmul(x, matrix, None, out, partials, shape, form)
+    return out
+
+
+@pytest.mark.parametrize("parts", of_size([1, 3], [1]))
+@pytest.mark.parametrize("num_rows", NUM_ROWS)
+def test_gpu_forms_have_the_same_bits_within_the_bound_whatever_other_rows_hold(
+    num_rows: int, parts: int
+) -> None:
+    weight = hard(of_size([203], [131])[0])
+    generator = torch.Generator().manual_seed(num_rows)
+    x = torch.randn(num_rows, COLS, generator=generator).bfloat16().to(DEVICE)
+    config = config_of(torch.device(DEVICE)).fast_product
+    shape = replace(kernels.launch_shape(config, len(weight), COLS, num_rows), parts=parts)
+    expected = multiply(weight, x, shape, PLAIN)
+    assert_within_bound(expected, weight, x)
+    for form in of_size(list(FORMS), [PLAIN]):
+        assert same_bits(multiply(weight, x, shape, form), expected)
+        others = torch.full_like(x, float("inf"))
+        others[-1] = x[-1]
+        assert same_bits(multiply(weight, others, shape, form)[-1], expected[-1])
