@@ -130,7 +130,9 @@ def test_the_embedding_of_a_model_without_lm_head_is_compressed(
      "VisionEncoderDecoderModel", "Qwen3ForCausalLM", "InternVLChatModel", "ChatGLMModel"],
 )  # fmt: skip
 def test_the_tied_embedding_of_a_model_with_lm_head_stays(architecture: str) -> None:
-    tensors = stored("model.embed_tokens.weight", "word_embeddings.weight")
+    tensors = stored(
+        "model.embed_tokens.weight", "word_embeddings.weight", "backbone.embeddings.weight"
+    )
     for config in ({}, {"tie_word_embeddings": True}):
         plan = plan_units({"architectures": [architecture], **config}, tensors)
         assert plan.units == ()

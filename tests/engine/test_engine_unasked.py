@@ -1,9 +1,12 @@
 """Embeddings and LM heads that vLLM builds without a quantization config are compressed too, with equal answers."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_models
+import torch
 import unasked_models
 from engines import answers_elsewhere, ask, bf16_answers, engine
 
@@ -32,6 +35,19 @@ def held(llm: Any) -> set[str]:
     """Return the names of the compressed layers; of tied ones only that of the embedding."""
     model = llm.llm_engine.model_executor.driver_worker.get_model()
     return {name for name, layer in model.named_modules() if packed_of(layer) is not None}
+
+
+EMBEDDING = "model.embed_tokens.weight"
+
+
+def set_embedding(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[EMBEDDING] = tensors[EMBEDDING].flip(0).contiguous()
+
+
+def load_embedding(model: torch.nn.Module) -> None:
+    layer: Any = model.get_submodule(EMBEDDING.removesuffix(".weight"))
+    weight = layer.quant_method.dequantize_weight(layer)[:250]
+    model.load_weights([(EMBEDDING, weight.flip(0).contiguous())])
 
 
 def summary(lines: list[str]) -> str:
@@ -72,6 +88,10 @@ def test_tied_embedding_of_a_compressed_folder_is_compressed_and_takes_updates(
         after = ask(llm)
         llm.collective_rpc("reload_weights", kwargs={"weights_path": str(model)})
         assert ask(llm) == before
+        llm.apply_model(load_embedding)
+        updated = ask(llm)
+    tiny_models.edit(shutil.copytree(model, tmp_path / "updated"), set_embedding)
+    assert updated == bf16_answers(tmp_path / "updated") != before
     assert before == bf16_answers(model)
     assert after == bf16_answers(other) != before
     line = summary(log_lines)

@@ -39,7 +39,7 @@ _PUBLISHED_SCOPE = {
     ),
     "FluxTransformer2DModel": re.compile(r"(single_)?transformer_blocks\.\d+\..*"),
 }
-_EMBEDDINGS = {"embed_tokens", "wte", "word_embeddings", "tok_embeddings", "lm_head"}
+_EMBEDDINGS = {"embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embeddings", "lm_head"}
 # Classes without an LM head, such as BertModel, T5EncoderModel, Qwen3ForTokenClassification, but not GPT2LMHeadModel.
 _HEADLESS = re.compile(
     r"(?!.*(LMHead|DoubleHeads|EncoderDecoder|Chat|GLM))"
@@ -163,7 +163,7 @@ def _reason_to_leave(
     if leaf in _ROUTERS:
         return "it is a router, which need not be a linear layer"
     if tied and leaf in _EMBEDDINGS:
-        return "it is embedding and output layer in one, which the format has no name for"
+        return "it is embedding and output layer in one, which the format has no name for; vLLM holds it compressed"
     if scope and not scope.fullmatch(path):
         return "the published releases of this architecture leave it so"
     return ""

@@ -9,12 +9,13 @@ def notes_on(config: ModelConfig, weights: list[Weight], files: Files | None) ->
     """Return remarks: on dtypes, on what stays BF16, and on what a plan leaves out."""
     notes = _of_dtype(config, files)
     whole, compressed = (
-        sum(weight.numel for weight in weights if weight.is_compressed >= wanted) for wanted in (False, True)
+        sum((weight.numel + weight.padding) * weight.itemsize for weight in weights if weight.is_compressed >= wanted)
+        for wanted in (False, True)
     )  # fmt: skip
     kept = _kept(weights)
     if kept:
         share = 100 * compressed / max(1, whole)
-        notes.append(f"{share:.1f} % of the parameters are compressed: {kept} stay BF16")
+        notes.append(f"{share:.2f} % of all weight bytes are compressed: {kept} stay BF16")
     if any(weight.is_of_tower for weight in weights):
         notes.append("activations and cache of the tower are not counted: give --overhead for those")  # fmt: skip
     if config.has_reaches:
@@ -31,7 +32,9 @@ def _kept(weights: list[Weight]) -> str:
     kinds = {
         "experts and their routers": any("experts" in weight.name for weight in kept),
         "convolutions and embeddings of positions": any(
-            "patch" in weight.name or "pos" in weight.name for weight in kept if weight.is_of_tower
+            "patch" in weight.name or "pos" in weight.name or weight.name.endswith("wpe")
+            for weight in kept
+            if weight.is_of_tower or weight.cols > 1
         ),
         "the weights that latent attention reads (kv_b_proj)": any(is_read),
         "linear layers without a quantization method in vLLM": any(

@@ -21,6 +21,9 @@ from vllm_dfloat.storage.stored_tensor import StoredTensor
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 _LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)\.")
+_STAYS_BF16 = re.compile(
+    r"(?<!shared_)expert|(?:^|\.)(?:gate|router|embed_positions|wpe|position_embedding)\.weight$"
+)
 _TOWER = re.compile(r"vis|audio|speech")
 
 
@@ -124,7 +127,8 @@ def _find(files: Files, name: str, config: ModelConfig) -> StoredTensor | None:
 def weights_of_files(files: Files, config: ModelConfig) -> list[Weight]:
     """Return the weights of an architecture without rules, which vLLM may treat differently.
 
-    Every matrix is cut evenly over the ranks, by rows, and every matrix but those of experts is compressed.
+    Every matrix is cut evenly over the ranks, by rows. Every matrix is compressed but those of experts, routers, and
+    embeddings of positions that are torch's own.
     """
     weights = []
     for name, tensor in files.tensors.items():
@@ -135,12 +139,14 @@ def weights_of_files(files: Files, config: ModelConfig) -> list[Weight]:
         layer = int(found.group(1)) if found else -1
         is_matrix = len(tensor.shape) == 2 and name.endswith(".weight") and tensor.dtype in DTYPES
         is_vocab = rows == config.vocab and layer < 0
-        split: Split = "vocab" if is_vocab else "rows" if is_matrix or "expert" in name else "none"
+        stays_bf16 = bool(_STAYS_BF16.search(name))
+        is_cut = (is_matrix and not stays_bf16) or "expert" in name
+        split: Split = "vocab" if is_vocab else "rows" if is_cut else "none"
         itemsize = 2 if tensor.dtype in DTYPES else tensor.num_bytes // max(1, rows * cols)
         weights.append(
             Weight(
                 name.removesuffix(".weight"), (Part(rows),), cols, split, _place(name, layer, config), layer,
-                is_matrix and "expert" not in name, {name: tensor.shape}, itemsize,
+                is_matrix and not stays_bf16, {name: tensor.shape}, itemsize,
             )
         )  # fmt: skip
     return weights

@@ -54,8 +54,24 @@ def _of_class(cls: type) -> frozenset[str]:
     if tree is None:
         return frozenset([UNREADABLE])
     found = [n for n in ast.walk(tree) if isinstance(n, ast.ClassDef) and n.name == cls.__name__]
-    beside = [n for n in tree.body if isinstance(n, ast.FunctionDef)]
+    beside = [node for node in tree.body if _is_helper(node, cls.__module__)]
     return frozenset(name for node in [*found, *beside] for name in _names_in(node))
+
+
+def _is_helper(node: ast.AST, module: str) -> bool:
+    """Return whether a module defines a function here, or a class of something else than a part of the model."""
+    if isinstance(node, ast.ClassDef):
+        cls = getattr(sys.modules[module], node.name, None)
+        return isinstance(cls, type) and not issubclass(cls, torch.nn.Module)
+    return isinstance(node, ast.FunctionDef)
+
+
+def _nodes(root: ast.AST) -> Iterator[ast.AST]:
+    """Yield the nodes below `root`, except those of classes in it: these are looked at if the model has them."""
+    for node in ast.iter_child_nodes(root):
+        if not isinstance(node, ast.ClassDef):
+            yield node
+            yield from _nodes(node)
 
 
 @functools.cache
@@ -70,7 +86,7 @@ def _names_in(root: ast.AST) -> Iterator[str]:
     """Yield the names of what has its weight read, and the attributes of which such a variable is an alias."""
     aliases: dict[str, set[str]] = {}
     harmless: set[ast.AST] = set()
-    for node in ast.walk(root):
+    for node in _nodes(root):
         if isinstance(node, ast.Assign):
             for target in node.targets:
                 if isinstance(target, ast.Name):
@@ -85,7 +101,7 @@ def _names_in(root: ast.AST) -> Iterator[str]:
             and node.func.id == "isinstance"
         ):
             harmless.update(node.args)
-    for node in ast.walk(root):
+    for node in _nodes(root):
         is_load = isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
         if is_load and node.attr == "weight" and node not in harmless:  # type: ignore[attr-defined]
             for name in _owner(node.value):  # type: ignore[attr-defined]
