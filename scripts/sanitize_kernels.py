@@ -117,6 +117,18 @@ def official_held(device: torch.device) -> None:
     check_rows(held, weight, some_rows(weight), "decode_resident_rows", units.decode_rows)
 
 
+def fast_held(device: torch.device) -> None:
+    """Check the fast layout with escapes, a raw tile, and rows that end within a group of 16."""
+    from bench.kernels.fast_decode import check_decode, check_rows, pack
+
+    weight = normal(200, 650, device, seed=3)
+    weight[64:128, 640:] = -0.0
+    weight[5, ::7] = 0.0
+    fast = pack(weight)
+    check_decode(fast, weight, "fast_decode")
+    check_rows(fast, weight, some_rows(weight), "fast_rows")
+
+
 def fused_product(device: torch.device, cols: int, num_x: int) -> None:
     from bench.kernels.fused import check_fused
 
@@ -149,6 +161,7 @@ def checks(device: torch.device) -> dict[str, Callable[[], None]]:
     """Return every check by name; those that compile longest come first."""
     parts = (
         packed_group, packed_decode, packed_rows, encoder, official_unit, official_encoder, official_held,
+        fast_held,
     )  # fmt: skip
     return fused_products(device) | {part.__name__: partial(part, device) for part in parts}
 

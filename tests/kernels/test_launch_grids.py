@@ -13,6 +13,8 @@ from vllm_dfloat.kernels import (
     dfloat11_decode,
     dfloat11_encode,
     encode_count,
+    fast_decode,
+    fast_rows,
     group_decode,
     packed_decode,
     packed_encode,
@@ -30,6 +32,8 @@ MODULES = (
     encode_count,
     dfloat11_encode,
     packed_matmul,
+    fast_decode,
+    fast_rows,
 )
 
 
@@ -99,6 +103,13 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "dot, 1.2 million rows": lambda: multiply(5, 1_200_000, 2048),
     "dot, 60 million rows": lambda: multiply(32, 60_000_000, 2048),
     "dot, tiles that seldom start at the same column": lambda: multiply(32, 1 << 20, (1 << 20) - 8),
+    "fast": lambda: fast_decode.decode(desc(), 1 << 26, 1 << 14, bf16(2), words(1)),
+    "fast rows, many": lambda: fast_rows.decode_rows(
+        desc(), meta(torch.int64, 1 << 24), 4, 8192, bf16(1 << 24, 8192)
+    ),
+    "fast rows, long": lambda: fast_rows.decode_rows(
+        desc(), meta(torch.int64, 2), 4, 1 << 29, bf16(2, 1 << 29)
+    ),
     "dot, few tiles": lambda: multiply(32, 3, (1 << 24) - 8),
 }
 
