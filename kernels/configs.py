@@ -25,6 +25,7 @@ class FastProduct:
         dot_cols: columns at a time, 128 or 256.
         dot_num_stages: how many times as many columns are in shared memory.
         dot_num_warps: warps per program, 4, or 8 for 128 rows.
+        dot_width: neighbouring columns that a thread holds of the operands, see `DotShape`.
         dot_programs: with fewer programs the columns are cut in 2, 4 or 8 parts, for up to 32 rows of activations.
         dot_programs_beyond_32: the same for more rows.
         measured: False if the values are estimated.
@@ -38,6 +39,7 @@ class FastProduct:
     dot_cols: int = 128
     dot_num_stages: int = 3
     dot_num_warps: int = 4
+    dot_width: int = 2
     dot_programs: int = 384
     dot_programs_beyond_32: int = 256
     measured: bool = False
@@ -120,8 +122,8 @@ FAST_ROWS_NUM_WARPS = 2
 # A part of the device's name, or its compute capability -> parameters. A name is preferred to a capability, the longest
 # name to shorter ones; the default is used last.
 CONFIGS: dict[str | tuple[int, int], LaunchConfig] = {
-    (8, 0): LaunchConfig(),  # A100
-    (8, 9): LaunchConfig(),  # Ada: L4, L40S, RTX 40
+    (8, 0): LaunchConfig(fast_product=FastProduct(dot_width=4)),  # A100
+    (8, 9): LaunchConfig(fast_product=FastProduct(dot_width=4)),  # Ada: L4, L40S, RTX 40
     (9, 0): LaunchConfig(),  # Hopper: H100, H200
     # 2026-11-27, driver 580.159.04, torch 2.11, Triton 3.6.0
     "NVIDIA H100 80GB HBM3": LaunchConfig(fast_product=FastProduct(measured=True), measured=True),

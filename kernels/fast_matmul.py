@@ -62,11 +62,13 @@ class DotShape:
     """How the kernel with tensor cores is launched.
 
     Attributes:
-        rows: rows of w per program, 64 or 128; 16 * warps divides it.
+        rows: rows of w per program, 32, 64 or 128; 16 * warps divides it.
         cols: columns at a time, 128 or 256.
-        stages: columns ahead of those multiplied that are loaded, plus 1.
-        warps: 4, or 8 for 128 rows.
+        stages: how many times as many columns are in shared memory.
+        warps: 4, or 8 for 128 rows, for the tensor cores of a warp group, which Hopper has; 1 or 2 for those of a warp.
         parts: parts of the columns.
+        width: neighbouring columns that a thread holds of the operands: 2 for the tensor cores of a warp group, 4 for
+            those of a warp. With the wrong one the result is as good, but weights are exchanged between threads.
     """
 
     rows: int = 64
@@ -74,6 +76,7 @@ class DotShape:
     stages: int = 3
     warps: int = 4
     parts: int = 1
+    width: int = 2
 
 
 @dataclass(frozen=True)
@@ -114,13 +117,17 @@ def launch_shape(config: FastProduct, rows: int, cols: int, num_x: int) -> DotSh
     while parts < MAX_PARTS and programs * parts < wanted:
         parts *= 2
     dot_cols = config.dot_cols if cols % config.dot_cols == 0 else TILE_COLS
-    return DotShape(config.dot_rows, dot_cols, config.dot_num_stages, config.dot_num_warps, parts)
+    return DotShape(
+        config.dot_rows, dot_cols, config.dot_num_stages, config.dot_num_warps, parts, config.dot_width
+    )  # fmt: skip
 
 
 def compiled_rows(num_x: int, shape: DotShape | GemvShape) -> int:
     """Return for how many rows of x the kernel that multiplies `num_x` rows is compiled."""
     padded = 1 << (num_x - 1).bit_length()
-    return padded if isinstance(shape, GemvShape) else max(padded, 16)
+    if isinstance(shape, GemvShape):
+        return padded
+    return max(padded, 8 if shape.width == 4 else 16)
 
 
 def num_partials(rows: int, num_x: int, shape: DotShape | GemvShape) -> int:
@@ -190,7 +197,7 @@ def matmul(
     if isinstance(shape, DotShape):
         _dot_kernel[(triton.cdiv(rows, shape.rows), shape.parts)](
             *weight[:4], x, *rest,
-            shape.rows, shape.cols, shape.parts > 1, shape.stages, shape.warps, form, bias is not None,
+            shape.rows, shape.cols, shape.parts > 1, shape.stages, shape.warps, shape.width, form, bias is not None,
             tl.bfloat16 if is_gpu else tl.float32, num_warps=shape.warps, num_stages=shape.stages,
         )  # fmt: skip
     else:

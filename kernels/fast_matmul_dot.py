@@ -1,9 +1,9 @@
 """The product with a matrix in the fast layout on tensor cores, for up to 64 rows of activations.
 
 A program multiplies BN rows of weights by all columns, or by one of several equal parts of them, BK at a time. Weights
-are the left operand. Tensor cores want 4 neighbouring threads to hold 2 neighbouring columns each, but a thread has a
-whole group of 16; so columns are taken in another order, in which its group is what a thread must hold. The rows of
-activations are put in the same order, and no weight changes its thread.
+are the left operand. Tensor cores want 4 neighbouring threads to hold 2 or 4 neighbouring columns each, but a thread
+has a whole group of 16; so columns are taken in another order, in which its group is what a thread must hold. The rows
+of activations are put in the same order, and no weight changes its thread.
 """
 
 import triton
@@ -36,10 +36,14 @@ def _words(ptr, offset, IS_GPU: tl.constexpr):
 
 
 @triton.jit
-def _operand(a, b, c, d, e, f, g, h, BN: tl.constexpr, BK: tl.constexpr, WARPS: tl.constexpr):
+def _operand(
+    a, b, c, d, e, f, g, h, BN: tl.constexpr, BK: tl.constexpr, WARPS: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
     """Return the words of each group, [BK / 64, BN, 4], as BF16 [BN, BK], rows and columns in the order of the product.
 
-    Column (block, step, half, thread, one of two) is weight (step, half, one of two) of the thread's group.
+    Weight (step, half, one of two) of a thread's group is column (block, step, half, thread, one of two) for the tensor
+    cores of a warp group. For those of a warp, where Triton takes 4 columns of a thread together (WIDTH), it is column
+    (block, step, thread, half, one of two).
     """
     left = tl.join(tl.join(a, e), tl.join(c, g))
     right = tl.join(tl.join(b, f), tl.join(d, h))
@@ -47,15 +51,19 @@ def _operand(a, b, c, d, e, f, g, h, BN: tl.constexpr, BK: tl.constexpr, WARPS: 
     pairs = tl.join(words & 0xFFFF, words >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     # A warp's rows are 8 neighbouring ones, and 8 more for every further turn of all warps.
     pairs = tl.reshape(pairs, [BK // 64, BN // (16 * WARPS), 2, WARPS, 8, 4, 2, 2, 2, 2])
-    pairs = tl.permute(pairs, (1, 3, 2, 4, 0, 6, 7, 8, 5, 9))
+    if WIDTH == 2:
+        pairs = tl.permute(pairs, (1, 3, 2, 4, 0, 6, 7, 8, 5, 9))
+    else:
+        pairs = tl.permute(pairs, (1, 3, 2, 4, 0, 6, 7, 5, 8, 9))
     return tl.reshape(pairs, [BN, BK])
 
 
 @triton.jit
-def _activations(x, BK: tl.constexpr, ROWS: tl.constexpr):
+def _activations(x, BK: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """Return x [ROWS, BK] as [BK, ROWS], columns in the order of `_operand`."""
     x = tl.reshape(x, [ROWS, BK // 64, 4, 4, 2, 2])
-    return tl.reshape(tl.permute(x, (1, 3, 4, 2, 5, 0)), [BK, ROWS])
+    x = tl.permute(x, (1, 3, 4, 2, 5, 0) if WIDTH == 2 else (1, 3, 2, 4, 5, 0))
+    return tl.reshape(x, [BK, ROWS])
 
 
 @triton.jit(do_not_specialize=["base4", "low_bytes", "num_entries", "rows", "num_x"])
@@ -74,11 +82,12 @@ def _dot_kernel(
     cols,  # int32, a multiple of BK
     num_x,  # int32, 1 to ROWS
     ROWS: tl.constexpr,
-    BN: tl.constexpr,  # 64 or 128
+    BN: tl.constexpr,  # 32, 64 or 128
     BK: tl.constexpr,  # 128 or 256
     HAS_PARTS: tl.constexpr,
     STAGES: tl.constexpr,
     WARPS: tl.constexpr,
+    WIDTH: tl.constexpr,  # 2 or 4 neighbouring columns in a thread, see `_operand`
     FORM: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     OPERAND: tl.constexpr,  # bfloat16; float32 in the interpreter, which cannot multiply BF16
@@ -114,7 +123,7 @@ def _dot_kernel(
         codes0, codes1 = tl.split(codes)
         a, b, c, d = _eight_weights(low0, low1, codes0, base4, low_bytes, prmt)
         e, f, g, h = _eight_weights(low2, low3, codes1, base4, low_bytes, prmt)
-        for i in tl.static_range(BN // _TILE_ROWS):
+        for i in tl.static_range((BN + _TILE_ROWS - 1) // _TILE_ROWS):
             for j in tl.static_range(BK // _TILE_COLS):
                 tile_row = first // _TILE_ROWS + i
                 starts = starts_ptr + tile_row * tile_cols + step * (BK // _TILE_COLS) + j
@@ -125,13 +134,13 @@ def _dot_kernel(
                 if stop > entry:
                     column = group - j * _ROW_GROUPS
                     inside = (column >= 0) & (column < _ROW_GROUPS)
-                    number = (row - i * _TILE_ROWS) * _ROW_GROUPS + column
+                    number = (first % _TILE_ROWS + row - i * _TILE_ROWS) * _ROW_GROUPS + column
                     number = tl.where(inside, number, -1)
                     a, b, c, d, e, f, g, h = _patch(
                         a, b, c, d, e, f, g, h, number, entry, stop, entries_ptr, FORM, 4
                     )
-        weights = _operand(a, b, c, d, e, f, g, h, BN, BK, WARPS).to(OPERAND)
-        acc = tl.dot(weights, _activations(xs, BK, ROWS).to(OPERAND), acc)
+        weights = _operand(a, b, c, d, e, f, g, h, BN, BK, WARPS, WIDTH).to(OPERAND)
+        acc = tl.dot(weights, _activations(xs, BK, ROWS, WIDTH).to(OPERAND), acc)
     n = tl.arange(0, BN)[:, None]
     turn = n // (16 * WARPS) * 2 + n // 8 % 2
     out_row = first + (turn * WARPS + n // 16 % WARPS) * 8 + n % 8

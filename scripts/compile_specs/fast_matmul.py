@@ -47,26 +47,29 @@ GEMV = [
         (1, False, PERMUTED), (1, False, PATCHED), (1, True, PERMUTED), (2, False, PERMUTED), (4, False, PERMUTED),
     )
 ]  # fmt: skip
+_DOT_SHAPE = (_CONFIG.dot_rows, _CONFIG.dot_num_warps, 2)
+_WARP_SHAPE = (32, 2, 4)  # for the tensor cores of a warp
 DOT = [
     CompileSpec(
-        name=_name("dot", rows, has_parts, form),
+        name=_name("dot", rows, has_parts, form) + "_warps" * (width == 4),
         fn=fast_matmul_dot._dot_kernel,
         signature=dict(
             **_SECTIONS, x_ptr="*bf16", bias_ptr="*bf16", out_ptr="*fp32" if has_parts else "*u16", **_SIZES,
-            BN=CONSTANT, BK=CONSTANT, HAS_PARTS=CONSTANT, STAGES=CONSTANT, WARPS=CONSTANT, FORM=CONSTANT,
-            HAS_BIAS=CONSTANT, OPERAND=CONSTANT,
+            BN=CONSTANT, BK=CONSTANT, HAS_PARTS=CONSTANT, STAGES=CONSTANT, WARPS=CONSTANT, WIDTH=CONSTANT,
+            FORM=CONSTANT, HAS_BIAS=CONSTANT, OPERAND=CONSTANT,
         ),
         constexprs={
-            "ROWS": rows, "BN": _CONFIG.dot_rows, "BK": _CONFIG.dot_cols, "HAS_PARTS": has_parts,
-            "STAGES": _CONFIG.dot_num_stages, "WARPS": _CONFIG.dot_num_warps, "FORM": form, "HAS_BIAS": True,
-            "OPERAND": tl.bfloat16,
+            "ROWS": rows, "BN": block, "BK": _CONFIG.dot_cols, "HAS_PARTS": has_parts, "STAGES": _CONFIG.dot_num_stages,
+            "WARPS": warps, "WIDTH": width, "FORM": form, "HAS_BIAS": True, "OPERAND": tl.bfloat16,
         },
         aligned_args=_ALIGNED,
-        num_warps=_CONFIG.dot_num_warps,
-        weights_per_program=_CONFIG.dot_rows * _CONFIG.dot_cols,
+        num_warps=warps,
+        weights_per_program=block * _CONFIG.dot_cols,
     )
-    for rows, has_parts, form in (
-        (16, False, PERMUTED), (16, False, PATCHED), (16, True, PERMUTED), (32, False, PERMUTED), (64, False, PERMUTED),
+    for rows, has_parts, form, (block, warps, width) in (
+        (16, False, PERMUTED, _DOT_SHAPE), (16, False, PATCHED, _DOT_SHAPE), (16, True, PERMUTED, _DOT_SHAPE),
+        (32, False, PERMUTED, _DOT_SHAPE), (64, False, PERMUTED, _DOT_SHAPE),
+        (8, False, PERMUTED, _WARP_SHAPE), (16, False, PERMUTED, _WARP_SHAPE),
     )
 ]  # fmt: skip
 SUM = [

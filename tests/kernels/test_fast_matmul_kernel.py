@@ -22,6 +22,8 @@ SHAPES: list[tuple[Shape, int]] = [
     (DotShape(rows=128, warps=8), 33),
     (DotShape(rows=128, cols=256, parts=2), 5),
     (DotShape(cols=256), 64),
+    (DotShape(rows=32, warps=2, width=4), 7),
+    (DotShape(rows=32, warps=1, width=4, parts=2), 9),
 ]
 
 

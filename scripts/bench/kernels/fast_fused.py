@@ -33,8 +33,9 @@ GEMV = (
     GemvShape(warps=8), GemvShape(turns=8, warps=2),
 )  # fmt: skip
 DOT = (
-    DotShape(), DotShape(stages=4), DotShape(rows=128, warps=8), DotShape(rows=128), DotShape(cols=256),
-    DotShape(stages=6),
+    DotShape(), DotShape(rows=32, warps=2, width=4), DotShape(warps=2, width=4), DotShape(rows=32, warps=1, width=4),
+    DotShape(rows=32, stages=4, warps=2, width=4), DotShape(stages=4), DotShape(rows=128, warps=8), DotShape(rows=128),
+    DotShape(cols=256), DotShape(stages=6),
 )  # fmt: skip
 PARTS = {"gate_up": (1, 2), "o": (2, 4, 8), "down": (2, 4, 7, 14), "qkv": (1, 2, 4, 8)}
 ESCAPES = 3e-4
@@ -199,8 +200,8 @@ def _compare(x: torch.Tensor, matrix: FastMatrix, weight: torch.Tensor, kernel: 
 def _name(kernel: Kernel) -> str:
     shape = kernel.shape
     kind = "dot" if isinstance(shape, DotShape) else "gemv"
-    sizes = [str(value) for value in vars(shape).values()]
-    return f"{kind} {'x'.join(sizes[:-1])} parts {sizes[-1]} {NAMES[kernel.form]}"
+    sizes = "x".join(str(value) for name, value in vars(shape).items() if name != "parts")
+    return f"{kind} {sizes} parts {shape.parts} {NAMES[kernel.form]}"
 
 
 def _measure(
