@@ -184,16 +184,22 @@ def save_config(model_class: str, path: Path, config: Any, seed: int = SEED) -> 
     for parameter in model.parameters():  # biases and norms too: zeros and ones would hide mistakes
         if parameter.dim() == 1:
             torch.nn.init.normal_(parameter, mean=parameter.data.mean().item(), std=0.02)
+        elif not parameter.any():  # Gemma 3's projector begins as zeros, and no image would matter
+            torch.nn.init.normal_(parameter, std=0.02)
     model.to(torch.bfloat16).save_pretrained(path)
     return path
 
 
 def tables() -> str:
     """Return the two tables of docs/serving.md."""
+    import multimodal_models  # it uses this module
+
     lines = ["| kind | equal to BF16 vLLM, from BF16 and from DFloat11 files |", "|---|---|"]
     for kind, cases in EQUAL.items():
         names = sorted({model_class(name) for name in cases}, key=str.lower)
         lines.append(f"| {kind} ({len(names)}) | {', '.join(map(short, names))} |")
+    names = sorted(multimodal_models.MODELS, key=str.lower)
+    lines.append(f"| with images or sound ({len(names)}) | {', '.join(map(short, names))} |")
     lines += ["", "| BF16 vLLM 0.32 does not run on that CPU | why |", "|---|---|"]
     for names, why in NOT_RUN.items():
         lines.append(f"| {', '.join(map(short, names.split(', ')))} | {why} |")
@@ -201,7 +207,9 @@ def tables() -> str:
 
 
 def short(name: str) -> str:
-    return name.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
+    for ending in ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel"):
+        name = name.removesuffix(ending)
+    return name
 
 
 if __name__ == "__main__":

@@ -110,14 +110,14 @@ def ask(llm: Any, prompts: list[list[int]] = PROMPTS, num_tokens: int = 12) -> A
     return [
         {
             "tokens": list(output.outputs[0].token_ids),
-            "logprobs": [_values(position) for position in output.outputs[0].logprobs],
-            "prompt_logprobs": [_values(position) for position in output.prompt_logprobs[1:]],
+            "logprobs": [values(position) for position in output.outputs[0].logprobs],
+            "prompt_logprobs": [values(position) for position in output.prompt_logprobs[1:]],
         }
         for output in outputs
     ]
 
 
-def _values(position: dict[int, Any]) -> list[tuple[int, float]]:
+def values(position: dict[int, Any]) -> list[tuple[int, float]]:
     return [(token, position[token].logprob) for token in sorted(position)]
 
 
