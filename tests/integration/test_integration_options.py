@@ -86,7 +86,7 @@ def test_fused_mode_is_refused_where_batches_must_not_matter(
         DFloat11Config().get_quant_method(torch.nn.Linear(1, 1), "x")
 
 
-@pytest.mark.parametrize("load_format", ["tensorizer", "sharded_state", "ipc_cache"])
+@pytest.mark.parametrize("load_format", ["tensorizer", "sharded_state"])
 def test_a_load_format_that_cannot_work_is_refused_before_its_loader_looks_for_anything(
     load_format: str,
 ) -> None:
