@@ -43,6 +43,8 @@ def test_embedding_whose_values_the_model_reads_stays_bf16_and_is_named(
     (line,) = [line for line in log_lines if line.startswith("dfloat11: compressed")]
     assert "compressed 8 of 9 layers" in line
     assert f"not compressed: model.embed_tokens {2 * 256 * 128} bytes, " in line
+    why = "dfloat11: left uncompressed: model.embed_tokens (the model's code reads its BF16 weight)"
+    assert why in log_lines
 
 
 @pytest.mark.parametrize(

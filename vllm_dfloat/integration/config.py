@@ -84,7 +84,7 @@ class DFloat11Config(QuantizationConfig):  # type: ignore[misc]  # vLLM is untyp
         if isinstance(layer, VocabParallelEmbedding):
             return self._embedding_method(layer, prefix)
         if layer_kinds.is_experts(layer):  # models have subclasses, such as GptOssRoutedExperts
-            self._log_left_alone(f"{type(layer).__name__} (mixture of experts)")
+            self.log_left_alone(f"{type(layer).__name__} (mixture of experts)")
         return None  # vLLM's default for this kind of layer
 
     def _embedding_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
@@ -107,7 +107,7 @@ class DFloat11Config(QuantizationConfig):  # type: ignore[misc]  # vLLM is untyp
         dtype = layer_kinds.other_dtype_of_head(model_config)
         if dtype is None or not (is_head or layer_kinds.may_be_lm_head(model_config)):
             return False
-        self._log_left_alone(
+        self.log_left_alone(
             f"the LM head (vLLM reads its BF16 weight, since head_dtype is {dtype})"
         )
         return True
@@ -121,14 +121,14 @@ class DFloat11Config(QuantizationConfig):  # type: ignore[misc]  # vLLM is untyp
         if compat.is_ignored(name, self.options.ignore, self.packed_modules_mapping):
             return True
         if compat.is_gate(layer):
-            self._log_left_alone("GateLinear (router of a mixture of experts)")
+            self.log_left_alone("GateLinear (router of a mixture of experts)")
             return True
         if compat.is_read_by_latent_attention(name):
-            self._log_left_alone("kv_b_proj (latent attention reads its BF16 weight in every step)")
+            self.log_left_alone("kv_b_proj (latent attention reads its BF16 weight in every step)")
             return True
         dtype = getattr(layer, "params_dtype", torch.get_default_dtype())
         if dtype != torch.bfloat16:
-            self._log_left_alone(f"{type(layer).__name__} with {dtype} weights")
+            self.log_left_alone(f"{type(layer).__name__} with {dtype} weights")
             return True
         return False
 
@@ -143,7 +143,8 @@ class DFloat11Config(QuantizationConfig):  # type: ignore[misc]  # vLLM is untyp
                 " of this pipeline stage" if num_stages > 1 else "",
             )
 
-    def _log_left_alone(self, kind: str) -> None:
+    def log_left_alone(self, kind: str) -> None:
+        """Log once per run that layers of this kind stay BF16."""
         if kind not in self._left_alone:
             self._left_alone.add(kind)
             logger.info("dfloat11: left uncompressed: %s", kind)

@@ -28,18 +28,21 @@ def compress(model: torch.nn.Module, vllm_config: Any) -> None:
     if not unasked:
         return
     read = weight_readers.names_read(model)
-    for layer in sorted(
-        unasked, key=layer_kinds.is_lm_head
-    ):  # an embedding before a head that shares its weight
+    for layer in unasked:
         layers = sharing[_memory(layer.weight)]
-        if not _is_unasked(layer) or not _can_be_compressed(layer, layers):
+        if layer_kinds.is_lm_head(layer) and len(layers) > 1:
+            continue  # decided with the embedding, whose weight it has
+        config, name = vllm_config.quant_config, names[layer]
+        if not _can_be_compressed(layer, layers):
+            config.log_left_alone(f"{name} (layers of other kinds share its weight)")
             continue
         if any(
             weight_readers.is_read(one, path, read) for one in layers for path in _paths(one, model)
         ):
+            config.log_left_alone(f"{name} (the model's code reads its BF16 weight)")
             continue
         with compat.as_current(vllm_config):
-            method = vllm_config.quant_config.get_quant_method(layer, names[layer])
+            method = config.get_quant_method(layer, name)
         if isinstance(method, DFloat11EmbeddingMethod):
             _give(method, layer)
             for head in layers:
@@ -87,7 +90,6 @@ def _can_be_compressed(layer: Any, sharing: list[Any]) -> bool:
             and type(other.quant_method) is UnquantizedEmbeddingMethod
             for other in others
         )
-        and not (others and layer_kinds.is_lm_head(layer))
     )
 
 
