@@ -1,4 +1,4 @@
-"""What users ask of an engine besides a greedy answer; each returns all that vLLM says, for comparison to the last bit."""
+"""What users ask of an engine besides a greedy answer; each returns all that vLLM says, for exact comparison."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,8 +9,8 @@ from engines import PROMPTS, SETTINGS, values
 SHARED = [
     [(11 * i) % 250 + 3 for i in range(96)] + [k] for k in (5, 6)
 ]  # three whole blocks, then different ends
-# One engine for all of these: prompts are prefilled in pieces of 64 tokens, and a prompt's blocks are kept. Requests with
-# a seed are short: on a CPU, BF16 vLLM itself fails when such a prompt is prefilled in pieces.
+# One engine for all of these: prompts are prefilled in pieces of 64 tokens, and a prompt's blocks are kept. Requests
+# with a seed are short: on a CPU, BF16 vLLM itself fails when such a prompt is prefilled in pieces.
 ENGINE: dict[str, Any] = {
     **SETTINGS,
     "skip_tokenizer_init": False,
