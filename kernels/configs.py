@@ -52,6 +52,8 @@ class LaunchConfig:
     Attributes:
         decode_tiles_per_program: tiles per program of the packed decode kernel, two per warp; a power of two. On an
             H100 2 take 84 us where 4 take 88 and 8 take 108: fewer warps at a time leave each more of the L1 cache.
+        chosen_programs: most programs of the kernel that decodes chosen experts (expert_decode.py); about four times as
+            many as run at once, so that the last ones end together.
         dfloat11_num_warps: warps of a program that decodes a block of the official layout; with 4, look-ups of 4
             windows overlap in a thread, and nothing spills.
         fused_gemv_tiles_per_program: tiles per program of the fused kernel without tensor cores, two per warp.
@@ -79,6 +81,7 @@ class LaunchConfig:
     """
 
     decode_tiles_per_program: int = 2
+    chosen_programs: int = 16_384
     dfloat11_num_warps: int = 4
     fused_gemv_tiles_per_program: int = 8
     fused_dot_rows: int = 16
@@ -105,6 +108,7 @@ DEFAULT = LaunchConfig()
 # Triton's interpreter runs one program at a time, as NumPy calls: a few large programs are fastest.
 INTERPRETED = LaunchConfig(
     decode_tiles_per_program=64,
+    chosen_programs=4,
     fused_gemv_tiles_per_program=64,
     dfloat11_encode_tiles_per_program=128,
     fast_rows_per_program=64,

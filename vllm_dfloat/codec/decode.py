@@ -62,6 +62,29 @@ def decode_into(packed: PackedTensor, out: U16Array, status: I32Array) -> None:
     )  # fmt: skip
 
 
+def decode_tiles_into(
+    packed: PackedTensor, tiles: I64Array, out: U16Array, status: I32Array
+) -> None:
+    """Write chosen tiles of `packed` to `out`, each in its place, and their status words; write nothing else.
+
+    Args:
+        packed, out, status: as for `decode_into`.
+        tiles: int64 [n], numbers of tiles, each once.
+    """
+    lay = packed.layout
+    if packed.is_raw:
+        shape = lay.num_tiles, TILE_WEIGHTS
+        source = packed.payload.view(np.uint16).reshape(shape)
+        out[: lay.padded_numel].reshape(shape)[tiles] = source[tiles]
+        status[tiles] = STATUS_OK
+        return
+    over_tiles(
+        _decode_chosen_tiles, tiles.size, tiles, packed.lut, packed.sign_mantissa,
+        packed.lane_lengths, packed.tile_starts, packed.words, lay.code_bits,
+        out.view(np.uint32), status,
+    )  # fmt: skip
+
+
 def decode_rows(packed: PackedTensor, rows: I64Array) -> U16Array:
     """Return the chosen rows, uint16 [len(rows), cols]; only the tiles they touch are decoded.
 
@@ -117,6 +140,19 @@ def _decode_tiles(  # type: ignore[no-untyped-def]
     first, last, lut, sign_mantissa, lane_lengths, tile_starts, words, code_bits, out, status
 ):
     for tile in range(first, last):
+        base = tile * (TILE_WEIGHTS // 2)
+        status[tile] = _decode_tile(
+            tile, lut, sign_mantissa, lane_lengths, tile_starts, words, code_bits,
+            out[base : base + TILE_WEIGHTS // 2],
+        )  # fmt: skip
+
+
+@njit(nogil=True, cache=True)
+def _decode_chosen_tiles(  # type: ignore[no-untyped-def]
+    first, last, tiles, lut, sign_mantissa, lane_lengths, tile_starts, words, code_bits, out, status
+):
+    for i in range(first, last):
+        tile = tiles[i]
         base = tile * (TILE_WEIGHTS // 2)
         status[tile] = _decode_tile(
             tile, lut, sign_mantissa, lane_lengths, tile_starts, words, code_bits,

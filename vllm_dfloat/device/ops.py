@@ -70,7 +70,7 @@ def pack(weight: torch.Tensor, name: str = "") -> PackedWeight:
     return PackedWeight(payload, desc, rows, cols, name, fields, checksum(payload))
 
 
-def _packed_at(desc: torch.Tensor, rows: int, cols: int, name: str = "") -> PackedTensor:
+def packed_at(desc: torch.Tensor, rows: int, cols: int, name: str = "") -> PackedTensor:
     """Return the packed matrix that a descriptor in CPU memory points to, without a copy."""
     address, (kind, num_words, code_bits) = follow(desc, num_tiles(rows, cols))
     lay = PackedLayout(rows, cols, 0 if kind == KIND_RAW else num_words, code_bits)
@@ -112,7 +112,7 @@ def launch_decode(
 
         decode_triton(desc, num_tiles(rows, cols), out, status)
     else:
-        packed = _packed_at(desc, rows, cols)
+        packed = packed_at(desc, rows, cols)
         decode_into(packed, out.view(torch.uint16).numpy(), status.numpy())
 
 
@@ -132,7 +132,7 @@ def decode_rows(desc: torch.Tensor, ids: torch.Tensor, rows: int, cols: int) -> 
         out = torch.empty(ids.numel(), cols, dtype=torch.bfloat16, device=ids.device)
         decode_rows_triton(desc, ids, rows, cols, out)
         return out
-    bits = _decode_rows_numba(_packed_at(desc, rows, cols), ids.long().numpy())
+    bits = _decode_rows_numba(packed_at(desc, rows, cols), ids.long().numpy())
     return torch.from_numpy(bits).view(torch.bfloat16)
 
 
@@ -186,7 +186,7 @@ def _unpack_rows(
     packed: PackedWeight, ids: torch.Tensor, rows: int, cols: int, name: str
 ) -> torch.Tensor:
     if not uses_triton(ids.device):
-        bits = _decode_rows_numba(_packed_at(packed.desc, rows, cols, name), ids.long().numpy())
+        bits = _decode_rows_numba(packed_at(packed.desc, rows, cols, name), ids.long().numpy())
         return torch.from_numpy(bits).view(torch.bfloat16)
     from vllm_dfloat.kernels import packed_rows as kernels
 
