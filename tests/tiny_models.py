@@ -101,6 +101,17 @@ def save(
     return path
 
 
+def gpt_oss(path: Path, seed: int) -> Path:
+    """Write a random checkpoint of gpt-oss, whose experts have biases, into `path`, and return it."""
+    torch.manual_seed(seed)
+    config = transformers.GptOssConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=64, num_local_experts=4, num_experts_per_tok=2, layer_types=["full_attention"],
+    )  # fmt: skip
+    transformers.GptOssForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
+    return path
+
+
 def official(name: str) -> Path:
     """Return the folder of an official checkpoint from the test vectors."""
     return VECTORS / f"{name}-df11"

@@ -4,6 +4,7 @@ import ctypes
 import gc
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,8 @@ def bf16_copies(prints: dict[str, bytes]) -> list[str]:
             continue
         with torch._C.DisableTorchFunctionSubclass():  # placeholders tell nobody of their storage
             if thing.dtype == torch.bfloat16 and thing.device.type == "cpu" and thing.numel():
-                storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage()
+                with suppress(RuntimeError):  # as WITHOUT_MEMORY, but of the class Tensor
+                    storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage()
     # The scratch holds the layer that was decoded last, as intended.
     storages.pop(scratch.take(torch.device("cpu"), 0)[0].data_ptr(), None)
     contents = [ctypes.string_at(s.data_ptr(), s.nbytes()) for s in storages.values()]

@@ -202,15 +202,13 @@ def test_made_up_weights_are_compressed_too(
     assert "compressed 10 of 10 layers" in summary(log_lines)
 
 
-def test_experts_stay_bf16_with_a_line_in_the_log(
+def test_experts_are_compressed_and_the_line_says_so(
     bf16_checkpoint: Checkpoint, log_lines: list[str]
 ) -> None:
     model = bf16_checkpoint("qwen3_moe")
     assert answers(model, quantization="dfloat11") == bf16_answers(model)
-    assert (
-        len([line for line in log_lines if line.startswith("dfloat11: left uncompressed: Routed")])
-        == 1
-    )
+    assert "compressed 8 of 10 layers" in summary(log_lines)  # the routers stay
+    assert "; of these the experts of 2 layers " in summary(log_lines)
 
 
 def test_official_single_file_checkpoint_takes_its_config_from_elsewhere(

@@ -28,7 +28,7 @@ def weight() -> WeightPlaceholder:
 
 
 def placeholder(name: str = NAME) -> WeightPlaceholder:
-    return WeightPlaceholder(name, 4, 6, torch.device("cpu"), OTHER.clone)
+    return WeightPlaceholder(name, (4, 6), torch.device("cpu"), OTHER.clone)
 
 
 class Layer(torch.nn.Module):

@@ -13,6 +13,7 @@ from vllm_dfloat.codec.layout import TILE_WEIGHTS
 from vllm_dfloat.errors import DeviceError
 
 MAIN_SLOT = 0
+ALL_SLOTS = "all"
 
 Buffers = tuple[torch.Tensor, torch.Tensor]
 
@@ -21,18 +22,29 @@ class ScratchArena:
     """Buffers that every compressed layer of a process shares, one per device and slot."""
 
     def __init__(self) -> None:
-        self._needed: dict[torch.device, int] = {}
+        self._needed: dict[tuple[torch.device, Hashable], int] = {}
         self._buffers: dict[tuple[torch.device, Hashable], Buffers] = {}
         self._groups: dict[tuple[torch.device, Hashable], tuple[Hashable, set[int]]] = {}
 
-    def require(self, device: torch.device, numel: int) -> None:
-        """Note that layers of up to `numel` weights (whole tiles) will be decoded; allocates nothing."""
-        self._needed[device] = max(self._needed.get(device, 0), numel)
+    def require(
+        self, device: torch.device, numel: int, slots: Iterable[Hashable] = (ALL_SLOTS,)
+    ) -> None:
+        """Note that layers of up to `numel` weights (whole tiles) will be decoded; allocates nothing.
+
+        Args:
+            slots: where; a layer of experts, which is far larger than others, is never decoded on the aux stream.
+        """
+        for slot in slots:
+            self._needed[device, slot] = max(self._needed.get((device, slot), 0), numel)
+
+    def needed(self, device: torch.device, slot: Hashable) -> int:
+        """Return the size of the largest layer noted for a slot."""
+        return max(self._needed.get((device, at), 0) for at in (ALL_SLOTS, slot))
 
     def reserve(self, device: torch.device, slots: Iterable[Hashable] = (MAIN_SLOT,)) -> None:
         """Allocate the buffers of these slots for the largest layer noted."""
         for slot in slots:
-            self.take(device, self._needed.get(device, 0), slot)
+            self.take(device, self.needed(device, slot), slot)
 
     def num_bytes(self, device: torch.device) -> int:
         """Return the bytes that the buffers of all slots on `device` take now."""
@@ -63,7 +75,7 @@ class ScratchArena:
                 f"{device}: a layer of {numel} weights during CUDA graph capture; the scratch holds "
                 f"{held[0].numel()}. Reserve it before capture."
             )
-        numel = max(numel, self._needed.get(device, 0))
+        numel = max(numel, self.needed(device, slot))
         self._buffers.pop(key, None)  # free the old buffer before allocating the new one
         del held
         out = torch.empty(numel, dtype=torch.bfloat16, device=device)

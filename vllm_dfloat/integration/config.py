@@ -30,7 +30,7 @@ class DFloat11Config(QuantizationConfig):  # type: ignore[misc]  # vLLM is untyp
         self.options = options or Options()
         self.is_official = is_official
         self._started = False
-        self._left_alone: set[str] = set()
+        self._logged: set[str] = set()
         self._unused_ignore = set(self.options.ignore)
         _install()
 
@@ -84,8 +84,23 @@ class DFloat11Config(QuantizationConfig):  # type: ignore[misc]  # vLLM is untyp
         if isinstance(layer, VocabParallelEmbedding):
             return self._embedding_method(layer, prefix)
         if layer_kinds.is_experts(layer):  # models have subclasses, such as GptOssRoutedExperts
-            self.log_left_alone(f"{type(layer).__name__} (mixture of experts)")
+            return self._experts_method(layer, prefix)
         return None  # vLLM's default for this kind of layer
+
+    def _experts_method(self, layer: Any, name: str) -> QuantizeMethodBase | None:
+        from vllm_dfloat.integration.layers.experts import DFloat11ExpertsMethod
+
+        if self._is_left_alone(layer, name):
+            return None
+        method = DFloat11ExpertsMethod(layer.moe_config, name, self.options)
+        if not compat.can_compress_experts(method.backend):
+            self.log_left_alone(f"experts (vLLM's kernel {method.backend} holds them itself)")
+            return None
+        if method.decodes_all:
+            self._log_once(
+                f"all experts of a layer are decoded, also those without tokens ({method.why_all})"
+            )
+        return method
 
     def _embedding_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
@@ -145,9 +160,12 @@ class DFloat11Config(QuantizationConfig):  # type: ignore[misc]  # vLLM is untyp
 
     def log_left_alone(self, kind: str) -> None:
         """Log once per run that layers of this kind stay BF16."""
-        if kind not in self._left_alone:
-            self._left_alone.add(kind)
-            logger.info("dfloat11: left uncompressed: %s", kind)
+        self._log_once(f"left uncompressed: {kind}")
+
+    def _log_once(self, line: str) -> None:
+        if line not in self._logged:
+            self._logged.add(line)
+            logger.info("dfloat11: %s", line)
 
     def start(self) -> None:
         """Once, when a VllmConfig is current: read the command line's options, and refuse those that cannot work."""

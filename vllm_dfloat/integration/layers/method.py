@@ -1,6 +1,7 @@
 """Shared by linear layers and embeddings: a weight that vLLM loads as BF16 and the plugin holds compressed."""
 
 import functools
+from collections.abc import Mapping
 
 import torch
 
@@ -13,26 +14,51 @@ from vllm_dfloat.integration.layers.placeholder import HOW, WeightPlaceholder
 from vllm_dfloat.integration.seam import arrivals, compat, layer_kinds, layerwise, slots
 from vllm_dfloat.integration.seam.options import Options
 
-PACKED = "dfloat11"  # the attribute of a compressed layer that holds its PackedWeight
+PACKED = "dfloat11"  # the attribute of a compressed layer: name of a parameter -> its PackedWeight
+WEIGHT = "weight"  # the only such parameter of linear layers and embeddings
 DESC = "dfloat11_desc"  # its descriptor; not a parameter or buffer, which other code could write
 GROUP = "dfloat11_group"  # the table of the layer's group
 PROCESSED = "_already_called_process_weights_after_loading"  # vLLM's flag; it deletes it on reload
 
 
+def weights_of(layer: torch.nn.Module) -> Mapping[str, ops.PackedWeight]:
+    """Return the layer's compressed weights by the names of their parameters; empty if it has none."""
+    held: Mapping[str, ops.PackedWeight] = layer.__dict__.get(PACKED, {})
+    return held
+
+
 def packed_of(layer: torch.nn.Module) -> ops.PackedWeight | None:
-    """Return the layer's compressed weight, or None if the layer has none."""
-    return layer.__dict__.get(PACKED)
+    """Return the compressed `weight` of a linear layer or embedding, or None if the layer has none."""
+    return weights_of(layer).get(WEIGHT)
 
 
-def hold(layer: torch.nn.Module, packed: ops.PackedWeight) -> None:
+def desc_name(parameter: str) -> str:
+    """Return the attribute of a layer that holds the descriptor of a compressed parameter."""
+    return DESC if parameter == WEIGHT else f"{DESC}_{parameter}"
+
+
+def hold(layer: torch.nn.Module, packed: ops.PackedWeight, parameter: str = WEIGHT) -> None:
     """Give a layer a compressed weight; the layer keeps the descriptor tensor of its first one, with new values.
 
     Compiled graphs, captured CUDA graphs and group tables hold the address of that tensor.
     """
-    desc = layer.__dict__.setdefault(DESC, packed.desc)
+    desc = layer.__dict__.setdefault(desc_name(parameter), packed.desc)
     if desc is not packed.desc:
         packed = packed.described_in(desc)
-    layer.__dict__[PACKED] = packed
+    layer.__dict__[PACKED] = {**weights_of(layer), parameter: packed}
+
+
+def refuse_another(
+    layer: torch.nn.Module, parameter: str, placeholder: WeightPlaceholder | None, name: str
+) -> None:
+    """Raise UnsupportedError if a layer's parameter is not its placeholder: it was replaced, or is being updated."""
+    found = layer._parameters.get(parameter)
+    if found is not placeholder:
+        what = "is being updated" if found is not None and found.is_meta else "was replaced"
+        raise UnsupportedError(
+            f"{name}: its weight {what} from outside, which has no effect on the compressed one; expected "
+            f"{placeholder}. Finish the update, or put that back. {HOW}"
+        )
 
 
 class PackedMethod:
@@ -95,7 +121,7 @@ class PackedMethod:
     def _put_placeholder(self, layer: torch.nn.Module, device: torch.device) -> None:
         if self.placeholder is None:
             decode = functools.partial(self.dequantize_weight, layer)
-            self.placeholder = WeightPlaceholder(self.name, self.rows, self.cols, device, decode)
+            self.placeholder = WeightPlaceholder(self.name, (self.rows, self.cols), device, decode)
         layer.register_parameter("weight", self.placeholder)
         if self.group_table is not None:  # sleep level 2 discards the table on the GPU
             layer.__dict__[GROUP].copy_(self.group_table)
@@ -135,13 +161,7 @@ class PackedMethod:
         """
         if torch.compiler.is_compiling():
             return
-        weight = layer._parameters.get("weight")
-        if weight is not self.placeholder:
-            what = "is being updated" if weight is not None and weight.is_meta else "was replaced"
-            raise UnsupportedError(
-                f"{self.name}: its weight {what} from outside, which has no effect on the compressed one; expected "
-                f"{self.placeholder}. Finish the update, or put that back. {HOW}"
-            )
+        refuse_another(layer, WEIGHT, self.placeholder, self.name)
 
     def dequantize_weight(self, layer: torch.nn.Module) -> torch.Tensor:
         """Return the decoded BF16 weight [rows, cols], for callers in vLLM that need the values."""

@@ -1,4 +1,4 @@
-"""The placeholder: the parameter `weight` of a compressed layer, where vLLM and trainers expect a BF16 weight.
+"""The placeholder: a parameter of a compressed layer, such as `weight`, where vLLM and trainers expect BF16 values.
 
 It has the weight's shape, dtype and device, but no values: one NaN, expanded. Code may read its shape, dtype or device.
 Operations that read or write values raise one sentence with the layer's name and the supported way. Without the
@@ -6,10 +6,10 @@ placeholder, a trainer's write would be lost without an error, and the engine wo
 """
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 import torch
 import torch._dynamo.config
@@ -64,11 +64,11 @@ class WeightPlaceholder(Parameter):
     decode: Decode
 
     def __new__(
-        cls, layer_name: str, rows: int, cols: int, device: torch.device, decode: Decode
-    ) -> "WeightPlaceholder":
-        """Return a placeholder for the BF16 weight [rows, cols] of a layer; `decode` returns the weight."""
-        nan = torch.full((1, 1), torch.nan, dtype=torch.bfloat16, device=device)
-        self: WeightPlaceholder = _T._make_subclass(cls, nan.expand(rows, cols), False)
+        cls, layer_name: str, shape: Sequence[int], device: torch.device, decode: Decode
+    ) -> Self:
+        """Return a placeholder for a BF16 weight of a layer, of this shape; `decode` returns the weight."""
+        nan = torch.full([1] * len(shape), torch.nan, dtype=torch.bfloat16, device=device)
+        self: Self = _T._make_subclass(cls, nan.expand(*shape), False)
         self.layer_name, self.decode = layer_name, decode
         return self
 
@@ -122,7 +122,7 @@ class WeightPlaceholder(Parameter):
             f"{self.layer_name}: {what} on its weight, which is held compressed; nothing was read or changed. {HOW}"
         )
 
-    def weight_loader(self, *args: Any, **kwargs: Any) -> NoReturn:
+    def weight_loader(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse a weight loader of vLLM that is called directly on a loaded model."""
         self.refuse("weight_loader")
 

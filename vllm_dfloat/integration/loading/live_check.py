@@ -13,7 +13,7 @@ import torch
 
 from vllm_dfloat.device.ops import PackedWeight
 from vllm_dfloat.errors import FormatError
-from vllm_dfloat.integration.layers.method import packed_of
+from vllm_dfloat.integration.layers.method import weights_of
 from vllm_dfloat.integration.seam import compat
 
 METHOD_NAME = "check_dfloat11_weights"
@@ -56,10 +56,10 @@ def check_worker(worker: Any) -> dict[str, Any]:
 def _weights_of(model: torch.nn.Module, seen: set[int]) -> Iterator[PackedWeight]:
     """Yield the compressed weights of a model that are not in `seen`; tied weights once."""
     for layer in model.modules():
-        weight = packed_of(layer)
-        if weight is not None and id(weight) not in seen:
-            seen.add(id(weight))
-            yield weight
+        for weight in weights_of(layer).values():
+            if id(weight) not in seen:
+                seen.add(id(weight))
+                yield weight
 
 
 def _damage(weight: PackedWeight) -> list[str]:
@@ -75,8 +75,7 @@ def _plain_bytes(model: torch.nn.Module, seen: set[int]) -> int:
     total = 0
     for layer in model.modules():
         for name, parameter in layer.named_parameters(recurse=False):
-            is_ours = name == "weight" and packed_of(layer) is not None
-            if not is_ours and id(parameter) not in seen:
+            if name not in weights_of(layer) and id(parameter) not in seen:
                 seen.add(id(parameter))
                 total += parameter.nbytes
     return total

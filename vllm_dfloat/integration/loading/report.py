@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from vllm_dfloat.device.scratch import scratch
-from vllm_dfloat.integration.layers.method import packed_of
+from vllm_dfloat.integration.layers.method import weights_of
 from vllm_dfloat.integration.loading.uncompressed import plain_parameters, uncompressed
+from vllm_dfloat.integration.seam import layer_kinds
 from vllm_dfloat.integration.seam.names import logger
 from vllm_dfloat.integration.seam.options import Options
 
@@ -21,7 +22,7 @@ class Summary:
     """Sizes of the model of one rank.
 
     Attributes:
-        num_layers: linear and embedding layers, including ignored ones.
+        num_layers: linear layers, embeddings and routed experts (one layer per block), ignored ones included.
         num_compressed: how many of them are held compressed.
         layout: layout of the compressed weights, a name in layouts.py.
         is_fused: whether mode "fused" was asked for.
@@ -30,6 +31,8 @@ class Summary:
         weights, packed_bytes: elements and resident bytes of the compressed layers.
         bf16_bytes: bytes of all parameters in BF16 vLLM.
         held_bytes: bytes of all parameters as held now.
+        num_experts: layers of routed experts that are held compressed.
+        experts_bf16_bytes, experts_bytes: their bytes in BF16 and as held.
         scratch_bytes: bytes of the scratch buffers of all slots.
         uncompressed: name -> bytes of everything else, the largest first.
     """
@@ -44,6 +47,9 @@ class Summary:
     packed_bytes: int
     bf16_bytes: int
     held_bytes: int
+    num_experts: int
+    experts_bf16_bytes: int
+    experts_bytes: int
     scratch_bytes: int
     uncompressed: Mapping[str, int]
 
@@ -66,23 +72,39 @@ class Summary:
             f"all weight bytes, {bits:.3f} bits per weight, "
             f"{self.bf16_bytes / GIB:.3f} GiB in BF16 -> {self.held_bytes / GIB:.3f} GiB, "
             f"{self.freed_bytes / GIB:.3f} GiB freed for the KV cache "
-            f"({self.bf16_bytes} -> {self.held_bytes} bytes); not compressed: {others or 'nothing'}"
+            f"({self.bf16_bytes} -> {self.held_bytes} bytes){self._experts}; "
+            f"scratch {self.scratch_bytes / GIB:.3f} GiB; not compressed: {others or 'nothing'}"
+        )
+
+    @property
+    def _experts(self) -> str:
+        if not self.num_experts:
+            return ""
+        layers = "1 layer" if self.num_experts == 1 else f"{self.num_experts} layers"
+        return (
+            f"; of these the experts of {layers} {self.experts_bf16_bytes / GIB:.3f} GiB -> "
+            f"{self.experts_bytes / GIB:.3f} GiB"
         )
 
 
 def summarize(model: torch.nn.Module) -> Summary:
     """Return the sizes of a loaded model. Tied layers count once; a payload that two layers share counts once."""
     layers: list[Any] = [module for module in model.modules() if is_weight_layer(module)]
-    of_layers = [w for layer in layers if (w := packed_of(layer)) is not None]
+    compressed = [layer for layer in layers if weights_of(layer)]
+    of_layers = [weight for layer in compressed for weight in weights_of(layer).values()]
     held = list({id(weight.payload): weight for weight in of_layers}.values())
-    methods = [layer.quant_method for layer in layers if packed_of(layer) is not None]
+    methods = [layer.quant_method for layer in compressed]
+    of_experts = [layer for layer in compressed if layer_kinds.is_experts(layer)]
+    experts = [weight for layer in of_experts for weight in weights_of(layer).values()]
     layouts = {method.layout for method in methods}
     packed = [weight for weight in held if not weight.is_raw]
     plain_bytes = sum(num_bytes for _, _, num_bytes in plain_parameters(model))
     devices = {weight.payload.device for weight in held}
     return Summary(
         num_layers=len(layers),
-        num_compressed=sum(not weight.is_raw for weight in of_layers),
+        num_compressed=sum(
+            not all(weight.is_raw for weight in weights_of(layer).values()) for layer in compressed
+        ),
         layout=layouts.pop() if layouts else DEFAULT_LAYOUT,
         is_fused=any(method.mode == "fused" for method in methods),
         fused_rows=tuple(method.fused_rows for method in methods if method.fused_rows),
@@ -93,17 +115,21 @@ def summarize(model: torch.nn.Module) -> Summary:
         held_bytes=plain_bytes
         + sum(weight.payload.nbytes for weight in held)
         + sum(weight.desc.nbytes for weight in of_layers),
+        num_experts=len(of_experts),
+        experts_bf16_bytes=sum(2 * weight.rows * weight.cols for weight in experts),
+        experts_bytes=sum(weight.num_bytes for weight in experts),
         scratch_bytes=sum(scratch.num_bytes(device) for device in devices),
         uncompressed=uncompressed(model),
     )
 
 
 def is_weight_layer(module: torch.nn.Module) -> bool:
-    """Return whether the module is a linear layer, an embedding or an LM head: the kinds that can be compressed."""
+    """Return whether the module is a linear layer, an embedding, an LM head or routed experts."""
     from vllm.model_executor.layers.linear import LinearBase
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
-    return isinstance(module, LinearBase | VocabParallelEmbedding)
+    is_matrix = isinstance(module, LinearBase | VocabParallelEmbedding)
+    return is_matrix or layer_kinds.is_experts(module)
 
 
 def log_summary(model: torch.nn.Module) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from vllm_dfloat.integration.layers.method import packed_of
+from vllm_dfloat.integration.layers.method import weights_of
 from vllm_dfloat.integration.layers.placeholder import WeightPlaceholder
 from vllm_dfloat.integration.seam import layer_kinds
 
@@ -43,8 +43,8 @@ def uncompressed(model: torch.nn.Module) -> Mapping[str, int]:
     found: Counter[str] = Counter()
     for name, parameter, num_bytes in plain_parameters(model):
         found[VECTORS if _is_vector(parameter) else _without_numbers(name)] += num_bytes
-    raw = {id(w.payload): w for layer in model.modules() if (w := packed_of(layer)) and w.is_raw}
-    for weight in raw.values():
+    held = [weight for layer in model.modules() for weight in weights_of(layer).values()]
+    for weight in {id(weight.payload): weight for weight in held if weight.is_raw}.values():
         found[_without_numbers(weight.name)] += weight.payload.nbytes
     return dict(found.most_common())
 

@@ -170,6 +170,17 @@ def check_weight(layer: Any, name: str) -> int:
     return sum(map(awaited.arrived, parts))
 
 
+def check_experts(layer: Any, name: str) -> None:
+    """Check that all matrices of routed experts have arrived, before they are packed.
+
+    Raises:
+        UnsupportedError: some did not arrive; it names the experts.
+    """
+    missing = "" if layerwise.is_complete(layer) else missing_experts(layer, name)
+    if missing:
+        raise UnsupportedError(f"{missing}. {EXPECTED}")
+
+
 def missing_experts(layer: Any, name: str) -> str:
     """Return a description of what has not arrived in an update of routed experts on the meta device, "" if all has.
 

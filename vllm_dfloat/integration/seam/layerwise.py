@@ -7,7 +7,7 @@ tensors set aside, and the layer gets these tensors back. A layer that received 
 
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
@@ -113,6 +113,12 @@ def arrived(layer: torch.nn.Module) -> tuple[int, int]:
     return int(info.load_numel), sum(tensor.numel() for tensor in counted) - padding
 
 
+def is_complete(layer: torch.nn.Module) -> bool:
+    """Return whether as many elements have arrived as a layer has, padding not counted where vLLM knows of it."""
+    info = vllm.get_layerwise_info(layer)
+    return bool(info.load_numel >= (info.load_numel_total or 0))
+
+
 def without_arrivals(layer: torch.nn.Module) -> list[str]:
     """Return the names of a layer's meta parameters for which nothing has arrived; none for attention layers."""
     if vllm.is_deferred_attention_layer(layer):
@@ -147,6 +153,32 @@ def repeat_loading(layer: torch.nn.Module, name: str, parameter: torch.Tensor) -
             call.arguments["param"] = parameter
             loader(*call.args, **call.kwargs)
             call.arguments["param"] = before
+
+
+def let_go_of_loaded(layer: torch.nn.Module) -> None:
+    """Drop the tensors that the recorded weight-loader calls refer to; after the layer is loaded, vLLM needs none."""
+    for _, call in vllm.get_layerwise_info(layer).loaded_weights:
+        for name, value in call.arguments.items():
+            if isinstance(value, torch.Tensor):
+                call.arguments[name] = None
+
+
+def keep_in_place(layer: torch.nn.Module, names: Iterable[str]) -> None:
+    """At a reload, move new parameters into the memory of the old ones, which the layer will get back.
+
+    A kernel that was given the new ones would not see later writes to the old.
+    """
+    before = set_aside(layer)
+    for name in names:
+        new, old = layer._parameters.get(name), before.get(name)
+        if (
+            new is not None
+            and old is not None
+            and old.shape == new.shape
+            and old.dtype == new.dtype
+        ):
+            old.data.copy_(new.data)
+            new.data = old.data
 
 
 def keeps_rest(layer: torch.nn.Module) -> bool:

@@ -33,8 +33,16 @@ def _slot(ubatch: int, is_aux: bool) -> Hashable:
 def slots(config: Any | None) -> list[Hashable]:
     """Return every value that `slot` can take with this VllmConfig."""
     model = getattr(config, "model_config", None)
+    on_aux = (False, True) if getattr(model, "is_moe", False) else (False,)
+    return [_slot(ubatch, aux) for ubatch in range(_num_ubatches(config)) for aux in on_aux]
+
+
+def slots_of_experts(config: Any | None) -> list[Hashable]:
+    """Return every value that `slot` can take where routed experts run: never on the aux stream."""
+    return [_slot(ubatch, False) for ubatch in range(_num_ubatches(config))]
+
+
+def _num_ubatches(config: Any | None) -> int:
     parallel = getattr(config, "parallel_config", None)
     overlaps = getattr(parallel, "use_ubatching", False)
-    num_ubatches = int(getattr(parallel, "num_ubatches", 1)) if overlaps else 1
-    on_aux = (False, True) if getattr(model, "is_moe", False) else (False,)
-    return [_slot(ubatch, aux) for ubatch in range(num_ubatches) for aux in on_aux]
+    return int(getattr(parallel, "num_ubatches", 1)) if overlaps else 1

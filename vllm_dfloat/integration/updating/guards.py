@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from vllm_dfloat.integration.layers.method import packed_of
+from vllm_dfloat.integration.layers.method import weights_of
 from vllm_dfloat.integration.layers.placeholder import WeightPlaceholder
 from vllm_dfloat.integration.seam import layerwise
 
@@ -17,18 +17,16 @@ def guard(model: torch.nn.Module) -> None:
     They refuse before anything is changed.
     """
     for module in model.modules():
-        layers = dict(_compressed(module))
-        if layers:
+        if any(True for _ in _compressed(module)):
             module.__dict__["load_state_dict"] = partial(_load_state_dict, module)
-        if "" in layers:
-            module.__dict__["register_parameter"] = partial(_register_parameter, module, layers[""])
+        if own := placeholders_of(module):
+            module.__dict__["register_parameter"] = partial(_register_parameter, module, own)
 
 
-def placeholder_of(layer: torch.nn.Module) -> WeightPlaceholder | None:
-    """Return the placeholder of a compressed layer's weight; None for other layers."""
-    weight = layer._parameters.get("weight")
-    is_compressed = packed_of(layer) is not None and isinstance(weight, WeightPlaceholder)
-    return weight if is_compressed else None  # type: ignore[return-value]
+def placeholders_of(layer: torch.nn.Module) -> dict[str, WeightPlaceholder]:
+    """Return the placeholders of a layer's compressed weights by parameter; empty for other layers."""
+    held = {name: layer._parameters.get(name) for name in weights_of(layer)}
+    return {name: given for name, given in held.items() if isinstance(given, WeightPlaceholder)}
 
 
 def refuse(model: torch.nn.Module, what: str) -> None:
@@ -38,11 +36,10 @@ def refuse(model: torch.nn.Module, what: str) -> None:
 
 
 def _compressed(module: torch.nn.Module) -> Iterator[tuple[str, WeightPlaceholder]]:
-    """Yield (path, placeholder) of the compressed layers in a module."""
+    """Yield (path, placeholder) of the compressed parameters in a module."""
     for path, layer in module.named_modules():
-        placeholder = placeholder_of(layer)
-        if placeholder is not None:
-            yield path, placeholder
+        for name, placeholder in placeholders_of(layer).items():
+            yield f"{path}.{name}".lstrip("."), placeholder
 
 
 def _load_state_dict(
@@ -56,19 +53,20 @@ def _load_state_dict(
     With `strict`, a state dict without these weights is refused too: torch would copy the others before it raises.
     """
     for path, placeholder in _compressed(module):
-        if strict or f"{path}.weight".lstrip(".") in state_dict:
+        if strict or path in state_dict:
             placeholder.refuse("load_state_dict")
     return type(module).load_state_dict(module, state_dict, strict, assign)
 
 
 def _register_parameter(
     layer: torch.nn.Module,
-    placeholder: WeightPlaceholder,
+    placeholders: Mapping[str, WeightPlaceholder],
     name: str,
     param: torch.nn.Parameter | None,
 ) -> None:
     """Replace a compressed layer's register_parameter; setattr and vLLM's replace_parameter call it too."""
     is_reload = layerwise.is_open(layer) or (param is not None and param.is_meta)
-    if name == "weight" and param is not placeholder and not is_reload:
+    placeholder = placeholders.get(name)
+    if placeholder is not None and param is not placeholder and not is_reload:
         placeholder.refuse("another parameter in place")
     type(layer).register_parameter(layer, name, param)

@@ -24,7 +24,7 @@ class SavedWeights:
     def __init__(self, model: torch.nn.Module) -> None:
         """Save the modules' attributes by reference, and copies of the small tensors that a reload writes in place."""
         self._attributes = {layer: _attributes(layer) for layer in model.modules()}
-        self._packed: dict[torch.nn.Module, PackedWeight | None] = {}
+        self._packed: dict[torch.nn.Module, dict[str, PackedWeight]] = {}
         self._kernels: dict[torch.nn.Module, dict[str, Any]] = {}
         self._tensors: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         for layer in model.modules():
@@ -41,8 +41,8 @@ class SavedWeights:
         """Save the weights of a layer before a reload changes it; later calls for the same layer do nothing."""
         if layer in self._packed:
             return
-        held = method.packed_of(layer)
-        self._packed[layer] = None if held is None else held.to("cpu")
+        held = method.weights_of(layer)
+        self._packed[layer] = {name: packed.to("cpu") for name, packed in held.items()}
         if layer_kinds.is_experts(layer):
             self._kernels[layer] = compat.kernel_of_experts(layer)
         for tensor in layerwise.set_aside(layer).values():
@@ -55,8 +55,9 @@ class SavedWeights:
             tensor.data.copy_(values)
         for layer, held in self._packed.items():
             _set_attributes(layer, self._attributes.get(layer))
-            if held is not None:
-                method.hold(layer, held.to(layer.__dict__[method.DESC].device))
+            for name, packed in held.items():
+                device = layer.__dict__[method.desc_name(name)].device
+                method.hold(layer, packed.to(device), name)
         for experts, kernel in self._kernels.items():
             for name, value in kernel.items():
                 setattr(experts.quant_method, name, value)

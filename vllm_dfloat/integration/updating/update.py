@@ -205,11 +205,12 @@ def _fill_in(layer: torch.nn.Module, needs_all: bool) -> None:
     """
     before, stays = layerwise.set_aside(layer), layerwise.written_in_place(layer)
     has_its_form = not layer_kinds.is_experts(layer) or compat.keeps_form_of_experts(layer)
+    values = _values(layer) if has_its_form else {}
     for name, tensor in [*layer._parameters.items(), *layer._buffers.items()]:
         if tensor is None or name in stays:
             continue
-        if name == "weight" and method.packed_of(layer) is not None:
-            tensor.data.copy_(_values(layer))
+        if name in values:
+            tensor.data.copy_(values.pop(name))
         elif name in before and before[name].shape == tensor.shape and has_its_form:
             tensor.data.copy_(before[name])
         elif needs_all:
@@ -219,9 +220,14 @@ def _fill_in(layer: torch.nn.Module, needs_all: bool) -> None:
             )
 
 
-def _values(layer: Any) -> torch.Tensor:
+def _values(layer: Any) -> dict[str, torch.Tensor]:
+    """Return the decoded values of a compressed layer's parameters; empty for other layers."""
+    names = list(method.weights_of(layer))
+    if not names:
+        return {}
     try:
-        return layer.quant_method.dequantize_weight(layer)  # type: ignore[no-any-return]
+        decoded = layer.quant_method.dequantize_weight(layer)
+        return dict(zip(names, decoded if len(names) > 1 else [decoded], strict=True))
     except FormatError as error:
         raise UnsupportedError(
             f"only a part of this layer was given, and the rest is gone, as after sleep level 2 ({error}); expected "
@@ -232,7 +238,7 @@ def _values(layer: Any) -> torch.Tensor:
 def keep(model: torch.nn.Module, vllm_config: Any, model_config: Any) -> None:
     """Make every update of a loaded model's weights take effect as a whole or not at all."""
     load_weights: LoadWeights | None = getattr(model, "load_weights", None)
-    if load_weights is None or not any(map(method.packed_of, model.modules())):
+    if load_weights is None or not any(map(method.weights_of, model.modules())):
         return
     updates = Updates(model, load_weights, vllm_config, model_config)
     model.__dict__["load_weights"] = functools.wraps(load_weights)(

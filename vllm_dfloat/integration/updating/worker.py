@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from vllm_dfloat.errors import UnsupportedError
-from vllm_dfloat.integration.layers.method import DESC
+from vllm_dfloat.integration.layers.method import desc_name
 from vllm_dfloat.integration.layers.placeholder import decoded_by_detach
 from vllm_dfloat.integration.updating import calls, guards
 from vllm_dfloat.integration.updating.agreement import from_all_ranks
@@ -82,9 +82,9 @@ def _saving(updates: Updates, pairs: Pairs) -> Iterator[tuple[str, torch.Tensor]
         layer: Any = updates.model.get_submodule(path)
         layer = getattr(layer, "base_layer", layer)  # under LoRA
         target = getattr(layer, leaf, None)
-        placeholder = guards.placeholder_of(layer)
-        if placeholder is not None and leaf in ("weight", DESC):
-            placeholder.refuse(f"{leaf} in kernel format")
+        for parameter, placeholder in guards.placeholders_of(layer).items():
+            if leaf in (parameter, desc_name(parameter)):
+                placeholder.refuse(f"{leaf} in kernel format")
         if isinstance(target, torch.Tensor):
             updates.save_tensor(target)
         yield name, weight

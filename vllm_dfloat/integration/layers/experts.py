@@ -1,0 +1,150 @@
+"""Compressed routed experts: the two tensors w13 and w2 of a mixture's layer, as vLLM's BF16 kernel wants them.
+
+vLLM's own method loads, pads, shuffles and chooses the kernel. What it then holds is packed as it lies, so decoding
+gives what the kernel reads, whatever its form. Biases and all other parameters stay as they are.
+"""
+
+import functools
+import weakref
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
+    UnquantizedFusedMoEMethod,
+)
+
+from vllm_dfloat.device import ops
+from vllm_dfloat.device.scratch import MAIN_SLOT, scratch
+from vllm_dfloat.errors import UnsupportedError
+from vllm_dfloat.integration.layers import experts_kernel, experts_loading, method
+from vllm_dfloat.integration.layers.experts_kernel import HeldExperts, Tensor3
+from vllm_dfloat.integration.layers.experts_loading import ExpertsPlaceholder
+from vllm_dfloat.integration.layers.layouts import BY_NAME
+from vllm_dfloat.integration.seam import arrivals, compat, layerwise, slots
+from vllm_dfloat.integration.seam.options import Options
+
+# vLLM's compile cache hashes this file's text, but not that of the op: increase this when the op's meaning changes.
+OP_REVISION = 1
+
+W13, W2 = "w13_weight", "w2_weight"
+
+
+class DFloat11ExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]  # vLLM is untyped
+    """vLLM's method for BF16 experts, on weights that are created on the meta device and packed after loading.
+
+    Attributes:
+        name: of the layer, in messages.
+        backend: the name of vLLM's kernel.
+        why_all: why experts without tokens are decoded too, "" if they are not.
+    """
+
+    uses_meta_device = True
+    supports_pre_processed_weights = False
+    supports_eplb = False
+    mode = "exact"
+    experts_cls: Any
+    fused_rows = 0
+
+    def __init__(self, moe_config: Any, name: str, options: Options) -> None:
+        super().__init__(moe_config)
+        compat.let_numba_be_scanned()
+        config = compat.current_config()
+        self.name = name
+        self.layout = options.layout
+        self.backend = compat.backend_of_experts(self)
+        self.why_all = self._why_all()
+        self.placeholders: dict[str, ExpertsPlaceholder] = {}
+        self.slots = slots.slots_of_experts(config)
+        self.all_slots = slots.slots(config)
+        self.is_traced = compat.traces_experts(config)
+        load_config = getattr(config, "load_config", None)
+        self.makes_up_weights = getattr(load_config, "load_format", None) == "dummy"
+        self.experts_cls = experts_kernel.decoding(self.experts_cls)
+        if compat.moves_experts(moe_config):
+            raise UnsupportedError(
+                f"{name}: --enable-eplb moves experts between ranks while serving; expected experts that stay, since "
+                'these are held compressed. Remove it, or name the experts in `ignore`, such as "re:.*experts".'
+            )
+
+    def _why_all(self) -> str:
+        """Return why experts without tokens are decoded too, "" if they are not."""
+        if self.layout != "packed":
+            return f"in the layout {self.layout} no part of a matrix is decoded alone"
+        if compat.routes_by_itself(self):
+            return f"vLLM's kernel {self.backend} chooses them itself"
+        if self.backend not in compat.READ_CHOSEN_EXPERTS_ONLY:
+            return f"vLLM's kernel {self.backend} may read them"
+        return ""
+
+    @property
+    def decodes_all(self) -> bool:
+        """Whether experts without tokens are decoded too."""
+        return bool(self.why_all)
+
+    def create_weights(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+        with torch.device("meta"):
+            super().create_weights(layer, *args, **kwargs)
+        experts_loading.prepare(layer)
+        compat.process_when_complete(layer)
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        if getattr(layer, method.PROCESSED, False):
+            self._finish(layer)
+            return
+        if (self.placeholders or not self.makes_up_weights) and not layerwise.keeps_rest(layer):
+            arrivals.check_experts(layer, self.name)
+        layerwise.let_go_of_loaded(layer)
+        self.moe_kernel = None  # else vLLM takes the weights for ones in the kernel's form
+        super().process_weights_after_loading(layer)
+        layerwise.keep_in_place(layer, ("w13_bias", "w2_bias"))
+        w13, w2 = self._pack(layer, W13), self._pack(layer, W2)
+        experts_loading.settle(layer)
+        check = experts_kernel.checked(layer, self.check_in_place)
+        self._give(HeldExperts(w13, w2, self.layout, self.decodes_all, check))
+        layer.__dict__[method.PROCESSED] = True
+
+    def _pack(self, layer: torch.nn.Module, name: str) -> Tensor3:
+        parameter = layer.get_parameter(name)
+        shape, device = tuple(parameter.shape), parameter.device
+        matrix = parameter.data.view(-1, shape[-1])
+        method.hold(layer, BY_NAME[self.layout].pack(matrix, f"{self.name}.{name}"), name)
+        delattr(layer, name)
+        del matrix
+        parameter.data = parameter.data.new_empty(
+            0
+        )  # other code may keep the parameter for a while
+        if name not in self.placeholders:
+            decode = functools.partial(self._unpack, weakref.ref(layer), name)
+            placeholder = ExpertsPlaceholder(f"{self.name}.{name}", shape, device, decode)
+            placeholder.layer = weakref.ref(layer)
+            self.placeholders[name] = placeholder
+        layer.register_parameter(name, self.placeholders[name])
+        return Tensor3(layer.__dict__[method.desc_name(name)], shape)
+
+    def _give(self, held: HeldExperts) -> None:
+        kernel = compat.experts_of_kernel(self)
+        setattr(kernel, experts_kernel.HELD, held)
+        if not (self.is_traced and held.w13.desc.device.type == "cpu"):
+            device = held.w13.desc.device
+            scratch.require(device, held.scratch_numel, self.slots)
+
+    def _finish(self, layer: torch.nn.Module) -> None:
+        # Now all layers are known. Next vLLM measures the memory left for the KV cache.
+        device = layer.get_parameter(W13).device
+        scratch.reserve(device, self.all_slots if device.type == "cuda" else (MAIN_SLOT,))
+
+    def check_in_place(self, layer: torch.nn.Module) -> None:
+        """Raise UnsupportedError if other code has replaced the layer's weights, or an update has not finished."""
+        for name in (W13, W2):
+            placeholder = self.placeholders.get(name)
+            method.refuse_another(layer, name, placeholder, f"{self.name}.{name}")
+
+    def dequantize_weight(self, layer: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return decoded w13 and w2, in the form of vLLM's kernel."""
+        return self._unpack(lambda: layer, W13), self._unpack(lambda: layer, W2)
+
+    def _unpack(self, layer: Any, name: str) -> torch.Tensor:
+        packed: ops.PackedWeight | None = method.weights_of(layer()).get(name)
+        if packed is None:
+            raise UnsupportedError(f"{self.name}.{name}: its weights have not been loaded yet.")
+        return BY_NAME[self.layout].unpack(packed).view(self.placeholders[name].shape)
