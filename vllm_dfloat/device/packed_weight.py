@@ -36,6 +36,7 @@ class PackedWeight:
         name: the tensor's name, for messages.
         fields: kind (0 packed, 1 raw BF16), number of words, longest code; on the host.
         checksum: of the payload at encoding.
+        room: uint8, memory of this weight alone that the payload begins; None where that is not known.
     """
 
     def __post_init__(self) -> None:
@@ -48,6 +49,7 @@ class PackedWeight:
     name: str
     fields: Fields
     checksum: int
+    room: torch.Tensor | None = None
 
     @property
     def is_raw(self) -> bool:
@@ -57,7 +59,8 @@ class PackedWeight:
     @property
     def num_bytes(self) -> int:
         """Resident bytes, all metadata included."""
-        return self.payload.numel() + self.desc.numel() * self.desc.element_size()
+        held = self.payload if self.room is None else self.room
+        return held.numel() + self.desc.numel() * self.desc.element_size()
 
     @property
     def size(self) -> int:
@@ -91,7 +94,7 @@ class PackedWeight:
         """Return the weight on a device, with its own descriptor; a payload already there is not copied."""
         payload = self.payload.to(device)
         desc = make_descriptor(payload, self.fields, self.size, self.name)
-        return replace(self, payload=payload, desc=desc)
+        return replace(self, payload=payload, desc=desc, room=None)
 
     def check_descriptor(self) -> None:
         """Check payload and descriptor before a kernel follows the descriptor; waits for the device.

@@ -8,7 +8,7 @@ import torch
 from vllm_dfloat.device import fused, ops
 from vllm_dfloat.device.scratch import MAIN_SLOT, scratch
 from vllm_dfloat.errors import UnsupportedError
-from vllm_dfloat.integration.layers import linear_op
+from vllm_dfloat.integration.layers import linear_op, room
 from vllm_dfloat.integration.layers.layouts import BY_NAME
 from vllm_dfloat.integration.layers.placeholder import HOW, WeightPlaceholder
 from vllm_dfloat.integration.seam import arrivals, compat, layer_kinds, layerwise, slots
@@ -42,6 +42,7 @@ def hold(layer: torch.nn.Module, packed: ops.PackedWeight, parameter: str = WEIG
 
     Compiled graphs, captured CUDA graphs and group tables hold the address of that tensor.
     """
+    packed = room.in_room(packed, weights_of(layer).get(parameter))
     desc = layer.__dict__.setdefault(desc_name(parameter), packed.desc)
     if desc is not packed.desc:
         packed = packed.described_in(desc)

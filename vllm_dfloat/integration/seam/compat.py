@@ -3,8 +3,8 @@
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +156,38 @@ def is_batch_invariant() -> bool:
 
     on_gpu = current_platform.is_cuda_alike() or current_platform.is_xpu()
     return bool(on_gpu and envs.VLLM_BATCH_INVARIANT)
+
+
+def has_pool_of_weights() -> bool:
+    """Return whether sleep mode is on, so that vLLM allocates weights on a GPU in a pool that it frees."""
+    return _allocator_of_sleep_mode() is not None
+
+
+@contextmanager
+def pool_of_weights() -> Iterator[None]:
+    """Allocate in the pool that sleep mode frees as weights, if there is one."""
+    allocator = _allocator_of_sleep_mode()
+    if allocator is None:
+        yield
+        return
+    before = allocator.allocator_and_pools["weights"]
+    if not isinstance(
+        before, list
+    ):  # 0.28 and 0.30 forget the older pool, which must outlive its memory
+        _older_pools.append(before)
+    with allocator.use_memory_pool(tag="weights"):
+        yield
+
+
+def _allocator_of_sleep_mode() -> Any | None:
+    module = sys.modules.get("vllm.device_allocator.cumem")
+    allocator = getattr(getattr(module, "CuMemAllocator", None), "instance", None)
+    return (
+        allocator if allocator is not None and "weights" in allocator.allocator_and_pools else None
+    )
+
+
+_older_pools: list[Any] = []
 
 
 def process_when_complete(layer: torch.nn.Module) -> None:
