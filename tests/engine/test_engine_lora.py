@@ -1,0 +1,89 @@
+"""LoRA adapters over compressed weights: mixed in a batch, on tied, fused and biased layers, embeddings, LM heads."""
+
+from pathlib import Path
+from typing import Any
+
+import lora_adapters
+import pytest
+import tiny_models
+from conftest import Checkpoint
+from engine_pairs import TRACED
+from engines import engine
+
+pytestmark = pytest.mark.engine
+
+TARGETS: dict[str, tuple[str, ...]] = {
+    "linear layers": (),
+    "attention": ("q_proj", "v_proj", "qkv_proj"),
+    "embedding": ("embed_tokens",),
+    "LM head": ("lm_head",),
+}
+TOGETHER = {  # adapters of one request each; more than an engine has places for replace each other
+    "two mixed": ("linear layers", "other"),
+    "two mixed, others": ("attention", "embedding"),
+    "LM head": ("LM head",),
+    "the first again": ("linear layers",),
+}
+
+
+@pytest.fixture
+def adapters(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Path]:
+    checkpoint: Checkpoint = request.getfixturevalue("bf16_checkpoint")
+    model = checkpoint(request.getfixturevalue("name"))
+    made = {
+        target: lora_adapters.save(model, tmp_path / target.replace(" ", "_"), seed, names)
+        for seed, (target, names) in enumerate(TARGETS.items())
+    }
+    return {**made, "other": lora_adapters.save(model, tmp_path / "other", 99)}
+
+
+def answers(llm: Any, adapters: dict[str, Path]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, together in TOGETHER.items():
+        try:
+            found[name] = lora_adapters.ask(llm, *(adapters[one] for one in together))
+        except ValueError as error:  # some models' embeddings take no adapter
+            found[name] = str(error)
+    return found
+
+
+CASES = [
+    ("qwen3", {}),  # tied: the LM head is the embedding
+    *(
+        pytest.param(name, settings, marks=pytest.mark.on_demand)
+        for name, settings in [
+            ("llama", {}),
+            ("phi3", {}),  # fused on disk
+            ("qwen2", {}),  # biases
+            ("qwen3", dict(enforce_eager=False, **TRACED)),
+        ]
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "settings"), CASES)
+def test_adapters_give_what_bf16_vllm_gives(
+    name: str, settings: dict[str, Any], adapters: dict[str, Path], bf16_checkpoint: Checkpoint
+) -> None:
+    settings = {**settings, **lora_adapters.ENGINE}
+    with engine(bf16_checkpoint(name), **settings) as llm:
+        expected = answers(llm, adapters)
+    with engine(bf16_checkpoint(name), quantization="dfloat11", **settings) as llm:
+        assert answers(llm, adapters) == expected
+    for found in expected.values():  # an adapter that changes no answer would prove nothing
+        assert isinstance(found, str) or all(answer != found[0] for answer in found[1:])
+    assert not isinstance(expected["the first again"], str)
+
+
+@pytest.mark.on_demand
+@pytest.mark.parametrize("name", ["qwen3", "llama"])
+def test_new_base_weights_under_adapters_answer_as_an_engine_started_with_them(
+    name: str, adapters: dict[str, Path], bf16_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    other = tiny_models.save(name, tmp_path / "model", seed=7)
+    with engine(other, **lora_adapters.ENGINE) as llm:
+        expected = answers(llm, adapters)
+    with engine(bf16_checkpoint(name), quantization="dfloat11", **lora_adapters.ENGINE) as llm:
+        assert answers(llm, adapters) != expected
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": str(other)})
+        assert answers(llm, adapters) == expected
