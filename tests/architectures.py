@@ -136,6 +136,15 @@ EQUAL: dict[str, dict[str, Entries]] = {
 CASES: dict[str, Entries] = {
     name: entries for kind in EQUAL.values() for name, entries in kind.items()
 }
+
+
+def has_experts(name: str) -> bool:
+    """Return whether a model has routed experts in layers of vLLM; JetMoe has layers of Transformers."""
+    if name == "JetMoeForCausalLM":
+        return False
+    return name in EQUAL[MIXTURE] or bool({"num_experts", "n_routed_experts"} & {*CASES[name]})
+
+
 # Always run; the others only with --full. One of each way in which layers are built, tied, fused or left alone.
 CORE = (
     "LlamaForCausalLM", "Gemma2ForCausalLM", "Gemma3nForCausalLM", "CohereForCausalLM", "BloomForCausalLM",

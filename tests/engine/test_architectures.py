@@ -26,7 +26,7 @@ def is_number(found: Answers) -> bool:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_architecture_answers_as_bf16_vllm_from_both_kinds_of_checkpoint(
-    name: str, tmp_path: Path
+    name: str, tmp_path: Path, log_lines: list[str]
 ) -> None:
     model = architectures.save_case(name, tmp_path / "m")
     expected = bf16_answers(model)
@@ -34,6 +34,9 @@ def test_architecture_answers_as_bf16_vllm_from_both_kinds_of_checkpoint(
     assert answers(model, quantization="dfloat11") == expected
     compress(open_source(model), tmp_path / "df11", workers=1)
     assert answers(tmp_path / "df11") == expected
+    summaries = [line for line in log_lines if line.startswith("dfloat11: compressed ")]
+    assert len(summaries) == 2
+    assert all(("of these the experts" in s) == architectures.has_experts(name) for s in summaries)
 
 
 def test_table_of_the_documentation_is_that_of_the_tests() -> None:

@@ -19,10 +19,11 @@ from safetensors.torch import load_file
 
 DENSE = [name for name in tiny_models.ARCHITECTURES if name != "qwen3_moe"]
 VECTORS = ["llama-tiny", "phi3-tiny-fused", "qwen3-tiny-tied"]
-# Tracing takes twice the time: a fused and a tied model always run, the others only with --full.
+# Tracing takes twice the time: a fused and a tied model and one with experts always run, the others only with --full.
 on_demand = pytest.mark.on_demand
 TRACED = [
-    name if name in ("phi3", "qwen3") else pytest.param(name, marks=on_demand) for name in DENSE
+    name if name in ("phi3", "qwen3", "qwen3_moe") else pytest.param(name, marks=on_demand)
+    for name in tiny_models.ARCHITECTURES
 ]
 
 pytestmark = pytest.mark.engine

@@ -4,7 +4,6 @@ import ctypes
 import gc
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,10 @@ import torch
 import transformers
 from conftest import Checkpoint
 from engines import answers, engine
+from live_tensors import bf16_copies
 from safetensors.torch import load_file
-from torch._subclasses import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
 
 from vllm_dfloat.device import ops
-from vllm_dfloat.device.scratch import scratch
 from vllm_dfloat.integration.layers.method import packed_of
 from vllm_dfloat.integration.loading import loader, report
 from vllm_dfloat.integration.seam import compat
@@ -27,7 +24,6 @@ from vllm_dfloat.integration.seam import compat
 pytestmark = pytest.mark.engine
 
 DESC_BYTES = 32
-WITHOUT_MEMORY = (FakeTensor, FunctionalTensor)  # remain from tracing in earlier tests
 MIB = 1 << 20
 
 
@@ -71,23 +67,6 @@ def test_layers_hold_the_packed_weights_of_the_checkpoint_and_nothing_else(
     assert summary.held_bytes < 0.7 * summary.bf16_bytes
 
 
-def bf16_copies(prints: dict[str, bytes]) -> list[str]:
-    """Return the names whose bytes lie in any live BF16 tensor of this process, at any offset."""
-    gc.unfreeze()  # vLLM hides the objects of a started engine from the collector, and so from this scan
-    storages = {}
-    for thing in gc.get_objects():
-        if not issubclass(type(thing), torch.Tensor) or issubclass(type(thing), WITHOUT_MEMORY):
-            continue
-        with torch._C.DisableTorchFunctionSubclass():  # placeholders tell nobody of their storage
-            if thing.dtype == torch.bfloat16 and thing.device.type == "cpu" and thing.numel():
-                with suppress(RuntimeError):  # as WITHOUT_MEMORY, but of the class Tensor
-                    storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage()
-    # The scratch holds the layer that was decoded last, as intended.
-    storages.pop(scratch.take(torch.device("cpu"), 0)[0].data_ptr(), None)
-    contents = [ctypes.string_at(s.data_ptr(), s.nbytes()) for s in storages.values()]
-    return [name for name, print_ in prints.items() for content in contents if print_ in content]
-
-
 def test_no_bf16_copy_of_a_compressed_weight_survives_loading(tmp_path: Path) -> None:
     # A model with its own weights: earlier engines of this process may have left theirs in memory.
     path = tiny_models.save("llama", tmp_path, seed=11)
@@ -105,10 +84,14 @@ def test_no_bf16_copy_of_a_compressed_weight_survives_loading(tmp_path: Path) ->
 
 # A model whose weights are generated while they are loaded, so that no file is mapped into memory.
 HIDDEN, INTERMEDIATE, LAYERS, VOCABULARY = 2048, 4096, 4, 256
-LARGEST_LAYER = 2 * 2 * INTERMEDIATE * HIDDEN  # gate_up_proj
+NUM_EXPERTS, INTERMEDIATE_OF_EXPERT = 16, 512
+LARGEST_LAYER = {
+    "llama": 2 * 2 * INTERMEDIATE * HIDDEN,  # gate_up_proj
+    "qwen3_moe": 2 * 3 * NUM_EXPERTS * INTERMEDIATE_OF_EXPERT * HIDDEN,
+}
 
 
-def made_up_weights() -> Iterator[tuple[str, torch.Tensor]]:
+def made_up_weights(architecture: str) -> Iterator[tuple[str, torch.Tensor]]:
     def make(name: str, *shape: int) -> tuple[str, torch.Tensor]:
         return f"{name}.weight", torch.empty(*shape, dtype=torch.bfloat16).normal_(0, 0.02)
 
@@ -117,9 +100,17 @@ def made_up_weights() -> Iterator[tuple[str, torch.Tensor]]:
         prefix = f"model.layers.{layer}"
         yield make(f"{prefix}.input_layernorm", HIDDEN)
         yield make(f"{prefix}.post_attention_layernorm", HIDDEN)
-        yield make(f"{prefix}.mlp.down_proj", HIDDEN, INTERMEDIATE)
-        yield make(f"{prefix}.mlp.gate_proj", INTERMEDIATE, HIDDEN)
-        yield make(f"{prefix}.mlp.up_proj", INTERMEDIATE, HIDDEN)
+        is_mixture = architecture == "qwen3_moe"
+        inner = INTERMEDIATE_OF_EXPERT if is_mixture else INTERMEDIATE
+        experts = [f".experts.{i}" for i in range(NUM_EXPERTS)] if is_mixture else [""]
+        for expert in experts:
+            yield make(f"{prefix}.mlp{expert}.down_proj", HIDDEN, inner)
+            yield make(f"{prefix}.mlp{expert}.gate_proj", inner, HIDDEN)
+            yield make(f"{prefix}.mlp{expert}.up_proj", inner, HIDDEN)
+        if is_mixture:
+            yield make(f"{prefix}.mlp.gate", NUM_EXPERTS, HIDDEN)
+            for part in "qk":
+                yield make(f"{prefix}.self_attn.{part}_norm", HIDDEN // 16)
         for part in "qkvo":
             yield make(f"{prefix}.self_attn.{part}_proj", HIDDEN, HIDDEN)
     yield make("model.norm", HIDDEN)
@@ -139,16 +130,18 @@ def give_large_blocks_back_at_once() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's peak counter is in Linux's /proc")
+@pytest.mark.parametrize("name", LARGEST_LAYER)
 def test_peak_memory_while_loading_is_the_compressed_model_and_two_layers(
-    bf16_checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, bf16_checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    transformers.LlamaConfig(
-        architectures=["LlamaForCausalLM"], dtype="bfloat16", tie_word_embeddings=False,
-        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=INTERMEDIATE,
-        num_hidden_layers=LAYERS, num_attention_heads=16, num_key_value_heads=16,
-        max_position_embeddings=256,
+    prefix = tiny_models.ARCHITECTURES[name][0]
+    getattr(transformers, f"{prefix}Config")(
+        architectures=[f"{prefix}ForCausalLM"], dtype="bfloat16", tie_word_embeddings=False,
+        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=INTERMEDIATE, head_dim=HIDDEN // 16,
+        num_hidden_layers=LAYERS, num_attention_heads=16, num_key_value_heads=16, max_position_embeddings=256,
+        num_experts=NUM_EXPERTS, num_experts_per_tok=2, moe_intermediate_size=INTERMEDIATE_OF_EXPERT,
     ).save_pretrained(tmp_path)  # fmt: skip
-    answers(bf16_checkpoint("llama"), quantization="dfloat11")  # one-time compilation
+    answers(bf16_checkpoint(name), quantization="dfloat11")  # one-time compilation
     give_large_blocks_back_at_once()
     seen: dict[str, int] = {}
     original = loader.DFloat11ModelLoader.load_model
@@ -161,13 +154,16 @@ def test_peak_memory_while_loading_is_the_compressed_model_and_two_layers(
         return model
 
     monkeypatch.setattr(loader.DFloat11ModelLoader, "load_model", measured)
-    monkeypatch.setattr(loader.DefaultModelLoader, "get_all_weights", lambda *_: made_up_weights())
+    monkeypatch.setattr(
+        loader.DefaultModelLoader, "get_all_weights", lambda *_: made_up_weights(name)
+    )
     monkeypatch.setattr(compat, "checkpoint_files", lambda *_: (tmp_path, []))
     with engine(tmp_path, quantization="dfloat11") as llm:
         summary = report.summarize(model_of(llm))
     growth = seen["peak"] - seen["start"]
     print(f"{growth / MIB:.1f} MiB at the peak, {summary.held_bytes / MIB:.1f} held")
-    assert summary.num_compressed == summary.num_layers
+    num_routers = LAYERS if name == "qwen3_moe" else 0
+    assert summary.num_compressed == summary.num_layers - num_routers
     assert growth > 0.95 * summary.held_bytes  # the measurement sees the model at all
-    assert growth < summary.held_bytes + 2 * LARGEST_LAYER
+    assert growth < summary.held_bytes + 2 * LARGEST_LAYER[name]
     assert growth < summary.bf16_bytes

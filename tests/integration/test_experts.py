@@ -1,6 +1,7 @@
 """Compressed routed experts, layer by layer and without an engine: what is decoded, what arrives, what is refused."""
 
 import dataclasses
+import gc
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import tiny_models
 import torch
 from helpers import same_bits
+from live_tensors import bf16_copies
 from model_loads import loaded
 from safetensors.torch import load_file
 
@@ -212,6 +214,25 @@ def test_summary_counts_experts_and_the_scratch(models: Models, log_lines: list[
     size = r"[0-9.]+ GiB"
     words = re.compile(f"; of these the experts of 1 layer {size} -> {size}; scratch {size}; not ")
     assert len([line for line in log_lines if words.search(line)]) == 1
+
+
+def test_no_bf16_copy_of_an_expert_survives_loading(tmp_path: Path) -> None:
+    # A model with its own weights: earlier models of this process may have left theirs in memory.
+    path = tiny_models.save("qwen3_moe", tmp_path, seed=12, moe_intermediate_size=64, **SMALL)
+    prints = {
+        name: tensor[5, :32].view(torch.uint8).numpy().tobytes()
+        for name, tensor in load_file(path / "model.safetensors").items()
+        if ".experts." in name
+    }
+    with loaded(path) as model:  # and in the form of the kernel
+        for i, tensor in enumerate(values(experts_of(model))):
+            prints[f"tensor {i}"] = tensor[1, 7, :32].view(torch.uint8).numpy().tobytes()
+        assert "tensor 0" in bf16_copies(prints)  # the scan finds a real copy
+        del tensor
+    del model
+    gc.collect()
+    with loaded(path, **DFLOAT11):
+        assert bf16_copies(prints) == []
 
 
 def test_experts_moved_while_serving_are_refused_in_one_sentence(models: Models) -> None:
