@@ -46,6 +46,16 @@ def test_slots_hold_groups_of_their_own() -> None:
     assert decodes(arena, [("a", 1)]) == [False]
 
 
+def test_what_one_slot_needs_does_not_enlarge_the_others() -> None:
+    # Bug caught: a layer of experts, never decoded on the aux stream, would have taken its room there too.
+    arena = ScratchArena()
+    arena.require(CPU, 4096)
+    arena.require(CPU, 1 << 20, ["main", "second microbatch"])
+    arena.reserve(CPU, ["main", "aux", "second microbatch"])
+    sizes = [arena.take(CPU, 0, slot)[0].numel() for slot in ("main", "aux", "second microbatch")]
+    assert sizes == [1 << 20, 4096, 1 << 20]
+
+
 def test_a_buffer_that_had_to_grow_holds_nothing() -> None:
     arena = ScratchArena()
     arena.take_for_group(CPU, 4096, "a", 0)

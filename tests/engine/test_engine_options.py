@@ -12,6 +12,7 @@ from conftest import Checkpoint
 from engines import answers, ask, bf16_answers, engine
 from guard_pages import run_python
 
+from vllm_dfloat.device.scratch import scratch
 from vllm_dfloat.errors import UnsupportedError
 
 pytestmark = pytest.mark.engine
@@ -203,8 +204,15 @@ def test_made_up_weights_are_compressed_too(
 
 
 def test_experts_are_compressed_and_the_line_says_so(
-    bf16_checkpoint: Checkpoint, log_lines: list[str]
+    bf16_checkpoint: Checkpoint, log_lines: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    take = scratch.take
+
+    def poisoned(*args: Any) -> Any:
+        out, status = take(*args)
+        return out.fill_(float("nan")), status
+
+    monkeypatch.setattr(scratch, "take", poisoned)
     model = bf16_checkpoint("qwen3_moe")
     assert answers(model, quantization="dfloat11") == bf16_answers(model)
     assert "compressed 8 of 10 layers" in summary(log_lines)  # the routers stay

@@ -94,7 +94,7 @@ class DFloat11ExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]  #
         if (self.placeholders or not self.makes_up_weights) and not layerwise.keeps_rest(layer):
             arrivals.check_experts(layer, self.name)
         layerwise.let_go_of_loaded(layer)
-        self.moe_kernel = None  # else vLLM takes the weights for ones in the kernel's form
+        compat.renew_cpu_kernel(layer)
         super().process_weights_after_loading(layer)
         layerwise.keep_in_place(layer, ("w13_bias", "w2_bias"))
         w13, w2 = self._pack(layer, W13), self._pack(layer, W2)

@@ -329,12 +329,17 @@ def holds_a_matrix(layer: torch.nn.Module) -> bool:
     return isinstance(layer, LinearBase | VocabParallelEmbedding)
 
 
+def method_of(layer: Any) -> Any:
+    """Return a layer's quantization method; of experts under LoRA the one that LoRA has wrapped."""
+    return getattr(layer.quant_method, "old_quant_method", layer.quant_method)
+
+
 def keeps_form_of_experts(layer: Any) -> bool:
     """Return whether the kernel of these unquantized experts keeps the checkpoint's order of the weights.
 
     Other kernels swap or shuffle the weights into tensors of the same shape.
     """
-    backend = getattr(layer.quant_method, "unquantized_backend", None)
+    backend = getattr(method_of(layer), "unquantized_backend", None)
     return getattr(backend, "name", "") in ("TRITON", "BATCHED_TRITON")
 
 
@@ -397,6 +402,22 @@ def kernel_of_experts(experts: Any) -> dict[str, Any]:
         for name in names
         if hasattr(experts.quant_method, name)
     }
+
+
+@contextmanager
+def plain_names_of_experts(model: torch.nn.Module) -> Iterator[None]:
+    """Let experts under LoRA find their weights by a checkpoint's names; vLLM looks for those of an adapter's file."""
+    layers: list[Any] = [
+        layer for layer in model.modules() if getattr(layer, "lora_base_layer_prefix", "")
+    ]
+    before = [layer.lora_base_layer_prefix for layer in layers]
+    try:
+        for layer in layers:
+            layer.lora_base_layer_prefix = ""
+        yield
+    finally:
+        for layer, prefix in zip(layers, before, strict=True):
+            layer.lora_base_layer_prefix = prefix
 
 
 def num_padding(layer: torch.nn.Module, weight: torch.Tensor) -> int:

@@ -159,7 +159,10 @@ class Updates:
     def _receive(self, weights: Pairs, *args: Any, **kwargs: Any) -> Any:
         current = Incoming(weights, self._names, isinstance(weights, StoredWeights) or self.counts)
         try:
-            with loader_calls.told_to(current.called):
+            with (
+                loader_calls.told_to(current.called),
+                compat.plain_names_of_experts(self.model),
+            ):
                 pairs = current if self.counts else lm_head_rows.readable_after(current, self.model)
                 loaded = self._load_weights(pairs, *args, **kwargs)
             current.copy_kept()
@@ -226,7 +229,7 @@ def _values(layer: Any) -> dict[str, torch.Tensor]:
     if not names:
         return {}
     try:
-        decoded = layer.quant_method.dequantize_weight(layer)
+        decoded = compat.method_of(layer).dequantize_weight(layer)
         return dict(zip(names, decoded if len(names) > 1 else [decoded], strict=True))
     except FormatError as error:
         raise UnsupportedError(
