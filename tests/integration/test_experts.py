@@ -8,9 +8,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import expert_layers
 import pytest
 import tiny_models
 import torch
+from expert_layers import DFLOAT11, INTERMEDIATE, NUM_EXPERTS, TOP_K, experts_of, values
 from helpers import same_bits
 from live_tensors import bf16_copies
 from model_loads import loaded
@@ -24,19 +26,11 @@ from vllm_dfloat.integration.layers import experts_kernel, layouts
 from vllm_dfloat.integration.layers.experts import W2, W13, DFloat11ExpertsMethod
 from vllm_dfloat.integration.layers.method import weights_of
 from vllm_dfloat.integration.loading import live_check, report
-from vllm_dfloat.integration.seam import compat, layer_kinds
+from vllm_dfloat.integration.seam import layer_kinds
 from vllm_dfloat.integration.seam.options import Options
 
 pytestmark = pytest.mark.engine
 
-NUM_EXPERTS, TOP_K = 8, 2
-# Sizes of an expert: tiles of its own; two experts share a tile of w2, and more of them one.
-INTERMEDIATE = {"whole tiles": 64, "two experts to a tile": 32}
-SMALL = dict(
-    vocab_size=64, hidden_size=64, intermediate_size=64, num_attention_heads=2, head_dim=32,
-    num_key_value_heads=1, num_hidden_layers=1,
-)  # fmt: skip
-DFLOAT11 = dict(quantization="dfloat11")
 POISON = float("nan")
 Models = Callable[[str], Path]
 
@@ -47,10 +41,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 
     def make(sizes: str) -> Path:
         path = root / sizes
-        if not path.exists():
-            own = dict(num_experts_per_tok=TOP_K, moe_intermediate_size=INTERMEDIATE[sizes])
-            tiny_models.save("qwen3_moe", path, num_experts=NUM_EXPERTS, **SMALL, **own)
-        return path
+        return path if path.exists() else expert_layers.save(sizes, path)
 
     return make
 
@@ -61,24 +52,6 @@ def with_amx() -> None:
     a = torch.ones(64, 64, dtype=torch.bfloat16)
     torch.cpu._init_amx()
     torch.mm(a, a)
-
-
-@pytest.fixture(scope="module")
-def bf16(models: Models) -> list[torch.Tensor]:
-    """Return w13 and w2 of BF16 vLLM for the model with whole tiles."""
-    with loaded(models("whole tiles")) as model:
-        return values(experts_of(model))
-
-
-def experts_of(model: torch.nn.Module) -> Any:
-    return next(layer for layer in model.modules() if layer_kinds.is_experts(layer))
-
-
-def values(layer: Any) -> list[torch.Tensor]:
-    """Return w13 and w2 of a layer, compressed or not, as its kernel wants them."""
-    if weights_of(layer):
-        return list(layer.quant_method.dequantize_weight(layer))
-    return [layer.w13_weight.detach().clone(), layer.w2_weight.detach().clone()]
 
 
 def multiply(layer: Any, chosen: list[int]) -> torch.Tensor:
@@ -177,7 +150,7 @@ def test_a_rank_of_expert_parallelism_holds_and_decodes_its_own_experts(
 def test_experts_that_would_not_shrink_are_named_and_served_as_they_are(
     models: Models, tmp_path: Path, log_lines: list[str], poisoned: None
 ) -> None:
-    path = tiny_models.save("qwen3_moe", tmp_path / "m", moe_intermediate_size=64, **SMALL)
+    path = expert_layers.save("whole tiles", tmp_path / "m")
 
     def noise(tensors: dict[str, torch.Tensor]) -> None:
         for name, tensor in tensors.items():
@@ -224,7 +197,7 @@ def test_summary_counts_experts_and_the_scratch(models: Models, log_lines: list[
 
 def test_no_bf16_copy_of_an_expert_survives_loading(tmp_path: Path) -> None:
     # A model with its own weights: earlier models of this process may have left theirs in memory.
-    path = tiny_models.save("qwen3_moe", tmp_path, seed=12, moe_intermediate_size=64, **SMALL)
+    path = expert_layers.save("whole tiles", tmp_path, seed=12)
     prints = {
         name: tensor[5, :32].view(torch.uint8).numpy().tobytes()
         for name, tensor in load_file(path / "model.safetensors").items()
@@ -304,85 +277,6 @@ def test_in_the_official_layout_all_experts_are_decoded_with_a_line(
         assert same_bits(multiply(layer, [1, 4]), answer)
     line = "dfloat11: all experts of a layer are decoded, also those without tokens"
     assert len([each for each in log_lines if each.startswith(line)]) == 1
-
-
-def test_new_experts_and_biases_take_effect_and_the_kernel_sees_later_writes_to_biases(
-    tmp_path: Path,
-) -> None:
-    # Bug caught: after an update the kernel read biases that were no parameters of the layer any more.
-    first, second = (
-        tiny_models.gpt_oss(tmp_path / "first", 0),
-        tiny_models.gpt_oss(tmp_path / "second", 1),
-    )
-    with loaded(second) as model:
-        held = values(experts_of(model))
-        biases = experts_of(model).w13_bias.detach().clone()
-    new = {n: t for n, t in load_file(second / "model.safetensors").items() if ".experts." in n}
-    with loaded(first, **DFLOAT11) as model:
-        layer = experts_of(model)
-        desc = layer.__dict__["dfloat11_desc_w13_weight"]
-        for _ in range(2):
-            model.load_weights(list(new.items()))
-            assert all(same_bits(*pair) for pair in zip(values(layer), held, strict=True))
-            assert torch.equal(layer.w13_bias, biases)
-            kernel = layer.quant_method.moe_kernel.fused_experts
-            assert kernel.w1_bias.data_ptr() == layer.w13_bias.data_ptr()
-            assert kernel.w2_bias.data_ptr() == layer.w2_bias.data_ptr()
-            assert layer.__dict__["dfloat11_desc_w13_weight"] is desc
-
-
-def test_experts_under_lora_take_the_names_of_a_checkpoint(models: Models) -> None:
-    # Bug caught: vLLM looks for the names in an adapter's file then, so new experts were lost without an error.
-    source = models("whole tiles")
-    new = {n: t.neg() for n, t in load_file(source / "model.safetensors").items() if "expert" in n}
-    with loaded(source, **DFLOAT11) as model:
-        layer = experts_of(model)
-        expected = [tensor.neg() for tensor in values(layer)]
-        layer.lora_base_layer_prefix = "base_layer."
-        model.load_weights(list(new.items()))
-        assert layer.lora_base_layer_prefix == "base_layer."
-        assert all(same_bits(*pair) for pair in zip(values(layer), expected, strict=True))
-
-
-def test_one_expert_is_replaced_where_the_kernel_keeps_the_form_of_a_checkpoint(
-    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # As with vLLM's Triton kernel on a GPU: the CPU kernel's own form is left out here.
-    from vllm.model_executor.layers.fused_moe.experts import cpu_moe
-
-    monkeypatch.setattr(cpu_moe, "cpu_prepack_moe_weight", lambda weight, *_: weight)
-    monkeypatch.setattr(compat, "keeps_form_of_experts", lambda _: True)
-    source, prefix = models("whole tiles"), "model.layers.0.mlp.experts.3."
-    new = {n: t.neg() for n, t in load_file(source / "model.safetensors").items() if prefix in n}
-    with loaded(source, **DFLOAT11) as model:
-        layer = experts_of(model)
-        expected = values(layer)
-        model.load_weights([(f"{prefix}up_proj.weight", new[f"{prefix}up_proj.weight"])])
-        expected[0][3, INTERMEDIATE["whole tiles"] :].neg_()
-        assert all(same_bits(*pair) for pair in zip(values(layer), expected, strict=True))
-        model.load_weights(list(new.items()))
-        expected[0][3, : INTERMEDIATE["whole tiles"]].neg_()
-        expected[1][3].neg_()
-        assert all(same_bits(*pair) for pair in zip(values(layer), expected, strict=True))
-
-
-def test_fused_tensors_of_a_checkpoint_are_loaded_as_single_ones(
-    models: Models, bf16: list[torch.Tensor]
-) -> None:
-    source = models("whole tiles")
-    tensors = load_file(source / "model.safetensors")
-    prefix = "model.layers.0.mlp.experts"
-
-    def stacked(kind: str) -> torch.Tensor:
-        return torch.stack([tensors.pop(f"{prefix}.{i}.{kind}.weight") for i in range(NUM_EXPERTS)])
-
-    tensors[f"{prefix}.gate_up_proj"] = torch.cat([stacked("gate_proj"), stacked("up_proj")], 1)
-    tensors[f"{prefix}.down_proj"] = stacked("down_proj")
-    with loaded(source, **DFLOAT11) as model:
-        layer = experts_of(model)
-        model.load_weights([(name, tensor.neg()) for name, tensor in tensors.items()])
-        held = [tensor.neg() for tensor in bf16]
-        assert all(same_bits(*pair) for pair in zip(values(layer), held, strict=True))
 
 
 @pytest.mark.parametrize("decodes_all", [False, True])

@@ -20,7 +20,7 @@ from vllm_dfloat.integration.layers import experts_kernel, experts_loading, meth
 from vllm_dfloat.integration.layers.experts_kernel import HeldExperts, Tensor3
 from vllm_dfloat.integration.layers.experts_loading import ExpertsPlaceholder
 from vllm_dfloat.integration.layers.layouts import BY_NAME
-from vllm_dfloat.integration.seam import arrivals, compat, layerwise, slots
+from vllm_dfloat.integration.seam import arrivals, compat, expert_kernels, layerwise, slots
 from vllm_dfloat.integration.seam.options import Options
 
 # vLLM's compile cache hashes this file's text, but not that of the op: increase this when the op's meaning changes.
@@ -51,16 +51,16 @@ class DFloat11ExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]  #
         config = compat.current_config()
         self.name = name
         self.layout = options.layout
-        self.backend = compat.backend_of_experts(self)
+        self.backend = expert_kernels.backend_of_experts(self)
         self.why_all = self._why_all()
         self.placeholders: dict[str, ExpertsPlaceholder] = {}
         self.slots = slots.slots_of_experts(config)
         self.all_slots = slots.slots(config)
-        self.is_traced = compat.traces_experts(config)
+        self.is_traced = expert_kernels.traces_experts(config)
         load_config = getattr(config, "load_config", None)
         self.makes_up_weights = getattr(load_config, "load_format", None) == "dummy"
         self.experts_cls = experts_kernel.decoding(self.experts_cls)
-        if compat.moves_experts(moe_config):
+        if expert_kernels.moves_experts(moe_config):
             raise UnsupportedError(
                 f"{name}: --enable-eplb moves experts between ranks while serving; expected experts that stay, since "
                 'these are held compressed. Remove it, or name the experts in `ignore`, such as "re:.*experts".'
@@ -70,9 +70,9 @@ class DFloat11ExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]  #
         """Return why experts without tokens are decoded too, "" if they are not."""
         if self.layout != "packed":
             return f"in the layout {self.layout} no part of a matrix is decoded alone"
-        if compat.routes_by_itself(self):
+        if expert_kernels.routes_by_itself(self):
             return f"vLLM's kernel {self.backend} chooses them itself"
-        if self.backend not in compat.READ_CHOSEN_EXPERTS_ONLY:
+        if self.backend not in expert_kernels.READ_CHOSEN_EXPERTS_ONLY:
             return f"vLLM's kernel {self.backend} may read them"
         return ""
 
@@ -94,7 +94,7 @@ class DFloat11ExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]  #
         if (self.placeholders or not self.makes_up_weights) and not layerwise.keeps_rest(layer):
             arrivals.check_experts(layer, self.name)
         layerwise.let_go_of_loaded(layer)
-        compat.renew_cpu_kernel(layer)
+        expert_kernels.renew_cpu_kernel(layer)
         super().process_weights_after_loading(layer)
         layerwise.keep_in_place(layer, ("w13_bias", "w2_bias"))
         w13, w2 = self._pack(layer, W13), self._pack(layer, W2)
@@ -122,7 +122,7 @@ class DFloat11ExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]  #
         return Tensor3(layer.__dict__[method.desc_name(name)], shape)
 
     def _give(self, held: HeldExperts) -> None:
-        kernel = compat.experts_of_kernel(self)
+        kernel = expert_kernels.experts_of_kernel(self)
         setattr(kernel, experts_kernel.HELD, held)
         if not (self.is_traced and held.w13.desc.device.type == "cpu"):
             device = held.w13.desc.device

@@ -7,7 +7,7 @@ import torch
 from vllm_dfloat.device.ops import PackedWeight
 from vllm_dfloat.integration.layers import method
 from vllm_dfloat.integration.layers.placeholder import WeightPlaceholder
-from vllm_dfloat.integration.seam import compat, layer_kinds, layerwise
+from vllm_dfloat.integration.seam import expert_kernels, layer_kinds, layerwise
 
 # Attributes of a module that are restored in another way, or never change.
 _OTHERS = frozenset(
@@ -44,7 +44,7 @@ class SavedWeights:
         held = method.weights_of(layer)
         self._packed[layer] = {name: packed.to("cpu") for name, packed in held.items()}
         if layer_kinds.is_experts(layer):
-            self._kernels[layer] = compat.kernel_of_experts(layer)
+            self._kernels[layer] = expert_kernels.kernel_of_experts(layer)
         for tensor in layerwise.set_aside(layer).values():
             self.save_tensor(tensor)
 

@@ -13,7 +13,13 @@ import torch
 
 from vllm_dfloat.errors import DFloatError, FormatError, UnsupportedError
 from vllm_dfloat.integration.layers import lm_head_rows, method
-from vllm_dfloat.integration.seam import compat, layer_kinds, layerwise, loader_calls
+from vllm_dfloat.integration.seam import (
+    compat,
+    expert_kernels,
+    layer_kinds,
+    layerwise,
+    loader_calls,
+)
 from vllm_dfloat.integration.seam.incoming import AS_BEFORE, Incoming
 from vllm_dfloat.integration.seam.names import logger
 from vllm_dfloat.integration.updating import guards
@@ -80,7 +86,7 @@ class Updates:
         if self._is_partial and self._keeps_rest:
             _fill_in(layer, needs_all=self.fills_in)
         if layer_kinds.is_experts(layer):
-            compat.renew_cpu_kernel(layer)
+            expert_kernels.renew_cpu_kernel(layer)
 
     def _name_of(self, layer: torch.nn.Module) -> str:
         names = [name for name, module in self.model.named_modules() if module is layer]
@@ -161,7 +167,7 @@ class Updates:
         try:
             with (
                 loader_calls.told_to(current.called),
-                compat.plain_names_of_experts(self.model),
+                expert_kernels.plain_names_of_experts(self.model),
             ):
                 pairs = current if self.counts else lm_head_rows.readable_after(current, self.model)
                 loaded = self._load_weights(pairs, *args, **kwargs)
@@ -207,7 +213,7 @@ def _fill_in(layer: torch.nn.Module, needs_all: bool) -> None:
         UnsupportedError: `needs_all`, and old values are in another form than a checkpoint's; or they are gone.
     """
     before, stays = layerwise.set_aside(layer), layerwise.written_in_place(layer)
-    has_its_form = not layer_kinds.is_experts(layer) or compat.keeps_form_of_experts(layer)
+    has_its_form = not layer_kinds.is_experts(layer) or expert_kernels.keeps_form_of_experts(layer)
     values = _values(layer) if has_its_form else {}
     for name, tensor in [*layer._parameters.items(), *layer._buffers.items()]:
         if tensor is None or name in stays:
@@ -229,7 +235,7 @@ def _values(layer: Any) -> dict[str, torch.Tensor]:
     if not names:
         return {}
     try:
-        decoded = compat.method_of(layer).dequantize_weight(layer)
+        decoded = expert_kernels.method_of(layer).dequantize_weight(layer)
         return dict(zip(names, decoded if len(names) > 1 else [decoded], strict=True))
     except FormatError as error:
         raise UnsupportedError(
