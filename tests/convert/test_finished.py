@@ -32,6 +32,12 @@ def state(folder: Path) -> dict[str, tuple[int, int]]:
     return {p.name: (p.stat().st_ino, p.stat().st_mtime_ns) for p in folder.iterdir()}
 
 
+def contents(folder: str) -> dict[str, bytes]:
+    """Return the bytes of all files but the note, which has the times of the others."""
+    files = [p for p in Path(folder).iterdir() if p.name != FINISHED_FILE]
+    return {p.name: p.read_bytes() for p in files}
+
+
 def weights(folder: str) -> Path:
     return min(Path(folder).glob("*.safetensors"))
 
@@ -111,10 +117,21 @@ def put_the_clock_back(target: str) -> None:
     os.utime(Path(target) / FINISHED_FILE, (soon, soon))
 
 
+def change_while_the_clock_is_back(target: str) -> None:
+    """Change a file at a time before the note's, and let the clock pass that time afterwards."""
+    soon = time.time() + 0.2
+    os.utime(Path(target) / FINISHED_FILE, (soon, soon))
+    flip_last_byte(weights(target))
+    while time.time() <= soon:
+        time.sleep(0.05)
+
+
 @pytest.mark.parametrize(
     "change",
     [
         lambda target: flip_last_byte(weights(target)),
+        # Bug caught: a file older than the note counted as unchanged.
+        change_while_the_clock_is_back,
         # Bug caught: only files with later times than the note's were read.
         lambda target: (put_the_clock_back(target), flip_last_byte(weights(target))),
         lambda target: weights(target).unlink(),
@@ -125,14 +142,14 @@ def put_the_clock_back(target: str) -> None:
 def test_a_target_that_changed_since_is_named_and_force_makes_it_anew(
     change: Callable[[str], object], command: list[str], capsys: Capture
 ) -> None:
-    intact = {p.name: p.read_bytes() for p in Path(command[2]).iterdir()}
+    intact = contents(command[2])
     change(command[2])
     assert main(command) == 2
     line = only_line(capsys.readouterr().err)
     assert "was changed or removed since its folder was finished" in line
     assert line.endswith("Give --force to make the folder anew.")
     assert main([*command, "--force", "--quiet"]) == 0
-    assert {p.name: p.read_bytes() for p in Path(command[2]).iterdir()} == intact
+    assert contents(command[2]) == intact
 
 
 def test_a_copy_of_a_finished_folder_is_read_and_found_finished(

@@ -1,14 +1,14 @@
 """Finished folders: the same command, run again, checks that source and target are unchanged, without reading them.
 
-A hidden file has the sizes and times of the source's files, size and SHA-256 of the files made from them, and the
-report. It is for this machine only, as times are; a reader of the checkpoint does not need it.
+A hidden file has the sizes and times of the source's files and of those made from them, size and SHA-256 of the latter,
+and the report. It is for this machine only, as times are; a reader of the checkpoint does not need it.
 """
 
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from vllm_dfloat.convert.resume import TASKS, Task
 from vllm_dfloat.convert.source_files import SourceFiles
 from vllm_dfloat.convert.work import Work
 from vllm_dfloat.errors import FormatError
+from vllm_dfloat.storage.file_identity import FileIdentity, Snapshot, identity_of
 from vllm_dfloat.storage.folder_lock import locked
 from vllm_dfloat.storage.json_file import MAX_LIST_BYTES, read_object
 
@@ -49,9 +50,15 @@ def write_finished(
         "identity": identity,
         "source": source.record(),
         "files": dict(work.entries),
+        "identities": _identities(work),
         "report": dict(report),
     }
     work.write_text(FINISHED_FILE, json.dumps(content, sort_keys=True) + "\n")
+
+
+def _identities(work: Work) -> dict[str, list[int]]:
+    made = Snapshot.take(work.folder, work.entries)
+    return {name: list(astuple(identity)) for name, identity in made.files.items()}
 
 
 def find_finished(
@@ -80,7 +87,7 @@ def find_finished(
             return None
         try:
             _check_source(target, task, identity, source, content)
-            _check_target(target, stamp, content["files"])
+            _check_target(target, stamp, content["files"], content.get("identities", {}))
         except (KeyError, TypeError, ValueError, AttributeError):
             return None  # somebody has written into it
         report: Mapping[str, Any] = content["report"]
@@ -104,11 +111,16 @@ def _check_source(
     )
 
 
-def _check_target(target: Path, stamp: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
-    """Compare the sizes of files, and all bytes of those that are as new as the note or newer.
+def _check_target(
+    target: Path,
+    stamp: Path,
+    files: Mapping[str, Mapping[str, Any]],
+    identities: Mapping[str, list[int]],
+) -> None:
+    """Compare every file's size and times, and the bytes of those whose times are others or as new as the note.
 
-    All bytes of all files if the note is of a time that is still to come: the clock was put back. An added file with
-    weights or an index may change what a reader finds; others, such as a README, do not.
+    Times must be equal, not only older: a clock that was put back gives a changed file a time before the note's. An
+    added file with weights or an index may change what a reader finds; others, such as a README, do not.
     """
     for name, _ in visible_paths(target):
         if name not in files and changes_answers(name):
@@ -119,10 +131,12 @@ def _check_target(target: Path, stamp: Path, files: Mapping[str, Mapping[str, An
     finished = stamp.stat().st_mtime_ns
     for name, entry in files.items():
         try:
-            status = (target / name).stat()
-            is_older = max(status.st_mtime_ns, status.st_ctime_ns) < finished < time.time_ns()
-            same = status.st_size == entry["bytes"] and (
-                is_older or file_entry(target / name) == entry
+            now = identity_of(target / name)
+            before = FileIdentity(*identities[name]) if name in identities else None
+            is_older = max(now.mtime_ns, now.ctime_ns) < finished
+            is_untouched = is_older and before is not None and not before.difference(now)
+            same = now.size == entry["bytes"] and (
+                is_untouched or file_entry(target / name) == entry
             )
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             same = False
