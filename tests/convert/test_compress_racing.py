@@ -157,7 +157,7 @@ from vllm_dfloat.storage.folder_lock import locked
 from vllm_dfloat.convert.worker_pool import run_jobs
 
 def stop(report):
-    print(os.getpid(), flush=True)
+    os.write(1, f"{os.getpid()}\\n".encode())  # in one piece, also with PYTHONUNBUFFERED
     os.kill(os.getpid(), signal.SIGSTOP)
 
 if __name__ == "__main__":
@@ -175,9 +175,10 @@ def test_workers_that_outlive_their_parent_keep_its_folder_locked(
     command = [sys.executable, str(script), str(tmp_path / "t")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout
-        workers = [int(parent.stdout.readline()) for _ in range(2)]
-        parent.kill()
-        parent.wait()
+        try:
+            workers = [int(parent.stdout.readline()) for _ in range(2)]
+        finally:
+            parent.kill()
     with monkeypatch.context() as patch:
         patch.setattr(folder_lock, "PATIENCE", 0.0)
         with pytest.raises(FormatError, match="another process"), locked(tmp_path / "t"):
