@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor, WorkerProc
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
+from vllm_dfloat.integration.updating import replies
 from vllm_dfloat.integration.updating.replies import Queues
 
 NUM_RANKS = 3
@@ -105,3 +107,17 @@ def test_whoever_reads_on_after_a_failure_gets_the_same_calls_replies(ranks: Ran
     assert [replies.dequeue()[1] for replies in ranks.executor.response_mqs] == all_of("first")
     ranks.reply("second")
     assert ranks.call() == all_of("second")
+
+
+def test_an_engine_after_a_refused_one_can_scan_numba(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Bug caught: the refused engine imported numba after the plugin had looked for it, and vLLM's CPU worker, which
+    # calls vars() on every module's attributes, died in the next engine, although that was a BF16 one.
+    from llvmlite.binding import ffi
+
+    ffi.lib._fntab.pop("__dict__", None)
+    replies.install()
+    seen = []
+    monkeypatch.setattr(UniProcExecutor, "_init_executor", lambda self: seen.append(vars(ffi.lib)))
+    names = "model cache lora load parallel scheduler device speculative observability".split()
+    UniProcExecutor(SimpleNamespace(**{f"{name}_config": None for name in names}))
+    assert [type(found) for found in seen] == [dict]

@@ -23,6 +23,7 @@ def install() -> None:
 
     @functools.wraps(make)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        compat.let_numba_be_scanned()  # an engine refused before may have imported it since
         make(self, *args, **kwargs)
         queues = getattr(self, "response_mqs", None)
         if type(queues) is list:  # an executor with one process per rank
