@@ -24,7 +24,7 @@ EVENTS = ("open", "os.rename", "os.remove")
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of every file except the record of the source, which differs from source to source."""
+    """Return the SHA-256 of every file except the note with the times of files, which no other run gives again."""
     return {
         path.relative_to(folder).as_posix(): file_entry(path)["sha256"]
         for path in sorted(folder.rglob("*"))

@@ -15,6 +15,7 @@ import torch
 import transformers
 from conftest import Checkpoint
 from dfloat11_helpers import VECTORS
+from interrupted import contents
 from safetensors.torch import load_file
 from small_models import bf16, make_model
 
@@ -101,9 +102,7 @@ def test_a_sharded_source_is_read_by_its_index_and_its_copy_left_out(tmp_path: P
     left, right = tmp_path / "df11", tmp_path / "again"
     (left / FINISHED_FILE).unlink()  # it names the source
     (right / FINISHED_FILE).unlink()
-    assert {p.name: p.read_bytes() for p in left.iterdir()} == {
-        p.name: p.read_bytes() for p in right.iterdir()
-    }
+    assert contents(left) == contents(right)
     assert compare(right, source).is_equal
 
 
@@ -237,9 +236,7 @@ def test_processes_write_the_same_bytes_and_end_with_a_killed_parent(tmp_path: P
         time.sleep(0.05)
     assert subprocess.run([*command, str(tmp_path / "two")]).returncode == 0
     left, right = tmp_path / "one", tmp_path / "two"
-    assert {p.name: p.read_bytes() for p in left.iterdir()} == {
-        p.name: p.read_bytes() for p in right.iterdir()
-    }
+    assert contents(left) == contents(right)
 
 
 def is_running(pid: str) -> bool:

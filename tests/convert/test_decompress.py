@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import Checkpoint
 from dfloat11_helpers import VECTORS
+from interrupted import contents
 from tiny_models import SHIPPED
 
 from vllm_dfloat.checkpoint.verify import compare
@@ -20,10 +21,6 @@ from vllm_dfloat.convert.resume import DECOMPRESSION
 from vllm_dfloat.errors import FormatError
 
 LLAMA = VECTORS / "llama-tiny-df11"
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_rerun_after_a_kill_at_any_point_ends_with_the_same_bytes(tmp_path: Path) -> None:

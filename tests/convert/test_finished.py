@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from cli_commands import make_places, only_line
+from interrupted import contents
 
 from vllm_dfloat.checkpoint.folder import COMPRESS_JOURNAL, FINISHED_FILE
 from vllm_dfloat.cli import main
@@ -30,12 +31,6 @@ def command(request: pytest.FixtureRequest, tmp_path: Path) -> list[str]:
 
 def state(folder: Path) -> dict[str, tuple[int, int]]:
     return {p.name: (p.stat().st_ino, p.stat().st_mtime_ns) for p in folder.iterdir()}
-
-
-def contents(folder: str) -> dict[str, bytes]:
-    """Return the bytes of all files but the note, which has the times of the others."""
-    files = [p for p in Path(folder).iterdir() if p.name != FINISHED_FILE]
-    return {p.name: p.read_bytes() for p in files}
 
 
 def weights(folder: str) -> Path:
@@ -142,14 +137,14 @@ def change_while_the_clock_is_back(target: str) -> None:
 def test_a_target_that_changed_since_is_named_and_force_makes_it_anew(
     change: Callable[[str], object], command: list[str], capsys: Capture
 ) -> None:
-    intact = contents(command[2])
+    intact = contents(Path(command[2]))
     change(command[2])
     assert main(command) == 2
     line = only_line(capsys.readouterr().err)
     assert "was changed or removed since its folder was finished" in line
     assert line.endswith("Give --force to make the folder anew.")
     assert main([*command, "--force", "--quiet"]) == 0
-    assert contents(command[2]) == intact
+    assert contents(Path(command[2])) == intact
 
 
 def test_a_copy_of_a_finished_folder_is_read_and_found_finished(

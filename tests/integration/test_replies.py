@@ -118,6 +118,7 @@ def test_an_engine_after_a_refused_one_can_scan_numba(monkeypatch: pytest.Monkey
     replies.install()
     seen = []
     monkeypatch.setattr(UniProcExecutor, "_init_executor", lambda self: seen.append(vars(ffi.lib)))
-    names = "model cache lora load parallel scheduler device speculative observability".split()
-    UniProcExecutor(SimpleNamespace(**{f"{name}_config": None for name in names}))
+    names = ("model", "cache", "lora", "load", "parallel", "scheduler", "device")
+    none = {f"{name}_config": None for name in (*names, "speculative", "observability")}
+    UniProcExecutor(SimpleNamespace(**none))
     assert [type(found) for found in seen] == [dict]
