@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # A real vLLM end to end on a GPU, in under 6 minutes: BF16 against DFloat11 exact, fused and in the official layout.
 #
-#     scripts/gpu_serve.sh [--out DIR] [--limit SECONDS] [--commit HASH] [--site FOLDER] [BENCH_SERVE ARGUMENT...]
+#     scripts/gpu_serve.sh [--out DIR] [--limit SECONDS] [--commit HASH] [--site FOLDER] [--shape SHAPE] [BENCH_SERVE ARGUMENT...]
 #     scripts/gpu_serve.sh --device cpu      # a rehearsal with vLLM's CPU build, on a tiny model
 #
+# A mixture of experts: --shape qwen3-30b-a3b-12 --variants bf16,exact
 # Uses the installed vLLM, or one in FOLDER (put on PYTHONPATH; FOLDER/env.sh is sourced if it exists), with this
 # checkout as its plugin. Random weights in the shape of Llama 3.1 8B are written to memory if it has room. vLLM may use
 # 28 GiB of the GPU, as on a smaller card, so that the memory saved decides how many sequences fit. Decode steps run
@@ -18,24 +19,25 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 PYTHON=${PYTHON:-python3}
-device=cuda out='' limit=345 site=''
+device=cuda out='' limit=345 site='' shape=''
 MEMORY_MIB=28672
 GRAPHS='"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 4, 16, 64, 256]}, '
 
 usage() {
-  echo "usage: scripts/gpu_serve.sh [--device cuda|cpu] [--out DIR] [--limit SECONDS] [--commit HASH] [--site FOLDER] [BENCH_SERVE ARGUMENT...]" >&2
+  echo "usage: scripts/gpu_serve.sh [--device cuda|cpu] [--out DIR] [--limit SECONDS] [--commit HASH] [--site FOLDER] [--shape SHAPE] [BENCH_SERVE ARGUMENT...]" >&2
   exit 2
 }
 
 while (($#)); do
   case $1 in
     -h | --help) usage ;;
-    --device | --out | --limit | --commit | --site) (($# > 1)) || usage ;;&
+    --device | --out | --limit | --commit | --site | --shape) (($# > 1)) || usage ;;&
     --device) device=$2 ;;
     --out) out=$2 ;;
     --limit) limit=$2 ;;
     --commit) export VLLM_DFLOAT_COMMIT=$2 ;;
     --site) site=$2 ;;
+    --shape) shape=$2 ;;
     *) break ;;
   esac
   shift 2
@@ -78,10 +80,10 @@ exec > >(tee "$out/serve.log") 2>&1
 echo "$facts"
 
 if [[ $device == cpu ]]; then
-  shape=tiny folder=$work/weights attention=('') graphs=''
+  shape=${shape:-tiny} folder=$work/weights attention=('') graphs=''
   choices=(--eager --batches 1,2 --context 16 --prefill 64 --hold 128 --steps 4 --point-seconds 2 --max-seqs 4 --variants bf16,exact,official)
 else
-  shape=llama-3.1-8b attention=(FLASH_ATTN TRITON_ATTN) graphs=$GRAPHS folder=$work/weights
+  shape=${shape:-llama-3.1-8b} attention=(FLASH_ATTN TRITON_ATTN) graphs=$GRAPHS folder=$work/weights
   room=$(df -BG --output=avail /dev/shm 2>/dev/null | tail -n 1 | tr -dc 0-9)
   if ((${room:-0} >= 24)); then # 16 GB of weights, and room for the engines
     folder=/dev/shm/vllm-dfloat-$$

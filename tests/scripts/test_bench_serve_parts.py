@@ -51,6 +51,8 @@ def test_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
 
 def test_sizes_of_the_shapes_are_those_of_the_models() -> None:
     expected = {"llama-3.1-8b": 8_030_261_248, "llama-3.2-1b": 1_235_814_400}
+    blocks = 30_532_122_624 - 2 * 151936 * 2048 - 2048  # of Qwen3-30B-A3B
+    expected["qwen3-30b-a3b-12"] = blocks // 4 + 2 * 151936 * 2048 + 2048
     for name, parameters in expected.items():
         config = {**model.LLAMA, **model.SHAPES[name]}
         found = sum(map(model.num_bytes, model.tensor_shapes(config)))

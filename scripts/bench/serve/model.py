@@ -21,6 +21,14 @@ LLAMA: dict[str, Any] = {
     "rope_parameters": {"rope_theta": 500000.0, "rope_type": "default"},
     "tie_word_embeddings": False,
 }
+QWEN3_MOE: dict[str, Any] = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "rms_norm_eps": 1e-6,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.1-8b": dict(
         vocab_size=128256,
@@ -53,6 +61,20 @@ SHAPES: dict[str, dict[str, Any]] = {
         head_dim=128,
         max_position_embeddings=131072,
     ),
+    "qwen3-30b-a3b-12": dict(  # 12 of its 48 transformer blocks, so that it fits beside its BF16 twin's KV cache
+        QWEN3_MOE,
+        vocab_size=151936,
+        hidden_size=2048,
+        intermediate_size=6144,
+        moe_intermediate_size=768,
+        num_experts=128,
+        num_experts_per_tok=8,
+        num_hidden_layers=12,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+        max_position_embeddings=40960,
+    ),
     "small": dict(  # large enough that a layer stands out from a process's own memory
         vocab_size=16384,
         hidden_size=2048,
@@ -62,6 +84,20 @@ SHAPES: dict[str, dict[str, Any]] = {
         num_key_value_heads=4,
         head_dim=128,
         max_position_embeddings=4096,
+    ),
+    "tiny-experts": dict(  # for rehearsals
+        QWEN3_MOE,
+        vocab_size=512,
+        hidden_size=256,
+        intermediate_size=768,
+        moe_intermediate_size=128,
+        num_experts=8,
+        num_experts_per_tok=2,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=16384,
     ),
     "tiny": dict(  # for rehearsals
         vocab_size=512,
@@ -81,7 +117,7 @@ class BenchError(Exception):
 
 
 def tensor_shapes(config: dict[str, Any]) -> Iterator[dict[str, tuple[int, ...]]]:
-    """Yield, file by file, the names and shapes of a Llama checkpoint's tensors."""
+    """Yield, file by file, the names and shapes of the tensors of a Llama or Qwen3-MoE checkpoint."""
     hidden, inter = config["hidden_size"], config["intermediate_size"]
     queries = config["num_attention_heads"] * config["head_dim"]
     keys = config["num_key_value_heads"] * config["head_dim"]
@@ -94,12 +130,17 @@ def tensor_shapes(config: dict[str, Any]) -> Iterator[dict[str, tuple[int, ...]]
         "self_attn.k_proj": (keys, hidden),
         "self_attn.v_proj": (keys, hidden),
         "self_attn.o_proj": (hidden, queries),
-        "mlp.gate_proj": (inter, hidden),
-        "mlp.up_proj": (inter, hidden),
-        "mlp.down_proj": (hidden, inter),
         "input_layernorm": (hidden,),
         "post_attention_layernorm": (hidden,),
     }
+    num_experts = config.get("num_experts", 0)
+    if num_experts:
+        inter = config["moe_intermediate_size"]
+        block["mlp.gate"] = (num_experts, hidden)
+        block |= {f"self_attn.{part}_norm": (config["head_dim"],) for part in "qk"}
+    for expert in [f".experts.{i}" for i in range(num_experts)] or [""]:
+        block |= {f"mlp{expert}.{part}_proj": (inter, hidden) for part in ("gate", "up")}
+        block[f"mlp{expert}.down_proj"] = (hidden, inter)
     for layer in range(config["num_hidden_layers"]):
         yield {f"model.layers.{layer}.{name}.weight": shape for name, shape in block.items()}
 

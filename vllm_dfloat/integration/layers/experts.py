@@ -39,7 +39,6 @@ class DFloat11ExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]  #
     """
 
     uses_meta_device = True
-    supports_pre_processed_weights = False
     supports_eplb = False
     mode = "exact"
     experts_cls: Any
@@ -49,6 +48,7 @@ class DFloat11ExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]  #
         super().__init__(moe_config)
         compat.let_numba_be_scanned()
         config = compat.current_config()
+        self.supports_pre_processed_weights = False
         self.name = name
         self.layout = options.layout
         self.backend = expert_kernels.backend_of_experts(self)
@@ -59,7 +59,8 @@ class DFloat11ExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]  #
         self.is_traced = expert_kernels.traces_experts(config)
         load_config = getattr(config, "load_config", None)
         self.makes_up_weights = getattr(load_config, "load_format", None) == "dummy"
-        self.experts_cls = experts_kernel.decoding(self.experts_cls)
+        if self.experts_cls is not None:  # some platforms have no kernel of this kind
+            self.experts_cls = experts_kernel.decoding(self.experts_cls)
         if expert_kernels.moves_experts(moe_config):
             raise UnsupportedError(
                 f"{name}: --enable-eplb moves experts between ranks while serving; expected experts that stay, since "

@@ -30,7 +30,7 @@ def can_compress_experts(backend: str) -> bool:
 
 def routes_by_itself(method: Any) -> bool:
     """Return whether the kernel of BF16 experts takes router logits instead of ids (monolithic, in vLLM's words)."""
-    return bool(method.experts_cls.is_monolithic())
+    return method.experts_cls is not None and bool(method.experts_cls.is_monolithic())
 
 
 def experts_of_kernel(method: Any) -> Any:
