@@ -11,7 +11,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.alone]
 # A pair of engines takes half a minute, so the rest of the matrix runs on demand.
 SLICES = [
     Case("qwen2", "traced", tp=2),
-    Case("qwen3-tiny-tied", "eager", tp=2),
+    Case("qwen3-tiny-tied", "eager-offload", tp=2),
 ]
 # A tied embedding is on the first stage, and as the LM head on the last.
 STAGES = [Case("qwen3-tiny-tied", "eager", pp=2)]
@@ -20,6 +20,8 @@ MORE_SLICES = [
     Case("qwen3_moe", "traced", tp=2),
     Case("shipped", "eager", tp=2),
     Case("shipped", "traced", tp=2),
+    Case("qwen3-tiny-tied", "eager", tp=2),
+    Case("llama", "traced-offload", tp=2),
     Case("llama-tiny", "traced", tp=2),
     Case("phi3-tiny-fused", "eager", tp=2),
 ]

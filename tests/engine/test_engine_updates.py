@@ -62,8 +62,9 @@ def expected(both: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture(scope="module")
 def running(both: tuple[Path, Path], expected: dict[str, Any]) -> Iterator[Served]:
-    # A model with biases; one of its fused layers stays BF16.
+    # A model with biases; one of its fused layers stays BF16, and some of the others are in host memory.
     settings = dict(
+        cpu_offload_gb=0.001,
         additional_config={"dfloat11": {"ignore": [f"{MLP}.gate_proj", f"{MLP}.up_proj"]}},
         weight_transfer_config=WeightTransferConfig(backend="in_process"),
     )

@@ -11,7 +11,7 @@ from vllm_dfloat.errors import UnsupportedError
 from vllm_dfloat.integration.layers import linear_op, room
 from vllm_dfloat.integration.layers.layouts import BY_NAME
 from vllm_dfloat.integration.layers.placeholder import HOW, WeightPlaceholder
-from vllm_dfloat.integration.seam import arrivals, compat, layer_kinds, layerwise, slots
+from vllm_dfloat.integration.seam import arrivals, compat, layer_kinds, layerwise, offloader, slots
 from vllm_dfloat.integration.seam.options import Options
 
 PACKED = "dfloat11"  # the attribute of a compressed layer: name of a parameter -> its PackedWeight
@@ -40,9 +40,13 @@ def desc_name(parameter: str) -> str:
 def hold(layer: torch.nn.Module, packed: ops.PackedWeight, parameter: str = WEIGHT) -> None:
     """Give a layer a compressed weight; the layer keeps the descriptor tensor of its first one, with new values.
 
-    Compiled graphs, captured CUDA graphs and group tables hold the address of that tensor.
+    Compiled graphs, captured CUDA graphs and group tables hold the address of that tensor. The payload goes to host
+    memory if vLLM's --cpu-offload-gb says so.
     """
-    packed = room.in_room(packed, weights_of(layer).get(parameter))
+    before = weights_of(layer).get(parameter)
+    packed = offloader.placed(layer, packed, parameter)
+    if not offloader.is_on_host(layer, parameter):
+        packed = room.in_room(packed, before)
     desc = layer.__dict__.setdefault(desc_name(parameter), packed.desc)
     if desc is not packed.desc:
         packed = packed.described_in(desc)

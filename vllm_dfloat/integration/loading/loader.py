@@ -53,6 +53,10 @@ class _Reporting:
 
     def load_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> torch.nn.Module:
         self._vllm_config, self._is_new = vllm_config, model_config.quantization == METHOD
+        if self._is_new:
+            from vllm_dfloat.integration.seam import offloader
+
+            offloader.install()
         model: torch.nn.Module = super().load_model(  # type: ignore[misc]  # vLLM's loader follows the mixin
             vllm_config=vllm_config, model_config=model_config, prefix=prefix
         )
@@ -77,9 +81,11 @@ class _Reporting:
     def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
         if self._is_new:  # and not a reload
             from vllm_dfloat.integration.layers import unasked
+            from vllm_dfloat.integration.seam import offloader
 
             self._is_new = False
             unasked.compress(model, self._vllm_config)
+            offloader.check_host_memory(self._vllm_config)
         self._load(model, model_config)
 
     def _load(self, model: torch.nn.Module, model_config: Any) -> None:

@@ -8,8 +8,9 @@ import torch
 
 from vllm_dfloat.device.scratch import scratch
 from vllm_dfloat.integration.layers.method import weights_of
+from vllm_dfloat.integration.loading import offload
 from vllm_dfloat.integration.loading.uncompressed import plain_parameters, uncompressed
-from vllm_dfloat.integration.seam import layer_kinds
+from vllm_dfloat.integration.seam import layer_kinds, offloader
 from vllm_dfloat.integration.seam.names import logger
 from vllm_dfloat.integration.seam.options import Options
 
@@ -34,6 +35,8 @@ class Summary:
         num_experts: layers of routed experts that are held compressed.
         experts_bf16_bytes, experts_bytes: their bytes in BF16 and as held.
         scratch_bytes: bytes of the scratch buffers of all slots.
+        host_bytes: those of `held_bytes` that --cpu-offload-gb holds in host memory.
+        host_names: layers whose compressed weights are there.
         uncompressed: name -> bytes of everything else, the largest first.
     """
 
@@ -51,6 +54,8 @@ class Summary:
     experts_bf16_bytes: int
     experts_bytes: int
     scratch_bytes: int
+    host_bytes: int
+    host_names: tuple[str, ...]
     uncompressed: Mapping[str, int]
 
     @property
@@ -61,7 +66,8 @@ class Summary:
     @property
     def freed_bytes(self) -> int:
         """Bytes freed for the KV cache; 0 for a small model whose scratch buffers take more than compression saves."""
-        return max(0, self.bf16_bytes - self.held_bytes - self.scratch_bytes)
+        on_device = self.held_bytes - self.host_bytes
+        return max(0, self.bf16_bytes - on_device - self.scratch_bytes)
 
     def __str__(self) -> str:
         layout = "" if self.layout == DEFAULT_LAYOUT else f" in the {self.layout} layout"
@@ -96,6 +102,12 @@ def summarize(model: torch.nn.Module) -> Summary:
     methods = [layer.quant_method for layer in compressed]
     of_experts = [layer for layer in compressed if layer_kinds.is_experts(layer)]
     experts = [weight for layer in of_experts for weight in weights_of(layer).values()]
+    on_host = [
+        weight
+        for layer in compressed
+        for name, weight in weights_of(layer).items()
+        if offloader.is_on_host(layer, name)
+    ]
     layouts = {method.layout for method in methods}
     packed = [weight for weight in held if not weight.is_raw]
     plain_bytes = sum(num_bytes for _, _, num_bytes in plain_parameters(model))
@@ -119,6 +131,9 @@ def summarize(model: torch.nn.Module) -> Summary:
         experts_bf16_bytes=sum(2 * weight.rows * weight.cols for weight in experts),
         experts_bytes=sum(weight.num_bytes for weight in experts),
         scratch_bytes=sum(scratch.num_bytes(device) for device in devices),
+        host_bytes=sum({id(w.payload): w.payload.nbytes for w in on_host}.values())
+        + sum(n for _, parameter, n in plain_parameters(model) if offloader.is_moved(parameter)),
+        host_names=tuple(weight.name for weight in on_host),
         uncompressed=uncompressed(model),
     )
 
@@ -143,5 +158,6 @@ def log_summary(model: torch.nn.Module) -> None:
             len(summary.fused_rows),
             summary.num_layers,
         )
+    offload.log_offloaded(summary.host_bytes, summary.host_names)
     if summary.raw_names:
         logger.info("dfloat11: held as BF16, would not shrink: %s", ", ".join(summary.raw_names))

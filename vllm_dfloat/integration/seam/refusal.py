@@ -11,17 +11,17 @@ def refusal(config: Any) -> str | None:
             f"--load-format {load_format}: it restores a model's parameters as they were saved; expected a format "
             "that reads a checkpoint. Use auto, hf or safetensors."
         )
-    offload = getattr(config, "offload_config", None)
-    uva = getattr(offload, "uva", None) or config.cache_config
-    if getattr(uva, "cpu_offload_gb", 0) or getattr(uva, "cpu_offload_params", None):
+    if _prefetches(getattr(config, "offload_config", None)):
         return (
-            "--cpu-offload-gb: it moves parameters to the host before their weights have arrived; expected 0. "
-            "Remove it: compressed weights take about 0.68 of the memory."
-        )
-    prefetch = getattr(offload, "prefetch", None)
-    if getattr(prefetch, "offload_group_size", 0):
-        return (
-            "--offload-group-size: it moves parameters to the host before their weights have arrived; expected 0. "
-            "Remove it."
+            "--offload-backend prefetch (--offload-group-size): it copies parameters of fixed size into buffers on the "
+            "GPU; expected UVA, which reads compressed weights where they are. Use --cpu-offload-gb, which counts "
+            "compressed bytes."
         )
     return None
+
+
+def _prefetches(offload: Any) -> bool:
+    """Return whether vLLM takes its prefetching offloader with this OffloadConfig, as its create_offloader decides."""
+    backend = getattr(offload, "offload_backend", "")
+    group = getattr(getattr(offload, "prefetch", None), "offload_group_size", 0)
+    return bool(backend == "prefetch" or (backend == "auto" and group))

@@ -7,7 +7,7 @@ import torch
 from vllm_dfloat.device.ops import PackedWeight
 from vllm_dfloat.integration.layers import method
 from vllm_dfloat.integration.layers.placeholder import WeightPlaceholder
-from vllm_dfloat.integration.seam import expert_kernels, layer_kinds, layerwise
+from vllm_dfloat.integration.seam import expert_kernels, layer_kinds, layerwise, offloader
 
 # Attributes of a module that are restored in another way, or never change.
 _OTHERS = frozenset(
@@ -18,7 +18,8 @@ _OTHERS = frozenset(
 class SavedWeights:
     """Old values of changed weights, kept on the host: a GPU has no room for two models.
 
-    On a CPU a compressed weight is kept by reference, and only while the update lasts.
+    On a CPU, and where --cpu-offload-gb holds it on the host, a compressed weight is kept by reference, and only while
+    the update lasts.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -42,7 +43,10 @@ class SavedWeights:
         if layer in self._packed:
             return
         held = method.weights_of(layer)
-        self._packed[layer] = {name: packed.to("cpu") for name, packed in held.items()}
+        self._packed[layer] = {
+            name: packed if offloader.is_on_host(layer, name) else packed.to("cpu")
+            for name, packed in held.items()
+        }
         if layer_kinds.is_experts(layer):
             self._kernels[layer] = expert_kernels.kernel_of_experts(layer)
         for tensor in layerwise.set_aside(layer).values():

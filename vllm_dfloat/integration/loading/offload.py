@@ -1,0 +1,60 @@
+"""The log line of --cpu-offload-gb: how many GiB of which layers lie in host memory."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+from vllm_dfloat.checkpoint.names import innermost_block
+from vllm_dfloat.integration.seam.names import logger
+from vllm_dfloat.integration.seam.offloader import GIB, offloader
+
+
+def log_offloaded(host_bytes: int, names: Sequence[str]) -> None:
+    """Log what lies in host memory, if vLLM's options ask for offload.
+
+    Args:
+        host_bytes: all of it, BF16 matrices included.
+        names: the layers whose compressed weights are there.
+    """
+    found = offloader()
+    if found is None:
+        return
+    given = f"--cpu-offload-gb {found.cpu_offload_max_bytes / GIB:.4g}"
+    if not found.num_named:
+        segments = " ".join(sorted(found.cpu_offload_params))
+        chosen = f" with --cpu-offload-params {segments}" if segments else ""
+        logger.warning(
+            "dfloat11: %s: vLLM's rule names no weight of this model%s; all are on the device",
+            given,
+            chosen,
+        )
+        return
+    logger.info(
+        "dfloat11: %.3f GiB of weights in host memory (%d bytes; %s counts compressed bytes): %s",
+        host_bytes / GIB,
+        host_bytes,
+        given,
+        listed(names) or "no compressed layer",
+    )
+
+
+def listed(names: Iterable[str]) -> str:
+    """Return the names of layers in few words: "model.layers.0-2 (qkv_proj, o_proj), model.layers.3 (qkv_proj)"."""
+    layers: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        block = innermost_block(name)
+        layers[block].append(name[len(block) :].lstrip(".") if block else name)
+    runs: list[tuple[str, int, int, list[str]]] = []  # path, first and last number, layers
+    alone = []
+    for block, leaves in layers.items():
+        path, _, number = block.rpartition(".")
+        if not block:
+            alone += leaves
+        elif runs and runs[-1][0] == path and runs[-1][2:] == (int(number) - 1, leaves):
+            runs[-1] = (path, runs[-1][1], int(number), leaves)
+        else:
+            runs.append((path, int(number), int(number), leaves))
+    texts = [
+        f"{path}.{first}{f'-{last}' if last > first else ''} ({', '.join(leaves)})".lstrip(".")
+        for path, first, last, leaves in runs
+    ]
+    return ", ".join(alone + texts)
