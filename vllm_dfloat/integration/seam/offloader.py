@@ -5,7 +5,7 @@ its size is not known. So the offloader here only notes which of them vLLM's rul
 made, it goes to host memory as long as the budget has room. The first that does not fit ends this, as in vLLM. An
 update leaves every payload where it is, host or device.
 
-Matrices that stay BF16 (ignored layers, routers, experts) go as vLLM would take them, while the model is built, and
+Matrices that stay BF16 (ignored layers, routers) go as vLLM would take them, while the model is built, and
 count too. Norms and biases stay on the device: read in every pass, and of no size.
 """
 
