@@ -66,7 +66,7 @@ def is_named(path: str, settings: dict[str, Any]) -> bool:
     leaves = ["o_proj", "down_proj"]
     if "cpu_offload_params" not in settings:
         leaves += ["qkv_proj", "gate_up_proj", "experts"]
-    return ".layers." in path and path.rpartition(".")[2] in leaves
+    return ".layers." in path and any(part in leaves for part in path.split("."))
 
 
 def test_a_flipped_bit_in_host_memory_is_found_and_the_start_says_what_lies_there(

@@ -7,9 +7,10 @@ from typing import Any
 
 from vllm_dfloat.commands.output import say
 from vllm_dfloat.errors import UnsupportedError
-from vllm_dfloat.plan.byte_sizes import parse_size
+from vllm_dfloat.plan.byte_sizes import GIB, parse_size
 
 EXIT_FITS, EXIT_DOES_NOT_FIT = 0, 1
+MAX_OFFLOAD = 1 << 20  # GiB
 EXAMPLE = (
     "example: vllm-dfloat plan ./Llama-3.1-405B/config.json --gpus 8 --gpu-memory 80GiB. "
     "Exit status: 0 fits in DFloat11, 1 does not, 2 bad input. Without --max-model-len a model fits if one token does; "
@@ -54,6 +55,10 @@ def add_plan(commands: Any) -> argparse.ArgumentParser:
         help="fix the KV cache of each rank, such as 10GiB (what vLLM's --kv-cache-memory-bytes calls 10G)",
     )  # fmt: skip
     parser.add_argument(
+        "--cpu-offload-gb", type=float, default=0, metavar="GIB",
+        help="GiB per GPU of weights in host memory, compressed ones for DFloat11 (default: 0, as vLLM's)",
+    )  # fmt: skip
+    parser.add_argument(
         "--granularity", choices=("layer", "block"), default="layer", help="what is decoded at a time (default: layer)"
     )  # fmt: skip
     parser.add_argument(
@@ -89,6 +94,7 @@ def run(args: argparse.Namespace) -> int:
         max_num_seqs=args.max_num_seqs,
         overhead=parse_size(args.overhead, "--overhead") if args.overhead else None,
         kv_cache_memory=parse_size(args.kv_cache_memory, "--kv-cache-memory") if args.kv_cache_memory else None,
+        cpu_offload=int(args.cpu_offload_gb * GIB),
         granularity=args.granularity,
     )  # fmt: skip
     plan = make_plan(args.model, settings, args.code_bits)
@@ -129,6 +135,10 @@ def _check(args: argparse.Namespace) -> None:
     if not 0 < args.gpu_memory_utilization <= 1:
         raise UnsupportedError(
             f"--gpu-memory-utilization {args.gpu_memory_utilization:g}: expected a fraction over 0, at most 1."
+        )
+    if not 0 <= args.cpu_offload_gb < MAX_OFFLOAD:
+        raise UnsupportedError(
+            f"--cpu-offload-gb {args.cpu_offload_gb:g}: expected GiB per GPU, at least 0 and below {MAX_OFFLOAD:,}."
         )
     if args.code_bits is not None and not 1 <= args.code_bits <= 8:
         raise UnsupportedError(f"--code-bits {args.code_bits:g}: expected 1 to 8.")

@@ -9,6 +9,7 @@ from vllm_dfloat.errors import UnsupportedError
 from vllm_dfloat.plan.byte_sizes import GIB
 from vllm_dfloat.plan.config import ModelConfig
 from vllm_dfloat.plan.kv_cache import KVCache, group_layers, latent_page_bytes, page_bytes
+from vllm_dfloat.plan.offload import BlockWeight, bf16_on_host, dfloat11_on_host
 from vllm_dfloat.plan.packed_size import packed_size
 from vllm_dfloat.plan.rotary import rotary_bytes
 from vllm_dfloat.plan.weights import Weight
@@ -32,6 +33,7 @@ class Settings:
         overhead: bytes beside weights, scratch and KV cache; None to estimate them.
         kv_cache_memory: bytes of KV cache per rank; None for what is left.
         in_flight_batches: batches that are scheduled at once; None for vLLM's choice on a GPU.
+        cpu_offload: bytes per GPU that weights may take in host memory (--cpu-offload-gb); 0 for none.
         granularity: "layer" or "block", what is decoded in one launch.
         slots: scratch buffers in use at the same time; None for as many as the model needs on a GPU.
     """
@@ -48,6 +50,7 @@ class Settings:
     in_flight_batches: int | None = None
     overhead: int | None = None
     kv_cache_memory: int | None = None
+    cpu_offload: int = 0
     granularity: str = "layer"
     slots: int | None = None
 
@@ -81,6 +84,7 @@ class Rank:
         scratch: the buffers that layers are decoded into.
         largest: the largest compressed weight, as BF16.
         overhead: everything else.
+        bf16_host, dfloat11_host: those of the weights that lie in host memory.
     """
 
     stage: int
@@ -94,6 +98,8 @@ class Rank:
     scratch: int
     largest: int
     overhead: int
+    bf16_host: int = 0
+    dfloat11_host: int = 0
 
     @property
     def bits_per_weight(self) -> float:
@@ -102,7 +108,7 @@ class Rank:
     @property
     def loading_peak(self) -> int:
         """A bound while loading DFloat11: what is held in the end, and two layers."""
-        return self.dfloat11_weights + self.scratch + 2 * self.largest
+        return self.dfloat11_weights - self.dfloat11_host + self.scratch + 2 * self.largest
 
 
 def split_layers(num_layers: int, pp: int) -> list[range]:
@@ -156,6 +162,7 @@ def _rank(
 ) -> Rank:
     bf16 = dfloat11 = bf16_towers = dfloat11_towers = numel = coded = largest = scratch = 0
     groups: dict[str, list[int]] = {}
+    in_blocks: list[BlockWeight] = []
     for weight in held:
         rows, cols = weight.shape_of_rank(settings.tp)
         plain = kept = weight.itemsize * rows * cols
@@ -169,6 +176,8 @@ def _rank(
             if not packed.is_raw:
                 numel, coded = numel + rows * cols, coded + packed.num_bytes
         bf16, dfloat11 = bf16 + plain, dfloat11 + kept
+        if weight.layer >= 0:
+            in_blocks.append(BlockWeight(plain, kept, weight.is_compressed, weight.cols == 1))
         if weight.is_of_tower:
             bf16_towers, dfloat11_towers = bf16_towers + plain, dfloat11_towers + kept
     if settings.granularity == "block":
@@ -178,7 +187,8 @@ def _rank(
     if overhead is None:
         overhead = RESERVE + rotary_bytes(config, layers) + activation_bytes(config, settings)
     return Rank(
-        stage, layers, bf16, dfloat11, bf16_towers, dfloat11_towers, numel, coded, slots * scratch, largest, overhead
+        stage, layers, bf16, dfloat11, bf16_towers, dfloat11_towers, numel, coded, slots * scratch, largest, overhead,
+        bf16_on_host(in_blocks, settings.cpu_offload), dfloat11_on_host(in_blocks, settings.cpu_offload),
     )  # fmt: skip
 
 

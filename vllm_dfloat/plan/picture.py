@@ -130,8 +130,13 @@ def _bars(plan: Plan) -> list[Bar]:
     limit = settings.gpu_memory if settings.kv_cache_memory else settings.requested
     for index, rank in enumerate(plan.ranks):
         for kind, outcome, weights, scratch in (
-            ("BF16", plan.bf16, rank.bf16_weights, 0),
-            ("DFloat11", plan.dfloat11, rank.dfloat11_weights, rank.scratch),
+            ("BF16", plan.bf16, rank.bf16_weights - rank.bf16_host, 0),
+            (
+                "DFloat11",
+                plan.dfloat11,
+                rank.dfloat11_weights - rank.dfloat11_host,
+                rank.scratch,
+            ),
         ):
             parts = {"weights": weights, "scratch": scratch, "other": rank.overhead}
             parts["KV cache"] = max(0, outcome.kv_bytes[index])
@@ -140,6 +145,9 @@ def _bars(plan: Plan) -> list[Bar]:
             lines = [kind, f"{outcome.tokens:,} KV tokens" if outcome.fits else "does not fit"]
             if not outcome.fits and outcome.longest:
                 lines[1] = f"context over {outcome.longest:,} tokens"
+            host = rank.bf16_host if kind == "BF16" else rank.dfloat11_host
+            if settings.cpu_offload:
+                lines.append(f"{show_size(host)} in host memory")
             if settings.pp > 1:
                 lines[0] = f"stage {rank.stage}, {kind}"
             bars.append(Bar("\n".join(lines), parts, max(0, missing)))

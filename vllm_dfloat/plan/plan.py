@@ -173,7 +173,9 @@ def _outcome(
 ) -> Outcome:
     left, blocks, loads = [], [], True
     for rank in ranks:
-        held = rank.dfloat11_weights + rank.scratch if compressed else rank.bf16_weights
+        held = rank.bf16_weights - rank.bf16_host
+        if compressed:
+            held = rank.dfloat11_weights - rank.dfloat11_host + rank.scratch
         free = settings.requested - held - rank.overhead
         loads &= settings.kv_cache_memory is not None or free > 0
         if compressed:

@@ -59,6 +59,10 @@ def _stage(plan: Plan, index: int, rank: Rank) -> list[str]:
     if rank.bf16_towers:
         sizes = show_size(rank.bf16_towers), show_size(rank.dfloat11_towers)
         towers = [_row("  of which the tower", *sizes, "with its projector")]
+    on_host = []
+    if plan.settings.cpu_offload:
+        sizes = show_size(rank.bf16_host), show_size(rank.dfloat11_host)
+        on_host = [_row("  in host memory", *sizes, "--cpu-offload-gb")]
     return [
         _row(who, "BF16", "DFloat11", layers),
         _row(
@@ -66,6 +70,7 @@ def _stage(plan: Plan, index: int, rank: Rank) -> list[str]:
             f"{rank.bits_per_weight:.2f} bits per compressed weight",
         ),
         *towers,
+        *on_host,
         _row("scratch", DASH, show_size(rank.scratch), largest),
         _row("other", show_size(rank.overhead), show_size(rank.overhead)),
         _row(
@@ -120,6 +125,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "gpu_memory": settings.gpu_memory,
         "gpu_memory_utilization": settings.gpu_memory_utilization,
         "requested": settings.requested,
+        "cpu_offload": settings.cpu_offload,
         "kv_cache_dtype": settings.kv_cache_dtype,
         "max_model_len": settings.max_model_len,
         "context": plan.config.context,
@@ -139,6 +145,8 @@ def _stage_json(plan: Plan, index: int, rank: Rank) -> dict[str, Any]:
         "dfloat11_weights": rank.dfloat11_weights,
         "bf16_towers": rank.bf16_towers,
         "dfloat11_towers": rank.dfloat11_towers,
+        "bf16_host": rank.bf16_host,
+        "dfloat11_host": rank.dfloat11_host,
         "bits_per_weight": rank.bits_per_weight,
         "scratch": rank.scratch,
         "overhead": rank.overhead,

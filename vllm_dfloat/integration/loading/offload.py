@@ -13,7 +13,7 @@ def log_offloaded(host_bytes: int, names: Sequence[str]) -> None:
 
     Args:
         host_bytes: all of it, BF16 matrices included.
-        names: the layers whose compressed weights are there.
+        names: the layers whose weights are there.
     """
     found = offloader()
     if found is None:
@@ -33,7 +33,7 @@ def log_offloaded(host_bytes: int, names: Sequence[str]) -> None:
         host_bytes / GIB,
         host_bytes,
         given,
-        listed(names) or "no compressed layer",
+        listed(names) or "nothing",
     )
 
 

@@ -36,7 +36,7 @@ class Summary:
         experts_bf16_bytes, experts_bytes: their bytes in BF16 and as held.
         scratch_bytes: bytes of the scratch buffers of all slots.
         host_bytes: those of `held_bytes` that --cpu-offload-gb holds in host memory.
-        host_names: layers whose compressed weights are there.
+        host_names: the layers whose weights are there.
         uncompressed: name -> bytes of everything else, the largest first.
     """
 
@@ -111,6 +111,11 @@ def summarize(model: torch.nn.Module) -> Summary:
     layouts = {method.layout for method in methods}
     packed = [weight for weight in held if not weight.is_raw]
     plain_bytes = sum(num_bytes for _, _, num_bytes in plain_parameters(model))
+    moved = {
+        name.removesuffix(".weight"): num_bytes
+        for name, parameter, num_bytes in plain_parameters(model)
+        if offloader.is_moved(parameter)
+    }
     devices = {weight.payload.device for weight in held}
     return Summary(
         num_layers=len(layers),
@@ -132,8 +137,8 @@ def summarize(model: torch.nn.Module) -> Summary:
         experts_bytes=sum(weight.num_bytes for weight in experts),
         scratch_bytes=sum(scratch.num_bytes(device) for device in devices),
         host_bytes=sum({id(w.payload): w.payload.nbytes for w in on_host}.values())
-        + sum(n for _, parameter, n in plain_parameters(model) if offloader.is_moved(parameter)),
-        host_names=tuple(weight.name for weight in on_host),
+        + sum(moved.values()),
+        host_names=(*(weight.name for weight in on_host), *moved),
         uncompressed=uncompressed(model),
     )
 
