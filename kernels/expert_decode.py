@@ -47,7 +47,9 @@ def _decode_chosen_kernel(
     _, tiles = _tiles_of_expert(expert, numel)
     turns = tl.where(chosen != 0, (tiles + (TILES - 1)) // TILES, 0)
     ends = tl.cumsum(turns, axis=0)
-    for turn in range(tl.program_id(0), tl.sum(turns, axis=0), tl.num_programs(0)):
+    total = tl.sum(turns, axis=0)
+    turn = tl.program_id(0)
+    while turn < total:  # the interpreter of Triton 3.6 takes no range of tensors
         is_before = ends <= turn
         member = tl.sum(is_before.to(tl.int32), axis=0)
         place = turn - tl.max(tl.where(is_before, ends, 0), axis=0)
@@ -55,6 +57,7 @@ def _decode_chosen_kernel(
         tile = (place * TILES + tl.arange(0, TILES))[:, None]
         tile = first + tl.minimum(tile, count - 1).to(tl.int64)
         _decode_tiles(desc_ptr, salt, tile, num_tiles.to(tl.int64), out_ptr, status_ptr, TILES)
+        turn += tl.num_programs(0)
 
 
 def decode_chosen(

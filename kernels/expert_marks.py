@@ -8,11 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
-IDS_AT_ONCE = 1024
-ONE_PROGRAM_IDS = (
-    4096  # up to here one program takes a few microseconds, the time of another launch
-)
-NUM_WARPS = 4
+NUM_WARPS = 16
+IDS_AT_ONCE = 32 * NUM_WARPS  # one a thread: more would be moved through shared memory
+ONE_PROGRAM_IDS = 4 * IDS_AT_ONCE  # more take longer than the launch that clears the flags
 
 
 @triton.jit
@@ -42,13 +40,19 @@ def _mark_kernel(
     """Set the flag of each local expert that occurs among the ids. Grid (ceil(num_ids / AT_ONCE),), or (1,)."""
     lane = tl.arange(0, AT_ONCE)
     if CLEARS:
-        for start in range(0, num_experts, AT_ONCE):
+        first = tl.full([], 0, tl.int32)
+        start = first
+        while start < num_experts:  # the interpreter of Triton 3.6 takes no range of tensors
             expert = start + lane
             zero = tl.zeros([AT_ONCE], tl.int32)
             tl.store(chosen_ptr + expert, zero, mask=expert < num_experts)
+            start += AT_ONCE
         tl.debug_barrier()  # no flag is set by one thread and then cleared by another
-        for start in range(0, num_ids, AT_ONCE):
-            _mark(ids_ptr, map_ptr, chosen_ptr, start + lane, num_ids, num_global, num_experts, HAS_MAP)  # fmt: skip
+        start = first
+        while start < num_ids:
+            place = start + lane
+            _mark(ids_ptr, map_ptr, chosen_ptr, place, num_ids, num_global, num_experts, HAS_MAP)
+            start += AT_ONCE
     else:
         place = tl.program_id(0).to(tl.int64) * AT_ONCE + lane
         _mark(ids_ptr, map_ptr, chosen_ptr, place, num_ids, num_global, num_experts, HAS_MAP)

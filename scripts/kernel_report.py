@@ -39,9 +39,9 @@ RESOURCE = re.compile(r"(REG|STACK|SHARED|LOCAL):(\d+)")
 
 def specs() -> list[CompileSpec]:
     return [
-        *decode.PACKED, *decode.ROWS, *decode.OFFICIAL, *encode.COUNT, *encode.PACKED, *encode.OFFICIAL,
-        *matmul.GEMV, *matmul.DOT, *matmul.SUM, *fast.WHOLE, *fast.ROWS, *fast_matmul.GEMV, *fast_matmul.DOT,
-        *fast_matmul.SUM,
+        *decode.PACKED, *decode.EXPERTS, *decode.ROWS, *decode.OFFICIAL, *encode.COUNT, *encode.PACKED,
+        *encode.OFFICIAL, *matmul.GEMV, *matmul.DOT, *matmul.SUM, *fast.WHOLE, *fast.ROWS,
+        *fast_matmul.GEMV, *fast_matmul.DOT, *fast_matmul.SUM,
     ]  # fmt: skip
 
 
@@ -69,6 +69,10 @@ def loops_of(code: list[tuple[int, str, str]]) -> list[tuple[int, int]]:
     ]
 
 
+def contains(loop: tuple[int, int], other: tuple[int, int]) -> bool:
+    return loop != other and loop[0] <= other[0] and other[1] <= loop[1]
+
+
 def measure(spec: CompileSpec, capability: int) -> dict[str, Any]:
     """Return one row of the report."""
     compiled = spec.compile(capability)
@@ -78,7 +82,10 @@ def measure(spec: CompileSpec, capability: int) -> dict[str, Any]:
         resources = dict(RESOURCE.findall(dump("--dump-resource-usage", cubin)))
         code = instructions(dump("-sass", cubin))
     kinds = Counter(name.split(".")[0] for _, name, _ in code)
-    loops = [{address for address, _, _ in code if a <= address <= b} for a, b in loops_of(code)]
+    ranges = loops_of(code)
+    if not spec.counts_outer_loops:
+        ranges = [one for one in ranges if not any(contains(one, other) for other in ranges)]
+    loops = [{address for address, _, _ in code if a <= address <= b} for a, b in ranges]
     in_loops: set[int] = set().union(*loops)
     runs = sum(spec.loop_runs if address in in_loops else 1 for address, _, _ in code)
     per_weight = 32 * spec.num_warps / spec.weights_per_program

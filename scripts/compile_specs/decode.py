@@ -3,7 +3,14 @@
 from compile_specs.spec import CONSTANT, CompileSpec
 
 from vllm_dfloat.codec import layout
-from vllm_dfloat.kernels import dfloat11_decode, group_decode, packed_decode, packed_rows
+from vllm_dfloat.kernels import (
+    dfloat11_decode,
+    expert_decode,
+    expert_marks,
+    group_decode,
+    packed_decode,
+    packed_rows,
+)
 from vllm_dfloat.kernels.configs import DEFAULT, ROWS_TILES_PER_PROGRAM
 from vllm_dfloat.kernels.tiles import num_warps
 
@@ -38,6 +45,41 @@ PACKED = [
         ),
         aligned_args=("table_ptr", "out_ptr", "status_ptr"),
         **_WHOLE,
+    ),
+]  # fmt: skip
+EXPERTS = [
+    *(
+        CompileSpec(
+            name=name,
+            fn=expert_decode._decode_chosen_kernel,
+            signature=dict(
+                desc_ptr="*i64", chosen_ptr="*i32", out_ptr="*u32", status_ptr="*i32", num_experts="i32",
+                expert_numel="i32", num_tiles="i32", salt="i64", TILES=CONSTANT, EXPERTS=CONSTANT,
+            ),
+            aligned_args=("desc_ptr", "chosen_ptr", "out_ptr", "status_ptr"),
+            counts_outer_loops=False,  # a turn of a program
+            **{**_WHOLE, "constexprs": {"TILES": _TILES, "EXPERTS": experts}},
+        )
+        for name, experts in (("decode_chosen", 128), ("decode_chosen_512", 512))
+    ),
+    *(
+        CompileSpec(
+            name=name,
+            fn=expert_marks._mark_kernel,
+            signature=dict(
+                ids_ptr=ids_type, map_ptr="*i32", chosen_ptr="*i32", num_ids="i32", num_global="i32",
+                num_experts="i32", HAS_MAP=CONSTANT, CLEARS=CONSTANT, AT_ONCE=CONSTANT,
+            ),
+            constexprs={"HAS_MAP": has_map, "CLEARS": clears, "AT_ONCE": expert_marks.IDS_AT_ONCE},
+            aligned_args=("ids_ptr", "map_ptr", "chosen_ptr"),
+            num_warps=expert_marks.NUM_WARPS,
+            weights_per_program=expert_marks.IDS_AT_ONCE,  # ids
+        )
+        for name, ids_type, has_map, clears in (
+            ("mark_chosen", "*i32", False, True),
+            ("mark_chosen_map", "*i64", True, True),
+            ("mark_chosen_many", "*i32", True, False),
+        )
     ),
 ]  # fmt: skip
 ROWS = [

@@ -32,6 +32,7 @@ class CompileSpec:
         num_warps: as launched.
         weights_per_program: weights that one program handles; a typical number if it varies.
         loop_runs: how often the compiled loops run, to count executed instructions; 1 if it varies.
+        counts_outer_loops: whether that holds for a loop with others in it too; else it is counted as run once.
     """
 
     name: str
@@ -42,6 +43,7 @@ class CompileSpec:
     num_warps: int = 4
     weights_per_program: int = 1
     loop_runs: int = 1
+    counts_outer_loops: bool = True
 
     def compile(self, capability: int, **options: Any) -> Any:
         """Return Triton's compiled kernel for a capability such as 90 (sm_90); needs no GPU."""

@@ -24,7 +24,8 @@ OTHER_NUMPY = "numpy>=2.4,<2.5"  # current hosts have it together with Triton 3.
 # One kernel of each form, compiled here for every target. All others are compiled for sm_90 here, and for every target
 # by the kernel report.
 FORMS = (
-    "decode", "decode_group", "decode_rows", "decode_dfloat11", "decode_dfloat11_resident", "decode_dfloat11_rows",
+    "decode", "decode_group", "decode_chosen", "mark_chosen_map", "decode_rows",
+    "decode_dfloat11", "decode_dfloat11_resident", "decode_dfloat11_rows",
     "encode_count", "encode_measure", "encode_write", "encode_dfloat11_measure", "encode_dfloat11_write",
     "encode_dfloat11_split", "gemv_1", "dot_16", "sum_1", "fast_decode", "fast_rows", "fast_gemv_1", "fast_dot_16",
     "fast_sum",
@@ -106,6 +107,26 @@ def test_decode_kernel_keeps_to_its_instruction_budget(report: Rows) -> None:
     assert row["widest_store_bits"] == 128
 
 
+def test_decoding_chosen_experts_costs_a_weight_no_more_than_decoding_a_matrix(
+    report: Rows,
+) -> None:
+    for name in ("decode_chosen", "decode_chosen_512"):
+        row = report[name, "sm_90"]
+        assert max(row["of_each_loop"]) <= 13
+        assert row["registers"] <= 64  # as many programs run at once
+        assert row["spilled_bytes"] == 0
+        assert row["barriers"] == 0  # though each program counts over the flags of all experts
+        assert row["widest_store_bits"] == 128
+
+
+def test_experts_are_marked_without_shared_memory(report: Rows) -> None:
+    # Bug caught: four ids a thread, which change threads before their flags are stored.
+    for name in ("mark_chosen", "mark_chosen_map", "mark_chosen_many"):
+        row = report[name, "sm_90"]
+        assert row["shared_bytes"] == 0
+        assert row["barriers"] == (name != "mark_chosen_many")  # between clearing and marking
+
+
 @pytest.mark.parametrize("name", ["fast_decode", "fast_decode_plain", "fast_decode_8", "fast_rows"])
 def test_fast_kernels_exchange_nothing_between_threads_and_store_16_bytes(
     name: str, report: Rows
@@ -145,7 +166,8 @@ def test_the_other_triton_compiles_every_kernel_for_every_target_as_well(
 @pytest.mark.parametrize(
     "file",
     [
-        "test_kernels.py", "test_matmul_kernel.py", "test_decode_group.py", "test_decode_dfloat11_kernel.py",
+        "test_kernels.py", "test_matmul_kernel.py", "test_decode_group.py", "test_decode_experts.py",
+        "test_decode_dfloat11_kernel.py",
         "test_encode_kernel.py", "test_encode_dfloat11_kernel.py",
     ],
 )  # fmt: skip

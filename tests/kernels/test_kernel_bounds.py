@@ -20,7 +20,7 @@ from vllm_dfloat.device import groups, ops
 from vllm_dfloat.codec import layout
 from vllm_dfloat.codec.encode import encode
 from vllm_dfloat.kernels import group_decode as decode_group, packed_decode as decode, packed_matmul as matmul
-from vllm_dfloat.kernels import packed_rows as decode_rows
+from vllm_dfloat.kernels import expert_decode, expert_marks, packed_rows as decode_rows
 
 PAGE, keep = mmap.PAGESIZE, []
 libc = ctypes.CDLL(None, use_errno=True)
@@ -57,6 +57,11 @@ def run(kernel, payload, at_end):
         table = guarded(np.zeros((2, ROW_WORDS), np.int64))
         table.copy_(torch.tensor(groups.table_rows(table, [desc], [(ROWS, COLS)])))
         decode_group.decode_group(table, tiles, out, status)
+    elif kernel == "decode_chosen":
+        # An expert a row, so that experts share tiles. Flags of any value, and none before or after them.
+        flags = guarded(np.array([-1, 2**31 - 1, 5], np.int32), at_end)
+        status[:] = 0
+        expert_decode.decode_chosen(desc, ROWS, COLS, flags, out, status, 2)
     elif kernel == "decode_rows":
         ids = guarded(np.array([2, ROWS - 1, -1, 1 << 62]))  # vLLM masks ids outside afterwards
         rows = guarded(np.full((4, COLS), 0x7FC1, np.uint16), at_end).view(torch.bfloat16)
@@ -81,6 +86,17 @@ SECTIONS = {
     "words": (lay.words_offset, lay.num_bytes),
 }
 kernel = sys.argv[1]
+if kernel == "mark_chosen":
+    wild = np.array([0, 6, -1, 7, 8, 2**31 - 1, -(2**31), 3] * 300)
+    for ids in (wild[:5].astype(np.int32), wild, wild * 2**31 + 3):
+        for at_end in (True, False):
+            for mapped in (None, np.array([2, 1, 0, -1, 3, 2**31 - 1, -(2**31)], np.int32)):
+                flags = guarded(np.full(3 if mapped is not None else 7, 9, np.int32), at_end)
+                to_local = None if mapped is None else guarded(mapped, at_end)
+                expert_marks.mark_chosen(guarded(ids, at_end), to_local, flags)
+                assert set(flags.tolist()) <= {0, 1}
+    print("done")
+    sys.exit()
 for at_end in (True, False):
     sound, status = run(kernel, packed.payload, at_end)
     assert not status.any()
@@ -109,6 +125,8 @@ print("done")
     "kernel",
     [
         "decode_rows",
+        "decode_chosen",
+        "mark_chosen",
         "dot",
         *(pytest.param(k, marks=pytest.mark.on_demand) for k in ("decode", "decode_group", "gemv")),
     ],

@@ -13,6 +13,8 @@ from vllm_dfloat.kernels import (
     dfloat11_decode,
     dfloat11_encode,
     encode_count,
+    expert_decode,
+    expert_marks,
     fast_decode,
     fast_rows,
     group_decode,
@@ -26,6 +28,8 @@ LIMITS = (2**31 - 1, 65_535, 65_535)
 MODULES = (
     packed_decode,
     group_decode,
+    expert_decode,
+    expert_marks,
     dfloat11_decode,
     packed_rows,
     packed_encode,
@@ -75,6 +79,10 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "decode_group": lambda: group_decode.decode_group(
         meta(torch.int64, 17, 4), HUGE - 16, bf16(2), words(1), 1
     ),
+    "experts": lambda: expert_decode.decode_chosen(
+        desc(), 512, HUGE * 4, words(512), bf16(2), words(1), 1, HUGE
+    ),
+    "marks": lambda: expert_marks.mark_chosen(meta(torch.int64, 1 << 36), words(512), words(512)),
     "rows, many": lambda: packed_rows.decode_rows(
         desc(), meta(torch.int64, 1 << 24), 4, 8192, bf16(1 << 24, 8192)
     ),
