@@ -2,12 +2,14 @@
 
     python scripts/bench_serve.py                                  # random weights in the shape of Llama 3.1 8B
     python scripts/bench_serve.py --model PATH --variants bf16,exact,fused,offload,official
+    python scripts/bench_serve.py --variants bf16,exact,offload,exact_offload,offload_more     # weights in host memory
     python scripts/bench_serve.py --shape tiny --eager --output FILE.json      # a rehearsal, also on a CPU
 
 Variants: BF16; DFloat11 exact; DFloat11 fused; BF16 with as many bytes of weights in pinned host memory as DFloat11
-saves. Each engine is its own process; whole runs are repeated in alternating order. The result is a table, a JSON file
-and a PNG, under scripts/results/<gpu>/ or at --output. Exit status: 0 measured; 1 the tokens of exact differ from those
-of BF16, or one of these two did not run; 2 bad input.
+saves (offload); DFloat11 exact with as many there (exact_offload), and BF16 in the same GPU memory as that
+(offload_more). Each engine is its own process; whole runs are repeated in alternating order. The result is a table, a
+JSON file and a PNG, under scripts/results/<gpu>/ or at --output. Exit status: 0 measured; 1 the tokens of an exact
+variant differ from those of BF16, or exact or BF16 did not run; 2 bad input.
 """
 
 import datetime
@@ -26,7 +28,7 @@ from bench.serve import launch as bench_serve_launch
 from bench.serve import report
 from bench.serve.engine import tokens
 from bench.serve.model import BenchError
-from bench.serve.options import COMPARED, VARIANTS, Options, parse
+from bench.serve.options import AS_LARGE_AS, COMPARED, EXACT, VARIANTS, Options, parse
 
 GIB = 1 << 30
 BATCHED_TOKENS = 8192  # at least; a prompt whose prefill is timed must run in one step
@@ -70,14 +72,13 @@ def request(name: str, model: Path, options: Options, results: Json, deadline: f
         **VARIANTS[name][1],
         **options.engine,
     }
-    if name == "offload":
-        plain, packed = (results[other][0]["memory"]["resident_bytes"] for other in COMPARED)
-        settings["cpu_offload_gb"] = max(0, plain - packed) / GIB
+    if name == "exact_offload" or name in AS_LARGE_AS:
+        settings["cpu_offload_gb"] = saved_bytes(AS_LARGE_AS.get(name, "exact"), results) / GIB
     first = results["bf16"][0]["answers"] if results["bf16"] else None
     return {
         "model": str(model),
         "engine": settings,
-        "expected": first if name in COMPARED else None,
+        "expected": first if name in EXACT else None,
         "vocab_size": options.vocab_size,
         "points": points(options),
         "steps": options.steps,
@@ -92,24 +93,32 @@ def request(name: str, model: Path, options: Options, results: Json, deadline: f
 def reason_against(name: str, options: Options, machine: Json, results: Json) -> str | None:
     """Return the reason why a variant cannot or need not run here, or None."""
     if machine["gpu"] is None:
-        if name == "offload":
+        if name in AS_LARGE_AS:
             return "needs a GPU"
         if name == "fused" and not options.variants_given:
             return "needs a GPU; on a CPU its kernel runs in Triton's interpreter, if --variants names it"
-    if name == "offload":
-        plain, packed = (results[other][0]["memory"]["resident_bytes"] for other in COMPARED)
-        if plain <= packed:
+    if name == "exact_offload" or name in AS_LARGE_AS:
+        other = AS_LARGE_AS.get(name, "exact")
+        if not results[other] or "memory" not in results[other][0]:
+            return f"{VARIANTS[other][0]}, whose GPU memory it takes, did not run"
+        if not saved_bytes(other, results):
             return "DFloat11 saves nothing on this model, so there is nothing to offload"
     return None
 
 
+def saved_bytes(name: str, results: Json) -> int:
+    """Return how many bytes less of the GPU a variant takes for its weights than BF16."""
+    plain, other = (results[which][0]["memory"]["resident_bytes"] for which in ("bf16", name))
+    return int(max(0, plain - other))
+
+
 def judge(name: str, run: int, results: Json) -> None:
     """Raise NoTimes if no time may be reported because of the latest result of BF16 or exact."""
-    if name not in COMPARED:
+    if name not in EXACT:
         return
     latest, label = results[name][-1], VARIANTS[name][0]
     if "answers" not in latest:
-        if run == 0:
+        if run == 0 and name in COMPARED:
             raise NoTimes(f"{label} did not run: {latest.get('error', 'no reason given')}")
         return
     got, expected = tokens(latest["answers"]), tokens(results["bf16"][0]["answers"])

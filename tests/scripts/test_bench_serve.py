@@ -201,6 +201,7 @@ REFUSALS = {
     "--output report.txt": "--output report.txt: expected a name that ends in .json",
     "--engine [1]": "--engine [1]: expected a JSON object",
     "--engine {": "--engine {: expected a JSON object",
+    "--variants bf16,exact,offload_more": "--variants bf16,exact,offload_more: offload_more takes",
     '--engine {"cpu_offload_gb":1}': '--engine {"cpu_offload_gb":1}: expected no cpu_offload_gb',
     "--shape llama-9": "argument --shape: invalid choice: 'llama-9'",
     "--shape tiny --prefill 20000": "--prefill 20000: expected sequences of at most 16384 tokens",

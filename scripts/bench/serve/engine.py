@@ -64,11 +64,13 @@ def describe(llm: Any) -> Json:
     model = worker.get_model()
     summary, emptied = summarize(model), emptied_bytes(model)
     held = summary.held_bytes + emptied
+    on_gpu = held - summary.host_bytes
     memory = {
         "bf16_bytes": summary.bf16_bytes + emptied,
         "held_bytes": held,
         "scratch_bytes": summary.scratch_bytes,
-        "resident_bytes": held + summary.scratch_bytes,
+        "host_bytes": summary.host_bytes,
+        "resident_bytes": on_gpu + summary.scratch_bytes,
     }
     device: Json = {"gpu": None}
     if torch.cuda.is_available():

@@ -19,6 +19,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         {**COMPRESSED, "additional_config": {"dfloat11": {"mode": "fused"}}},
     ),
     "offload": ("BF16 + CPU offload", {}),  # its size is known after the first two ran
+    # As many bytes in host memory as DFloat11 saves, known then too; and BF16 in the GPU memory that this takes.
+    "exact_offload": ("DFloat11 exact + CPU offload", COMPRESSED),
+    "offload_more": ("BF16 + more CPU offload", {}),
     "official": (
         "DFloat11 official layout",
         {**COMPRESSED, "additional_config": {"dfloat11": {"layout": "dfloat11"}}},
@@ -30,6 +33,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 DEFAULT_VARIANTS = ("bf16", "exact", "fused", "offload")
 COMPARED = ("bf16", "exact")
+EXACT = (*COMPARED, "exact_offload")  # their tokens must be those of BF16
+# BF16 with CPU offload -> the variant whose GPU memory it gets
+AS_LARGE_AS = {"offload": "exact", "offload_more": "exact_offload"}
 # Set by the variants or by other arguments: in --engine they would make labels and points wrong.
 RESERVED = {"model", "quantization", "additional_config", "cpu_offload_gb", "enforce_eager"}
 RESERVED |= {"max_num_seqs", "max_model_len", "gpu_memory_utilization"}
@@ -145,6 +151,10 @@ def variants(given: str | None) -> tuple[str, ...]:
         raise BenchError(
             f"--variants {given}: without {missing[0]}; expected bf16 and exact, whose tokens are compared first. "
             "Add it."
+        )
+    if "offload_more" in names and "exact_offload" not in names[: names.index("offload_more")]:
+        raise BenchError(
+            f"--variants {given}: offload_more takes the GPU memory of exact_offload; expected that before it. Add it."
         )
     return COMPARED + tuple(name for name in names if name not in COMPARED)
 

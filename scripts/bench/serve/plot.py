@@ -12,10 +12,12 @@ COLOURS = {
     "exact": "#0072B2",
     "fused": "#009E73",
     "offload": "#D55E00",
+    "exact_offload": "#F0E442",
+    "offload_more": "#999999",
     "official": "#CC79A7",
     "block": "#56B4E9",
 }
-MARKERS = dict(zip(COLOURS, "osD^vP", strict=True))
+MARKERS = dict(zip(COLOURS, "osD^<>vP", strict=True))
 
 Json = dict[str, Any]
 
