@@ -35,6 +35,7 @@ def loaded(model: Path, is_draft: bool = False, **settings: Any) -> Iterator[tor
     """Give the model that an engine with these settings would serve, on one rank, or the one that drafts for it."""
     from vllm.config import set_current_vllm_config
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
     from vllm.model_executor.model_loader import get_model
 
     _inspect_in_this_process(model)
@@ -46,6 +47,7 @@ def loaded(model: Path, is_draft: bool = False, **settings: Any) -> Iterator[tor
             drafter = config.speculative_config.draft_model_config if is_draft else None
             yield get_model(vllm_config=config, model_config=drafter)
     finally:
+        _ROPE_DICT.clear()  # else a traced engine takes these tables, which belong to eager mode
         torch.accelerator.empty_cache = (
             empty_cache  # as in vLLM's CPU worker, which has no accelerator
         )

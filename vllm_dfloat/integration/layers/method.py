@@ -108,6 +108,7 @@ class PackedMethod:
         is_update = self.placeholder is not None
         if (is_update or not self.makes_up_weights) and not layerwise.keeps_rest(layer):
             arrivals.check_weight(layer, self.name)
+        layerwise.let_go_of_loaded(layer)
         if getattr(layer, "_cpu_skip_gemm_dispatch", False):  # vLLM sets this for MLA's kv_b_proj
             self.gemm = linear_op.PLAIN
         else:
