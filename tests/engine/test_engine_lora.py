@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import architectures
 import lora_adapters
 import pytest
 import tiny_models
@@ -73,6 +74,17 @@ def test_adapters_give_what_bf16_vllm_gives(
     for found in expected.values():  # an adapter that changes no answer would prove nothing
         assert isinstance(found, str) or all(answer != found[0] for answer in found[1:])
     assert not isinstance(expected["the first again"], str)
+
+
+@pytest.mark.on_demand
+def test_an_lm_head_that_is_the_embedding_in_loras_wrapper_is_multiplied(tmp_path: Path) -> None:
+    # Bug caught: Cohere with --enable-lora failed with "its weight was replaced from outside".
+    model = architectures.save_case("CohereForCausalLM", tmp_path / "m")
+    adapter = lora_adapters.save(model, tmp_path / "adapter", 3)
+    with engine(model, **lora_adapters.ENGINE) as llm:
+        expected = lora_adapters.ask(llm, adapter)
+    with engine(model, quantization="dfloat11", **lora_adapters.ENGINE) as llm:
+        assert lora_adapters.ask(llm, adapter) == expected
 
 
 @pytest.mark.on_demand

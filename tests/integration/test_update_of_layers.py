@@ -70,3 +70,20 @@ def test_load_weights_of_one_parameter_keeps_the_others(mamba: Loaded) -> None:
     a, d, bias = mamba.vectors()
     mamba.model.load_weights([(f"{MIXER}.D", mamba.stored[f"{MIXER}.D"] * 3)])
     assert same(mamba.vectors(), [a, d * 3, bias])
+
+
+CONVOLUTION = f"{MIXER}.conv1d"
+
+
+def test_update_reaches_a_buffer_that_is_a_view_of_a_weight(mamba: Loaded) -> None:
+    # Bug caught: the mixer went on with the old weights of its convolution, which vLLM had packed and freed on a CPU.
+    name = f"{CONVOLUTION}.weight"
+    before = mamba.mixer.conv_weights.clone()
+    assert torch.equal(before.view(-1), mamba.stored[name].view(-1))
+    mamba.reload(name, f"{CONVOLUTION}.bias")
+    assert torch.equal(mamba.mixer.conv_weights, before * 2)
+    mamba.model.load_weights([(name, mamba.stored[name])])  # without its bias
+    assert torch.equal(mamba.mixer.conv_weights, before)
+    with pytest.raises(UnsupportedError, match="before"):
+        mamba.reload(name, f"{CONVOLUTION}.bias", f"{MIXER}.D")
+    assert torch.equal(mamba.mixer.conv_weights, before)

@@ -120,7 +120,9 @@ class DFloat11ModelLoader(_Reporting, DefaultModelLoader):  # type: ignore[misc]
         if self.enable_weights_track is None:  # not set by the user
             self.enable_weights_track = True  # vLLM's default for unquantized models only
         from vllm_dfloat.integration.layers import tying
+        from vllm_dfloat.integration.updating import views
 
+        views.note(model)
         tying.prepare(model, self._vllm_config, model_config)
         self._arrivals, self._model_config = Arrivals(model), model_config
         try:

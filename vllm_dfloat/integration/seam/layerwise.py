@@ -205,9 +205,14 @@ def written_in_place(layer: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def process_attention(model: torch.nn.Module, model_config: Any) -> None:
-    """Let attention layers recompute the tensors that they derive from other layers, as at the end of a reload."""
+    """Let attention layers recompute the tensors that they derive from other layers, as at the end of a reload.
+
+    One whose `kv_b_proj` vLLM has freed (latent attention on a CPU) keeps what it has: no reload can change that.
+    """
     for layer in model.modules():
-        if vllm.is_deferred_attention_layer(layer):
+        source = getattr(getattr(layer, "kv_b_proj", None), "weight", None)
+        is_freed = source is not None and not source.numel()
+        if vllm.is_deferred_attention_layer(layer) and not is_freed:
             layer.process_weights_after_loading(model_config.dtype)  # type: ignore[operator]
 
 

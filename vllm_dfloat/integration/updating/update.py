@@ -22,7 +22,7 @@ from vllm_dfloat.integration.seam import (
 )
 from vllm_dfloat.integration.seam.incoming import AS_BEFORE, Incoming
 from vllm_dfloat.integration.seam.names import logger
-from vllm_dfloat.integration.updating import guards
+from vllm_dfloat.integration.updating import guards, views
 from vllm_dfloat.integration.updating.rehearsal import (
     StoredWeights,
     needs_data,
@@ -83,6 +83,9 @@ class Updates:
             )
 
     def materialized(self, layer: torch.nn.Module) -> None:
+        for view in views.of(layer).values():
+            self.save_tensor(view)
+        views.load_into(layer)
         if self._is_partial and self._keeps_rest:
             _fill_in(layer, needs_all=self.fills_in)
         if layer_kinds.is_experts(layer):
@@ -95,7 +98,14 @@ class Updates:
     @contextmanager
     def finishing(self) -> Iterator[None]:
         with self.undone_on_error():
-            yield
+            try:
+                yield
+            except RuntimeError as error:
+                raise UnsupportedError(
+                    f"an update could not be finished: vLLM cannot process this model's weights again on this device "
+                    f"({error}); expected a model whose weights it can reload. {AS_BEFORE} Start the engine with the "
+                    "new checkpoint."
+                ) from error
 
     # Methods for callers.
 
@@ -220,6 +230,8 @@ def _fill_in(layer: torch.nn.Module, needs_all: bool) -> None:
             continue
         if name in values:
             tensor.data.copy_(values.pop(name))
+        elif name in views.of(layer):
+            continue  # it has the memory of its view, with the old values
         elif name in before and before[name].shape == tensor.shape and has_its_form:
             tensor.data.copy_(before[name])
         elif needs_all:
