@@ -90,6 +90,21 @@ def test_a_gpu_gets_a_view_of_pinned_pages_that_are_unpinned_when_it_dies(
     assert (runtime.pinned, arena.num_bytes) == ({}, 0)
 
 
+def test_pages_that_the_gpu_cannot_be_shown_are_unpinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = Runtime()
+    monkeypatch.setattr(host_arena, "_cudart", lambda: runtime)
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self: self.data_ptr() in runtime.pinned)
+
+    def fails(host: torch.Tensor) -> torch.Tensor:
+        assert runtime.pinned
+        raise OSError("no view")
+
+    arena = HostArena(fails)
+    with pytest.raises(OSError, match="no view"):
+        arena.put(PAYLOAD)
+    assert (runtime.pinned, arena.num_bytes) == ({}, 0)
+
+
 def test_a_driver_that_does_not_pin_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host_arena, "_cudart", lambda: Runtime(error=2))
     arena = HostArena(lambda host: host)

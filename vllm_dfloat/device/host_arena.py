@@ -73,16 +73,25 @@ class HostArena:
         size = payload.nbytes
         self.check_room(size, name or "a packed tensor")
         host = _pages(size)
-        if self._view is not None:
-            _pin(host, name)
-        host.copy_(payload)
-        held = host if self._view is None else self._view(host)
+        held = self._shown_to_gpu(host, name)
         address = held.data_ptr()
         self._sizes[address] = size
         self.num_bytes += size
         ending = weakref.finalize(held, self._release, address, host if held is not host else None)
         ending.atexit = False  # the process's end frees everything; the driver may be gone by then
+        host.copy_(payload)
         return held
+
+    def _shown_to_gpu(self, host: torch.Tensor, name: str) -> torch.Tensor:
+        """Pin pages and return the GPU's tensor of them; on a CPU return them."""
+        if self._view is None:
+            return host
+        _pin(host, name)
+        try:
+            return self._view(host)
+        except BaseException:
+            _cudart().cudaHostUnregister(host.data_ptr())
+            raise
 
     def _release(self, address: int, host: torch.Tensor | None) -> None:
         self.num_bytes -= self._sizes.pop(address)
