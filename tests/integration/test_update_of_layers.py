@@ -1,5 +1,6 @@
 """Updates of layers without matrices: vLLM's loaders, its layerwise reload and real layers, without an engine."""
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -87,3 +88,40 @@ def test_update_reaches_a_buffer_that_is_a_view_of_a_weight(mamba: Loaded) -> No
     with pytest.raises(UnsupportedError, match="before"):
         mamba.reload(name, f"{CONVOLUTION}.bias", f"{MIXER}.D")
     assert torch.equal(mamba.mixer.conv_weights, before)
+
+
+def test_updates_by_two_threads_both_take_effect(mamba: Loaded) -> None:
+    # Bug caught: the second took part in the first one's reload; it failed, and the first, which had ended, was undone.
+    first, second = f"{MIXER}.D", "backbone.norm_f.weight"
+    matrix = f"{MIXER}.out_proj.weight"
+    expected = {name: mamba.stored[name] * 2 for name in (first, second, matrix)}
+    begun, entered, failed = threading.Event(), threading.Event(), []
+
+    def of_first() -> Iterator[tuple[str, torch.Tensor]]:
+        yield first, expected[first].clone()
+        begun.set()
+        entered.wait(0.3)  # as long as the other would need to come in
+
+    def of_second() -> Iterator[tuple[str, torch.Tensor]]:
+        entered.set()
+        yield second, expected[second].clone()
+        threads[0].join(10)
+        yield matrix, expected[matrix].clone()
+
+    def update(pairs: Iterator[tuple[str, torch.Tensor]]) -> None:
+        try:
+            mamba.model.load_weights(pairs)
+        except Exception as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=update, args=(p,)) for p in (of_first(), of_second())]
+    threads[0].start()
+    assert begun.wait(10)
+    threads[1].start()
+    for thread in threads:
+        thread.join(30)
+    assert not failed
+    layer = mamba.mixer.out_proj
+    assert torch.equal(layer.quant_method.dequantize_weight(layer), expected[matrix])
+    for name in (first, second):
+        assert torch.equal(mamba.model.get_parameter(name), expected[name])

@@ -11,7 +11,14 @@ from vllm_dfloat.integration.seam import expert_kernels, layer_kinds, layerwise,
 
 # Attributes of a module that are restored in another way, or never change.
 _OTHERS = frozenset(
-    ["_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", method.PACKED]
+    [
+        "_parameters",
+        "_buffers",
+        "_modules",
+        "_non_persistent_buffers_set",
+        "_do_torchao_reload",  # vLLM's own, for the time of a reload
+        method.PACKED,
+    ]
 )
 
 
@@ -57,8 +64,9 @@ class SavedWeights:
         """Restore the saved weights of every layer."""
         for tensor, values in self._tensors.values():
             tensor.data.copy_(values)
+        for layer, before in self._attributes.items():
+            _set_attributes(layer, before)
         for layer, held in self._packed.items():
-            _set_attributes(layer, self._attributes.get(layer))
             for name, packed in held.items():
                 device = layer.__dict__[method.desc_name(name)].device
                 method.hold(layer, packed.to(device), name)
@@ -68,15 +76,30 @@ class SavedWeights:
         if self._packed:
             layerwise.process_attention(model, model_config)
 
+    def left_without_values(self) -> list[str]:
+        """Return the attributes of modules that had values before the update and are on the meta device now.
+
+        Some models compute tensors from their weights at the end of load_weights (DFlash drafts stack their norms). In
+        a reload the weights that have not arrived are on the meta device then.
+        """
+        return [
+            f"{type(layer).__name__}.{name}"
+            for layer, before in self._attributes.items()
+            for name, value in _attributes(layer).items()
+            if _is_meta(value) and not _is_meta(before.get(name))
+        ]
+
+
+def _is_meta(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_meta
+
 
 def _attributes(layer: torch.nn.Module) -> dict[str, Any]:
     return {name: value for name, value in layer.__dict__.items() if name not in _OTHERS}
 
 
-def _set_attributes(layer: torch.nn.Module, before: dict[str, Any] | None) -> None:
-    """Restore the attributes that processing sets in addition to a layer's tensors: flags, a packed copy for a CPU."""
-    if before is None:
-        return
+def _set_attributes(layer: torch.nn.Module, before: dict[str, Any]) -> None:
+    """Restore what processing and load_weights set beside parameters: flags, a copy for a CPU, derived tensors."""
     for name in _attributes(layer).keys() - before.keys():
         del layer.__dict__[name]
     layer.__dict__.update(before)

@@ -5,6 +5,7 @@ weights, and the caller gets an error of one sentence.
 """
 
 import functools
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -35,6 +36,9 @@ Pairs = Iterable[tuple[str, torch.Tensor]]
 LoadWeights = Callable[..., Any]
 
 _COPY = torch.Tensor.copy_  # vLLM's sparse patches replace it while they load
+
+# One update at a time in this process: a second one would take part in the first, and be lost or undone with it.
+_ALONE = threading.RLock()
 
 
 class Updates:
@@ -106,22 +110,46 @@ class Updates:
                     f"({error}); expected a model whose weights it can reload. {AS_BEFORE} Start the engine with the "
                     "new checkpoint."
                 ) from error
+            self._derive_again()
+
+    def _derive_again(self) -> None:
+        """Let load_weights compute once more the tensors that it computed from weights that had not arrived.
+
+        Raises:
+            UnsupportedError: it cannot.
+        """
+        if self._saved is None or not (found := self._saved.left_without_values()):
+            return
+        reason = ""
+        try:
+            self._load_weights(iter(()))
+        except Exception as error:
+            reason = f" ({type(error).__name__}: {error})"
+        if reason or self._saved.left_without_values():
+            raise UnsupportedError(
+                f"{', '.join(found)}: this model computes it from weights while it loads them, and could not do so in "
+                f"this update{reason}. {AS_BEFORE} Start the engine with the new checkpoint."
+            )
 
     # Methods for callers.
 
     @contextmanager
     def undone_on_error(self) -> Iterator[None]:
-        """Undo the current update if the enclosed code fails. When nested, the outermost makes the update final."""
-        self._depth += 1
-        try:
-            yield
-        except BaseException:
-            self.undo()
-            raise
-        finally:
-            self._depth -= 1
-        if not self._depth and not layerwise.is_open(self.model):
-            self._saved = None
+        """Undo the current update if the enclosed code fails. When nested, the outermost makes the update final.
+
+        Meanwhile another thread's update waits.
+        """
+        with _ALONE:
+            self._depth += 1
+            try:
+                yield
+            except BaseException:
+                self.undo()
+                raise
+            finally:
+                self._depth -= 1
+            if not self._depth and not layerwise.is_open(self.model):
+                self._saved = None
 
     def undo(self) -> None:
         """Restore all weights that the current update has changed."""
@@ -148,6 +176,12 @@ class Updates:
         """
         if torch.Tensor.copy_ is not _COPY:
             raise UnsupportedError(_NO_PATCHES)
+        with (
+            _ALONE
+        ):  # before looking whether a reload is open, which another thread may be about to end
+            return self._load(weights, *args, **kwargs)
+
+    def _load(self, weights: Pairs, *args: Any, **kwargs: Any) -> Any:
         if layerwise.is_open(self.model):
             with self.undone_on_error():
                 if isinstance(weights, StoredWeights):
