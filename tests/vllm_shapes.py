@@ -117,7 +117,9 @@ def _tokens(config: Any, specs: dict[str, Any], room: int) -> int:
 def _entry(model: torch.nn.Module, name: str, weight: torch.Tensor) -> list[Any]:
     module = model.get_submodule(name.rpartition(".")[0])
     method = type(getattr(module, "quant_method", None)).__name__
-    is_compressed = method.startswith("DFloat11") and name.endswith(".weight")
+    is_compressed = method.startswith("DFloat11") and name.endswith(
+        (".weight", ".w13_weight", ".w2_weight")
+    )
     return [list(weight.shape), DTYPES[weight.dtype], is_compressed]
 
 

@@ -8,6 +8,7 @@ import pytest
 from tiny_models import SHIPPED, VECTORS
 
 from vllm_dfloat.codec.encode import encode
+from vllm_dfloat.errors import UnsupportedError
 from vllm_dfloat.plan.architectures import known_weights
 from vllm_dfloat.plan.config import read_model_config
 from vllm_dfloat.plan.kv_cache import EVERYTHING, KVCache, Reach, group_layers
@@ -139,15 +140,35 @@ def test_an_official_checkpoint_is_planned_with_the_codes_of_its_units() -> None
     assert "measured" in plan.code_bits
 
 
-def test_experts_stay_bf16_and_the_plan_says_so(tmp_path: Path) -> None:
+def test_experts_are_compressed_and_their_routers_stay_bf16(tmp_path: Path) -> None:
     config = json.loads((CONFIGS / "Llama-3.1-8B.json").read_text())
     changes = dict(architectures=["MixtralForCausalLM"], vocab_size=32000, num_local_experts=8)
     (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
     plan = make_plan(str(tmp_path), Settings(gpu_memory=141 * GIB))
     assert plan.parameters == 46_702_792_704  # Mixtral 8x7B
-    # Attention, embedding and LM head are compressed.
-    assert plan.ranks[0].compressed_numel == 32 * (2 * 4096 + 2 * 1024) * 4096 + 2 * 32000 * 4096
-    assert any("experts and their routers stay BF16" in note for note in plan.notes)
+    of_experts = 8 * 3 * 4096 * 14_336
+    others = 32 * (2 * 4096 + 2 * 1024) * 4096 + 2 * 32000 * 4096
+    (rank,) = plan.ranks
+    assert rank.compressed_numel == others + 32 * of_experts
+    # One layer of experts is decoded at a time; other layers on a second stream. 4 bytes a tile are for its status.
+    second_stream, a_flag_each = 32000 * 4096, 2048
+    assert rank.scratch == (of_experts + a_flag_each + second_stream) * 2050 // 1024
+    assert rank.largest == 2 * of_experts
+    assert any("routers of experts stay BF16" in note for note in plan.notes)
+
+
+def test_ranks_share_experts_whole_or_in_parts() -> None:
+    # Bug caught: 128 experts on 3 ranks counted as 42 each.
+    model = config_of("Qwen3-30B-A3B")
+    in_parts, whole = (
+        make_plan(model, Settings(tp=4, expert_parallel=flag)).ranks[0] for flag in (False, True)
+    )
+    assert in_parts.dfloat11_weights == whole.dfloat11_weights
+    config = read_model_config(Path(model))
+    weight = next(one for one in known_weights(config) if one.num_experts)
+    assert weight.shape_of_rank(3, expert_parallel=True) == (2 * 768, 43 * 2048)
+    with pytest.raises(UnsupportedError, match="--tp 5: "):
+        weight.shape_of_rank(5)
 
 
 def test_a_fixed_cache_must_fit_beside_the_weights() -> None:

@@ -31,6 +31,7 @@ PUBLISHED = {  # data/configs/README.md says where
     "Qwen2.5-VL-7B-Instruct": 8_292_166_656,
     "Qwen2.5-VL-72B-Instruct": 73_410_777_344,
     "Qwen3-30B-A3B": 30_532_122_624,
+    "Qwen3-235B-A22B": 235_093_634_560,
     "Qwen3-VL-8B-Instruct": 8_767_123_696,
     "Qwen3-VL-30B-A3B-Instruct": 31_070_754_032,
     "Qwen2-57B-A14B": 57_408_658_944,

@@ -34,6 +34,10 @@ def add_plan(commands: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("--pp", type=int, default=1, help="pipeline stages (default: 1)")
     parser.add_argument(
+        "--enable-expert-parallel", "--expert-parallel", action="store_true",
+        help="each rank holds whole experts, as with vLLM's option of that name",
+    )  # fmt: skip
+    parser.add_argument(
         "--max-model-len", type=int, help="tokens of the longest request that must fit"
     )
     parser.add_argument(
@@ -95,6 +99,7 @@ def run(args: argparse.Namespace) -> int:
         overhead=parse_size(args.overhead, "--overhead") if args.overhead else None,
         kv_cache_memory=parse_size(args.kv_cache_memory, "--kv-cache-memory") if args.kv_cache_memory else None,
         cpu_offload=int(args.cpu_offload_gb * GIB),
+        expert_parallel=args.enable_expert_parallel,
         granularity=args.granularity,
     )  # fmt: skip
     plan = make_plan(args.model, settings, args.code_bits)

@@ -1,4 +1,4 @@
-"""A mixture of experts: how many, where, and the layers beside them. The experts themselves stay BF16."""
+"""A mixture of experts: how many, where, and the layers beside them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -55,11 +55,11 @@ def experts(config: ModelConfig, kind: Experts, at: Spot, prefix: str) -> Iterat
     first, second = _stored(kind, module, count, width, hidden)
     yield Weight(
         f"{module}.experts.w13_weight", (Part(width), Part(width)), count * hidden, "rows",
-        layer=at.layer, stored=first,
+        layer=at.layer, is_compressed=True, stored=first, num_experts=count,
     )  # fmt: skip
     yield Weight(
         f"{module}.experts.w2_weight", (Part(width),), count * hidden, "rows",
-        layer=at.layer, stored=second,
+        layer=at.layer, is_compressed=True, stored=second, num_experts=count,
     )  # fmt: skip
     yield plain(at, f"{module}.{kind.router}.weight", count, hidden)
     if config.text("topk_method") == "noaux_tc":

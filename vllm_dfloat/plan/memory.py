@@ -34,6 +34,7 @@ class Settings:
         kv_cache_memory: bytes of KV cache per rank; None for what is left.
         in_flight_batches: batches that are scheduled at once; None for vLLM's choice on a GPU.
         cpu_offload: bytes per GPU that weights may take in host memory (--cpu-offload-gb); 0 for none.
+        expert_parallel: whether ranks share experts whole (--enable-expert-parallel), not each of them in parts.
         granularity: "layer" or "block", what is decoded in one launch.
         slots: scratch buffers in use at the same time; None for as many as the model needs on a GPU.
     """
@@ -51,6 +52,7 @@ class Settings:
     overhead: int | None = None
     kv_cache_memory: int | None = None
     cpu_offload: int = 0
+    expert_parallel: bool = False
     granularity: str = "layer"
     slots: int | None = None
 
@@ -82,7 +84,7 @@ class Rank:
         bf16_towers, dfloat11_towers: those of them that are not the language model's.
         compressed_numel, compressed_bytes: of the weights that are compressed.
         scratch: the buffers that layers are decoded into.
-        largest: the largest compressed weight, as BF16.
+        largest: the largest compressed layer, as BF16.
         overhead: everything else.
         bf16_host, dfloat11_host: those of the weights that lie in host memory.
     """
@@ -162,17 +164,24 @@ def _rank(
 ) -> Rank:
     bf16 = dfloat11 = bf16_towers = dfloat11_towers = numel = coded = largest = scratch = 0
     groups: dict[str, list[int]] = {}
+    experts: dict[
+        str, tuple[int, int]
+    ] = {}  # scratch and BF16 bytes of the tensors of a layer of experts
     in_blocks: list[BlockWeight] = []
     for weight in held:
-        rows, cols = weight.shape_of_rank(settings.tp)
+        rows, cols = weight.shape_of_rank(settings.tp, settings.expert_parallel)
         plain = kept = weight.itemsize * rows * cols
         if weight.is_compressed:
             packed = packed_size(rows, cols, code_bits(weight))
             kept = packed.num_bytes
-            scratch = max(scratch, packed.scratch_bytes)
-            largest = max(largest, plain)
-            if name := innermost_block(weight.name):
-                groups.setdefault(name, []).append(packed.scratch_bytes)
+            if module := weight.expert_layer:
+                decoded, whole = experts.get(module, (_flag_bytes(weight), 0))
+                experts[module] = decoded + packed.scratch_bytes, whole + plain
+            else:
+                scratch = max(scratch, packed.scratch_bytes)
+                largest = max(largest, plain)
+                if name := innermost_block(weight.name):
+                    groups.setdefault(name, []).append(packed.scratch_bytes)
             if not packed.is_raw:
                 numel, coded = numel + rows * cols, coded + packed.num_bytes
         bf16, dfloat11 = bf16 + plain, dfloat11 + kept
@@ -181,15 +190,23 @@ def _rank(
         if weight.is_of_tower:
             bf16_towers, dfloat11_towers = bf16_towers + plain, dfloat11_towers + kept
     if settings.granularity == "block":
-        whole = [sum(sizes) for sizes in groups.values() if 2 <= len(sizes) <= MAX_MEMBERS]
-        scratch = max([scratch, *whole])
+        blocks = [sum(sizes) for sizes in groups.values() if 2 <= len(sizes) <= MAX_MEMBERS]
+        scratch = max([scratch, *blocks])
+    # Experts are decoded on the main stream only: its buffer holds the largest layer, of whatever kind.
+    total = max([scratch, *(decoded for decoded, _ in experts.values())]) + (slots - 1) * scratch
+    largest = max([largest, *(whole for _, whole in experts.values())])
     overhead = settings.overhead
     if overhead is None:
         overhead = RESERVE + rotary_bytes(config, layers) + activation_bytes(config, settings)
     return Rank(
-        stage, layers, bf16, dfloat11, bf16_towers, dfloat11_towers, numel, coded, slots * scratch, largest, overhead,
+        stage, layers, bf16, dfloat11, bf16_towers, dfloat11_towers, numel, coded, total, largest, overhead,
         bf16_on_host(in_blocks, settings.cpu_offload), dfloat11_on_host(in_blocks, settings.cpu_offload),
     )  # fmt: skip
+
+
+def _flag_bytes(experts: Weight) -> int:
+    """Return the bytes, in whole tiles, of a flag for each expert: an int32, which takes the room of two weights."""
+    return packed_size(1, 2 * max(1, experts.num_experts), 0).scratch_bytes
 
 
 def activation_bytes(config: ModelConfig, settings: Settings) -> int:

@@ -4,6 +4,8 @@ from vllm_dfloat.plan.config import ModelConfig
 from vllm_dfloat.plan.stored import DTYPES, Files
 from vllm_dfloat.plan.weights import Weight
 
+_ROUTERS = (".gate", ".router", ".shared_expert_gate")
+
 
 def notes_on(config: ModelConfig, weights: list[Weight], files: Files | None) -> list[str]:
     """Return remarks: on dtypes, on what stays BF16, and on what a plan leaves out."""
@@ -30,7 +32,7 @@ def _kept(weights: list[Weight]) -> str:
     kept = [weight for weight in weights if not weight.is_compressed]
     is_read = [weight.name.endswith("kv_b_proj") for weight in kept]  # by latent attention
     kinds = {
-        "experts and their routers": any("experts" in weight.name for weight in kept),
+        "routers of experts": any(weight.name.endswith(_ROUTERS) for weight in kept),
         "convolutions and embeddings of positions": any(
             "patch" in weight.name or "pos" in weight.name or weight.name.endswith("wpe")
             for weight in kept
@@ -38,7 +40,7 @@ def _kept(weights: list[Weight]) -> str:
         ),
         "the weights that latent attention reads (kv_b_proj)": any(is_read),
         "linear layers without a quantization method in vLLM": any(
-            weight.split in ("rows", "cols") and weight.cols > 1 and "experts" not in weight.name and not read
+            weight.split in ("rows", "cols") and weight.cols > 1 and not read
             for weight, read in zip(kept, is_read, strict=True)
         ),
     }  # fmt: skip

@@ -21,9 +21,7 @@ from vllm_dfloat.storage.stored_tensor import StoredTensor
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 _LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)\.")
-_STAYS_BF16 = re.compile(
-    r"(?<!shared_)expert|(?:^|\.)(?:gate|router|embed_positions|wpe|position_embedding)\.weight$"
-)
+_STAYS_BF16 = re.compile(r"(?:^|\.)(?:gate|router|embed_positions|wpe|position_embedding)\.weight$")
 _TOWER = re.compile(r"vis|audio|speech")
 
 
@@ -127,7 +125,7 @@ def _find(files: Files, name: str, config: ModelConfig) -> StoredTensor | None:
 def weights_of_files(files: Files, config: ModelConfig) -> list[Weight]:
     """Return the weights of an architecture without rules, which vLLM may treat differently.
 
-    Every matrix is cut evenly over the ranks, by rows. Every matrix is compressed but those of experts, routers, and
+    Every matrix is cut evenly over the ranks, by rows. Every matrix is compressed but those of routers, and
     embeddings of positions that are torch's own.
     """
     weights = []
@@ -137,7 +135,9 @@ def weights_of_files(files: Files, config: ModelConfig) -> list[Weight]:
         rows, cols = _as_matrix(tensor.shape)
         found = _LAYER.search(name)
         layer = int(found.group(1)) if found else -1
-        is_matrix = len(tensor.shape) == 2 and name.endswith(".weight") and tensor.dtype in DTYPES
+        is_stack = len(tensor.shape) == 3 and ".experts." in name
+        is_matrix = is_stack or (len(tensor.shape) == 2 and name.endswith(".weight"))
+        is_matrix = is_matrix and tensor.dtype in DTYPES
         is_vocab = rows == config.vocab and layer < 0
         stays_bf16 = bool(_STAYS_BF16.search(name))
         is_cut = (is_matrix and not stays_bf16) or "expert" in name

@@ -1,5 +1,6 @@
 """A model's weights as vLLM holds them: fused from tensors of a checkpoint, and cut for the ranks."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -9,6 +10,8 @@ from vllm_dfloat.errors import UnsupportedError
 VOCAB_PADDING = 64  # vLLM pads vocabularies to a multiple of this
 
 TOWERS = ("vision_tower.", "vision_model.", "visual.", "multi_modal_projector.")
+
+_EXPERTS = re.compile(r"(?:.*\.)?experts(?=\.)")  # not shared_experts
 
 Split = Literal["rows", "cols", "none", "vocab"]
 Place = Literal["layer", "first", "last", "tied", "all"]
@@ -43,9 +46,10 @@ class Weight:
         split: how tensor parallelism cuts it; "vocab" is "rows" of a padded vocabulary.
         place: the pipeline stages that hold it: that of its layer, the first, the last, both ends ("tied"), or all.
         layer: number of its transformer block, -1 outside of them.
-        is_compressed: whether the plugin compresses it: linear layers and embeddings, but neither norms nor experts.
+        is_compressed: whether the plugin compresses it: linear layers, experts, embeddings; not norms and routers.
         stored: the tensors of the checkpoint that it is fused from, with their shapes.
         itemsize: bytes per parameter; 4 for the few that vLLM holds in float32 whatever the model's dtype.
+        num_experts: of a tensor of experts, whose columns are those of all experts side by side; else 0.
     """
 
     name: str
@@ -57,6 +61,13 @@ class Weight:
     is_compressed: bool = False
     stored: Mapping[str, tuple[int, ...]] = field(default_factory=dict, hash=False)
     itemsize: int = 2
+    num_experts: int = 0
+
+    @property
+    def expert_layer(self) -> str:
+        """The module of experts that this is a part of, whose tensors are decoded together; empty if there is none."""
+        found = _EXPERTS.match(self.name)
+        return found.group() if found and self.is_compressed else ""
 
     @property
     def is_of_tower(self) -> bool:
@@ -77,14 +88,19 @@ class Weight:
         """Zeros that pad a vocabulary, on all ranks together."""
         return -self.rows % VOCAB_PADDING * self.cols if self.split == "vocab" else 0
 
-    def shape_of_rank(self, tp: int) -> tuple[int, int]:
-        """Return [rows, cols] of each rank.
+    def shape_of_rank(self, tp: int, expert_parallel: bool = False) -> tuple[int, int]:
+        """Return [rows, cols] of each rank, of those with the most experts.
+
+        Args:
+            expert_parallel: whether each rank holds whole experts, not a part of each.
 
         Raises:
             UnsupportedError: vLLM cannot cut the weight into so many parts.
         """
         if self.split == "none":
             return self.rows, self.cols
+        if expert_parallel and self.num_experts:
+            return self.rows, self.cols // self.num_experts * -(-self.num_experts // tp)
         if self.split == "cols":
             self._check(self.cols, tp, "columns")
             return self.rows, self.cols // tp
