@@ -156,7 +156,7 @@ on_gpu_only() {
   if command -v compute-sanitizer >/dev/null; then
     # Without PyTorch's memory pool: within the pool, a read past a tensor's end would not be detected.
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 sanitize memcheck 50 packed_decode encoder packed_rows official_held \
-      packed_group official_encoder official_unit
+      packed_group packed_experts official_encoder official_unit
   else
     notes+=("compute-sanitizer is not installed")
   fi

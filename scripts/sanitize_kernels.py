@@ -69,6 +69,28 @@ def packed_group(device: torch.device) -> None:
     Group([normal(*shape, device, seed=i) for i, shape in enumerate(shapes)]).check("decode_group")
 
 
+def packed_experts(device: torch.device) -> None:
+    """Check chosen experts, which share tiles with others: marked from ids on the device, then decoded."""
+    import torch
+    from bench.kernels.timing import expect_same_bits
+
+    from vllm_dfloat.device import experts, ops
+
+    weight = normal(3 * ROWS, COLS, device, seed=2)
+    packed = ops.pack(weight, "w13")
+    out = torch.full((packed.size * 2048,), torch.nan, dtype=torch.bfloat16, device=device)
+    status = torch.empty(packed.size, dtype=torch.int32, device=device)
+    chosen = torch.empty(3, dtype=torch.int32, device=device)
+    experts.mark_chosen(torch.tensor([[2, -1, 5], [2, 0, 2]], device=device), None, chosen)
+    experts.decode_chosen(packed.desc, 3, ROWS, COLS, chosen, out, status)
+    found = out[: weight.numel()].view(3, ROWS, COLS)
+    for expert in (0, 2):
+        expect_same_bits(found[expert], weight.view(3, ROWS, COLS)[expert], "decode_chosen")
+    shared = set(status.tolist())
+    if chosen.tolist() != [1, 0, 1] or shared != {0, experts.STATUS_SKIPPED}:
+        raise RuntimeError(f"chosen {chosen.tolist()}, status words {sorted(shared)}")
+
+
 def encoder(device: torch.device) -> None:
     from bench.kernels.decode import check_decode, device_encoded
 
@@ -160,8 +182,8 @@ def fused_products(device: torch.device) -> dict[str, Callable[[], None]]:
 def checks(device: torch.device) -> dict[str, Callable[[], None]]:
     """Return every check by name; those that compile longest come first."""
     parts = (
-        packed_group, packed_decode, packed_rows, encoder, official_unit, official_encoder, official_held,
-        fast_held,
+        packed_group, packed_decode, packed_experts, packed_rows, encoder, official_unit, official_encoder,
+        official_held, fast_held,
     )  # fmt: skip
     return fused_products(device) | {part.__name__: partial(part, device) for part in parts}
 
