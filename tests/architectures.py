@@ -3,6 +3,8 @@
 Models come from Transformers' configs and model classes. Also a script: it prints the tables of docs/serving.md.
 """
 
+import json
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,12 @@ SHAPE: dict[str, Any] = dict(
     eos_token_id=2, pad_token_id=0,
 )  # fmt: skip
 Entries = Mapping[str, Any]
+RECORD = Path(__file__).parent / "data" / "architectures.json"  # made by architecture_features.py
+WORDS = {  # beginnings of results in the record
+    "refused": "refused in a sentence, weights as before",
+    "BF16 vLLM": "BF16 vLLM gives the same error",
+    "not run": "not run",
+}
 
 
 def _each(names: Iterable[str], entries: Entries) -> dict[str, Entries]:
@@ -174,11 +182,11 @@ def model_class(name: str) -> str:
     return name.partition(",")[0]
 
 
-def save_case(name: str, path: Path) -> Path:
+def save_case(name: str, path: Path, seed: int = SEED) -> Path:
     shape = dict(SHAPE)
     if name.startswith("Falcon") and "H1" not in name:
         del shape["head_dim"]  # its config computes it
-    return save(model_class(name), path, {**shape, **CASES[name]})
+    return save(model_class(name), path, {**shape, **CASES[name]}, seed)
 
 
 def save(model_class: str, path: Path, config: Entries, seed: int = SEED) -> Path:
@@ -215,6 +223,33 @@ def tables() -> str:
     return "\n".join(lines)
 
 
+def feature_table() -> str:
+    """Return the table of features of docs/serving.md, from the record of a run."""
+    found: dict[str, dict[str, str]] = json.loads(RECORD.read_text())
+    lines = [
+        "| of the models of this list, with vLLM 0.32 | equal to BF16 vLLM | others |",
+        "|---|---|---|",
+    ]
+    for feature in next(iter(found.values())):
+        others: dict[str, list[str]] = defaultdict(list)
+        for name in sorted(found, key=str.lower):
+            if (result := found[name][feature]) != "equal":
+                others[_in_words(result)].append(short(model_class(name)))
+        count = len(found) - sum(map(len, others.values()))
+        why = "; ".join(
+            f"{words}: {', '.join(dict.fromkeys(names))}" for words, names in others.items()
+        )
+        lines.append(f"| {feature} | {count} of {len(found)} | {why} |")
+    return "\n".join(lines)
+
+
+def _in_words(result: str) -> str:
+    for kind, words in WORDS.items():
+        if result.startswith(kind):
+            return words
+    return "not equal"
+
+
 def short(name: str) -> str:
     for ending in ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel"):
         name = name.removesuffix(ending)
@@ -222,4 +257,4 @@ def short(name: str) -> str:
 
 
 if __name__ == "__main__":
-    print(tables())
+    print(f"{tables()}\n\n{feature_table()}")
