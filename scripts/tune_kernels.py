@@ -32,7 +32,8 @@ CANDIDATES: dict[str, tuple[int, ...]] = {  # Triton takes powers of two
     "fused_dot_num_warps": (2, 4, 8),
 }
 DERIVED = ("fused_max_rows", "group_decode_max_numel")
-NOT_TUNED = (  # of the encoders, which see a weight once, and of the fast layout, tried together on an H100
+NOT_TUNED = (  # of the encoders, which see a weight once; of the fast layout, tried together on an H100; of experts
+    "chosen_programs",
     "count_window_tiles_per_program",
     "count_tiles_per_program",
     "count_num_warps",

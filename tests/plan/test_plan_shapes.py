@@ -32,6 +32,7 @@ PUBLISHED = {  # data/configs/README.md says where
     "Qwen2.5-VL-72B-Instruct": 73_410_777_344,
     "Qwen3-30B-A3B": 30_532_122_624,
     "Qwen3-235B-A22B": 235_093_634_560,
+    "GLM-4.5": 352_797_829_024,
     "Qwen3-VL-8B-Instruct": 8_767_123_696,
     "Qwen3-VL-30B-A3B-Instruct": 31_070_754_032,
     "Qwen2-57B-A14B": 57_408_658_944,
@@ -230,6 +231,13 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v3": (
         "DeepseekV3ForCausalLM",
         dict(TINY_TEXT, **LATENT, q_lora_rank=24, topk_method="noaux_tc"),
+    ),
+    "glm4_moe": (
+        "Glm4MoeForCausalLM",
+        dict(
+            TINY_TEXT, n_routed_experts=4, n_shared_experts=1, moe_intermediate_size=32, first_k_dense_replace=1,
+            num_experts_per_tok=2, n_group=1, topk_group=1, use_qk_norm=True, attention_bias=True,
+        ),
     ),
 }  # fmt: skip
 

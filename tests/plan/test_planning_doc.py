@@ -24,7 +24,7 @@ def run(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
 
 def test_the_commands_are_there() -> None:
     assert len(BLOCKS) == 1
-    assert len(ROWS) == 10
+    assert len(ROWS) == 12
 
 
 @pytest.mark.parametrize(("command", "output"), BLOCKS)

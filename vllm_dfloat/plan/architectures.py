@@ -16,13 +16,16 @@ from vllm_dfloat.plan.weights import Weight
 GEMMA3_NORMS = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
 QWEN3 = Rules(o_bias="", has_qk_norm=True)
 QWEN3_MOE = replace(QWEN3, has_all_ends=True, experts=Experts("moe_intermediate_size"))
-DEEPSEEK = Rules(
-    is_latent=True,
-    experts=Experts(
-        "moe_intermediate_size",
-        shared="shared_experts",
-        shared_width=("moe_intermediate_size", "n_shared_experts"),
-    ),
+DEEPSEEK_EXPERTS = Experts(
+    "moe_intermediate_size",
+    shared="shared_experts",
+    shared_width=("moe_intermediate_size", "n_shared_experts"),
+)
+DEEPSEEK = Rules(is_latent=True, experts=DEEPSEEK_EXPERTS)
+GLM4_MOE = Rules(
+    o_bias="",
+    has_qk_norm="use_qk_norm",
+    experts=replace(DEEPSEEK_EXPERTS, router_itemsize=4, has_correction=True),
 )
 LLAMA4 = Rules(
     qkv_bias=False,
@@ -67,6 +70,7 @@ RULES = {
     "Qwen3MoeForCausalLM": QWEN3_MOE,
     "DeepseekV2ForCausalLM": DEEPSEEK,
     "DeepseekV3ForCausalLM": DEEPSEEK,
+    "Glm4MoeForCausalLM": GLM4_MOE,
     "Llama4ForCausalLM": LLAMA4,
 }
 

@@ -17,7 +17,7 @@ class Rules:
     Attributes:
         qkv_bias: True, False, or the config's entry that says so.
         o_bias, mlp_bias: the config's entry that says so; "" for never.
-        has_qk_norm: whether queries and keys are normed per head.
+        has_qk_norm: whether queries and keys are normed per head, or the config's entry that says so.
         norms: the norms of a transformer block.
         mlp: the module of an MLP without experts, and the entry with its width.
         is_fused: whether qkv_proj and gate_up_proj are one tensor each in the checkpoint.
@@ -29,7 +29,7 @@ class Rules:
     qkv_bias: bool | str = "attention_bias"
     o_bias: str = "attention_bias"
     mlp_bias: str = ""
-    has_qk_norm: bool = False
+    has_qk_norm: bool | str = False
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
     mlp: tuple[str, str] = ("mlp", "intermediate_size")
     is_fused: bool = False
@@ -99,6 +99,9 @@ def _attention(config: ModelConfig, rules: Rules, at: Spot, prefix: str) -> Iter
         at, f"{prefix}.qkv_proj", parts, config.hidden, "rows", tensors=tensors, bias=has_bias
     )
     yield from linear(at, f"{prefix}.o_proj", Part(config.hidden), q, "cols", bias=has_o_bias)
-    if rules.has_qk_norm:
+    has_qk_norm = rules.has_qk_norm
+    if isinstance(has_qk_norm, str):
+        has_qk_norm = config.flag(has_qk_norm)
+    if has_qk_norm:
         yield from norm(at, f"{prefix}.q_norm", config.head_dim)
         yield from norm(at, f"{prefix}.k_norm", config.head_dim)

@@ -22,6 +22,8 @@ class Experts:
         router: the module that chooses experts.
         shared: the module that every token passes; its width is the product of the entries `shared_width`.
         has_shared_gate: whether a linear layer of one row scales the shared expert.
+        router_itemsize: bytes per weight of the router; GLM's is float32.
+        has_correction: whether a bias corrects the router's choice; DeepSeek's config says so instead.
     """
 
     width: str
@@ -32,6 +34,8 @@ class Experts:
     shared: str = ""
     shared_width: tuple[str, ...] = ()
     has_shared_gate: bool = False
+    router_itemsize: int = 2
+    has_correction: bool = False
 
 
 def is_sparse(config: ModelConfig, layer: int) -> bool:
@@ -61,8 +65,8 @@ def experts(config: ModelConfig, kind: Experts, at: Spot, prefix: str) -> Iterat
         f"{module}.experts.w2_weight", (Part(width),), count * hidden, "rows",
         layer=at.layer, is_compressed=True, stored=second, num_experts=count,
     )  # fmt: skip
-    yield plain(at, f"{module}.{kind.router}.weight", count, hidden)
-    if config.text("topk_method") == "noaux_tc":
+    yield plain(at, f"{module}.{kind.router}.weight", count, hidden, itemsize=kind.router_itemsize)
+    if kind.has_correction or config.text("topk_method") == "noaux_tc":
         yield plain(at, f"{module}.{kind.router}.e_score_correction_bias", count, itemsize=4)
     if kind.has_shared_gate:
         yield plain(at, f"{module}.shared_expert_gate.weight", 1, hidden)
