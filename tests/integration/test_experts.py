@@ -26,7 +26,7 @@ from vllm_dfloat.integration.layers import experts_kernel, layouts
 from vllm_dfloat.integration.layers.experts import W2, W13, DFloat11ExpertsMethod
 from vllm_dfloat.integration.layers.method import weights_of
 from vllm_dfloat.integration.loading import live_check, report
-from vllm_dfloat.integration.seam import layer_kinds
+from vllm_dfloat.integration.seam import expert_kernels, layer_kinds
 from vllm_dfloat.integration.seam.options import Options
 
 pytestmark = pytest.mark.engine
@@ -217,7 +217,9 @@ def test_no_bf16_copy_of_an_expert_survives_loading(tmp_path: Path) -> None:
         assert bf16_copies(prints) == []
 
 
-def test_experts_moved_while_serving_are_refused_in_one_sentence(models: Models) -> None:
+def test_experts_moved_while_serving_are_refused_in_one_sentence(
+    models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with loaded(models("whole tiles"), **DFLOAT11) as model:
         method = experts_of(model).quant_method
         parallel = dataclasses.replace(method.moe.moe_parallel_config, enable_eplb=True)
@@ -225,6 +227,9 @@ def test_experts_moved_while_serving_are_refused_in_one_sentence(models: Models)
         with pytest.raises(UnsupportedError, match=r"^experts: --enable-eplb moves .* `ignore`"):
             DFloat11ExpertsMethod(moving, "experts", Options())
         assert not method.supports_eplb
+        # Bug caught: refused too where vLLM's kernel is one whose experts stay BF16, and can be moved.
+        monkeypatch.setattr(expert_kernels, "_COMPRESSIBLE", ())
+        assert not DFloat11ExpertsMethod(moving, "experts", Options()).can_compress
 
 
 def test_writes_to_a_tensor_of_experts_are_refused(models: Models) -> None:

@@ -11,7 +11,7 @@ from vllm.model_executor.layers.quantization.base_config import (
 
 from vllm_dfloat.checkpoint.folder import CONFIG_KEY
 from vllm_dfloat.errors import UnsupportedError
-from vllm_dfloat.integration.seam import compat, expert_kernels, layer_kinds
+from vllm_dfloat.integration.seam import compat, layer_kinds
 from vllm_dfloat.integration.seam.names import ASKED, METHOD, logger
 from vllm_dfloat.integration.seam.options import Options
 from vllm_dfloat.integration.seam.refusal import refusal
@@ -93,7 +93,7 @@ class DFloat11Config(QuantizationConfig):  # type: ignore[misc]  # vLLM is untyp
         if self._is_left_alone(layer, name):
             return None
         method = DFloat11ExpertsMethod(layer.moe_config, name, self.options)
-        if not expert_kernels.can_compress_experts(method.backend):
+        if not method.can_compress:
             self.log_left_alone(f"experts (vLLM's kernel {method.backend} holds them itself)")
             return None
         if method.decodes_all:

@@ -61,7 +61,7 @@ class DFloat11ExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]  #
         self.makes_up_weights = getattr(load_config, "load_format", None) == "dummy"
         if self.experts_cls is not None:  # some platforms have no kernel of this kind
             self.experts_cls = experts_kernel.decoding(self.experts_cls)
-        if expert_kernels.moves_experts(moe_config):
+        if self.can_compress and expert_kernels.moves_experts(moe_config):
             raise UnsupportedError(
                 f"{name}: --enable-eplb moves experts between ranks while serving; expected experts that stay, since "
                 'these are held compressed. Remove it, or name the experts in `ignore`, such as "re:.*experts".'
@@ -76,6 +76,11 @@ class DFloat11ExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]  #
         if self.backend not in expert_kernels.READ_CHOSEN_EXPERTS_ONLY:
             return f"vLLM's kernel {self.backend} may read them"
         return ""
+
+    @property
+    def can_compress(self) -> bool:
+        """Whether vLLM's kernel takes weights that are decoded for it; if not, the experts stay BF16."""
+        return expert_kernels.can_compress_experts(self.backend)
 
     @property
     def decodes_all(self) -> bool:
@@ -111,9 +116,8 @@ class DFloat11ExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]  #
         method.hold(layer, BY_NAME[self.layout].pack(matrix, f"{self.name}.{name}"), name)
         delattr(layer, name)
         del matrix
-        parameter.data = parameter.data.new_empty(
-            0
-        )  # other code may keep the parameter for a while
+        # Other code may keep the parameter for a while.
+        parameter.data = parameter.data.new_empty(0)
         if name not in self.placeholders:
             decode = functools.partial(self._unpack, weakref.ref(layer), name)
             placeholder = ExpertsPlaceholder(f"{self.name}.{name}", shape, device, decode)
