@@ -152,9 +152,8 @@ class PackedMethod:
         self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
         """Return x @ weight.T + bias."""
-        layer = getattr(
-            layer, "base_layer", layer
-        )  # Cohere's LM head is its embedding, LoRA's wrapper and all
+        # Cohere's LM head is its embedding, LoRA's wrapper and all.
+        layer = getattr(layer, "base_layer", layer)
         self.check_in_place(layer)
         sizes = linear_op.Sizes(self.rows, self.cols, self.fused_rows, *self.place_in_group)
         group = getattr(layer, GROUP, None)

@@ -176,9 +176,8 @@ class Updates:
         """
         if torch.Tensor.copy_ is not _COPY:
             raise UnsupportedError(_NO_PATCHES)
-        with (
-            _ALONE
-        ):  # before looking whether a reload is open, which another thread may be about to end
+        # Before looking whether a reload is open, which another thread may be about to end.
+        with _ALONE:
             return self._load(weights, *args, **kwargs)
 
     def _load(self, weights: Pairs, *args: Any, **kwargs: Any) -> Any:
