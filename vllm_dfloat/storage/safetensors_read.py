@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ _LENGTH_BYTES = 8
 _METADATA = "__metadata__"
 MAX_NAME = 512  # characters; real names have about 100
 _MAX_DIMS = 16
+_HALF_CHARACTERS = re.compile(
+    "[\ud800-\udfff]"
+)  # surrogates, which JSON can escape and UTF-8 cannot hold
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
@@ -32,8 +36,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         UnsupportedError: a tensor has a dtype that this package does not know.
     """
     text, identity = _header_text(file)
-    header = _parse(file, text)
-    header.pop(_METADATA, None)
+    header, _ = _parse(file, text)
     start = _LENGTH_BYTES + len(text)
     tensors = [_tensor(file, identity, name, entry, start) for name, entry in header.items()]
     tensors.sort(key=lambda tensor: (tensor.begin, tensor.num_bytes))
@@ -41,15 +44,14 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     return {tensor.name: tensor for tensor in tensors}
 
 
-def read_names(file: Path) -> tuple[list[str], dict[str, Any]]:
+def read_names(file: Path) -> tuple[list[str], dict[str, str]]:
     """Return the names of the tensors in a header, whatever else it says of them, and its metadata.
 
     Raises:
         FormatError: the file has no header.
     """
-    header = _parse(file, _header_text(file)[0])
-    metadata = header.pop(_METADATA, None)
-    return list(header), metadata if isinstance(metadata, dict) else {}
+    header, metadata = _parse(file, _header_text(file)[0])
+    return list(header), metadata
 
 
 def header_sha256(file: Path) -> str:
@@ -82,20 +84,47 @@ def _header_text(file: Path) -> tuple[bytes, FileIdentity]:
     return text, identity
 
 
-def _parse(file: Path, text: bytes) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            raise ValueError("it names a tensor twice")
-        return found
-
+def _parse(file: Path, text: bytes) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the entries of the tensors by name, and the metadata; refuse what the safetensors library refuses."""
     try:
-        header = json.loads(text, object_pairs_hook=unique)
+        # As text: json would guess other encodings from bytes, and skip a byte order mark.
+        header = json.loads(
+            text.decode(), object_pairs_hook=_unique, parse_int=_integer, parse_constant=_refuse
+        )
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{file.name}: the header is not valid JSON: {error}.") from error
     if not isinstance(header, dict):
         raise FormatError(f"{file.name}: the header is a {type(header).__name__}, not an object.")
-    return header
+    metadata = header.pop(_METADATA, None)
+    if metadata is None:
+        return header, {}
+    if not isinstance(metadata, dict) or not all(map(_is_text, (*metadata, *metadata.values()))):
+        raise FormatError(
+            f"{file.name}: {_METADATA} of the header is {shown(metadata)}; text by name is expected. "
+            "Write the file again with the safetensors library."
+        )
+    return header, metadata
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("it names a tensor twice")
+    return found
+
+
+def _integer(digits: str) -> int:
+    if digits == "-0":
+        _refuse(digits)
+    return int(digits)
+
+
+def _refuse(word: str) -> None:
+    raise ValueError(f"it holds the number {word}")
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and not _HALF_CHARACTERS.search(value)
 
 
 def _tensor(file: Path, identity: FileIdentity, name: str, entry: Any, start: int) -> StoredTensor:
