@@ -198,9 +198,9 @@ class _Compression(Conversion[CompressedFile]):
         source.files.check()  # before the files are there that make the folder a model
         work.write_text(CONFIG_FILE, config_text(source.config, build_patterns(units)))
         shapes = {name: source.tensors[name].shape for unit in units for name in unit.tensors}
-        headers = {result.file: header_sha256(work.folder / result.file) for result in results}
-        work.write_text(MANIFEST_FILE, Manifest(work.entries, shapes, headers).as_text())
         try:
+            headers = {result.file: header_sha256(work.folder / result.file) for result in results}
+            work.write_text(MANIFEST_FILE, Manifest(work.entries, shapes, headers).as_text())
             read_back(work.folder, source.tensors)
         except DFloatError:
             work.check()  # another program that has changed a file explains it
