@@ -80,3 +80,13 @@ def test_any_value_of_any_entry_is_planned_or_a_sentence(
             else:
                 assert err == "", (part, name, value, err)
                 assert "NaN" not in out
+
+
+def test_a_size_above_the_limit_is_told_the_limit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Bug caught: "is 1000000000000; expected a positive integer".
+    config = json.loads(next(f for f in CONFIGS if "Llama-3.1-8B." in f.name).read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": 10**12}))
+    assert main(["plan", str(tmp_path), "--gpu-memory", "24GiB"]) == 2
+    assert only_line(capsys.readouterr().err).endswith("expected an integer from 1 to 4294967296.")

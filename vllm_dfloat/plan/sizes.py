@@ -6,9 +6,8 @@ from typing import Any
 
 from vllm_dfloat.errors import FormatError, shown
 
-MAX_SIZE = (
-    1 << 32
-)  # no size in a config is as large; a larger one is a mistake, and would take forever
+# No size in a config is as large; a larger one is a mistake, and would take forever.
+MAX_SIZE = 1 << 32
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Sizes:
             return default
         if type(value) is not int or not 0 < value <= MAX_SIZE:
             raise FormatError(
-                f"{self.where}: {name} is {shown(value)}; expected a positive integer."
+                f"{self.where}: {name} is {shown(value)}; expected an integer from 1 to {MAX_SIZE}."
             )
         return value
 
