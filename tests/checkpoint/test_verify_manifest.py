@@ -32,7 +32,7 @@ def test_files_as_the_manifest_says_are_fine(
     out, err = capsys.readouterr()
     assert (
         out
-        == f"{folder}: 1 tensors, 154 bytes decode without an error, and 3 files are as the manifest says\n"
+        == f"{folder}: 1 tensor, 154 bytes decode without an error; as the manifest says: 3 files\n"
     )
     assert err == ""
 
@@ -73,7 +73,7 @@ def test_a_file_that_is_not_as_the_manifest_says_is_one_line_and_exits_1(
     out, err = capsys.readouterr()
     assert len(out.splitlines()) == 2
     assert out.startswith(line)
-    assert out.splitlines()[1].endswith("decode, but 1 files are not as the manifest says")
+    assert out.splitlines()[1].endswith("decode, but not as the manifest says: 1 file")
     assert err == ""
 
 

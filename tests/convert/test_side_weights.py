@@ -168,7 +168,7 @@ def test_verify_against_finds_other_weights_beside_the_models_own(
     assert main(["verify", str(target), "--against", str(embedder)]) == 1
     line, last = capsys.readouterr().out.splitlines()
     assert line.startswith(f"{name}: not in {target}" if change == "remove" else f"{name}: sha256 ")
-    assert " in 1 tensors or files (" in last
+    assert " in 1 tensor or file (" in last
 
 
 @pytest.mark.parametrize("command", ["inspect", "verify", "decompress"])

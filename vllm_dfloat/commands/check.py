@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_dfloat.commands.output import not_sought_clause, say, say_json
+from vllm_dfloat.commands.output import counted, not_sought_clause, say, say_json
 from vllm_dfloat.commands.progress import Bar
 
 if TYPE_CHECKING:
@@ -110,21 +110,21 @@ def _say_differences(differences: list[str]) -> None:
 
 
 def _last_line(args: argparse.Namespace, result: Comparison) -> str:
-    what = f"{result.tensors} tensors, {result.num_bytes:,} bytes"
+    what = f"{counted(result.tensors, 'tensor')}, {result.num_bytes:,} bytes"
     missing = not_sought_clause(result.not_sought)
     differences = len(result.differences)
     if args.against and result.files:
-        what += f", {result.files} files of weights beside them"
-    places = "tensors or files" if result.files else "tensors"
+        what += f", {counted(result.files, 'file')} of weights beside them"
+    places = counted(differences, "tensor or file" if result.files else "tensor")
     if args.against and result.is_equal:
         unlike = f"; other files that are not alike: {len(result.served)}" if result.served else ""
         return f"{args.path}: equal to {args.against}, bit for bit ({what}){unlike}"
     if args.against:
-        return f"{args.path}: DIFFERENT from {args.against} in {differences} {places} ({what} compared)"
+        return f"{args.path}: DIFFERENT from {args.against} in {places} ({what} compared)"
     if differences:
-        return f"{args.path}: {what} decode, but {differences} files are not as the manifest says"
+        return f"{args.path}: {what} decode, but not as the manifest says: {counted(differences, 'file')}"
     if not result.is_compressed:
         return f"{args.path}: {what}, none of them compressed (give --against to compare){missing}"
     if result.files is None:
         return f"{args.path}: {what} decode without an error (no manifest; give --against to compare){missing}"
-    return f"{args.path}: {what} decode without an error, and {result.files} files are as the manifest says"
+    return f"{args.path}: {what} decode without an error; as the manifest says: {counted(result.files, 'file')}"

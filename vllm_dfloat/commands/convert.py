@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_dfloat.commands.output import not_sought_clause, say, say_json
+from vllm_dfloat.commands.output import counted, not_sought_clause, say, say_json
 from vllm_dfloat.commands.progress import Bar
 from vllm_dfloat.errors import UnsupportedError
 
@@ -149,9 +149,7 @@ def _as_json(args: argparse.Namespace, report: Report) -> dict[str, Any]:
 
 def _last_line(target: Path, report: Report) -> str:
     ratio = 100 * report.num_bytes / report.bf16_bytes
-    what = (
-        f"{ratio:.1f} % ({report.bf16_bytes:,} => {report.num_bytes:,} bytes), {report.units} units"
-    )
+    what = f"{ratio:.1f} % ({report.bf16_bytes:,} => {report.num_bytes:,} bytes), {counted(report.units, 'unit')}"
     if report.was_finished:
         return f"{target}: {_WAS_FINISHED}: {what}"
     return f"{target}: {what}, all decoded and compared, {report.seconds:.1f} s"
@@ -195,7 +193,7 @@ def _decompress(args: argparse.Namespace) -> int:
             say(line)
         if restored.not_as_listed:
             say(others_line(tuple(restored.not_as_listed)))
-        what = f"{restored.tensors} tensors, {restored.num_bytes:,} bytes"
+        what = f"{counted(restored.tensors, 'tensor')}, {restored.num_bytes:,} bytes"
         end = not_sought_clause(restored.not_sought)
         if restored.was_finished:
             say(f"{args.out}: {_WAS_FINISHED}: {what}{end}")

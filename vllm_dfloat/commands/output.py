@@ -29,6 +29,11 @@ def not_sought_clause(reason: str) -> str:
     return f"; whether tensors are missing was not checked: {reason}" if reason else ""
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun: "1 file", "2 files"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def flush() -> None:
     """Write out all that was printed; raises as `say` does."""
     with _named():
