@@ -204,7 +204,7 @@ for reader in (
     lambda: ops.decode_rows(packed.desc, ids, 3, 2048),
     lambda: groups.unpack([packed]),
     lambda: fused.multiply(packed, x),
-    lambda: fused.max_rows(x.device, 2048),
+    lambda: fused.max_rows(x.device, 64, 2048),
     lambda: units.unpack(unit),
     lambda: units.unpack_rows(unit, ids),
     lambda: checks.check_device(torch.device("cuda")),

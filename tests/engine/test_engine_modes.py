@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import tiny_models
@@ -10,9 +10,8 @@ import torch
 from conftest import Checkpoint
 from engines import Answers, answers, ask, bf16_answers, engine
 
-from vllm_dfloat.device import fused
 from vllm_dfloat.device.scratch import scratch
-from vllm_dfloat.integration.layers import method
+from vllm_dfloat.integration.layers import layouts, method
 from vllm_dfloat.kernels import configs
 
 pytestmark = pytest.mark.engine
@@ -111,7 +110,9 @@ def test_fused_engine_answers_nearly_as_bf16_vllm_and_always_the_same(
     narrow_model: Path, log_lines: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     multiplied: list[int] = []
-    launch = fused.launch_matmul
+    product = layouts.BY_NAME["packed"].product
+    assert product is not None
+    launch = product.launch
 
     def watched(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
         multiplied.append(x.shape[0])
@@ -121,7 +122,8 @@ def test_fused_engine_answers_nearly_as_bf16_vllm_and_always_the_same(
     with engine(narrow_model) as llm:
         expected = ask(llm, prompts, num_tokens=2)
     monkeypatch.setenv("VLLM_DFLOAT_BACKEND", "triton")
-    monkeypatch.setattr(fused, "launch_matmul", watched)
+    held = replace(layouts.BY_NAME["packed"], product=replace(product, launch=watched))
+    monkeypatch.setitem(cast(dict[str, layouts.Layout], layouts.BY_NAME), "packed", held)
     # Few rows in vLLM's own passes, and few programs: the interpreter runs one after the other.
     few = dict(max_num_batched_tokens=4, max_num_seqs=1)
     large = replace(configs.INTERPRETED, fused_gemv_tiles_per_program=512)

@@ -4,6 +4,8 @@ Only Triton does this; on a CPU it runs in Triton's interpreter, for tests. A GE
 order, so the bits of the result may differ from its bits; kernels/packed_matmul.py derives a bound on the error.
 """
 
+from collections.abc import Hashable
+
 import torch
 
 from vllm_dfloat.codec.decode import check_status
@@ -12,8 +14,10 @@ from vllm_dfloat.device.checks import check_desc, check_tensor, require_triton
 from vllm_dfloat.errors import UnsupportedError
 
 
-def max_rows(device: torch.device, cols: int) -> int:
-    """Return the largest number of rows of activations for which `matmul` is used, given `cols` columns; 0 for never.
+def max_rows(device: torch.device, rows: int, cols: int) -> int:
+    """Return the largest number of rows of activations for which `matmul` is used for a weight [rows, cols].
+
+    0 for never.
 
     It is a launch parameter of the device (kernels/configs.py); without Triton, as on a CPU, nothing is fused.
     """
@@ -32,11 +36,11 @@ def compiled_for(rows: int) -> list[int]:
     return list({compiled_rows(num_x): num_x for num_x in range(1, rows + 1)}.values())
 
 
-def num_segments(cols: int) -> int:
-    """Segments per tile, the other compile-time size of kernels for weights of `cols` columns."""
+def variants(device: torch.device, rows: int, cols: int, most: int) -> dict[Hashable, int]:
+    """Return the kernels that up to `most` rows of activations need: their compile-time sizes, and a row count."""
     from vllm_dfloat.kernels.packed_matmul_parts import num_segments
 
-    return num_segments(cols)
+    return {(num_segments(cols), num_x): num_x for num_x in compiled_for(most)}
 
 
 def matmul(

@@ -69,7 +69,7 @@ class DFloat11ExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]  #
 
     def _why_all(self) -> str:
         """Return why experts without tokens are decoded too, "" if they are not."""
-        if self.layout != "packed":
+        if not BY_NAME[self.layout].has_chosen:
             return f"in the layout {self.layout} no part of a matrix is decoded alone"
         if expert_kernels.routes_by_itself(self):
             return f"vLLM's kernel {self.backend} chooses them itself"

@@ -48,10 +48,10 @@ class Tensor3:
         num_experts, rows, cols = self.sizes
         return num_experts * rows * cols
 
-    @property
-    def padded_numel(self) -> int:
+    def scratch_numel(self, layout: str) -> int:
+        """Elements of the scratch that it needs, held in a layout of layouts.py."""
         num_experts, rows, cols = self.sizes
-        return ops.padded_numel(num_experts * rows, cols)
+        return BY_NAME[layout].scratch_numel(num_experts * rows, cols)
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class HeldExperts:
     def scratch_numel(self) -> int:
         """Elements of the scratch that the layer needs: both tensors and the flags, in whole tiles."""
         flags = ops.padded_numel(1, 2 * self.w13.shape[0])  # an int32 takes the room of two weights
-        return self.w13.padded_numel + self.w2.padded_numel + flags
+        return sum(tensor.scratch_numel(self.layout) for tensor in (self.w13, self.w2)) + flags
 
     def decoded(
         self, ids: torch.Tensor, expert_map: torch.Tensor | None
@@ -91,7 +91,8 @@ class HeldExperts:
             return self._traced(self.w13, ids, expert_map), self._traced(self.w2, ids, expert_map)
         self.check()
         memory, status = scratch.take(ids.device, self.scratch_numel, slots.slot(ids.device))
-        middle, end = self.w13.padded_numel, self.w13.padded_numel + self.w2.padded_numel
+        middle = self.w13.scratch_numel(self.layout)
+        end = middle + self.w2.scratch_numel(self.layout)
         chosen = None
         if not self.decodes_all:
             chosen = memory[end:].view(torch.int32)[: self.w13.shape[0]]
@@ -136,8 +137,9 @@ def _decode_anew(
     has run, so a graph holds one layer of experts at a time.
     """
     tensor = Tensor3(desc, tuple(shape))
-    out = torch.empty(tensor.padded_numel, dtype=torch.bfloat16, device=desc.device)
-    status = torch.empty(tensor.padded_numel // TILE_WEIGHTS, dtype=torch.int32, device=desc.device)
+    numel = tensor.scratch_numel(layout)
+    out = torch.empty(numel, dtype=torch.bfloat16, device=desc.device)
+    status = torch.empty(numel // TILE_WEIGHTS, dtype=torch.int32, device=desc.device)
     chosen = None
     if not decodes_all:
         chosen = torch.empty(tensor.shape[0], dtype=torch.int32, device=desc.device)

@@ -11,6 +11,7 @@ from vllm_dfloat.codec.layout import TILE_WEIGHTS
 from vllm_dfloat.device import groups
 from vllm_dfloat.device.scratch import scratch
 from vllm_dfloat.integration.layers import method as packed
+from vllm_dfloat.integration.layers.layouts import BY_NAME
 from vllm_dfloat.integration.layers.linear import DFloat11LinearMethod
 
 
@@ -34,7 +35,7 @@ def _can_be_grouped(layer: Any) -> bool:
     weight = packed.packed_of(layer)
     return (
         isinstance(method, DFloat11LinearMethod)
-        and method.layout == "packed"
+        and BY_NAME[method.layout].has_groups
         and weight is not None
         and weight.rows * weight.cols > 0
     )

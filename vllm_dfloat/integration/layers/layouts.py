@@ -1,28 +1,63 @@
-"""The layouts in which compressed weights can be held: for each name a set of functions with the same signatures."""
+"""The layouts in which compressed weights can be held: for each name a set of functions with the same signatures.
 
-from collections.abc import Callable, Mapping
+No other code knows which layout a weight is in, or what it can do.
+"""
+
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 
 import torch
 
-from vllm_dfloat.device import ops, unit_resident
+from vllm_dfloat.device import fused, ops, unit_resident
+from vllm_dfloat.device.scratch import Buffers
+
+
+@dataclass(frozen=True)
+class Product:
+    """How a layout multiplies a few rows of activations by a weight without decoding it to memory.
+
+    Attributes:
+        max_rows: (device, rows, cols) -> the largest number of rows of activations for which it is used for such a
+            weight; 0 for never.
+        launch: (x, desc, rows, cols, bias, scratch) -> x @ weight.T + bias; called inside `vllm_dfloat::linear`.
+            scratch: as `Layout.decode` takes it; overwritten.
+        variants: (device, rows, cols, max_rows) -> for each kernel that such a weight needs for up to `max_rows` rows a
+            key that tells it from others, and a number of rows that uses it. Each has a form with a bias and one
+            without.
+    """
+
+    max_rows: Callable[[torch.device, int, int], int]
+    launch: Callable[
+        [torch.Tensor, torch.Tensor, int, int, torch.Tensor | None, Buffers], torch.Tensor
+    ]
+    variants: Callable[[torch.device, int, int, int], Mapping[Hashable, int]]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The functions that linear layers and embeddings use. Every layout's descriptors are int64 [ops.DESC_LENGTH].
+    """What linear layers, embeddings and experts use. Every layout's descriptors are int64 [ops.DESC_LENGTH].
 
     Attributes:
         pack: (weight, name) -> the compressed weight on the same device.
         decode: (desc, rows, cols, out, status): the whole matrix into the scratch; called inside `vllm_dfloat::linear`.
+            It leaves the matrix in the first rows * cols elements of `out`.
         lookup: (desc, ids, rows, cols) -> BF16 [n, cols]: chosen rows; called inside `vllm_dfloat::lookup`.
         unpack: (packed) -> BF16 [rows, cols]; checks every status and all bytes.
+        scratch_numel: (rows, cols) -> the elements of scratch that `decode` and the product need (scratch.py): whole
+            tiles of the packed layout.
+        product: how it multiplies without decoding; None if it cannot.
+        has_groups: whether groups.py can decode several matrices at once.
+        has_chosen: whether experts.py can decode only some experts of a tensor.
     """
 
     pack: Callable[[torch.Tensor, str], ops.PackedWeight]
     decode: Callable[[torch.Tensor, int, int, torch.Tensor, torch.Tensor], None]
     lookup: Callable[[torch.Tensor, torch.Tensor, int, int], torch.Tensor]
     unpack: Callable[[ops.PackedWeight], torch.Tensor]
+    scratch_numel: Callable[[int, int], int]
+    product: Product | None = None
+    has_groups: bool = False
+    has_chosen: bool = False
 
 
 BY_NAME: Mapping[str, Layout] = {
@@ -31,11 +66,16 @@ BY_NAME: Mapping[str, Layout] = {
         ops.launch_decode,
         ops.decode_rows,
         ops.unpack,
+        ops.padded_numel,
+        Product(fused.max_rows, fused.launch_matmul, fused.variants),
+        has_groups=True,
+        has_chosen=True,
     ),
     "dfloat11": Layout(
         unit_resident.pack,
         unit_resident.launch_decode,
         unit_resident.decode_rows,
         unit_resident.unpack,
+        ops.padded_numel,
     ),
 }

@@ -2,7 +2,7 @@
 
 Decode and GEMM are one opaque op: Inductor would hoist a separate decode op, and decode all layers of a transformer
 block before the first GEMM. Options can make the op decode a whole group at the group's first layer, or multiply a
-small batch directly by the packed weight.
+small batch directly by the compressed weight.
 """
 
 import functools
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from vllm_dfloat.codec.layout import TILE_WEIGHTS
-from vllm_dfloat.device import fused, groups, ops
+from vllm_dfloat.device import groups, ops
 from vllm_dfloat.device.scratch import scratch
 from vllm_dfloat.integration.layers.layouts import BY_NAME
 from vllm_dfloat.integration.layers.registration import register
@@ -110,14 +110,14 @@ def linear(
         layout: how the weight is held, a name in layouts.py.
     """
     rows, cols, fused_rows, first_tile, group_tiles = sizes
-    slot = slots.slot(x.device)
-    if 0 < x.numel() <= fused_rows * cols:
-        memory = scratch.take(x.device, ops.padded_numel(rows, cols), slot)
-        y = fused.launch_matmul(x.reshape(-1, cols), desc, rows, cols, bias, memory)
+    slot, held = slots.slot(x.device), BY_NAME[layout]
+    if held.product is not None and 0 < x.numel() <= fused_rows * cols:
+        memory = scratch.take(x.device, held.scratch_numel(rows, cols), slot)
+        y = held.product.launch(x.reshape(-1, cols), desc, rows, cols, bias, memory)
         return y.view(*x.shape[:-1], rows)
     if group is None:
-        out, status = scratch.take(x.device, ops.padded_numel(rows, cols), slot)
-        BY_NAME[layout].decode(desc, rows, cols, out, status)
+        out, status = scratch.take(x.device, held.scratch_numel(rows, cols), slot)
+        held.decode(desc, rows, cols, out, status)
     else:
         numel = group_tiles * TILE_WEIGHTS
         (out, status), is_stale = scratch.take_for_group(
@@ -150,24 +150,38 @@ op: Callable[..., torch.Tensor] = register(
 _compiled: set[tuple[object, ...]] = set()
 
 
-def compile_fused(packed: ops.PackedWeight | None, bias: torch.Tensor | None, rows: int) -> None:
-    """On a GPU, compile every kernel that a layer needs: for up to `rows` rows of activations, and for more.
+def fused_rows(layout: str, device: torch.device, rows: int, cols: int) -> int:
+    """Return up to how many rows of activations are multiplied by a weight [rows, cols] that is not decoded first.
+
+    Args:
+        layout: how the weight is held, a name in layouts.py.
+    """
+    product = BY_NAME[layout].product
+    return 0 if product is None else product.max_rows(device, rows, cols)
+
+
+def compile_fused(
+    packed: ops.PackedWeight | None, layout: str, bias: torch.Tensor | None, most: int
+) -> None:
+    """On a GPU, compile every kernel that a layer needs: for up to `most` rows of activations, and for more.
 
     vLLM's own warm-up may not use every number of rows, and nothing may compile while requests wait.
     """
-    if packed is None or packed.desc.device.type != "cuda":
+    held = BY_NAME[layout]
+    if packed is None or packed.desc.device.type != "cuda" or not most or held.product is None:
         return
     device, shape = packed.desc.device, (packed.rows, packed.cols)
-    memory = scratch.take(device, ops.padded_numel(*shape))  # reserved by now
-    if rows and (device,) not in _compiled:
+    memory = scratch.take(device, held.scratch_numel(*shape))  # reserved by now
+    if (device, layout, *shape) not in _compiled:
         # An LM head may get only few rows in the warm-up, but as many as a prompt has for prompt_logprobs.
-        _compiled.add((device,))
-        ops.decode(packed.desc, *shape, *memory)
+        _compiled.add((device, layout, *shape))
+        held.decode(packed.desc, *shape, *memory)
     # A layer with a bias multiplies without it for skip_bias_add, and if row-parallel on all ranks but the first.
     biases = [None] if bias is None else [bias, None]
-    for num_x, given in itertools.product(fused.compiled_for(rows), biases):
-        key = (device, fused.num_segments(packed.cols), given is None, num_x)
+    variants = held.product.variants(device, *shape, most)
+    for (variant, num_x), given in itertools.product(variants.items(), biases):
+        key = (device, layout, variant, given is None)
         if key not in _compiled:
             _compiled.add(key)
             x = torch.zeros(num_x, packed.cols, dtype=torch.bfloat16, device=device)
-            fused.matmul(x, packed.desc, *shape, given, memory)
+            held.product.launch(x, packed.desc, *shape, given, memory)

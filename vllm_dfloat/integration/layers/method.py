@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import torch
 
-from vllm_dfloat.device import fused, ops
+from vllm_dfloat.device import ops
 from vllm_dfloat.device.scratch import MAIN_SLOT, scratch
 from vllm_dfloat.errors import UnsupportedError
 from vllm_dfloat.integration.layers import linear_op, room
@@ -122,7 +122,7 @@ class PackedMethod:
         del layer.weight
         hold(layer, packed)
         self._put_placeholder(layer, device)
-        scratch.require(device, ops.padded_numel(self.rows, self.cols))
+        scratch.require(device, BY_NAME[self.layout].scratch_numel(self.rows, self.cols))
 
     def _put_placeholder(self, layer: torch.nn.Module, device: torch.device) -> None:
         if self.placeholder is None:
@@ -140,9 +140,9 @@ class PackedMethod:
         if (
             self.mode == "fused" and self.gemm != linear_op.PLAIN
         ):  # PLAIN: vLLM multiplies the identity by the weight, to get the exact weight
-            self.fused_rows = fused.max_rows(device, self.cols)
+            self.fused_rows = linear_op.fused_rows(self.layout, device, self.rows, self.cols)
             bias = getattr(layer, "bias", None)
-            linear_op.compile_fused(packed_of(layer), bias, self.fused_rows)
+            linear_op.compile_fused(packed_of(layer), self.layout, bias, self.fused_rows)
 
     def reserve_scratch(self, device: torch.device) -> None:
         """Allocate the scratch buffers of all slots for the largest layer or group required so far."""
