@@ -30,6 +30,7 @@ SECTIONS = {  # the most important come first: time may run out
     "encode": ("bench.kernels.decode", "run_encode"),
     "fused": ("bench.kernels.fused", "run"),
     "fast_fused": ("bench.kernels.fast_fused", "run"),
+    "experts": ("bench.kernels.experts", "run"),
     "block": ("bench.kernels.groups", "run"),
     "decode_rows": ("bench.kernels.decode", "run_rows"),
     "layouts": ("bench.kernels.units", "run"),

@@ -6,7 +6,7 @@
 #
 # Needs an NVIDIA GPU, PyTorch, Triton, numba and pytest; no network, no vLLM, nothing installed. Sections: environment;
 # the bits of every kernel on small sizes; times of decode, encode and fused next to a device copy and cuBLAS; the tests
-# marked `gpu`; times of groups, rows and the official layout; memcheck; more than 2^31 weights; hardware counters;
+# marked `gpu`; times of experts, groups, rows and the official layout; memcheck; more than 2^31 weights; hardware counters;
 # racecheck; tuning. Each section has its own time limit, and none begins after --limit (345 s) in total. Every row is
 # printed and written as soon as it is known. After wrong bits or failed tests, times are marked and the status is 1.
 #
@@ -189,7 +189,7 @@ run_times "times of decode, encode, fused" 100 times1.json decode encode fused
 workers=()
 if [[ $device == cuda ]] && "$PYTHON" -c 'import xdist' 2>/dev/null; then workers=(-n 6); fi
 run_tests "tests marked gpu" 90 "not two_billion" "${workers[@]}"
-run_times "times of blocks, rows, layouts" 65 times2.json block decode_rows layouts
+run_times "times of experts, blocks, rows, layouts" 75 times2.json experts block decode_rows layouts
 [[ $device == cpu ]] || on_gpu_only
 
 for note in "${notes[@]}"; do

@@ -41,7 +41,9 @@ def test_rehearsal_goes_through_its_parts_and_leaves_results_only_where_it_was_t
         assert found["environment"]["commit"] == "0123abcd"
         assert found["environment"]["failures"] == found["environment"]["wrong_bits"] == []
         sections |= {row["section"] for row in found["rows"]}
-    assert sections == {"decode", "fused", "layouts", "block", "overlap", "encode", "decode_rows"}
+    assert sections == {
+        "decode", "fused", "experts", "layouts", "block", "overlap", "encode", "decode_rows",
+    }  # fmt: skip
     files = sorted(path.name for path in tmp_path.iterdir())
     assert files == [
         "bits.log",

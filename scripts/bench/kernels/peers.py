@@ -1,4 +1,4 @@
-"""Other decoders, measured if they are installed: the kernel of the package dfloat11, and NVIDIA nvCOMP.
+"""Kernels of others, measured if they are installed: decoders of dfloat11 and NVIDIA nvCOMP, vLLM's for experts.
 
 No other part of this project installs or imports them.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -135,3 +136,20 @@ class Nvcomp:
 
     def _array(self, tensor: torch.Tensor) -> Any:
         return self._nvcomp.as_array(tensor, cuda_stream=self._stream)
+
+
+def fused_experts(device: torch.device) -> Callable[..., torch.Tensor]:
+    """Return vLLM's Triton kernel for BF16 experts: (x, w13, w2, weights of the experts, ids) -> the sum per token.
+
+    Raises:
+        NotHereError: there is no GPU, or vLLM is not installed.
+    """
+    if device.type != "cuda":
+        raise NotHereError("needs a GPU")
+    if importlib.util.find_spec("vllm") is None:
+        raise NotHereError("vLLM is not installed")
+    try:
+        from vllm.model_executor.layers.fused_moe.fused_moe import fused_experts as product
+    except (ImportError, RuntimeError) as error:
+        raise NotHereError(f"vLLM has no such kernel: {error}") from error
+    return product

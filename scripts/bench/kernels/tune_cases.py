@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from bench.kernels.decode import buffers, check_decode
+from bench.kernels.experts import LAYERS, TINY, Held, choices
 from bench.kernels.fused import LLAMA_8B, check_fused, scratch_for
 from bench.kernels.groups import Group, captured, ignoring
 from bench.kernels.timing import Bench, Call
@@ -43,6 +44,8 @@ class Case:
 def case_for(bench: Bench, field: str) -> Case:
     if field in NUM_X:
         return _fused(bench, NUM_X[field])
+    if field == "chosen_programs":
+        return _experts(bench)
     return _decode(bench, is_official=field == "dfloat11_num_warps")
 
 
@@ -62,6 +65,24 @@ def _decode(bench: Bench, is_official: bool) -> Case:
         lambda: check_decode(packed, weight, f"decode {rows} x {cols}", decode),
         num_sets,
     )
+
+
+def _experts(bench: Bench) -> Case:
+    """Decode the experts of single tokens, and then nearly all: each has about half of the time."""
+    name, shape = next(iter(bench.pick(LAYERS, TINY).items()))
+    held = Held(shape, bench.device)
+    single = choices(bench, shape, 1, bench.pick(16, 1))
+    (many,) = choices(bench, shape, bench.pick(64, 2), 1)
+
+    def call(i: int) -> None:
+        for ids in (*single, many):
+            held.decode_chosen(ids)
+
+    def check() -> None:
+        for ids in (single[0], many):
+            held.check_chosen(ids, f"chosen experts, {name}")
+
+    return Case(f"chosen experts, {name}", call, check, 1)
 
 
 def _fused(bench: Bench, num_x: int) -> Case:
