@@ -143,6 +143,7 @@ def test_float16_is_refused_by_vllm(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.on_demand
 def test_float32_checkpoint_is_served_as_bf16_when_asked_for(tmp_path: Path) -> None:
     model = tiny_models.save("llama", tmp_path, torch.float32)
     as_bf16 = dict(dtype="bfloat16")
@@ -182,6 +183,7 @@ def test_comparison_notices_one_changed_bit(bf16_checkpoint: Checkpoint, tmp_pat
     assert answers(other, quantization="dfloat11") != bf16_answers(model)
 
 
+@pytest.mark.on_demand
 def test_reloaded_engine_answers_as_one_that_was_started_so(
     bf16_checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
@@ -194,6 +196,7 @@ def test_reloaded_engine_answers_as_one_that_was_started_so(
     assert after == bf16_answers(other)
 
 
+@pytest.mark.on_demand
 def test_made_up_weights_are_compressed_too(
     bf16_checkpoint: Checkpoint, log_lines: list[str]
 ) -> None:

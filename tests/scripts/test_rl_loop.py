@@ -32,6 +32,7 @@ def loop(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.engine
+@pytest.mark.on_demand
 def test_pushed_weights_answer_as_a_fresh_engine_on_the_trained_checkpoint() -> None:
     done = loop(str(SCRIPT))
     assert done.returncode == 0, done.stderr[-4000:]
