@@ -15,13 +15,13 @@ products, and so there are at most K additions of products and sums, and one of 
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from vllm_dfloat.codec.fast_layout import TILE_COLS, FastLayout
+from vllm_dfloat.codec import descriptor, fast_layout
+from vllm_dfloat.codec.fast_layout import TILE_COLS
 from vllm_dfloat.kernels.configs import FastProduct
 from vllm_dfloat.kernels.fast_escapes import PERMUTED, PLAIN, _round
 from vllm_dfloat.kernels.fast_matmul_dot import _dot_kernel
@@ -33,28 +33,6 @@ MAX_ROWS = 64
 MAX_COLS = 2**31 // MAX_ROWS
 MAX_PARTS = 8
 SUM_ROWS = 256  # rows of w per program of the kernel that adds the sums of parts
-
-
-class FastMatrix(NamedTuple):
-    """A matrix in the fast layout on a device: its sections (codec/fast_layout.py), shape and base."""
-
-    low: torch.Tensor
-    high: torch.Tensor
-    starts: torch.Tensor
-    entries: torch.Tensor
-    rows: int
-    cols: int
-    base: int
-
-    @classmethod
-    def of(cls, lay: FastLayout, payload: torch.Tensor) -> "FastMatrix":
-        """Return the sections of a payload, uint8 [lay.num_bytes], as words."""
-        words = payload.view(torch.uint32)
-        ends = (lay.high_offset, lay.starts_offset, lay.entries_offset, lay.num_bytes)
-        low, high, starts, entries = (
-            words[begin // 4 : end // 4] for begin, end in zip((0, *ends), ends, strict=False)
-        )
-        return cls(low, high, starts, entries[: lay.num_entries], lay.rows, lay.cols, lay.base)
 
 
 @dataclass(frozen=True)
@@ -106,17 +84,19 @@ def is_supported(cols: int) -> bool:
 def launch_shape(config: FastProduct, rows: int, cols: int, num_x: int) -> DotShape | GemvShape:
     """Return how to launch the kernel that multiplies `num_x` rows by a matrix [rows, cols].
 
-    Few programs leave multiprocessors idle, so the columns of a matrix of few rows are cut in parts.
+    Few programs leave multiprocessors idle, so the columns of a matrix of few rows are cut in parts. Each part has
+    columns, and so the sums of all parts take no more memory than the matrix in BF16.
     """
     if num_x <= MAX_GEMV_ROWS:
         per_program = config.gemv_turns * config.gemv_num_warps
-        parts = 2 if triton.cdiv(rows, per_program) < config.gemv_programs else 1
+        steps = triton.cdiv(cols, config.gemv_groups * fast_layout.GROUP)
+        parts = 2 if steps > 1 and triton.cdiv(rows, per_program) < config.gemv_programs else 1
         return GemvShape(config.gemv_turns, config.gemv_groups, 1, config.gemv_num_warps, parts)
     wanted = config.dot_programs if num_x <= 32 else config.dot_programs_beyond_32
-    programs, parts = triton.cdiv(rows, config.dot_rows), 1
-    while parts < MAX_PARTS and programs * parts < wanted:
-        parts *= 2
     dot_cols = config.dot_cols if cols % config.dot_cols == 0 else TILE_COLS
+    programs, parts = triton.cdiv(rows, config.dot_rows), 1
+    while 2 * parts <= min(MAX_PARTS, cols // dot_cols) and programs * parts < wanted:
+        parts *= 2
     return DotShape(
         config.dot_rows, dot_cols, config.dot_num_stages, config.dot_num_warps, parts, config.dot_width
     )  # fmt: skip
@@ -162,7 +142,8 @@ def _sum_kernel(
 
 def matmul(
     x: torch.Tensor,
-    weight: FastMatrix,
+    desc: torch.Tensor,
+    cols: int,
     bias: torch.Tensor | None,
     out: torch.Tensor,
     partials: torch.Tensor,
@@ -173,7 +154,9 @@ def matmul(
 
     Args:
         x: BF16 [num_x, cols], contiguous, 1 to 64 rows (4 for a GemvShape), aligned to 16 bytes.
-        weight: w; `is_supported(cols)`, and its sections aligned to 16 bytes.
+        desc: int64 [4] on the device, made by this process, of w; the payload is read only if its seal is right, else
+            the result is NaN.
+        cols: columns of w; `is_supported(cols)`.
         bias: BF16 or FP32 [rows], or None.
         out: BF16 [num_x, rows], contiguous.
         partials: FP32, at least `num_partials(rows, num_x, shape)` elements; overwritten.
@@ -189,20 +172,19 @@ def matmul(
     compiled = compiled_rows(num_x, shape)
     bits = out.view(torch.uint16)
     target = bits if shape.parts == 1 else partials
-    base4 = weight.base // 2 * 0x01010101
+    salt = descriptor.salt(desc.data_ptr(), fast_layout.size(rows, cols))
     rest = (
-        x if bias is None else bias, target, base4, LOW_BYTES, weight.entries.numel(), rows, weight.cols, num_x,
-        compiled,
+        x if bias is None else bias, target, salt, LOW_BYTES, rows, cols, num_x, compiled,
     )  # fmt: skip
     if isinstance(shape, DotShape):
         _dot_kernel[(triton.cdiv(rows, shape.rows), shape.parts)](
-            *weight[:4], x, *rest,
+            desc, x, *rest,
             shape.rows, shape.cols, shape.parts > 1, shape.stages, shape.warps, shape.width, form, bias is not None,
             tl.bfloat16 if is_gpu else tl.float32, num_warps=shape.warps, num_stages=shape.stages,
         )  # fmt: skip
     else:
         _gemv_kernel[(triton.cdiv(rows, shape.turns * shape.warps), shape.parts)](
-            *weight[:4], x.view(torch.uint32), *rest,
+            desc, x.view(torch.uint32), *rest,
             shape.turns, shape.groups, shape.parts > 1, shape.stages, shape.warps, form, bias is not None, is_gpu,
             num_warps=shape.warps, num_stages=shape.stages,
         )  # fmt: skip

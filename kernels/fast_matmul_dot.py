@@ -11,7 +11,7 @@ import triton.language as tl
 
 from vllm_dfloat.codec import fast_layout
 from vllm_dfloat.kernels.fast_escapes import PERMUTED, _bounded, _patch, _round, _split_four
-from vllm_dfloat.kernels.fast_planes import _eight_weights
+from vllm_dfloat.kernels.fast_planes import _eight_weights, _open
 
 _GROUP = tl.constexpr(fast_layout.GROUP)
 _TILE_COLS = tl.constexpr(fast_layout.TILE_COLS)
@@ -66,18 +66,14 @@ def _activations(x, BK: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     return tl.reshape(x, [BK, ROWS])
 
 
-@triton.jit(do_not_specialize=["base4", "low_bytes", "num_entries", "rows", "num_x"])
+@triton.jit(do_not_specialize=["salt", "low_bytes", "rows", "num_x"])
 def _dot_kernel(
-    low_ptr,  # uint32[rows, cols / 4]
-    high_ptr,  # uint32[rows, cols / 8]
-    starts_ptr,  # uint32[tiles + 1]
-    entries_ptr,  # uint32[num_entries]
+    desc_ptr,  # int64[4], see codec/descriptor.py; num_entries and base as sizes
     x_ptr,  # bfloat16[num_x, cols]
     bias_ptr,  # bfloat16 or float32[rows], not read unless HAS_BIAS
     out_ptr,  # uint16[num_x, rows], BF16 bits; float32[parts, ROWS, rows] if HAS_PARTS
-    base4,  # int32, half of the base, in each of 4 bytes
-    low_bytes,  # int32, 0x00FF00FF, see fast_decode.py
-    num_entries,  # int32
+    salt,  # int64, of the seal
+    low_bytes,  # int32, 0x00FF00FF, see fast_planes.py
     rows,  # int32
     cols,  # int32, a multiple of BK
     num_x,  # int32, 1 to ROWS
@@ -93,10 +89,12 @@ def _dot_kernel(
     OPERAND: tl.constexpr,  # bfloat16; float32 in the interpreter, which cannot multiply BF16
 ):
     """Grid (ceil(rows / BN), parts)."""
+    is_sound, low, high, starts_ptr, entries_ptr, base4, num_entries = _open(
+        desc_ptr, salt, rows, cols
+    )
     first = tl.program_id(0) * BN
     part = tl.program_id(1)
     prmt: tl.constexpr = FORM == _PERMUTED
-    base4 = base4.to(tl.uint32)
     low_bytes = low_bytes.to(tl.uint32)
     is_gpu: tl.constexpr = OPERAND != tl.float32  # noqa: SIM300  (a constexpr must be left of a dtype)
     block = tl.arange(0, BK // 64)[:, None, None]
@@ -105,15 +103,19 @@ def _dot_kernel(
     # Rows beyond the last are the last once more; they are not stored.
     held = tl.minimum(first + row, rows - 1).to(tl.int64) * (cols // _GROUP)
     at = held + group
-    low = low_ptr + (at * 4)[:, :, :, None] + tl.arange(0, 4)[None, None, None, :]
-    high = high_ptr + (at * 2)[:, :, :, None] + tl.arange(0, 2)[None, None, None, :]
+    low = (
+        low.to(tl.pointer_type(tl.uint32))
+        + (at * 4)[:, :, :, None]
+        + tl.arange(0, 4)[None, None, None, :]
+    )
+    high += (at * 2)[:, :, :, None] + tl.arange(0, 2)[None, None, None, :]
     m = tl.arange(0, ROWS)[:, None]
     x = x_ptr + m * cols + tl.arange(0, BK)[None, :]
     tile_cols = cols // _TILE_COLS
     steps = cols // BK
     per_part = tl.cdiv(steps, tl.num_programs(1))
     begin = part * per_part
-    end = tl.minimum(begin + per_part, steps)
+    end = tl.where(is_sound, tl.minimum(begin + per_part, steps), begin)
     acc = tl.zeros([BN, ROWS], tl.float32)
     for step in tl.range(begin, end, num_stages=STAGES):
         low_words = _words(low, step * (BK // 4), is_gpu)
@@ -141,6 +143,7 @@ def _dot_kernel(
                     )
         weights = _operand(a, b, c, d, e, f, g, h, BN, BK, WARPS, WIDTH).to(OPERAND)
         acc = tl.dot(weights, _activations(xs, BK, ROWS, WIDTH).to(OPERAND), acc)
+    acc = tl.where(is_sound, acc, float("nan"))
     n = tl.arange(0, BN)[:, None]
     turn = n // (16 * WARPS) * 2 + n // 8 % 2
     out_row = first + (turn * WARPS + n // 16 % WARPS) * 8 + n % 8

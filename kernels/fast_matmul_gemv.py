@@ -9,7 +9,7 @@ import triton.language as tl
 
 from vllm_dfloat.codec import fast_layout
 from vllm_dfloat.kernels.fast_escapes import PERMUTED, _bounded, _patch, _round, _split_four
-from vllm_dfloat.kernels.fast_planes import _eight_weights
+from vllm_dfloat.kernels.fast_planes import _eight_weights, _open
 
 _GROUP = tl.constexpr(fast_layout.GROUP)
 _TILE_ROWS = tl.constexpr(fast_layout.TILE_ROWS)
@@ -65,10 +65,12 @@ def _add_group(acc, a, b, c, d, e, f, g, h, x, words, offset, mask, IS_GPU: tl.c
 
 
 @triton.jit
-def _store(acc, m: tl.constexpr, part, row, rows, num_x, out_ptr, bias_ptr, ROWS: tl.constexpr, HAS_PARTS: tl.constexpr,
-           HAS_BIAS: tl.constexpr):  # fmt: skip
-    """Add over the groups and store the sums of row `m` of x."""
-    total = tl.sum(acc, axis=2)
+def _store(
+    acc, m: tl.constexpr, is_sound, part, row, rows, num_x, out_ptr, bias_ptr,
+    ROWS: tl.constexpr, HAS_PARTS: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """Add over the groups and store the sums of row `m` of x; NaN if the descriptor was changed."""
+    total = tl.where(is_sound, tl.sum(acc, axis=2), float("nan"))
     mask = (row < rows) & (tl.zeros_like(row) + m < num_x)
     if HAS_PARTS:
         tl.store(out_ptr + (part * ROWS + m) * rows + row, total, mask=mask)
@@ -78,18 +80,14 @@ def _store(acc, m: tl.constexpr, part, row, rows, num_x, out_ptr, bias_ptr, ROWS
         tl.store(out_ptr + m * rows + row, _round(total), mask=mask)
 
 
-@triton.jit(do_not_specialize=["base4", "low_bytes", "num_entries", "rows", "num_x"])
+@triton.jit(do_not_specialize=["salt", "low_bytes", "rows", "num_x"])
 def _gemv_kernel(
-    low_ptr,  # uint32[rows, cols / 4]
-    high_ptr,  # uint32[rows, cols / 8]
-    starts_ptr,  # uint32[tiles + 1]
-    entries_ptr,  # uint32[num_entries]
+    desc_ptr,  # int64[4], see codec/descriptor.py; num_entries and base as sizes
     x_ptr,  # uint32[num_x, cols / 2], pairs of BF16
     bias_ptr,  # bfloat16 or float32[rows], not read unless HAS_BIAS
     out_ptr,  # uint16[num_x, rows], BF16 bits; float32[parts, ROWS, rows] if HAS_PARTS
-    base4,  # int32, half of the base, in each of 4 bytes
-    low_bytes,  # int32, 0x00FF00FF, see fast_decode.py
-    num_entries,  # int32
+    salt,  # int64, of the seal
+    low_bytes,  # int32, 0x00FF00FF, see fast_planes.py
     rows,  # int32
     cols,  # int32, a multiple of 128
     num_x,  # int32, 1 to ROWS
@@ -106,8 +104,10 @@ def _gemv_kernel(
     """Grid (ceil(rows / TURNS / WARPS), parts)."""
     pack: tl.constexpr = 4 if TURNS % 4 == 0 and GROUPS == 32 else 1
     prmt: tl.constexpr = FORM == _PERMUTED
-    base4 = base4.to(tl.uint32)
     low_bytes = low_bytes.to(tl.uint32)
+    is_sound, low, high, starts_ptr, entries_ptr, base4, num_entries = _open(
+        desc_ptr, salt, rows, cols
+    )
     part = tl.program_id(1)
     first = tl.program_id(0) * (TURNS * WARPS)
     row = first + tl.arange(0, TURNS)[:, None] * WARPS + tl.arange(0, WARPS)[None, :]
@@ -115,8 +115,12 @@ def _gemv_kernel(
     lane = tl.arange(0, GROUPS)[None, None, :]
     row_groups = cols // _GROUP
     at = held.to(tl.int64) * row_groups + lane
-    low = low_ptr + (at * 4)[:, :, :, None] + tl.arange(0, 4)[None, None, None, :]
-    high = high_ptr + (at * 2)[:, :, :, None] + tl.arange(0, 2)[None, None, None, :]
+    low = (
+        low.to(tl.pointer_type(tl.uint32))
+        + (at * 4)[:, :, :, None]
+        + tl.arange(0, 4)[None, None, None, :]
+    )
+    high += (at * 2)[:, :, :, None] + tl.arange(0, 2)[None, None, None, :]
     words = (tl.zeros([1, WARPS, 1], tl.int32) + lane * 8)[:, :, :, None]
     words += tl.arange(0, 4)[None, None, None, :]
     # All rows of a program lie in one row of tiles.
@@ -125,12 +129,13 @@ def _gemv_kernel(
     steps = tl.cdiv(row_groups, GROUPS)
     per_part = tl.cdiv(steps, tl.num_programs(1))
     begin = part * per_part
+    end = tl.where(is_sound, tl.minimum(begin + per_part, steps), begin)
     acc0 = tl.zeros([TURNS, WARPS, GROUPS], tl.float32)
     acc1 = acc0
     acc2 = acc0
     acc3 = acc0
     last = num_x - 1
-    for step in tl.range(begin, tl.minimum(begin + per_part, steps), num_stages=STAGES):
+    for step in tl.range(begin, end, num_stages=STAGES):
         group = step * GROUPS + lane
         exists = (group < row_groups)[:, :, :, None]
         low0, low1, low2, low3 = _split_four(_load(low, step * (GROUPS * 4), exists, IS_GPU))
@@ -154,9 +159,15 @@ def _gemv_kernel(
             x3 = x_ptr + tl.minimum(3, last) * (cols // 2)
             acc2 = _add_group(acc2, a, b, c, d, e, f, g, h, x2, words, offset, exists, IS_GPU)
             acc3 = _add_group(acc3, a, b, c, d, e, f, g, h, x3, words, offset, exists, IS_GPU)
-    _store(acc0, 0, part, row, rows, num_x, out_ptr, bias_ptr, ROWS, HAS_PARTS, HAS_BIAS)
+    _store(acc0, 0, is_sound, part, row, rows, num_x, out_ptr, bias_ptr, ROWS, HAS_PARTS, HAS_BIAS)
     if ROWS > 1:
-        _store(acc1, 1, part, row, rows, num_x, out_ptr, bias_ptr, ROWS, HAS_PARTS, HAS_BIAS)
+        _store(
+            acc1, 1, is_sound, part, row, rows, num_x, out_ptr, bias_ptr, ROWS, HAS_PARTS, HAS_BIAS
+        )
     if ROWS > 2:
-        _store(acc2, 2, part, row, rows, num_x, out_ptr, bias_ptr, ROWS, HAS_PARTS, HAS_BIAS)
-        _store(acc3, 3, part, row, rows, num_x, out_ptr, bias_ptr, ROWS, HAS_PARTS, HAS_BIAS)
+        _store(
+            acc2, 2, is_sound, part, row, rows, num_x, out_ptr, bias_ptr, ROWS, HAS_PARTS, HAS_BIAS
+        )
+        _store(
+            acc3, 3, is_sound, part, row, rows, num_x, out_ptr, bias_ptr, ROWS, HAS_PARTS, HAS_BIAS
+        )

@@ -9,17 +9,15 @@ from vllm_dfloat.kernels.configs import DEFAULT
 from vllm_dfloat.kernels.fast_escapes import PATCHED, PERMUTED
 
 _CONFIG = DEFAULT.fast_product
-_SECTIONS = dict(low_ptr="*u32", high_ptr="*u32", starts_ptr="*u32", entries_ptr="*u32")
 _SIZES = dict(
-    base4="i32",
+    salt="i64",
     low_bytes="i32",
-    num_entries="i32",
     rows="i32",
     cols="i32",
     num_x="i32",
     ROWS=CONSTANT,
 )
-_ALIGNED = (*_SECTIONS, "x_ptr", "bias_ptr", "out_ptr", "cols")
+_ALIGNED = ("desc_ptr", "x_ptr", "bias_ptr", "out_ptr", "cols")
 
 
 def _name(form: str, rows: int, has_parts: bool, kind: int) -> str:
@@ -31,7 +29,7 @@ GEMV = [
         name=_name("gemv", rows, has_parts, form),
         fn=fast_matmul_gemv._gemv_kernel,
         signature=dict(
-            **_SECTIONS, x_ptr="*u32", bias_ptr="*bf16", out_ptr="*fp32" if has_parts else "*u16", **_SIZES,
+            desc_ptr="*i64", x_ptr="*u32", bias_ptr="*bf16", out_ptr="*fp32" if has_parts else "*u16", **_SIZES,
             TURNS=CONSTANT, GROUPS=CONSTANT, HAS_PARTS=CONSTANT, STAGES=CONSTANT, WARPS=CONSTANT, FORM=CONSTANT,
             HAS_BIAS=CONSTANT, IS_GPU=CONSTANT,
         ),
@@ -54,7 +52,7 @@ DOT = [
         name=_name("dot", rows, has_parts, form) + "_warps" * (width == 4),
         fn=fast_matmul_dot._dot_kernel,
         signature=dict(
-            **_SECTIONS, x_ptr="*bf16", bias_ptr="*bf16", out_ptr="*fp32" if has_parts else "*u16", **_SIZES,
+            desc_ptr="*i64", x_ptr="*bf16", bias_ptr="*bf16", out_ptr="*fp32" if has_parts else "*u16", **_SIZES,
             BN=CONSTANT, BK=CONSTANT, HAS_PARTS=CONSTANT, STAGES=CONSTANT, WARPS=CONSTANT, WIDTH=CONSTANT,
             FORM=CONSTANT, HAS_BIAS=CONSTANT, OPERAND=CONSTANT,
         ),

@@ -7,11 +7,11 @@ import torch
 from gpu_helpers import DEVICE, NEEDS_GPU, gaussian, of_size
 from helpers import assert_within_bound, same_bits, to_torch
 
-from vllm_dfloat.device import fast_encode
+from vllm_dfloat.device import fast_ops
 from vllm_dfloat.kernels import fast_matmul as kernels
 from vllm_dfloat.kernels.configs import config_of
 from vllm_dfloat.kernels.fast_escapes import FORMS, PLAIN
-from vllm_dfloat.kernels.fast_matmul import DotShape, FastMatrix, GemvShape
+from vllm_dfloat.kernels.fast_matmul import DotShape, GemvShape
 
 pytestmark = NEEDS_GPU
 COLS = 1024
@@ -43,13 +43,12 @@ def multiply(
     weight: torch.Tensor, x: torch.Tensor, shape: DotShape | GemvShape, form: int
 ) -> torch.Tensor:
     """Return the kernels' result, computed in poisoned memory."""
-    encoded = fast_encode.encode(weight)
-    assert encoded is not None
-    matrix = FastMatrix.of(*encoded)
-    out = torch.full((len(x), matrix.rows), float("nan"), dtype=torch.bfloat16, device=DEVICE)
-    size = kernels.num_partials(matrix.rows, len(x), shape)
+    fast = fast_ops.pack(weight)
+    assert fast is not None
+    out = torch.full((len(x), fast.rows), float("nan"), dtype=torch.bfloat16, device=DEVICE)
+    size = kernels.num_partials(fast.rows, len(x), shape)
     partials = torch.full((size,), float("nan"), device=DEVICE)
-    kernels.matmul(x, matrix, None, out, partials, shape, form)
+    kernels.matmul(x, fast.desc, fast.cols, None, out, partials, shape, form)
     return out
 
 

@@ -1,15 +1,18 @@
 """The product with the fast layout, in Triton's interpreter: within its error bound, each row for itself."""
 
+import numpy as np
 import pytest
 import torch
 from guard_pages import run_python
 from helpers import assert_within_bound, bf16_bits, gaussian, same_bits, to_torch
 
 from vllm_dfloat.codec import fast_layout
-from vllm_dfloat.device import fast_encode
+from vllm_dfloat.codec.fast_layout import FastTensor
+from vllm_dfloat.device import fast_fused, fast_ops
+from vllm_dfloat.errors import UnsupportedError
 from vllm_dfloat.kernels import fast_matmul as kernels
 from vllm_dfloat.kernels.configs import FastProduct, config_for
-from vllm_dfloat.kernels.fast_matmul import DotShape, FastMatrix, GemvShape
+from vllm_dfloat.kernels.fast_matmul import DotShape, GemvShape
 
 Shape = DotShape | GemvShape
 # For each form: columns at a time that do not divide a matrix's, programs of several rows of tiles, and parts.
@@ -32,19 +35,25 @@ def activations(num_rows: int, cols: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(num_rows, cols, generator=torch.Generator().manual_seed(seed)).bfloat16()
 
 
-def held(weight: torch.Tensor) -> FastMatrix:
-    encoded = fast_encode.encode(weight)
-    assert encoded is not None
-    return FastMatrix.of(*encoded)
+def held(weight: torch.Tensor) -> fast_ops.FastWeight:
+    fast = fast_ops.pack(weight, "w")
+    assert fast is not None
+    return fast
+
+
+def starts_of(fast: fast_ops.FastWeight) -> np.ndarray:
+    _, num_entries, base = fast.fields
+    lay = fast_layout.FastLayout(fast.rows, fast.cols, base, num_entries)
+    return FastTensor(lay, fast.payload.numpy()).starts
 
 
 def multiply(
-    matrix: FastMatrix, x: torch.Tensor, shape: Shape, bias: torch.Tensor | None = None
+    matrix: fast_ops.FastWeight, x: torch.Tensor, shape: Shape, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Return the kernels' result, computed in poisoned memory."""
     out = torch.full((len(x), matrix.rows), float("nan"), dtype=torch.bfloat16)
     partials = torch.full((kernels.num_partials(matrix.rows, len(x), shape),), float("nan"))
-    kernels.matmul(x, matrix, bias, out, partials, shape)
+    kernels.matmul(x, matrix.desc, matrix.cols, bias, out, partials, shape)
     return out
 
 
@@ -72,7 +81,7 @@ def hard(rows: int, cols: int) -> torch.Tensor:
 def test_product_is_within_the_derived_bound(shape: Shape, num_rows: int) -> None:
     weight = hard(131, 768)
     matrix, x = held(weight), activations(num_rows, 768)
-    assert (matrix.starts.view(torch.int32).diff() == fast_layout.RAW_ENTRIES).sum() == 1
+    assert (np.diff(starts_of(matrix)) == fast_layout.RAW_ENTRIES).sum() == 1
     bias = activations(1, len(weight), seed=3)[0] if num_rows % 2 else None
     assert_within_bound(multiply(matrix, x, shape, bias), weight, x, bias)
 
@@ -127,33 +136,37 @@ import os
 import numpy as np, torch
 from guard_pages import guarded
 from helpers import gaussian, to_torch
+from vllm_dfloat.codec.fast_layout import size
 from vllm_dfloat.device import fast_encode
+from vllm_dfloat.device.packed_weight import make_descriptor
 from vllm_dfloat.kernels import fast_matmul as kernels
-from vllm_dfloat.kernels.fast_matmul import DotShape, FastMatrix, GemvShape
+from vllm_dfloat.kernels.fast_matmul import DotShape, GemvShape
 
 weight = to_torch(gaussian(130, 768))
 weight[0, :3] = weight[129, 767] = 1e-30
 spread = torch.randn(64, 128, generator=torch.Generator().manual_seed(1)) * 9
 weight[:64, 640:] = spread.exp().bfloat16()
-layout, payload = fast_encode.encode(weight)
-matrix = FastMatrix.of(layout, payload)
+lay, payload = fast_encode.encode(weight)
 shape, num_x = {"gemv": (GemvShape(turns=16), 3), "dot": (DotShape(rows=128, parts=2), 6)}[os.environ["KERNEL"]]
 rng = np.random.default_rng(0)
 for kind in range(4):  # sound; starts a little off; any starts; any starts and entries
-    parts = [part.numpy().copy() for part in matrix[:4]]
+    held = payload.numpy().copy()
+    starts = held[lay.starts_offset : lay.entries_offset].view(np.uint32)
+    entries = held[lay.entries_offset :].view(np.uint32)
     if kind == 1:
-        parts[2] += rng.integers(0, 9, parts[2].size, np.uint32)
+        starts += rng.integers(0, 9, starts.size, np.uint32)
     if kind > 1:
-        parts[2][:] = rng.integers(0, 1 << 32, parts[2].size, np.uint32)
-        parts[2][3:5] = 0, 4096
+        starts[:] = rng.integers(0, 1 << 32, starts.size, np.uint32)
+        starts[3:5] = 0, 4096
     if kind > 2:
-        parts[3][:] = rng.integers(0, 1 << 32, parts[3].size, np.uint32)
-    held = FastMatrix(*(guarded(part) for part in parts), *matrix[4:])
+        entries[:] = rng.integers(0, 1 << 32, entries.size, np.uint32)
+    memory = guarded(held)
+    desc = make_descriptor(memory, (2, lay.num_entries, lay.base), size(130, 768))
     x = guarded(np.full((num_x, 768), 0x3F80, np.uint16)).view(torch.bfloat16)
     bias = guarded(np.full(130, 0x3F80, np.uint16)).view(torch.bfloat16)
     partials = guarded(np.full(max(1, kernels.num_partials(130, num_x, shape)), np.nan, np.float32))
     out = guarded(np.full((num_x, 130), 0x7FC1, np.uint16)).view(torch.bfloat16)
-    kernels.matmul(x, held, bias, out, partials, shape)
+    kernels.matmul(x, desc, 768, bias, out, partials, shape)
     assert kind or out.isfinite().all()
 print("done")
 """
@@ -174,7 +187,8 @@ def test_no_access_leaves_the_tensors_whatever_the_bytes_say(kernel: str) -> Non
         (6144, 4096, {1: 1, 16: 4, 64: 4}),
         (4096, 14_336, {1: 2, 16: 8, 64: 4}),
         (4096, 4096, {1: 2, 16: 8, 64: 4}),
-        (64, 128, {1: 2, 16: 8, 64: 8}),
+        (64, 128, {1: 1, 16: 1, 64: 1}),  # a part has columns
+        (64, 640, {1: 2, 16: 4, 64: 4}),
     ],
 )
 def test_columns_are_cut_in_the_parts_that_were_best_on_an_h100(
@@ -188,12 +202,73 @@ def test_columns_are_cut_in_the_parts_that_were_best_on_an_h100(
         assert shape.parts == expected
 
 
-@pytest.mark.parametrize("num_rows", [4, 5, 64])
-def test_more_parts_than_columns_at_a_time_still_add_up(num_rows: int) -> None:
+@pytest.mark.parametrize(
+    ("shape", "num_rows"),
+    [(GemvShape(parts=2), 4), (DotShape(parts=8), 5), (DotShape(parts=8), 64)],
+)
+def test_more_parts_than_columns_at_a_time_still_add_up(shape: Shape, num_rows: int) -> None:
     # Bug caught: parts without columns, whose sums are not written.
     weight, x = to_torch(gaussian(5, 256)), activations(num_rows, 256)
-    shape = kernels.launch_shape(FastProduct(), 5, 256, num_rows)
     assert_within_bound(multiply(held(weight), x, shape), weight, x)
+
+
+@pytest.mark.parametrize("rows", [1, 64, 4096])
+def test_sums_of_all_parts_fit_in_the_scratch_of_the_layer(rows: int) -> None:
+    for cols in range(128, 2048, 128):
+        for num_x in range(1, kernels.MAX_ROWS + 1):
+            shape = kernels.launch_shape(FastProduct(), rows, cols, num_x)
+            room = fast_ops.scratch_numel(rows, cols) // 2  # FP32 numbers
+            assert kernels.num_partials(rows, num_x, shape) <= room
+
+
+@pytest.mark.parametrize("num_rows", [1, 3, 17])
+def test_bridge_multiplies_within_the_scratch_of_a_layer(num_rows: int) -> None:
+    # Rows of NaN in the scratch: sums that are not written would show.
+    weight, x = hard(131, 768), activations(num_rows, 768)
+    fast = held(weight)
+    memory = torch.full((fast_ops.scratch_numel(131, 768),), float("nan"), dtype=torch.bfloat16)
+    bias = activations(1, 131, seed=3)[0]
+    status = torch.zeros(0, dtype=torch.int32)
+    out = fast_fused.matmul(x, fast.desc, 131, 768, bias, (memory, status))
+    assert_within_bound(out, weight, x, bias)
+    misaligned = torch.cat([x.new_zeros(1), x.flatten()])[1:].view_as(x)
+    assert same_bits(fast_fused.matmul(misaligned, fast.desc, 131, 768, bias), out)
+
+
+@pytest.mark.parametrize("num_rows", [1, 16])
+@pytest.mark.parametrize("word", range(4))
+def test_changed_descriptor_is_not_followed_and_gives_nan(num_rows: int, word: int) -> None:
+    # Bug caught: an address that a flipped bit leads anywhere.
+    fast = held(to_torch(gaussian(70, 256)))
+    fast.desc[word] ^= 1 << 40
+    assert fast_fused.matmul(activations(num_rows, 256), fast.desc, 70, 256).isnan().all()
+    fast.desc[word] ^= 1 << 40
+    assert fast_fused.matmul(activations(num_rows, 256), fast.desc, 70, 256).isfinite().all()
+
+
+def test_every_number_of_rows_has_its_kernel_among_those_compiled_at_start() -> None:
+    device, rows, cols = torch.device("cpu"), 200, 768
+    assert fast_fused.max_rows(device, rows, cols) == 0  # numba decodes here
+    config = FastProduct()
+    compiled = fast_fused.variants(device, rows, cols, 64)
+    for num_x in range(1, 65):
+        shape = kernels.launch_shape(config, rows, cols, num_x)
+        assert (shape, kernels.compiled_rows(num_x, shape)) in compiled
+
+
+def test_bridge_refuses_what_the_kernels_do_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = held(to_torch(gaussian(64, 256)))
+    for x, columns, message in (
+        (activations(65, 256), 256, "multiply 1 to 64 rows"),
+        (activations(1, 256).float(), 256, "torch.float32"),
+        (activations(1, 192), 192, r"weight \[64, 192\]; .* multiples of 128 columns"),
+    ):
+        with pytest.raises(UnsupportedError, match=message):
+            fast_fused.matmul(x, fast.desc, 64, columns)
+    monkeypatch.setenv("VLLM_DFLOAT_BACKEND", "triton")
+    device = torch.device("cpu")
+    assert fast_fused.max_rows(device, 64, 256) == 64
+    assert fast_fused.max_rows(device, 64, 192) == 0
 
 
 def test_columns_that_are_no_whole_tiles_are_not_supported() -> None:
@@ -205,6 +280,6 @@ def test_columns_that_are_no_whole_tiles_are_not_supported() -> None:
 
 
 def test_no_weights_give_an_empty_result() -> None:
-    nothing = torch.zeros(0, dtype=torch.uint32)
-    matrix = FastMatrix(nothing, nothing, nothing, nothing, 0, 256, 100)
-    assert multiply(matrix, activations(2, 256), DotShape()).shape == (2, 0)
+    nothing = torch.zeros(0, dtype=torch.bfloat16)
+    desc = torch.zeros(4, dtype=torch.int64)
+    kernels.matmul(activations(2, 256), desc, 256, None, nothing.view(2, 0), nothing, DotShape())

@@ -17,7 +17,7 @@ from vllm_dfloat.codec.decode import check_status
 from vllm_dfloat.codec.descriptor import KIND_FAST
 from vllm_dfloat.codec.fast_encode import encode
 from vllm_dfloat.codec.fast_layout import FastLayout, FastTensor, size
-from vllm_dfloat.codec.layout import ALIGNMENT
+from vllm_dfloat.codec.layout import ALIGNMENT, TILE_WEIGHTS
 from vllm_dfloat.device import fast_encode, ops
 from vllm_dfloat.device.checks import check_desc, check_device, check_ids, check_tensor
 from vllm_dfloat.device.checksum import checksum
@@ -49,6 +49,15 @@ class FastWeight(PackedWeight):
 def num_tiles(rows: int, cols: int) -> int:
     """Return the number of tiles, which is the number of status words that a decode writes."""
     return FastLayout(rows, cols, 0, 0).num_tiles
+
+
+def scratch_numel(rows: int, cols: int) -> int:
+    """Return the elements of scratch (scratch.py) that decoding a matrix or multiplying by it needs.
+
+    They are whole tiles of the packed layout, each of which brings a status word. The sums of a product fit in too
+    (kernels/fast_matmul.py).
+    """
+    return max(ops.padded_numel(rows, cols), num_tiles(rows, cols) * TILE_WEIGHTS)
 
 
 def pack(weight: torch.Tensor, name: str = "") -> FastWeight | None:

@@ -90,17 +90,22 @@ def launch_matmul(
     """Do what `matmul` does without its checks: for forward passes, whose tensors vLLM and the scratch arena made."""
     from vllm_dfloat.kernels import packed_matmul as kernels
 
-    x = x.contiguous()
-    if (
-        x.data_ptr() % 16
-    ):  # a misaligned slice: Triton would compile another kernel for it, while requests wait
-        x = x.clone()
+    x = aligned(x)
     num_x, num_tiles = x.shape[0], ops.num_tiles(rows, cols)
     out = torch.empty(num_x, rows, dtype=torch.bfloat16, device=x.device)
     memory, status = scratch
     partials = memory.view(torch.float32)[: kernels.num_partials(num_tiles, cols, num_x)]
     kernels.matmul(x, desc, bias, cols, out, partials, status)
     return out
+
+
+def aligned(x: torch.Tensor) -> torch.Tensor:
+    """Return activations that are contiguous and aligned to 16 bytes: `x` itself if it is so.
+
+    For a misaligned slice Triton would compile another kernel, while requests wait.
+    """
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % 16 else x
 
 
 def multiply(
@@ -132,7 +137,17 @@ def _check(
     from vllm_dfloat.kernels import packed_matmul as kernels
 
     check_desc("fused", desc)
-    most = kernels.MAX_ROWS
+    check_rows(x, desc, cols, kernels.MAX_ROWS)
+    check_bias(bias, x, rows)
+    if not kernels.is_supported(cols):
+        raise UnsupportedError(
+            f"weight [{rows}, {cols}]; the fused kernels take multiples of 8 columns, 688 to 2**26 - 8. "
+            "Decode the weight and use a GEMM."
+        )
+
+
+def check_rows(x: torch.Tensor, desc: torch.Tensor, cols: int, most: int) -> None:
+    """Raise UnsupportedError unless `x` are 1 to `most` rows of activations for a weight of `cols` columns."""
     found = f"activations {x.dtype} {list(x.shape)} on {x.device}"
     if x.dtype != torch.bfloat16 or x.dim() != 2 or x.shape[1] != cols or x.device != desc.device:
         raise UnsupportedError(
@@ -142,6 +157,10 @@ def _check(
         raise UnsupportedError(
             f"{found}; the fused kernels multiply 1 to {most} rows. Decode the weight and use a GEMM."
         )
+
+
+def check_bias(bias: torch.Tensor | None, x: torch.Tensor, rows: int) -> None:
+    """Raise UnsupportedError unless a bias, if there is one, has `rows` elements and lies with the activations."""
     kinds = (torch.bfloat16, torch.float32)
     if bias is not None and (
         bias.dtype not in kinds
@@ -154,9 +173,4 @@ def _check(
         found += "" if bias.is_contiguous() else f" with strides {list(bias.stride())}"
         raise UnsupportedError(
             f"{found}; expected BF16 or FP32 [{rows}] on {x.device}, contiguous. Convert or move it."
-        )
-    if not kernels.is_supported(cols):
-        raise UnsupportedError(
-            f"weight [{rows}, {cols}]; the fused kernels take multiples of 8 columns, 688 to 2**26 - 8. "
-            "Decode the weight and use a GEMM."
         )

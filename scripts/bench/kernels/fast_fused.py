@@ -17,14 +17,16 @@ from multiprocessing import get_context
 from typing import Any, NamedTuple
 
 import torch
+from bench.kernels.fast_decode import pack
 from bench.kernels.fused import LLAMA_8B
 from bench.kernels.timing import Bench, Call, WrongBitsError, expect_same_bits
 from torch.nn import functional
 
-from vllm_dfloat.device import fast_encode
+from vllm_dfloat.device.fast_ops import FastWeight
+from vllm_dfloat.device.packed_weight import make_descriptor
 from vllm_dfloat.kernels import fast_matmul as kernels
 from vllm_dfloat.kernels.fast_escapes import PATCHED, PERMUTED, PLAIN
-from vllm_dfloat.kernels.fast_matmul import DotShape, FastMatrix, GemvShape
+from vllm_dfloat.kernels.fast_matmul import DotShape, GemvShape
 
 NAMES = {PLAIN: "plain", PATCHED: "patched", PERMUTED: "prmt"}
 NUM_X = (1, 16, 8, 64, 4, 2, 32)
@@ -78,7 +80,7 @@ def _run(bench: Bench, compiled: dict[Kernel, Future[None]]) -> None:
         if not bench.begin("fast_fused", f"{name} {rows} x {cols}"):
             continue
         matrix, weight = _matrix(rows, cols, bench.device)
-        sets = bench.num_sets(4 * sum(part.numel() for part in matrix[:4]))
+        sets = bench.num_sets(matrix.num_bytes)
         weights = [weight] + [weight.clone() for _ in range(sets - 1)]
         held = [matrix] + [_copy(matrix) for _ in range(sets - 1)]
         for num_x in NUM_X:
@@ -113,28 +115,26 @@ def compile_kernel(kernel: Kernel) -> None:
     """Compile one kernel into Triton's cache on disk, by launching it."""
     device = torch.device("cuda")
     x = torch.zeros(kernel.num_x, 128, dtype=torch.bfloat16, device=device)
-    encoded = fast_encode.encode(torch.ones(64, 128, dtype=torch.bfloat16, device=device))
-    assert encoded is not None
-    _product(x, FastMatrix.of(*encoded), kernel)
+    _product(x, pack(torch.ones(64, 128, dtype=torch.bfloat16, device=device)), kernel)
     torch.cuda.synchronize()
 
 
-def _product(x: torch.Tensor, matrix: FastMatrix, kernel: Kernel) -> torch.Tensor:
+def _product(x: torch.Tensor, matrix: FastWeight, kernel: Kernel) -> torch.Tensor:
     """Return the product, computed in memory of NaNs."""
     out = torch.full((len(x), matrix.rows), float("nan"), dtype=torch.bfloat16, device=x.device)
     size = kernels.num_partials(matrix.rows, len(x), kernel.shape)
     partials = torch.full((size,), float("nan"), device=x.device)
-    kernels.matmul(x, matrix, None, out, partials, kernel.shape, kernel.form)
+    kernels.matmul(x, matrix.desc, matrix.cols, None, out, partials, kernel.shape, kernel.form)
     return out
 
 
-def _matrix(rows: int, cols: int, device: torch.device) -> tuple[FastMatrix, torch.Tensor]:
+def _matrix(rows: int, cols: int, device: torch.device) -> tuple[FastWeight, torch.Tensor]:
     generator = torch.Generator(device=device).manual_seed(7)
     weight = torch.randn(rows, cols, generator=generator, device=device).mul_(0.02).bfloat16()
     count = int(ESCAPES * weight.numel())
     at = torch.randint(weight.numel(), (count,), generator=generator, device=device)
     weight.view(-1)[at] = (weight.view(-1)[at].float() * 2.0**-24).bfloat16()
-    return _held(weight), weight
+    return pack(weight), weight
 
 
 def _hard(device: torch.device) -> torch.Tensor:
@@ -147,15 +147,10 @@ def _hard(device: torch.device) -> torch.Tensor:
     return weight
 
 
-def _held(weight: torch.Tensor) -> FastMatrix:
-    encoded = fast_encode.encode(weight)
-    assert encoded is not None  # such weights take 12 to 13 bits
-    return FastMatrix.of(*encoded)
-
-
-def _copy(matrix: FastMatrix) -> FastMatrix:
-    low, high, starts, entries = (part.clone() for part in matrix[:4])
-    return FastMatrix(low, high, starts, entries, *matrix[4:])
+def _copy(matrix: FastWeight) -> FastWeight:
+    payload = matrix.payload.clone()
+    desc = make_descriptor(payload, matrix.fields, matrix.size, matrix.name)
+    return replace(matrix, payload=payload, desc=desc)
 
 
 def _check(
@@ -175,7 +170,7 @@ def _check(
         return False
     checked[kernel] = True
     weight = _hard(bench.device)
-    matrix = _held(weight)
+    matrix = pack(weight)
     x = torch.randn(kernel.num_x, HARD_COLS, device=bench.device).bfloat16()
     bench.compare(_compare, x, matrix, weight, kernel)
     if kernel.form != PERMUTED:
@@ -185,7 +180,7 @@ def _check(
     return True
 
 
-def _compare(x: torch.Tensor, matrix: FastMatrix, weight: torch.Tensor, kernel: Kernel) -> None:
+def _compare(x: torch.Tensor, matrix: FastWeight, weight: torch.Tensor, kernel: Kernel) -> None:
     """Raise WrongBitsError unless two products are equal and within the bound of kernels/fast_matmul.py."""
     out = _product(x, matrix, kernel)
     exact = x.double() @ weight.double().T
@@ -208,7 +203,7 @@ def _measure(
     bench: Bench,
     name: str,
     weights: list[torch.Tensor],
-    held: list[FastMatrix],
+    held: list[FastWeight],
     num_x: int,
     tried: list[Kernel],
 ) -> None:
@@ -227,12 +222,13 @@ def _measure(
 
 def _call(
     x: torch.Tensor,
-    held: list[FastMatrix],
+    held: list[FastWeight],
     out: torch.Tensor,
     partials: torch.Tensor,
     kernel: Kernel,
 ) -> Call:
     def call(i: int) -> Any:
-        kernels.matmul(x, held[i], None, out, partials, kernel.shape, kernel.form)
+        weight = held[i]
+        kernels.matmul(x, weight.desc, weight.cols, None, out, partials, kernel.shape, kernel.form)
 
     return call

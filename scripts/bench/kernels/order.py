@@ -13,10 +13,10 @@ import triton
 import triton.language as tl
 from torch.nn import functional
 
-from vllm_dfloat.device import fast_encode
+from vllm_dfloat.device import fast_ops
 from vllm_dfloat.kernels import fast_matmul as kernels
 from vllm_dfloat.kernels.fast_escapes import _round
-from vllm_dfloat.kernels.fast_matmul import DotShape, FastMatrix
+from vllm_dfloat.kernels.fast_matmul import DotShape
 
 BLOCK = 64
 BIG = 2.0**25  # beside it an FP32 number loses 1
@@ -72,10 +72,10 @@ def fused_order(cols: int) -> torch.Tensor:
 
 
 def fused(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    encoded = fast_encode.encode(weight)
-    assert encoded is not None
+    fast = fast_ops.pack(weight)
+    assert fast is not None  # Gaussian weights take about 12 bits
     out = torch.empty(len(x), len(weight), dtype=torch.bfloat16, device=x.device)
-    kernels.matmul(x, FastMatrix.of(*encoded), None, out, out, DotShape())
+    kernels.matmul(x, fast.desc, fast.cols, None, out, out, DotShape())
     return out
 
 

@@ -1,0 +1,106 @@
+"""The bridge to the product with the fast layout: multiply up to 64 rows of activations without decoding to memory.
+
+The functions are those of the packed layout in fused.py. Only Triton does this; on a CPU it runs in Triton's
+interpreter, for tests. The bits may differ from those of a GEMM, which adds in another order; kernels/fast_matmul.py
+derives a bound on the error.
+"""
+
+from collections.abc import Hashable
+
+import torch
+
+from vllm_dfloat.device import fast_ops, ops
+from vllm_dfloat.device.checks import check_desc, check_tensor, require_triton
+from vllm_dfloat.device.fused import aligned, check_bias, check_rows
+from vllm_dfloat.device.scratch import Buffers
+from vllm_dfloat.errors import UnsupportedError
+
+
+def max_rows(device: torch.device, rows: int, cols: int) -> int:
+    """Return the largest number of rows of activations for which `matmul` is used for a weight [rows, cols].
+
+    It is a launch parameter of the device (kernels/configs.py). 0 for never: without Triton, as on a CPU, and for a
+    number of columns that the kernels do not take.
+    """
+    if not ops.uses_triton(device):
+        return 0
+    from vllm_dfloat.kernels import fast_matmul as kernels
+    from vllm_dfloat.kernels.configs import config_of
+
+    most = min(kernels.MAX_ROWS, config_of(device).fast_product.max_rows)
+    return most if kernels.is_supported(cols) else 0
+
+
+def variants(device: torch.device, rows: int, cols: int, most: int) -> dict[Hashable, int]:
+    """Return the kernels that up to `most` rows of activations need: their compile-time sizes, and a row count."""
+    from vllm_dfloat.kernels import fast_matmul as kernels
+    from vllm_dfloat.kernels.configs import config_of
+
+    found: dict[Hashable, int] = {}
+    for num_x in range(1, most + 1):
+        shape = kernels.launch_shape(config_of(device).fast_product, rows, cols, num_x)
+        found[shape, kernels.compiled_rows(num_x, shape)] = num_x
+    return found
+
+
+def matmul(
+    x: torch.Tensor,
+    desc: torch.Tensor,
+    rows: int,
+    cols: int,
+    bias: torch.Tensor | None = None,
+    scratch: Buffers | None = None,
+) -> torch.Tensor:
+    """Return x @ w.T + bias, BF16 [num_x, rows], for the weight w [rows, cols] that `desc` describes.
+
+    Does not wait for the device. Allocates nothing but the result if `scratch` is given and `x` is contiguous and
+    aligned to 16 bytes; another `x` is copied.
+
+    Args:
+        x: BF16 [num_x, cols], 1 to 64 rows, on the device of `desc`.
+        desc: int64 [4], from a FastWeight. If it was changed, the result is NaN.
+        rows, cols: its shape.
+        bias: BF16 or FP32 [rows], or None.
+        scratch: BF16 [>= fast_ops.scratch_numel(rows, cols)], overwritten, and any status words.
+
+    Raises:
+        DeviceError: Triton is missing, or cannot run on the device.
+        UnsupportedError: a dtype, shape or device that the kernels do not take.
+    """
+    from vllm_dfloat.kernels import fast_matmul as kernels
+
+    require_triton(x.device)
+    check_desc("fast_fused", desc)
+    check_rows(x, desc, cols, kernels.MAX_ROWS)
+    check_bias(bias, x, rows)
+    if not kernels.is_supported(cols):
+        raise UnsupportedError(
+            f"weight [{rows}, {cols}]; the kernels take multiples of 128 columns, below 2**25. Decode the weight and "
+            "use a GEMM."
+        )
+    numel = fast_ops.scratch_numel(rows, cols)
+    if scratch is None:
+        memory = torch.empty(numel, dtype=torch.bfloat16, device=x.device)
+        scratch = memory, torch.empty(0, dtype=torch.int32, device=x.device)
+    check_tensor("fast_fused: scratch[0]", scratch[0], torch.bfloat16, numel, x.device, 16)
+    return launch_matmul(x, desc, rows, cols, bias, scratch)
+
+
+def launch_matmul(
+    x: torch.Tensor,
+    desc: torch.Tensor,
+    rows: int,
+    cols: int,
+    bias: torch.Tensor | None,
+    scratch: Buffers,
+) -> torch.Tensor:
+    """Do what `matmul` does without its checks: for forward passes, whose tensors vLLM and the scratch arena made."""
+    from vllm_dfloat.kernels import fast_matmul as kernels
+    from vllm_dfloat.kernels.configs import config_of
+
+    num_x = x.shape[0]
+    shape = kernels.launch_shape(config_of(x.device).fast_product, rows, cols, num_x)
+    partials = scratch[0].view(torch.float32)[: kernels.num_partials(rows, num_x, shape)]
+    out = torch.empty(num_x, rows, dtype=torch.bfloat16, device=x.device)
+    kernels.matmul(aligned(x), desc, cols, bias, out, partials, shape)
+    return out
