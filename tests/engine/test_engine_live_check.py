@@ -14,7 +14,9 @@ from vllm_dfloat.integration.loading.live_check import METHOD_NAME
 pytestmark = pytest.mark.engine
 
 
-@pytest.mark.parametrize("layout", ["packed", "dfloat11"])
+@pytest.mark.parametrize(
+    "layout", ["packed", "dfloat11", pytest.param("fast", marks=pytest.mark.on_demand)]
+)
 def test_check_names_a_flipped_bit_of_any_part_and_is_clean_before_and_after(
     layout: str, bf16_checkpoint: Checkpoint
 ) -> None:

@@ -33,14 +33,16 @@ def test_every_layout_that_can_be_asked_for_has_its_functions() -> None:
         ({"ignore": "lm_head"}, "here: ignore is 'lm_head'; expected a list"),
         ({"ignore": [1]}, r"here: ignore is \[1\]; expected a list"),
         ({"ignore": ["re:["]}, "here: ignore has 're:\\['"),
-        ({"layout": "row"}, "here: layout: 'row'; expected one of packed, dfloat11"),
+        ({"layout": "row"}, "here: layout: 'row'; expected one of packed, fast, dfloat11"),
         ({"mode": 1}, "here: mode: 1; expected one of exact, fused"),
         (
             {"granularity": "model"},
             "here: granularity: 'model'; expected one of auto, layer, block",
         ),
         ({"mode": "fused", "layout": "dfloat11"}, "here: mode 'fused' with layout 'dfloat11'"),
+        ({"mode": "fused", "layout": "dfloat11"}, "it needs layout 'packed' or 'fast'. Remove one"),
         ({"granularity": "block", "layout": "dfloat11"}, "here: granularity 'block' with layout"),
+        ({"granularity": "block", "layout": "fast"}, "layout 'fast'; it needs layout 'packed'. Re"),
     ],
 )
 def test_wrong_options_are_refused_with_their_place(given: dict[str, Any], message: str) -> None:

@@ -26,12 +26,13 @@ from vllm_dfloat.codec.threads import over_tiles
 from vllm_dfloat.errors import UnsupportedError
 
 
-def encode(weight: U16Array, name: str = "") -> FastTensor | None:
+def encode(weight: U16Array, name: str = "", *, must_be_small: bool = True) -> FastTensor | None:
     """Return `weight` in the fast layout; None where it would take 14 bits per weight or more.
 
     Args:
         weight: BF16 bits, uint16 [rows, cols], C-contiguous; any bit pattern.
         name: the tensor's name, for messages.
+        must_be_small: if not, only a matrix without elements, or with too many entries for 32 bits, gives None.
 
     Raises:
         UnsupportedError: not a matrix of 16-bit words.
@@ -44,7 +45,7 @@ def encode(weight: U16Array, name: str = "") -> FastTensor | None:
     weight = np.ascontiguousarray(weight)
     rows, cols = weight.shape
     plan = FastLayout(rows, cols, 0, 0)
-    if not plan.is_small:
+    if not plan.numel or (must_be_small and not plan.is_small):
         return None
     counts = sum(over_tiles(_count_exponents, plan.num_tiles, weight))
     half_base = half_base_of([int(count) for count in np.asarray(counts)])
@@ -52,7 +53,7 @@ def encode(weight: U16Array, name: str = "") -> FastTensor | None:
     over_tiles(_count_escapes, plan.num_tiles, weight, half_base, escapes)
     sizes = np.where(escapes > MAX_ESCAPES, RAW_ENTRIES, escapes)
     layout = replace(plan, base=2 * half_base, num_entries=int(sizes.sum()))
-    if not layout.is_small or layout.num_entries >= MAX_ENTRIES:
+    if (must_be_small and not layout.is_small) or layout.num_entries >= MAX_ENTRIES:
         return None
     fast = FastTensor(layout, np.zeros(layout.num_bytes, np.uint8), name)
     fast.starts[1:] = np.cumsum(sizes)

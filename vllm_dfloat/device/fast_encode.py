@@ -25,11 +25,14 @@ from vllm_dfloat.codec.fast_layout import (
 CHUNK_WEIGHTS = 1 << 24
 
 
-def encode(weight: torch.Tensor) -> tuple[FastLayout, torch.Tensor] | None:
+def encode(
+    weight: torch.Tensor, *, must_be_small: bool = True
+) -> tuple[FastLayout, torch.Tensor] | None:
     """Return the fast layout and the payload of a matrix; None where it would take 14 bits per weight or more.
 
     Args:
         weight: BF16 [rows, cols], contiguous, on any device; any bit pattern.
+        must_be_small: if not, only a matrix without elements, or with too many entries for 32 bits, gives None.
 
     Returns:
         The layout, and uint8 [layout.num_bytes] on the matrix's device.
@@ -38,13 +41,13 @@ def encode(weight: torch.Tensor) -> tuple[FastLayout, torch.Tensor] | None:
     half_base = half_base_of(_counts(weight))
     rows, cols = weight.shape
     plan = FastLayout(rows, cols, 2 * half_base, 0)
-    if not plan.is_small:
+    if not plan.numel or (must_be_small and not plan.is_small):
         return None
     escapes = _escapes_per_tile(weight, plan)
     is_raw = escapes > MAX_ESCAPES
     sizes = torch.where(is_raw, RAW_ENTRIES, escapes)
     layout = FastLayout(rows, cols, 2 * half_base, int(sizes.sum()))
-    if not layout.is_small or layout.num_entries >= MAX_ENTRIES:
+    if (must_be_small and not layout.is_small) or layout.num_entries >= MAX_ENTRIES:
         return None
     payload = torch.zeros(layout.num_bytes, dtype=torch.uint8, device=weight.device)
     starts = torch.zeros(layout.num_tiles + 1, dtype=torch.int64, device=weight.device)

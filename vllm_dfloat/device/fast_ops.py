@@ -60,12 +60,13 @@ def scratch_numel(rows: int, cols: int) -> int:
     return max(ops.padded_numel(rows, cols), num_tiles(rows, cols) * TILE_WEIGHTS)
 
 
-def pack(weight: torch.Tensor, name: str = "") -> FastWeight | None:
+def pack(weight: torch.Tensor, name: str = "", *, must_be_small: bool = True) -> FastWeight | None:
     """Encode a BF16 matrix on its device; the result holds no reference to the matrix.
 
     Args:
         weight: BF16 [rows, cols] on a CPU or an NVIDIA GPU.
         name: the tensor's name, for messages.
+        must_be_small: if not, only a matrix without elements, or with too many entries for 32 bits, gives None.
 
     Returns:
         None where the matrix would take 14 bits per weight or more.
@@ -80,7 +81,10 @@ def pack(weight: torch.Tensor, name: str = "") -> FastWeight | None:
             "Name this layer in `ignore`, or load the model with dtype bfloat16."
         )
     check_device(weight.device)
-    coded = fast_encode.encode(weight) if weight.is_cuda else _encode_on_cpu(weight, name)
+    if weight.is_cuda:
+        coded = fast_encode.encode(weight, must_be_small=must_be_small)
+    else:
+        coded = _encode_on_cpu(weight, name, must_be_small)
     if coded is None:
         return None
     layout, payload = coded
@@ -89,8 +93,27 @@ def pack(weight: torch.Tensor, name: str = "") -> FastWeight | None:
     return FastWeight(payload, desc, layout.rows, layout.cols, name, fields, checksum(payload))
 
 
-def _encode_on_cpu(weight: torch.Tensor, name: str) -> tuple[FastLayout, torch.Tensor] | None:
-    fast = encode(weight.detach().contiguous().view(torch.uint16).numpy(), name)
+def pack_again(weight: torch.Tensor, name: str = "") -> FastWeight:
+    """Encode a BF16 matrix whatever bits it then takes: new values of one that is held in this layout.
+
+    Raises:
+        UnsupportedError: not a BF16 matrix; or one without elements, or with too many entries for 32 bits.
+        DeviceError: the device cannot decode.
+    """
+    fast = pack(weight, name, must_be_small=False)
+    if fast is None:
+        raise UnsupportedError(
+            f"{name or 'weight'}: these values of a matrix {list(weight.shape)} cannot be held in the fast layout. "
+            "Load the model with layout packed."
+        )
+    return fast
+
+
+def _encode_on_cpu(
+    weight: torch.Tensor, name: str, must_be_small: bool
+) -> tuple[FastLayout, torch.Tensor] | None:
+    bits = weight.detach().contiguous().view(torch.uint16).numpy()
+    fast = encode(bits, name, must_be_small=must_be_small)
     return None if fast is None else (fast.layout, torch.from_numpy(fast.payload))
 
 

@@ -7,10 +7,13 @@ a CPU nothing is needed: Inductor does not time kernels there, and vLLM's GEMMs 
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from vllm_dfloat.integration.compiling import additions
 from vllm_dfloat.integration.seam import compat
 from vllm_dfloat.integration.seam.names import logger
 
+HELD = "dfloat11_layouts"  # the entry of vLLM's additional_config that `note_layouts` makes
 # In these modes Inductor replaces the matmuls that it sees; it does not see those of compressed layers.
 OWN_GEMMS = ("max_autotune", "max_autotune_gemm", "coordinate_descent_tuning")
 ADVICE = '--compilation-config \'{"inductor_compile_config": {"deterministic": true, "combo_kernels": false}}\''
@@ -27,6 +30,27 @@ def prepare(config: Any) -> None:
             "See docs/exactness.md; --enforce-eager for both needs nothing of this",
             "; ".join(found),
         )
+
+
+def note_layouts(config: Any, model: torch.nn.Module) -> None:
+    """After loading: let vLLM's compile cache tell models apart in which other layers have another layout.
+
+    A compiled graph names each layer's layout, and that depends on values where a matrix would not have shrunk. The
+    cache hashes options, and no weights.
+    """
+    methods: list[Any] = [getattr(layer, "quant_method", None) for layer in model.modules()]
+    held = {
+        method.name: method.layout
+        for method in methods
+        if getattr(method, "layout", "") != getattr(method, "asked_layout", "")
+    }
+    if not held:
+        return
+    # A model compiles with the config that it was built with, which may be a copy.
+    configs = [config, *(getattr(layer, "vllm_config", None) for layer in model.modules())]
+    for one in {id(one): one for one in configs if one is not None}.values():
+        if isinstance(one.additional_config, dict):
+            one.additional_config = {**one.additional_config, HELD: held}
 
 
 def differences(compilation: Any) -> list[str]:

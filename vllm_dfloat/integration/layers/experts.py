@@ -16,7 +16,7 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
 from vllm_dfloat.device import ops
 from vllm_dfloat.device.scratch import MAIN_SLOT, scratch
 from vllm_dfloat.errors import UnsupportedError
-from vllm_dfloat.integration.layers import experts_kernel, experts_loading, method
+from vllm_dfloat.integration.layers import experts_kernel, experts_loading, layouts, method
 from vllm_dfloat.integration.layers.experts_kernel import HeldExperts, Tensor3
 from vllm_dfloat.integration.layers.experts_loading import ExpertsPlaceholder
 from vllm_dfloat.integration.layers.layouts import BY_NAME
@@ -50,7 +50,7 @@ class DFloat11ExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]  #
         config = compat.current_config()
         self.supports_pre_processed_weights = False
         self.name = name
-        self.layout = options.layout
+        self.asked_layout = self.layout = layouts.of_experts(options.layout)
         self.backend = expert_kernels.backend_of_experts(self)
         self.why_all = self._why_all()
         self.placeholders: dict[str, ExpertsPlaceholder] = {}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_dfloat.device import fused, ops, unit_resident
+from vllm_dfloat.device import fast_fused, fast_ops, fused, ops, unit_resident
 from vllm_dfloat.device.scratch import Buffers
 
 
@@ -38,7 +38,7 @@ class Layout:
     """What linear layers, embeddings and experts use. Every layout's descriptors are int64 [ops.DESC_LENGTH].
 
     Attributes:
-        pack: (weight, name) -> the compressed weight on the same device.
+        pack: (weight, name) -> the compressed weight on the same device, whatever its size.
         decode: (desc, rows, cols, out, status): the whole matrix into the scratch; called inside `vllm_dfloat::linear`.
             It leaves the matrix in the first rows * cols elements of `out`.
         lookup: (desc, ids, rows, cols) -> BF16 [n, cols]: chosen rows; called inside `vllm_dfloat::lookup`.
@@ -46,6 +46,9 @@ class Layout:
         scratch_numel: (rows, cols) -> the elements of scratch that `decode` and the product need (scratch.py): whole
             tiles of the packed layout.
         product: how it multiplies without decoding; None if it cannot.
+        pack_if_small: (weight, name) -> the same, or None if the matrix would not shrink enough. Without this function
+            every matrix is held so.
+        of_experts: the layout in which routed experts are held instead; "" for this one.
         has_groups: whether groups.py can decode several matrices at once.
         has_chosen: whether experts.py can decode only some experts of a tensor.
     """
@@ -56,6 +59,8 @@ class Layout:
     unpack: Callable[[ops.PackedWeight], torch.Tensor]
     scratch_numel: Callable[[int, int], int]
     product: Product | None = None
+    pack_if_small: Callable[[torch.Tensor, str], ops.PackedWeight | None] | None = None
+    of_experts: str = ""
     has_groups: bool = False
     has_chosen: bool = False
 
@@ -71,6 +76,16 @@ BY_NAME: Mapping[str, Layout] = {
         has_groups=True,
         has_chosen=True,
     ),
+    "fast": Layout(
+        fast_ops.pack_again,
+        fast_ops.launch_decode,
+        fast_ops.decode_rows,
+        fast_ops.unpack,
+        fast_ops.scratch_numel,
+        Product(fast_fused.max_rows, fast_fused.launch_matmul, fast_fused.variants),
+        pack_if_small=fast_ops.pack,
+        of_experts="packed",
+    ),
     "dfloat11": Layout(
         unit_resident.pack,
         unit_resident.launch_decode,
@@ -79,3 +94,25 @@ BY_NAME: Mapping[str, Layout] = {
         ops.padded_numel,
     ),
 }
+
+# Where a matrix is held that its layout would not make small enough.
+OTHERWISE = "packed"
+
+
+def pack_first(layout: str, weight: torch.Tensor, name: str) -> tuple[str, ops.PackedWeight]:
+    """Return the layout in which a layer's first matrix is held, `layout` or OTHERWISE, and the compressed matrix.
+
+    The layer keeps it, whatever the values of later matrices: compiled graphs name it.
+    """
+    held = BY_NAME[layout]
+    if held.pack_if_small is None:
+        return layout, held.pack(weight, name)
+    packed = held.pack_if_small(weight, name)
+    if packed is None:
+        return OTHERWISE, BY_NAME[OTHERWISE].pack(weight, name)
+    return layout, packed
+
+
+def of_experts(layout: str) -> str:
+    """Return the layout in which routed experts are held where this one is asked for."""
+    return BY_NAME[layout].of_experts or layout

@@ -8,7 +8,7 @@ import torch
 from vllm_dfloat.device import ops
 from vllm_dfloat.device.scratch import MAIN_SLOT, scratch
 from vllm_dfloat.errors import UnsupportedError
-from vllm_dfloat.integration.layers import linear_op, room
+from vllm_dfloat.integration.layers import layouts, linear_op, room
 from vllm_dfloat.integration.layers.layouts import BY_NAME
 from vllm_dfloat.integration.layers.placeholder import HOW, WeightPlaceholder
 from vllm_dfloat.integration.seam import arrivals, compat, layer_kinds, layerwise, offloader, slots
@@ -81,7 +81,8 @@ class PackedMethod:
         compat.let_numba_be_scanned()
         config = compat.current_config()
         self.name = name
-        self.layout = options.layout
+        self.asked_layout = options.layout
+        self.layout = options.layout  # after loading that in which the weight is held
         self.mode = options.mode
         self.granularity = options.granularity
         self.fused_rows = 0
@@ -113,7 +114,10 @@ class PackedMethod:
             self.gemm = linear_op.PLAIN
         else:
             linear_op.settle_bias(layer)
-        packed = BY_NAME[self.layout].pack(weight, self.name)
+        if packed_of(layer) is None:
+            self.layout, packed = layouts.pack_first(self.asked_layout, weight, self.name)
+        else:
+            packed = BY_NAME[self.layout].pack(weight, self.name)
         del weight
         self._replace_weight(layer, packed)
 

@@ -61,12 +61,14 @@ class _Reporting:
             vllm_config=vllm_config, model_config=model_config, prefix=prefix
         )
         if model_config.quantization == METHOD:
+            from vllm_dfloat.integration.compiling import settings
             from vllm_dfloat.integration.layers import grouping, tying
             from vllm_dfloat.integration.loading import live_check, report
             from vllm_dfloat.integration.updating import update, worker
 
             live_check.install()
             grouping.group_layers(model)
+            settings.note_layouts(vllm_config, model)
             tying.warn_if_different(model, model_config)
             report.log_summary(model)
             update.keep(model, vllm_config, model_config)

@@ -1,12 +1,15 @@
 """The log line after loading: what was compressed, and the memory saved."""
 
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from vllm_dfloat.device.packed_weight import PackedWeight
 from vllm_dfloat.device.scratch import scratch
+from vllm_dfloat.integration.layers.layouts import OTHERWISE
 from vllm_dfloat.integration.layers.method import weights_of
 from vllm_dfloat.integration.loading import offload
 from vllm_dfloat.integration.loading.uncompressed import plain_parameters, uncompressed
@@ -25,7 +28,9 @@ class Summary:
     Attributes:
         num_layers: linear layers, embeddings and routed experts (one layer per block), ignored ones included.
         num_compressed: how many of them are held compressed.
-        layout: layout of the compressed weights, a name in layouts.py.
+        layouts: for each layout that compressed weights are held in, a name in layouts.py, how many layers and how many
+            bits per weight; that of most layers first.
+        other_names: layers held in another layout than was asked for, because they would not have shrunk enough.
         is_fused: whether mode "fused" was asked for.
         fused_rows: for each layer that uses it, the largest number of rows of activations.
         raw_names: layers held as BF16, because coding would not have made them smaller.
@@ -42,7 +47,8 @@ class Summary:
 
     num_layers: int
     num_compressed: int
-    layout: str
+    layouts: Mapping[str, tuple[int, float]]
+    other_names: tuple[str, ...]
     is_fused: bool
     fused_rows: tuple[int, ...]
     raw_names: tuple[str, ...]
@@ -70,17 +76,29 @@ class Summary:
         return max(0, self.bf16_bytes - on_device - self.scratch_bytes)
 
     def __str__(self) -> str:
-        layout = "" if self.layout == DEFAULT_LAYOUT else f" in the {self.layout} layout"
         bits = 8 * self.packed_bytes / self.weights if self.weights else 16.0
         others = ", ".join(f"{name} {size} bytes" for name, size in self.uncompressed.items())
         return (
-            f"compressed {self.num_compressed} of {self.num_layers} layers{layout}, {self.compressed_share:.2f} % of "
-            f"all weight bytes, {bits:.3f} bits per weight, "
+            f"compressed {self.num_compressed} of {self.num_layers} layers{self._layouts}, "
+            f"{self.compressed_share:.2f} % of all weight bytes, {bits:.3f} bits per weight, "
             f"{self.bf16_bytes / GIB:.3f} GiB in BF16 -> {self.held_bytes / GIB:.3f} GiB, "
             f"{self.freed_bytes / GIB:.3f} GiB freed for the KV cache "
             f"({self.bf16_bytes} -> {self.held_bytes} bytes){self._experts}; "
             f"scratch {self.scratch_bytes / GIB:.3f} GiB; not compressed: {others or 'nothing'}"
         )
+
+    @property
+    def _layouts(self) -> str:
+        if len(self.layouts) > 1:
+            return (
+                " ("
+                + ", ".join(
+                    f"{layers} in the {name} layout with {bits:.3f} bits per weight"
+                    for name, (layers, bits) in self.layouts.items()
+                )
+                + ")"
+            )
+        return "".join(f" in the {name} layout" for name in self.layouts if name != DEFAULT_LAYOUT)
 
     @property
     def _experts(self) -> str:
@@ -108,7 +126,6 @@ def summarize(model: torch.nn.Module) -> Summary:
         for name, weight in weights_of(layer).items()
         if offloader.is_on_host(layer, name)
     ]
-    layouts = {method.layout for method in methods}
     packed = [weight for weight in held if not weight.is_raw]
     plain_bytes = sum(num_bytes for _, _, num_bytes in plain_parameters(model))
     moved = {
@@ -122,7 +139,8 @@ def summarize(model: torch.nn.Module) -> Summary:
         num_compressed=sum(
             not all(weight.is_raw for weight in weights_of(layer).values()) for layer in compressed
         ),
-        layout=layouts.pop() if layouts else DEFAULT_LAYOUT,
+        layouts=_layouts(compressed),
+        other_names=tuple(m.name for m in methods if m.layout != m.asked_layout),
         is_fused=any(method.mode == "fused" for method in methods),
         fused_rows=tuple(method.fused_rows for method in methods if method.fused_rows),
         raw_names=tuple(weight.name for weight in of_layers if weight.is_raw),
@@ -141,6 +159,24 @@ def summarize(model: torch.nn.Module) -> Summary:
         host_names=(*(weight.name for weight in on_host), *moved),
         uncompressed=uncompressed(model),
     )
+
+
+def _layouts(compressed: list[Any]) -> dict[str, tuple[int, float]]:
+    """Return, for each layout, how many layers it holds and its bits per weight; without matrices held as BF16."""
+    layers: Counter[str] = Counter()
+    held: dict[str, dict[int, PackedWeight]] = defaultdict(dict)
+    for layer in compressed:
+        weights = [weight for weight in weights_of(layer).values() if not weight.is_raw]
+        layout = layer.quant_method.layout
+        layers[layout] += bool(weights)
+        held[layout] |= {id(weight.payload): weight for weight in weights}
+    found = {}
+    for layout, count in layers.most_common():
+        if count:
+            all_bytes = sum(weight.num_bytes for weight in held[layout].values())
+            numel = sum(weight.rows * weight.cols for weight in held[layout].values())
+            found[layout] = count, 8 * all_bytes / numel
+    return found
 
 
 def is_weight_layer(module: torch.nn.Module) -> bool:
@@ -162,6 +198,12 @@ def log_summary(model: torch.nn.Module) -> None:
             max(summary.fused_rows, default=0),
             len(summary.fused_rows),
             summary.num_layers,
+        )
+    if summary.other_names:
+        logger.info(
+            "dfloat11: held in the %s layout, since they would take 14 bits per weight or more as asked: %s",
+            OTHERWISE,
+            ", ".join(summary.other_names),
         )
     offload.log_offloaded(summary.host_bytes, summary.host_names)
     if summary.raw_names:
