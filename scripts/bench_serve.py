@@ -95,7 +95,7 @@ def reason_against(name: str, options: Options, machine: Json, results: Json) ->
     if machine["gpu"] is None:
         if name in AS_LARGE_AS:
             return "needs a GPU"
-        if name == "fused" and not options.variants_given:
+        if name.endswith("fused") and not options.variants_given:
             return "needs a GPU; on a CPU its kernel runs in Triton's interpreter, if --variants names it"
     if name == "exact_offload" or name in AS_LARGE_AS:
         other = AS_LARGE_AS.get(name, "exact")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A real vLLM end to end on a GPU, in under 6 minutes: BF16 against DFloat11 exact, fused and in the official layout.
+# A real vLLM end to end on a GPU, in under 6 minutes: BF16 against DFloat11 exact and fused, packed and in the fast layout.
 #
 #     scripts/gpu_serve.sh [--out DIR] [--limit SECONDS] [--commit HASH] [--site FOLDER] [--shape SHAPE] [BENCH_SERVE ARGUMENT...]
 #     scripts/gpu_serve.sh --device cpu      # a rehearsal with vLLM's CPU build, on a tiny model
@@ -82,7 +82,7 @@ echo "$facts"
 
 if [[ $device == cpu ]]; then
   shape=${shape:-tiny} folder=$work/weights attention=('') graphs=''
-  choices=(--eager --batches 1,2 --context 16 --prefill 64 --hold 128 --steps 4 --point-seconds 2 --max-seqs 4 --variants bf16,exact,official)
+  choices=(--eager --batches 1,2 --context 16 --prefill 64 --hold 128 --steps 4 --point-seconds 2 --max-seqs 4 --variants bf16,exact,fast_exact)
 else
   shape=${shape:-llama-3.1-8b} attention=(FLASH_ATTN TRITON_ATTN) graphs=$GRAPHS folder=$work/weights
   room=$(df -BG --output=avail /dev/shm 2>/dev/null | tail -n 1 | tr -dc 0-9)
@@ -93,7 +93,7 @@ else
   total=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2>/dev/null | head -n 1 | tr -dc 0-9)
   share=$(awk -v mine="$MEMORY_MIB" -v total="${total:-81559}" 'BEGIN { s = mine / total; printf "%.3f", s < 0.9 ? s : 0.9 }')
   choices=(--batches 1,4,16,64,256 --prefill 8192 --hold 2048 --steps 60 --point-seconds 4 --max-seqs 256
-    --gpu-memory "$share" --variants bf16,exact,fused,official)
+    --gpu-memory "$share" --variants bf16,exact,fast_exact,fast_fused,fused)
 fi
 
 # While the GPU makes the weights, vLLM is imported once, so that the engines find its files in the page cache.

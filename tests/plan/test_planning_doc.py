@@ -23,7 +23,7 @@ def run(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
 
 
 def test_the_commands_are_there() -> None:
-    assert len(BLOCKS) == 1
+    assert len(BLOCKS) == 2
     assert len(ROWS) == 12
 
 

@@ -21,7 +21,7 @@ ALLOWED = {
     "dfloat11": {"errors", "codec", "storage"},
     "checkpoint": {"errors", "codec.arrays", "storage", "dfloat11"},
     "convert": {"errors", "codec", "storage", "dfloat11", "checkpoint"},
-    "plan": {"errors", "codec", "storage", "checkpoint"},
+    "plan": {"errors", "codec", "storage", "checkpoint", "dfloat11.format"},
     "kernels": {"codec.layout", "codec.fast_layout", "codec.descriptor", "dfloat11.format"},
     "device": {"errors", "codec", "dfloat11", "kernels"},
     "commands": {

@@ -39,7 +39,7 @@ def test_rehearsal_serves_every_variant_and_leaves_four_files(tmp_path: Path) ->
     assert found["machine"]["commit"] == "0123abcd"
     with tarfile.open(tmp_path / "logs.tar.gz") as logs:
         names = {Path(name).name for name in logs.getnames()}
-    assert {f"{variant}-1.log" for variant in ("bf16", "exact", "official")} <= names
+    assert {f"{variant}-1.log" for variant in ("bf16", "exact", "fast_exact")} <= names
 
 
 def test_without_a_gpu_it_says_that_it_cannot_run() -> None:

@@ -42,11 +42,12 @@ def test_rehearsal_goes_through_its_parts_and_leaves_results_only_where_it_was_t
         assert found["environment"]["failures"] == found["environment"]["wrong_bits"] == []
         sections |= {row["section"] for row in found["rows"]}
     assert sections == {
-        "decode", "fused", "experts", "layouts", "block", "overlap", "encode", "decode_rows",
+        "decode", "fused", "fast", "fast_fused", "experts", "layouts", "block", "overlap", "encode", "decode_rows",
     }  # fmt: skip
     files = sorted(path.name for path in tmp_path.iterdir())
     assert files == [
         "bits.log",
+        "order.json",
         "tests.log",
         "times.log",
         "times1.json",

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,10 @@ def add_plan(commands: Any) -> argparse.ArgumentParser:
         "--granularity", choices=("layer", "block"), default="layer", help="what is decoded at a time (default: layer)"
     )  # fmt: skip
     parser.add_argument(
+        "--layout", choices=("packed", "fast", "dfloat11", "all"), default="packed",
+        help="how compressed weights are held, as the option of that name; all: each, beside BF16 (default: packed)",
+    )  # fmt: skip
+    parser.add_argument(
         "--code-bits", type=float, help="bits per exponent (default: measured, or 2.7 assumed)"
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -77,9 +82,10 @@ def add_plan(commands: Any) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Plan, print, draw; return the exit status."""
+    from vllm_dfloat.plan import layout_sizes
     from vllm_dfloat.plan.memory import Settings
     from vllm_dfloat.plan.plan import make_plan
-    from vllm_dfloat.plan.report import as_json, as_table, summary
+    from vllm_dfloat.plan.report import as_json, as_table, side_by_side, summary
 
     tp = _ranks(args)
     _check(args)
@@ -101,13 +107,23 @@ def run(args: argparse.Namespace) -> int:
         cpu_offload=int(args.cpu_offload_gb * GIB),
         expert_parallel=args.enable_expert_parallel,
         granularity=args.granularity,
+        layout=layout_sizes.LAYOUTS[0] if args.layout == "all" else args.layout,
     )  # fmt: skip
+    layout_sizes.check(args.layout, args.granularity)
     plan = make_plan(args.model, settings, args.code_bits)
     if args.png:
         from vllm_dfloat.plan.picture import draw
 
         draw(plan, args.png)
-    if args.json:
+    if args.layout == "all":
+        others = [replace(settings, layout=layout) for layout in layout_sizes.LAYOUTS[1:]]
+        plans = [plan, *(make_plan(args.model, one, args.code_bits) for one in others)]
+        if args.json:
+            say(json.dumps({one.settings.layout: as_json(one) for one in plans}, indent=1))
+        else:
+            table = "" if args.quiet else f"{side_by_side(plans)}\n\n"
+            say(table + summary(plan))
+    elif args.json:
         say(json.dumps(as_json(plan), indent=1))
     else:
         say(summary(plan) if args.quiet else as_table(plan))

@@ -7,6 +7,7 @@ import numpy as np
 from vllm_dfloat.codec.arrays import Bits, I64Array, U16Array
 from vllm_dfloat.codec.huffman import NUM_SYMBOLS
 from vllm_dfloat.codec.layout import SYMBOL_SHIFT
+from vllm_dfloat.plan.layout_sizes import ASSUMED_ESCAPES, share_of_escapes
 from vllm_dfloat.plan.packed_size import ASSUMED_CODE_BITS, mean_code_bits
 from vllm_dfloat.plan.stored import DTYPES, Files
 from vllm_dfloat.plan.weights import Weight
@@ -39,6 +40,14 @@ class MeasuredBits:
                 return self._files.code_bits[name]
             name = name.rpartition(".")[0]
         return ASSUMED_CODE_BITS
+
+    def escapes(self, weight: Weight) -> float:
+        """Return the share of a weight's values outside its best 16 exponents."""
+        counts = self._counts_of(weight)
+        if counts is None:
+            return ASSUMED_ESCAPES
+        counts[0] += weight.padding
+        return share_of_escapes(counts)
 
     def _counts_of(self, weight: Weight) -> Counts | None:
         """Return the exponents of all tensors of a weight, extrapolated from the samples."""

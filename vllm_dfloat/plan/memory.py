@@ -1,6 +1,6 @@
 """The memory of each rank: weights in BF16 and compressed, scratch, and the rest for the KV cache."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vllm_dfloat.checkpoint.names import innermost_block
@@ -9,6 +9,7 @@ from vllm_dfloat.errors import UnsupportedError
 from vllm_dfloat.plan.byte_sizes import GIB
 from vllm_dfloat.plan.config import ModelConfig
 from vllm_dfloat.plan.kv_cache import KVCache, group_layers, latent_page_bytes, page_bytes
+from vllm_dfloat.plan.layout_sizes import Codes, size_of
 from vllm_dfloat.plan.offload import BlockWeight, bf16_on_host, dfloat11_on_host
 from vllm_dfloat.plan.packed_size import packed_size
 from vllm_dfloat.plan.rotary import rotary_bytes
@@ -18,8 +19,6 @@ LARGE_GPU = 70 * GIB  # from here on vLLM takes larger batches by default
 RESERVE = GIB  # assumed: CUDA context, libraries, NCCL, CUDA graphs
 BLOCK_SIZE, LATENT_BLOCK_SIZE = 16, 64  # tokens per block of KV cache, by default on a GPU
 LOGITS_COPIES = 3  # assumed: FP32 copies of the logits that sampling holds at once
-
-CodeBits = Callable[[Weight], float]
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,7 @@ class Settings:
         in_flight_batches: batches that are scheduled at once; None for vLLM's choice on a GPU.
         cpu_offload: bytes per GPU that weights may take in host memory (--cpu-offload-gb); 0 for none.
         expert_parallel: whether ranks share experts whole (--enable-expert-parallel), not each of them in parts.
+        layout: how compressed weights are held, of layout_sizes.py.
         granularity: "layer" or "block", what is decoded in one launch.
         slots: scratch buffers in use at the same time; None for as many as the model needs on a GPU.
     """
@@ -53,6 +53,7 @@ class Settings:
     kv_cache_memory: int | None = None
     cpu_offload: int = 0
     expert_parallel: bool = False
+    layout: str = "packed"
     granularity: str = "layer"
     slots: int | None = None
 
@@ -129,12 +130,12 @@ def split_layers(num_layers: int, pp: int) -> list[range]:
 
 
 def ranks_of(
-    config: ModelConfig, weights: Sequence[Weight], settings: Settings, code_bits: CodeBits
+    config: ModelConfig, weights: Sequence[Weight], settings: Settings, codes: Codes
 ) -> list[Rank]:
     """Return the memory of the ranks of each pipeline stage.
 
     Args:
-        code_bits: bits per weight of a weight's codes.
+        codes: what is known of the weights' values.
 
     Raises:
         UnsupportedError: the model cannot be cut into so many parts.
@@ -149,7 +150,7 @@ def ranks_of(
     ranks = []
     for stage, layers in enumerate(split_layers(config.num_layers, settings.pp)):
         held = [w for w in weights if w.is_on_stage(stage, layers, settings.pp)]
-        ranks.append(_rank(config, held, settings, code_bits, stage, layers, slots))
+        ranks.append(_rank(config, held, settings, codes, stage, layers, slots))
     return ranks
 
 
@@ -157,7 +158,7 @@ def _rank(
     config: ModelConfig,
     held: Sequence[Weight],
     settings: Settings,
-    code_bits: CodeBits,
+    codes: Codes,
     stage: int,
     layers: range,
     slots: int,
@@ -172,7 +173,7 @@ def _rank(
         rows, cols = weight.shape_of_rank(settings.tp, settings.expert_parallel)
         plain = kept = weight.itemsize * rows * cols
         if weight.is_compressed:
-            packed = packed_size(rows, cols, code_bits(weight))
+            packed = size_of(settings.layout, weight, rows, cols, codes)
             kept = packed.num_bytes
             if module := weight.expert_layer:
                 decoded, whole = experts.get(module, (_flag_bytes(weight), 0))

@@ -1,6 +1,5 @@
 """The plan: the memory for serving a model in BF16 and compressed, and whether it fits."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from vllm_dfloat.plan.architectures import is_known, known_weights
 from vllm_dfloat.plan.config import ModelConfig, read_model_config
 from vllm_dfloat.plan.hub import config_file, is_of_hub
 from vllm_dfloat.plan.kv_cache import KVCache
+from vllm_dfloat.plan.layout_sizes import ASSUMED_ESCAPES, Codes
 from vllm_dfloat.plan.measured import MeasuredBits
 from vllm_dfloat.plan.memory import Rank, Settings, kv_cache_of, ranks_of
 from vllm_dfloat.plan.notes import notes_on
@@ -101,8 +101,10 @@ def make_plan(model: str, settings: Settings, code_bits: float | None = None) ->
         )
     weights, told = _weights(config, files)
     notes += told
-    bits, code_bits_told = _code_bits(files, code_bits)
-    ranks = ranks_of(config, weights, settings, bits)
+    codes, code_bits_told = _code_bits(files, code_bits)
+    if settings.layout == "fast":
+        code_bits_told += f"; {_escapes(files)} of weights escaped"
+    ranks = ranks_of(config, weights, settings, codes)
     cache = kv_cache_of(config, settings)
     if (settings.max_model_len or 0) > config.context:
         raise UnsupportedError(
@@ -155,13 +157,20 @@ def _weights(config: ModelConfig, files: Files | None) -> tuple[list[Weight], li
     return weights, notes
 
 
-def _code_bits(files: Files | None, given: float | None) -> tuple[Callable[[Weight], float], str]:
+def _code_bits(files: Files | None, given: float | None) -> tuple[Codes, str]:
     if given is not None:
-        return (lambda weight: given), f"{given:g} bits per exponent, given"
+        return Codes(lambda weight: given), f"{given:g} bits per exponent, given"
     if files is None:
         told = f"{ASSUMED_CODE_BITS:g} bits per exponent, assumed (typical of trained weights)"
-        return (lambda weight: ASSUMED_CODE_BITS), told
-    return MeasuredBits(files), "bits per exponent measured on a sample of every matrix"
+        return Codes(lambda weight: ASSUMED_CODE_BITS), told
+    measured = MeasuredBits(files)
+    return Codes(
+        measured, measured.escapes
+    ), "bits per exponent measured on a sample of every matrix"
+
+
+def _escapes(files: Files | None) -> str:
+    return "a measured share" if files else f"{100 * ASSUMED_ESCAPES:g} %, assumed,"
 
 
 def _outcome(

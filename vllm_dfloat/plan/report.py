@@ -1,5 +1,6 @@
 """A plan in words, and as JSON."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from vllm_dfloat.plan.byte_sizes import show_count, show_size
@@ -25,6 +26,30 @@ def as_table(plan: Plan) -> str:
     lines += [f"{note}." for note in (*plan.notes, f"codes: {plan.code_bits}")]
     lines += [f"other: {_other(plan)}.", "", summary(plan)]
     return "\n".join(line.rstrip() for line in lines)
+
+
+def side_by_side(plans: Sequence[Plan]) -> str:
+    """Return a table of plans for the same model in different layouts, beside BF16; of the stage with most weights."""
+    first = max(plans[0].ranks, key=lambda rank: rank.bf16_weights)
+    lines = [
+        _cells("layout", "weights", "bits", "scratch", "for KV", "KV tokens"),
+        _cells("BF16", show_size(first.bf16_weights), "16", DASH, *_room(plans[0].bf16)),
+    ]
+    for plan in plans:
+        rank = max(plan.ranks, key=lambda rank: rank.dfloat11_weights)
+        sizes = show_size(rank.dfloat11_weights), f"{rank.bits_per_weight:.2f}"
+        room = _room(plan.dfloat11)
+        lines.append(_cells(plan.settings.layout, *sizes, show_size(rank.scratch), *room))
+    return "\n".join(lines)
+
+
+def _room(outcome: Outcome) -> tuple[str, str]:
+    tokens = f"{outcome.tokens:,}" if outcome.fits else "does not load"
+    return show_size(min(outcome.kv_bytes)), tokens
+
+
+def _cells(name: str, *cells: str) -> str:
+    return f"{name:<10}" + "".join(f"{cell:>{CELL}}" for cell in cells)
 
 
 def summary(plan: Plan) -> str:
@@ -67,7 +92,7 @@ def _stage(plan: Plan, index: int, rank: Rank) -> list[str]:
         _row(who, "BF16", "DFloat11", layers),
         _row(
             "weights", show_size(rank.bf16_weights), show_size(rank.dfloat11_weights),
-            f"{rank.bits_per_weight:.2f} bits per compressed weight",
+            f"{rank.bits_per_weight:.2f} bits per compressed weight{_layout(plan)}",
         ),
         *towers,
         *on_host,
@@ -81,6 +106,10 @@ def _stage(plan: Plan, index: int, rank: Rank) -> list[str]:
         _row("peak while loading", DASH, show_size(rank.loading_peak), "bound: two layers on top"),
         _row("KV bytes per token", per_token, per_token),
     ]  # fmt: skip
+
+
+def _layout(plan: Plan) -> str:
+    return "" if plan.settings.layout == "packed" else f", layout {plan.settings.layout}"
 
 
 def _capacity(plan: Plan) -> list[str]:
@@ -127,6 +156,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "requested": settings.requested,
         "cpu_offload": settings.cpu_offload,
         "kv_cache_dtype": settings.kv_cache_dtype,
+        "layout": settings.layout,
         "max_model_len": settings.max_model_len,
         "context": plan.config.context,
         "code_bits": plan.code_bits,

@@ -26,6 +26,14 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "DFloat11 official layout",
         {**COMPRESSED, "additional_config": {"dfloat11": {"layout": "dfloat11"}}},
     ),
+    "fast_exact": (
+        "DFloat11 exact, fast layout",
+        {**COMPRESSED, "additional_config": {"dfloat11": {"layout": "fast"}}},
+    ),
+    "fast_fused": (
+        "DFloat11 fused, fast layout",
+        {**COMPRESSED, "additional_config": {"dfloat11": {"layout": "fast", "mode": "fused"}}},
+    ),
     "block": (
         "DFloat11 exact, by block",
         {**COMPRESSED, "additional_config": {"dfloat11": {"granularity": "block"}}},
@@ -33,7 +41,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 DEFAULT_VARIANTS = ("bf16", "exact", "fused", "offload")
 COMPARED = ("bf16", "exact")
-EXACT = (*COMPARED, "exact_offload")  # their tokens must be those of BF16
+EXACT = (*COMPARED, "exact_offload", "fast_exact")  # their tokens must be those of BF16
 # BF16 with CPU offload -> the variant whose GPU memory it gets
 AS_LARGE_AS = {"offload": "exact", "offload_more": "exact_offload"}
 # Set by the variants or by other arguments: in --engine they would make labels and points wrong.

@@ -16,8 +16,10 @@ COLOURS = {
     "offload_more": "#999999",
     "official": "#CC79A7",
     "block": "#56B4E9",
+    "fast_exact": "#882255",
+    "fast_fused": "#44AA99",
 }
-MARKERS = dict(zip(COLOURS, "osD^<>vP", strict=True))
+MARKERS = dict(zip(COLOURS, "osD^<>vPX*", strict=True))
 
 Json = dict[str, Any]
 

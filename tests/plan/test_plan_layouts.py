@@ -1,0 +1,72 @@
+"""The plan's sizes in each layout are those of the encoders; `--layout all` shows them side by side."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import gaussian, to_torch
+
+from vllm_dfloat.cli import main
+from vllm_dfloat.device import fast_ops, ops, unit_resident
+from vllm_dfloat.plan.layout_sizes import LAYOUTS, Codes, share_of_escapes, size_of
+from vllm_dfloat.plan.packed_size import mean_code_bits
+from vllm_dfloat.plan.weights import Part, Weight
+
+CONFIGS = Path(__file__).parents[1] / "data" / "configs"
+PACK: dict[str, Callable[[torch.Tensor], ops.PackedWeight | None]] = {
+    "packed": ops.pack,
+    "fast": fast_ops.pack,
+    "dfloat11": unit_resident.pack,
+}
+
+
+def spread(rows: int, cols: int) -> np.ndarray:
+    """Return weights of 50 exponents, of which the fast layout would hold every tile raw."""
+    rng = np.random.default_rng(3)
+    return (rng.integers(67, 117, (rows, cols)) << 7 | rng.integers(0, 128, (rows, cols))).astype(
+        np.uint16
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "bits", [gaussian(256, 256), gaussian(1000, 700), gaussian(64, 3), spread(128, 256)]
+)
+def test_planned_size_is_that_of_the_encoder(layout: str, bits: np.ndarray) -> None:
+    counts = np.bincount(bits.reshape(-1) >> 7 & 0xFF, minlength=256)
+    codes = Codes(lambda _: mean_code_bits(counts), lambda _: share_of_escapes(counts))
+    weight = Weight("w", (Part(bits.shape[0]),), bits.shape[1], is_compressed=True)
+    planned = size_of(layout, weight, *bits.shape, codes)
+    held = PACK[layout](to_torch(bits)) or ops.pack(to_torch(bits))
+    assert planned.is_raw == held.is_raw
+    assert planned.num_bytes == pytest.approx(held.num_bytes, rel=0.005, abs=2048)
+
+
+def test_layouts_stand_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["plan", str(CONFIGS / "Llama-3.1-8B.json"), "--gpu-memory", "24GiB", "--layout"]
+    single = {}
+    for layout in LAYOUTS:
+        assert main([*command, layout, "--json"]) == 0
+        single[layout] = json.loads(capsys.readouterr().out)
+        assert single[layout]["layout"] == layout
+    assert main([*command, "all", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == single
+    assert main([*command, "all"]) == 0
+    head, bf16, *rows = capsys.readouterr().out.split("\n\n")[0].splitlines()
+    assert head.split() == ["layout", "weights", "bits", "scratch", "for", "KV", "KV", "tokens"]
+    assert bf16.split()[0] == "BF16"
+    assert [row.split()[0] for row in rows] == list(LAYOUTS)
+    for layout, row in zip(LAYOUTS, rows, strict=True):
+        assert row.split()[-1] == f"{single[layout]['dfloat11']['kv_tokens']:,}"
+    bits = [single[layout]["stages"][0]["bits_per_weight"] for layout in LAYOUTS]
+    assert bits == pytest.approx([10.81, 12.01, 10.92], abs=0.01)
+
+
+def test_groups_are_of_packed_weights_only(capsys: pytest.CaptureFixture[str]) -> None:
+    model = str(CONFIGS / "Llama-3.1-8B.json")
+    options = ["--gpu-memory", "24GiB", "--layout", "fast", "--granularity", "block"]
+    assert main(["plan", model, *options]) == 2
+    assert "--granularity block with --layout fast: only packed" in capsys.readouterr().err
