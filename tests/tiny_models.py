@@ -140,6 +140,13 @@ def save_decoded(name: str, path: Path) -> Path:
     return path
 
 
+def tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of a BF16 checkpoint of one file."""
+    from safetensors.torch import load
+
+    return load((path / "model.safetensors").read_bytes())
+
+
 def edit(path: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
     """Let `change` edit the tensors of a BF16 checkpoint in place, and return its folder."""
     from safetensors.torch import load, save_file

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import draft_models
 import features
 import pytest
 import tiny_models
@@ -53,3 +54,57 @@ def test_drafts_from_the_prompt_are_those_of_bf16_vllm(bf16_checkpoint: Checkpoi
     speculative = dict(method="ngram", prompt_lookup_max=3)
     target = bf16_checkpoint("llama")
     assert drafted(target, speculative, "dfloat11") == drafted(target, speculative, None)
+
+
+@pytest.fixture(scope="module")
+def targets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Return a target with an LM head of its own, and one whose head is its embedding."""
+    folder = tmp_path_factory.mktemp("targets")
+    kinds = {"untied": False, "tied": True}
+    return {
+        name: draft_models.target(folder / name, tie_word_embeddings=tied)
+        for name, tied in kinds.items()
+    }
+
+
+def assert_drafts_as_bf16_vllm(
+    target: Path, speculative: dict[str, Any], pairs: tuple[tuple[str | None, str | None], ...]
+) -> None:
+    """Compare answers and counts with BF16 vLLM's, for pairs of quantizations of target and draft."""
+    expected = drafted(target, speculative, None)
+    _, tokens, accepted = expected[1]
+    assert accepted > tokens // 6  # heads that read other weights than theirs predict nothing
+    for of_target, of_draft in pairs:
+        given = {**speculative, "quantization": of_draft}
+        assert drafted(target, given, of_target) == expected, (of_target, of_draft)
+
+
+# Of the target and of the draft. Bug caught: a compressed draft of a BF16 target ended in an AttributeError.
+COMPRESSED = (("dfloat11", "dfloat11"), ("dfloat11", None), (None, "dfloat11"))
+
+
+@pytest.mark.parametrize("own", ["none", "same", "near"])  # embedding of the draft
+@pytest.mark.parametrize("kind", ["untied", "tied"])
+@pytest.mark.parametrize("method", ["eagle", "eagle3"])
+def test_heads_accept_as_many_tokens_as_those_of_bf16_vllm(
+    method: str, kind: str, own: str, targets: dict[str, Path], tmp_path: Path
+) -> None:
+    head = getattr(draft_models, method)(targets[kind], tmp_path / "head", own)
+    assert_drafts_as_bf16_vllm(targets[kind], dict(method=method, model=str(head)), COMPRESSED)
+
+
+def test_head_with_a_smaller_vocabulary_accepts_as_many_tokens_as_that_of_bf16_vllm(
+    targets: dict[str, Path], tmp_path: Path
+) -> None:
+    target = targets["untied"]
+    head = draft_models.eagle3(target, tmp_path / "head", vocabulary=200)
+    assert_drafts_as_bf16_vllm(target, dict(method="eagle3", model=str(head)), COMPRESSED)
+
+
+@pytest.mark.parametrize("name", list(draft_models.WITH_MTP))
+def test_blocks_that_predict_a_further_token_are_those_of_bf16_vllm(
+    name: str, tmp_path: Path
+) -> None:
+    target = draft_models.with_mtp(name, tmp_path / "m")
+    # The block is a part of the target's checkpoint, and held as the target is.
+    assert_drafts_as_bf16_vllm(target, dict(method="mtp"), (("dfloat11", None),))

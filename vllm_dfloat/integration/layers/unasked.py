@@ -16,7 +16,7 @@ from vllm_dfloat.integration.seam import compat, layer_kinds, weight_readers
 from vllm_dfloat.integration.seam.names import ASKED
 
 
-def compress(model: torch.nn.Module, vllm_config: Any) -> None:
+def compress(model: torch.nn.Module, vllm_config: Any, model_config: Any) -> None:
     """Ask the config about each embedding and LM head that was not asked about, and give it the method it names.
 
     Those stay BF16 whose values the model's code reads, whose parameter layers of other kinds share, and LM heads with
@@ -28,11 +28,13 @@ def compress(model: torch.nn.Module, vllm_config: Any) -> None:
     if not unasked:
         return
     read = weight_readers.names_read(model)
+    with compat.as_current(vllm_config):
+        config = compat.quant_config_of(vllm_config, model_config)
     for layer in unasked:
         layers = sharing[_memory(layer.weight)]
         if layer_kinds.is_lm_head(layer) and len(layers) > 1:
             continue  # decided with the embedding, whose weight it has
-        config, name = vllm_config.quant_config, names[layer]
+        name = names[layer]
         if not _can_be_compressed(layer, layers):
             config.log_left_alone(f"{name} (layers of other kinds share its weight)")
             continue

@@ -86,7 +86,7 @@ class _Reporting:
             from vllm_dfloat.integration.seam import offloader
 
             self._is_new = False
-            unasked.compress(model, self._vllm_config)
+            unasked.compress(model, self._vllm_config, model_config)
             offloader.check_host_memory(self._vllm_config)
         self._load(model, model_config)
 
@@ -99,7 +99,7 @@ class _Refusing:
 
     def load_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> torch.nn.Module:
         if model_config.quantization == METHOD:
-            vllm_config.quant_config.start()
+            compat.quant_config_of(vllm_config, model_config).start()
         model: torch.nn.Module = super().load_model(  # type: ignore[misc]  # vLLM's loader follows the mixin
             vllm_config=vllm_config, model_config=model_config, prefix=prefix
         )

@@ -53,6 +53,14 @@ def current_config() -> Any | None:
     return get_current_vllm_config_or_none()
 
 
+def quant_config_of(vllm_config: Any, model_config: Any) -> Any:
+    """Return the quantization config of a model: the VllmConfig's or, for a draft with one of its own, a new one."""
+    config = vllm_config.quant_config
+    if config is not None and config.get_name() == model_config.quantization:
+        return config
+    return type(vllm_config).get_quantization_config(model_config, vllm_config.load_config)
+
+
 def as_current(config: Any) -> AbstractContextManager[Any]:
     """Return a context in which this VllmConfig is vLLM's current one."""
     from vllm.config import set_current_vllm_config
