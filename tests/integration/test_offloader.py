@@ -2,13 +2,16 @@
 
 import pytest
 import torch
+from vllm.model_executor.offloader import get_offloader, set_offloader
 from vllm.model_executor.offloader.uva import UVAOffloader
+from vllm.platforms import current_platform
 
 from vllm_dfloat.device import ops
 from vllm_dfloat.device.host_arena import KEPT_FREE, HostArena
-from vllm_dfloat.errors import DeviceError
+from vllm_dfloat.errors import DeviceError, UnsupportedError
 from vllm_dfloat.integration.layers import method
 from vllm_dfloat.integration.loading.offload import listed
+from vllm_dfloat.integration.seam import offloader as seam
 from vllm_dfloat.integration.seam.offloader import PackedOffloader, is_on_host
 
 ROWS, COLS = 64, 512
@@ -194,3 +197,29 @@ def test_layers_are_listed_in_few_words() -> None:
         "head, model.layers.0-2 (qkv, mlp.down), model.layers.10 (qkv, mlp.down), model.layers.11 (qkv)"
     )
     assert listed([]) == ""
+
+
+SWITCHES = ("VLLM_WEIGHT_OFFLOADING_DISABLE_UVA", "VLLM_WEIGHT_OFFLOADING_DISABLE_PIN_MEMORY")
+
+
+@pytest.mark.parametrize("switch", [None, *SWITCHES])
+def test_switched_off_uva_or_pinned_memory_is_refused_on_a_gpu(
+    switch: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
+    monkeypatch.setattr("vllm.model_executor.offloader.uva.is_uva_available", lambda: True)
+    monkeypatch.setattr("vllm.model_executor.offloader.base.is_pin_memory_available", lambda: True)
+    if switch:
+        monkeypatch.setenv(switch, "1")
+    before = get_offloader()
+    set_offloader(UVAOffloader(1 << 30))
+    try:
+        if switch is None:
+            seam.install()
+            assert type(get_offloader()) is PackedOffloader
+            return
+        with pytest.raises(UnsupportedError, match=f"switched off .* Unset .*{switch}"):
+            seam.install()
+        assert type(get_offloader()) is UVAOffloader  # nothing has begun
+    finally:
+        set_offloader(before)
