@@ -20,6 +20,7 @@ DEEPSEEK_EXPERTS = Experts(
     "moe_intermediate_size",
     shared="shared_experts",
     shared_width=("moe_intermediate_size", "n_shared_experts"),
+    first="first_k_dense_replace",
 )
 DEEPSEEK = Rules(is_latent=True, experts=DEEPSEEK_EXPERTS)
 GLM4_MOE = Rules(

@@ -10,6 +10,7 @@ from vllm_dfloat.checkpoint.tied import TIED_KEY, tying_config
 from vllm_dfloat.errors import FormatError, UnsupportedError, shown
 from vllm_dfloat.plan.defaults import with_defaults
 from vllm_dfloat.plan.kv_cache import EVERYTHING, Reach
+from vllm_dfloat.plan.names import with_common_names
 from vllm_dfloat.plan.reaches import layer_reaches
 from vllm_dfloat.plan.sizes import Sizes
 from vllm_dfloat.storage.json_file import MAX_CONFIG_BYTES, read_object
@@ -18,7 +19,8 @@ MAX_LAYERS = 1 << 12
 DTYPES = ("bfloat16", "float16", "float32")
 LATENT_MODELS = ("deepseek_v2", "deepseek_v3", "kimi_k2")  # whose latent attention the plan knows
 OTHER_STATES = (  # prefixes of entries that models with other kinds of layers have
-    "mamba", "ssm_", "linear_num_", "linear_attn", "attn_layer_", "hybrid_", "attn_type_list", "full_attention_interval"
+    "mamba", "ssm_", "state_size", "linear_num_", "linear_attn", "attn_layer_", "hybrid_", "attn_type_list",
+    "full_attention_interval",
 )  # fmt: skip
 _SCALED_ALREADY = ("su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling")
 
@@ -79,7 +81,8 @@ def read_model_config(file: Path) -> ModelConfig:
     whole = Sizes(where, found)
     own = whole.part("text_config").entries or found
     model_type = Sizes(where, own).text("model_type", whole.text("model_type"))
-    text = Sizes(where, with_defaults(own, model_type, is_part=own is not found))
+    named = with_common_names(own, model_type)
+    text = Sizes(where, with_defaults(named, model_type, is_part=own is not found))
     _refuse_other_states(text)
     num_layers = text.size("num_hidden_layers")
     if num_layers > MAX_LAYERS:

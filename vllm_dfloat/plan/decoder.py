@@ -73,7 +73,7 @@ def _layer(config: ModelConfig, rules: Rules, layer: int) -> Iterator[Weight]:
         yield from latent_attention(config, at, f"{prefix}.self_attn")
     else:
         yield from _attention(config, rules, at, f"{prefix}.self_attn")
-    if rules.experts and is_sparse(config, layer):
+    if rules.experts and is_sparse(config, rules.experts, layer):
         yield from experts(config, rules.experts, at, prefix)
     else:
         module, width = rules.mlp

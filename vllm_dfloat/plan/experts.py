@@ -23,6 +23,7 @@ class Experts:
         shared: the module that every token passes; its width is the product of the entries `shared_width`.
         has_shared_gate: whether a linear layer of one row scales the shared expert.
         router_itemsize: bytes per weight of the router; GLM's is float32.
+        first: the entry with the number of the first blocks, which have no experts.
         has_correction: whether a bias corrects the router's choice; DeepSeek's config says so instead.
     """
 
@@ -36,13 +37,14 @@ class Experts:
     has_shared_gate: bool = False
     router_itemsize: int = 2
     has_correction: bool = False
+    first: str = ""
 
 
-def is_sparse(config: ModelConfig, layer: int) -> bool:
+def is_sparse(config: ModelConfig, kind: Experts, layer: int) -> bool:
     """Return whether a transformer block has experts: some models have them in some blocks only."""
     if layer in config.integers("mlp_only_layers"):
         return False
-    if layer < config.count("first_k_dense_replace"):
+    if kind.first and layer < config.count(kind.first):
         return False
     steps = [config.count(name) for name in STEPS]
     if any((layer + 1) % step for step in steps if step):

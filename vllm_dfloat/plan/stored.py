@@ -22,6 +22,7 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 _LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)\.")
 _STAYS_BF16 = re.compile(r"(?:^|\.)(?:gate|router|embed_positions|wpe|position_embedding)\.weight$")
+_EXPERTS = re.compile(r"\.experts\.|\.block_sparse_moe\.(?:input|output)_linear\.")  # Granite's
 _TOWER = re.compile(r"vis|audio|speech")
 
 
@@ -135,12 +136,12 @@ def weights_of_files(files: Files, config: ModelConfig) -> list[Weight]:
         rows, cols = _as_matrix(tensor.shape)
         found = _LAYER.search(name)
         layer = int(found.group(1)) if found else -1
-        is_stack = len(tensor.shape) == 3 and ".experts." in name
+        is_stack = len(tensor.shape) == 3 and bool(_EXPERTS.search(name))
         is_matrix = is_stack or (len(tensor.shape) == 2 and name.endswith(".weight"))
         is_matrix = is_matrix and tensor.dtype in DTYPES
         is_vocab = rows == config.vocab and layer < 0
         stays_bf16 = bool(_STAYS_BF16.search(name))
-        is_cut = (is_matrix and not stays_bf16) or "expert" in name
+        is_cut = (is_matrix and not stays_bf16) or is_stack or "expert" in name
         split: Split = "vocab" if is_vocab else "rows" if is_cut else "none"
         itemsize = 2 if tensor.dtype in DTYPES else tensor.num_bytes // max(1, rows * cols)
         weights.append(

@@ -1,0 +1,28 @@
+"""One name per size: older families of models have names of their own in config.json."""
+
+from collections.abc import Mapping
+from typing import Any
+
+OTHERS = {
+    "num_hidden_layers": ("n_layer", "n_layers"),
+    "hidden_size": ("n_embd", "n_embed", "d_model"),
+    "num_attention_heads": ("n_head", "n_heads"),
+    "num_key_value_heads": ("n_head_kv", "num_kv_heads", "multi_query_group_num"),
+    "max_position_embeddings": ("n_positions", "max_seq_len", "seq_length"),
+}
+WITHOUT_POSITIONS = {"bloom": 2048}  # ALiBi: the config says no length, and vLLM takes this one
+
+
+def with_common_names(entries: Mapping[str, Any], model_type: str) -> dict[str, Any]:
+    """Return a config in which sizes have their usual names too; what is there already stays as it is."""
+    named = dict(entries)
+    for usual, others in OTHERS.items():
+        if named.get(usual) is None:
+            found = [named[other] for other in others if named.get(other) is not None]
+            if found:
+                named[usual] = found[0]
+    if named.get("multi_query") is True and not named.get("new_decoder_architecture"):
+        named["num_key_value_heads"] = 1  # Falcon and GPTBigCode, whatever the number of heads says
+    if model_type in WITHOUT_POSITIONS and named.get("max_position_embeddings") is None:
+        named["max_position_embeddings"] = WITHOUT_POSITIONS[model_type]
+    return named
