@@ -74,6 +74,7 @@ def test_compile_cache_tells_models_apart_whose_layers_have_other_layouts(
     hashes, given = set(), {"dfloat11": {"layout": "fast"}}
     for weight in (to_torch(gaussian(ROWS, COLS)), noise(ROWS, COLS)):
         vllm_config.additional_config = given
+        vllm_config.quant_config = DFloat11Config(Options(layout="fast"))
         model = torch.nn.ModuleList([layer_of(weight)])
         settings.note_layouts(vllm_config, model)
         hashes.add(vllm_config.compute_hash())

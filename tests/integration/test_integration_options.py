@@ -33,15 +33,25 @@ def test_every_layout_that_can_be_asked_for_has_its_functions() -> None:
         ({"ignore": "lm_head"}, "here: ignore is 'lm_head'; expected a list"),
         ({"ignore": [1]}, r"here: ignore is \[1\]; expected a list"),
         ({"ignore": ["re:["]}, "here: ignore has 're:\\['"),
-        ({"layout": "row"}, "here: layout: 'row'; expected one of packed, fast, dfloat11"),
+        ({"layout": "row"}, "here: layout: 'row'; expected one of packed, fast, dfloat11, auto"),
         ({"mode": 1}, "here: mode: 1; expected one of exact, fused"),
         (
             {"granularity": "model"},
             "here: granularity: 'model'; expected one of auto, layer, block",
         ),
         ({"mode": "fused", "layout": "dfloat11"}, "here: mode 'fused' with layout 'dfloat11'"),
-        ({"mode": "fused", "layout": "dfloat11"}, "it needs layout 'packed' or 'fast'. Remove one"),
+        (
+            {"mode": "fused", "layout": "dfloat11"},
+            "it needs layout 'packed' or 'fast' or 'auto'. Remove one",
+        ),
         ({"granularity": "block", "layout": "dfloat11"}, "here: granularity 'block' with layout"),
+        (
+            {"kv_tokens": 5, "layout": "fast"},
+            "kv_tokens 5 with layout 'fast'; it needs layout 'auto'",
+        ),
+        ({"kv_tokens": 0, "layout": "auto"}, "here: kv_tokens: 0; expected a number of tokens"),
+        ({"kv_tokens": "all", "layout": "auto"}, "here: kv_tokens: 'all'; expected a number"),
+        ({"granularity": "block", "layout": "auto"}, "layout 'auto'; it needs layout 'packed'. Re"),
         ({"granularity": "block", "layout": "fast"}, "layout 'fast'; it needs layout 'packed'. Re"),
     ],
 )

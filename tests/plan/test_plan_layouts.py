@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,9 @@ from helpers import gaussian, to_torch
 from vllm_dfloat.cli import main
 from vllm_dfloat.device import fast_ops, ops, unit_resident
 from vllm_dfloat.plan.layout_sizes import LAYOUTS, Codes, share_of_escapes, size_of
+from vllm_dfloat.plan.memory import Settings
 from vllm_dfloat.plan.packed_size import mean_code_bits
+from vllm_dfloat.plan.plan import Plan, fast_layers, make_plan
 from vllm_dfloat.plan.weights import Part, Weight
 
 CONFIGS = Path(__file__).parents[1] / "data" / "configs"
@@ -70,3 +73,42 @@ def test_groups_are_of_packed_weights_only(capsys: pytest.CaptureFixture[str]) -
     options = ["--gpu-memory", "24GiB", "--layout", "fast", "--granularity", "block"]
     assert main(["plan", model, *options]) == 2
     assert "--granularity block with --layout fast: only packed" in capsys.readouterr().err
+
+
+def auto(kv_tokens: int, **others: object) -> Plan:
+    settings = dict(gpu_memory=24 << 30, max_model_len=8192, layout="auto", kv_tokens=kv_tokens)
+    return make_plan(str(CONFIGS / "Llama-3.1-8B.json"), Settings(**{**settings, **others}))
+
+
+@pytest.mark.parametrize("tokens", [70_000, 73_000, 78_000])
+def test_auto_leaves_the_tokens_that_were_asked_for_and_little_more(tokens: int) -> None:
+    plan = auto(tokens)
+    assert tokens <= plan.dfloat11.tokens
+    # One more matrix in the fast layout, the smallest that is left, would take the rest.
+    smallest = 4096 * 4096 * 1.2 / 8 / 131_072
+    assert plan.dfloat11.tokens < tokens + smallest + 32 or len(plan.ranks[0].fast) >= 128
+    assert 0 < len(plan.ranks[0].fast) < 130
+
+
+def test_auto_takes_blocks_before_the_head_and_never_an_embedding() -> None:
+    (all_of_them,) = (rank.fast for rank in auto(1).ranks)
+    assert "lm_head" in all_of_them
+    assert "model.embed_tokens" not in all_of_them
+    (some,) = (rank.fast for rank in auto(70_000).ranks)
+    assert all_of_them - some == {"lm_head"}
+    tied = make_plan(str(CONFIGS / "gemma-3-1b-it.json"), Settings(layout="auto", kv_tokens=1))
+    assert "model.embed_tokens" in tied.ranks[0].fast  # it is the head
+
+
+def test_auto_chooses_for_each_stage_and_says_so_where_nothing_has_room() -> None:
+    first, second = (rank.fast for rank in auto(1, pp=2).ranks)
+    assert {name.split(".")[2] for name in first} == {str(layer) for layer in range(16)}
+    assert first.isdisjoint(second)
+    plan = auto(100_000)
+    assert plan.ranks[0].fast == frozenset()
+    assert "since with any of them fast there would be no room for 100,000 tokens" in plan.notes[-1]
+    assert fast_layers(plan.model, plan.settings) == (frozenset(), plan.notes[-1])
+    assert (
+        fast_layers(plan.model, replace(plan.settings, kv_tokens=73_000))[0]
+        == auto(73_000).ranks[0].fast
+    )

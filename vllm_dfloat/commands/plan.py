@@ -67,8 +67,11 @@ def add_plan(commands: Any) -> argparse.ArgumentParser:
         "--granularity", choices=("layer", "block"), default="layer", help="what is decoded at a time (default: layer)"
     )  # fmt: skip
     parser.add_argument(
-        "--layout", choices=("packed", "fast", "dfloat11", "all"), default="packed",
-        help="how compressed weights are held, as the option of that name; all: each, beside BF16 (default: packed)",
+        "--layout", choices=("packed", "fast", "dfloat11", "auto", "all"), default="packed",
+        help="how compressed weights are held, as the option of that name; all: the first three, beside BF16",
+    )  # fmt: skip
+    parser.add_argument(
+        "--kv-tokens", type=int, help="that --layout auto leaves room for (default: one request of --max-model-len)"
     )  # fmt: skip
     parser.add_argument(
         "--code-bits", type=float, help="bits per exponent (default: measured, or 2.7 assumed)"
@@ -107,6 +110,7 @@ def run(args: argparse.Namespace) -> int:
         cpu_offload=int(args.cpu_offload_gb * GIB),
         expert_parallel=args.enable_expert_parallel,
         granularity=args.granularity,
+        kv_tokens=args.kv_tokens,
         layout=layout_sizes.LAYOUTS[0] if args.layout == "all" else args.layout,
     )  # fmt: skip
     layout_sizes.check(args.layout, args.granularity)
@@ -149,7 +153,13 @@ def _ranks(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    for name in ("max_model_len", "block_size", "max_num_batched_tokens", "max_num_seqs"):
+    for name in (
+        "max_model_len",
+        "block_size",
+        "max_num_batched_tokens",
+        "max_num_seqs",
+        "kv_tokens",
+    ):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UnsupportedError(f"--{name.replace('_', '-')} {value}: expected at least 1.")

@@ -1,6 +1,7 @@
 """The quantization config `dfloat11`: decides for each layer whether it is compressed."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from vllm_dfloat.checkpoint.folder import CONFIG_KEY
 from vllm_dfloat.errors import UnsupportedError
 from vllm_dfloat.integration.seam import compat, layer_kinds
 from vllm_dfloat.integration.seam.names import ASKED, METHOD, logger
-from vllm_dfloat.integration.seam.options import Options
+from vllm_dfloat.integration.seam.options import AUTO, Options
 from vllm_dfloat.integration.seam.refusal import refusal
 
 NAMELESS_EMBEDDING = "model.embed_tokens"  # for models that create the embedding without a name
@@ -31,6 +32,7 @@ class DFloat11Config(QuantizationConfig):  # type: ignore[misc]  # vLLM is untyp
         self.is_official = is_official
         self._started = False
         self._logged: set[str] = set()
+        self._fast_layers: frozenset[str] = frozenset()
         self._unused_ignore = set(self.options.ignore)
         _install()
 
@@ -80,7 +82,7 @@ class DFloat11Config(QuantizationConfig):  # type: ignore[misc]  # vLLM is untyp
 
             if self._is_left_alone(layer, prefix):
                 return UnquantizedLinearMethod()
-            return DFloat11LinearMethod(prefix, self.options)
+            return DFloat11LinearMethod(prefix, self._options_of(prefix))
         if isinstance(layer, VocabParallelEmbedding):
             return self._embedding_method(layer, prefix)
         if layer_kinds.is_experts(layer):  # models have subclasses, such as GptOssRoutedExperts
@@ -92,7 +94,7 @@ class DFloat11Config(QuantizationConfig):  # type: ignore[misc]  # vLLM is untyp
 
         if self._is_left_alone(layer, name):
             return None
-        method = DFloat11ExpertsMethod(layer.moe_config, name, self.options)
+        method = DFloat11ExpertsMethod(layer.moe_config, name, self._options_of(name))
         if not method.can_compress:
             self.log_left_alone(f"experts (vLLM's kernel {method.backend} holds them itself)")
             return None
@@ -115,7 +117,14 @@ class DFloat11Config(QuantizationConfig):  # type: ignore[misc]  # vLLM is untyp
         name = prefix or ("lm_head" if is_head else NAMELESS_EMBEDDING)
         if self._is_left_alone(layer, name) or self._is_read_as_head(is_head):
             return IgnoredLMHeadMethod() if is_head else None
-        return DFloat11EmbeddingMethod(name, self.options)
+        return DFloat11EmbeddingMethod(name, self._options_of(name))
+
+    def _options_of(self, name: str) -> Options:
+        """Return the options of one layer, of which "auto" chooses the layout."""
+        if self.options.layout != AUTO:
+            return self.options
+        layout = "fast" if name in self._fast_layers else "packed"
+        return replace(self.options, layout=layout, kv_tokens=None)
 
     def _is_read_as_head(self, is_head: bool) -> bool:
         model_config = getattr(compat.current_config(), "model_config", None)
@@ -191,6 +200,11 @@ class DFloat11Config(QuantizationConfig):  # type: ignore[misc]  # vLLM is untyp
             raise UnsupportedError(f"dfloat11 does not work with {reason}")
         self._check_official(str(config.load_config.load_format))
         settings.prepare(config)
+        if self.options.layout == AUTO:
+            from vllm_dfloat.integration.loading import auto_layout
+
+            self._fast_layers, line = auto_layout.choose(config, self.options.kv_tokens)
+            self._log_once(line)
         self._started = True
 
     def _check_official(self, load_format: str) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from vllm_dfloat.checkpoint.names import innermost_block
 from vllm_dfloat.codec.descriptor import MAX_MEMBERS
 from vllm_dfloat.errors import UnsupportedError
+from vllm_dfloat.plan.auto import Candidate, bytes_for, choose, is_multiplied
 from vllm_dfloat.plan.byte_sizes import GIB
 from vllm_dfloat.plan.config import ModelConfig
 from vllm_dfloat.plan.kv_cache import KVCache, group_layers, latent_page_bytes, page_bytes
@@ -34,7 +35,8 @@ class Settings:
         in_flight_batches: batches that are scheduled at once; None for vLLM's choice on a GPU.
         cpu_offload: bytes per GPU that weights may take in host memory (--cpu-offload-gb); 0 for none.
         expert_parallel: whether ranks share experts whole (--enable-expert-parallel), not each of them in parts.
-        layout: how compressed weights are held, of layout_sizes.py.
+        layout: how compressed weights are held, of layout_sizes.py, or "auto" (auto.py).
+        kv_tokens: that "auto" leaves room for; None for those of one request of --max-model-len.
         granularity: "layer" or "block", what is decoded in one launch.
         slots: scratch buffers in use at the same time; None for as many as the model needs on a GPU.
     """
@@ -54,6 +56,7 @@ class Settings:
     cpu_offload: int = 0
     expert_parallel: bool = False
     layout: str = "packed"
+    kv_tokens: int | None = None
     granularity: str = "layer"
     slots: int | None = None
 
@@ -88,6 +91,7 @@ class Rank:
         largest: the largest compressed layer, as BF16.
         overhead: everything else.
         bf16_host, dfloat11_host: those of the weights that lie in host memory.
+        fast: the layers that "auto" holds in the fast layout.
     """
 
     stage: int
@@ -103,6 +107,7 @@ class Rank:
     overhead: int
     bf16_host: int = 0
     dfloat11_host: int = 0
+    fast: frozenset[str] = frozenset()
 
     @property
     def bits_per_weight(self) -> float:
@@ -150,7 +155,11 @@ def ranks_of(
     ranks = []
     for stage, layers in enumerate(split_layers(config.num_layers, settings.pp)):
         held = [w for w in weights if w.is_on_stage(stage, layers, settings.pp)]
-        ranks.append(_rank(config, held, settings, codes, stage, layers, slots))
+        rank = _rank(config, held, settings, codes, stage, layers, slots)
+        if settings.layout == "auto":
+            fast = _fast(config, held, settings, codes, rank)
+            rank = _rank(config, held, settings, codes, stage, layers, slots, fast)
+        ranks.append(rank)
     return ranks
 
 
@@ -162,6 +171,7 @@ def _rank(
     stage: int,
     layers: range,
     slots: int,
+    fast: frozenset[str] = frozenset(),
 ) -> Rank:
     bf16 = dfloat11 = bf16_towers = dfloat11_towers = numel = coded = largest = scratch = 0
     groups: dict[str, list[int]] = {}
@@ -173,7 +183,7 @@ def _rank(
         rows, cols = weight.shape_of_rank(settings.tp, settings.expert_parallel)
         plain = kept = weight.itemsize * rows * cols
         if weight.is_compressed:
-            packed = size_of(settings.layout, weight, rows, cols, codes)
+            packed = size_of(_layout(settings, weight, fast), weight, rows, cols, codes)
             kept = packed.num_bytes
             if module := weight.expert_layer:
                 decoded, whole = experts.get(module, (_flag_bytes(weight), 0))
@@ -201,8 +211,33 @@ def _rank(
         overhead = RESERVE + rotary_bytes(config, layers) + activation_bytes(config, settings)
     return Rank(
         stage, layers, bf16, dfloat11, bf16_towers, dfloat11_towers, numel, coded, total, largest, overhead,
-        bf16_on_host(in_blocks, settings.cpu_offload), dfloat11_on_host(in_blocks, settings.cpu_offload),
+        bf16_on_host(in_blocks, settings.cpu_offload), dfloat11_on_host(in_blocks, settings.cpu_offload), fast,
     )  # fmt: skip
+
+
+def _layout(settings: Settings, weight: Weight, fast: frozenset[str]) -> str:
+    if settings.layout != "auto":
+        return settings.layout
+    return "fast" if weight.name in fast else "packed"
+
+
+def _fast(
+    config: ModelConfig, held: Sequence[Weight], settings: Settings, codes: Codes, packed: Rank
+) -> frozenset[str]:
+    """Return the layers of a rank that "auto" holds in the fast layout, given its plan with all of them packed."""
+    length = settings.max_model_len or config.context
+    cache = kv_cache_of(config, settings)
+    wanted = settings.kv_cache_memory
+    if wanted is None:
+        wanted = bytes_for(settings.kv_tokens or length, cache, packed.layers, length)
+    taken = packed.dfloat11_weights - packed.dfloat11_host + packed.scratch + packed.overhead
+    limit = settings.requested if settings.kv_cache_memory is None else settings.gpu_memory
+    candidates = []
+    for weight in filter(is_multiplied, held):
+        shape = weight.shape_of_rank(settings.tp, settings.expert_parallel)
+        sizes = [size_of(name, weight, *shape, codes).num_bytes for name in ("fast", "packed")]
+        candidates.append(Candidate(weight.name, weight.layer >= 0, max(0, sizes[0] - sizes[1])))
+    return choose(candidates, limit - taken - wanted)
 
 
 def _flag_bytes(experts: Weight) -> int:

@@ -102,7 +102,7 @@ def make_plan(model: str, settings: Settings, code_bits: float | None = None) ->
     weights, told = _weights(config, files)
     notes += told
     codes, code_bits_told = _code_bits(files, code_bits)
-    if settings.layout == "fast":
+    if settings.layout in ("fast", "auto"):
         code_bits_told += f"; {_escapes(files)} of weights escaped"
     ranks = ranks_of(config, weights, settings, codes)
     cache = kv_cache_of(config, settings)
@@ -115,11 +115,46 @@ def make_plan(model: str, settings: Settings, code_bits: float | None = None) ->
         _outcome(ranks, cache, settings, config.context, compressed=c) for c in (False, True)
     )
     notes += notes_on(config, weights, files)
+    if settings.layout == "auto":
+        notes.append(_auto(ranks, weights, settings, config))
     return Plan(
         model, config, settings, sum(weight.numel for weight in weights),
         sum(weight.numel for weight in weights if weight.is_compressed),
         ranks, cache, bf16, dfloat11, code_bits_told, tuple(notes),
     )  # fmt: skip
+
+
+def fast_layers(model: str, settings: Settings) -> tuple[frozenset[str], str]:
+    """Return the layers that "auto" holds in the fast layout, by vLLM's names, and a sentence on the choice.
+
+    It reads config.json and the headers of the files, and no weights. The settings are those of "auto".
+
+    Raises:
+        FormatError, UnsupportedError: as `make_plan`.
+    """
+    file = config_file(model)
+    config = read_model_config(file)
+    files, _ = _files(model, file, config)
+    if stores_another_head(files, config):
+        config = replace(config, tied=False)
+    weights, _ = _weights(config, files)
+    ranks = ranks_of(config, weights, settings, _code_bits(None, None)[0])
+    fast = frozenset().union(*(rank.fast for rank in ranks))
+    return fast, _auto(ranks, weights, settings, config)
+
+
+def _auto(ranks: list[Rank], weights: list[Weight], settings: Settings, config: ModelConfig) -> str:
+    fast = frozenset().union(*(rank.fast for rank in ranks))
+    tokens = settings.kv_tokens or settings.max_model_len or config.context
+    room = f"{tokens:,} tokens of KV cache"
+    if settings.kv_cache_memory is not None:
+        room = f"{settings.kv_cache_memory:,} bytes of KV cache"
+    if not fast:
+        return f"auto: all matrices packed, since with any of them fast there would be no room for {room}"
+    count = sum(weight.is_compressed for weight in weights)
+    return (
+        f"auto: {len(fast)} of {count} matrices fast, the others packed, which should leave {room}"
+    )
 
 
 def _files(model: str, file: Path, config: ModelConfig) -> tuple[Files | None, list[str]]:

@@ -35,14 +35,15 @@ def prepare(config: Any) -> None:
 def note_layouts(config: Any, model: torch.nn.Module) -> None:
     """After loading: let vLLM's compile cache tell models apart in which other layers have another layout.
 
-    A compiled graph names each layer's layout, and that depends on values where a matrix would not have shrunk. The
-    cache hashes options, and no weights.
+    A compiled graph names each layer's layout, and that depends on values where a matrix would not have shrunk, and on
+    the GPU's memory with "auto". The cache hashes options, and no weights.
     """
     methods: list[Any] = [getattr(layer, "quant_method", None) for layer in model.modules()]
+    asked = config.quant_config.options.layout
     held = {
         method.name: method.layout
         for method in methods
-        if getattr(method, "layout", "") != getattr(method, "asked_layout", "")
+        if getattr(method, "layout", asked) != asked
     }
     if not held:
         return

@@ -8,10 +8,11 @@ from typing import Any
 from vllm_dfloat.errors import UnsupportedError
 
 LAYOUTS = ("packed", "fast", "dfloat11")  # their functions are in layouts.py
+AUTO = "auto"  # as a layout: fast for some layers, packed for the others
 MODES = ("exact", "fused")
 GRANULARITIES = ("auto", "layer", "block")
 # Values of options that only these layouts have kernels for.
-NEEDS = (("mode", "fused", ("packed", "fast")), ("granularity", "block", ("packed",)))
+NEEDS = (("mode", "fused", ("packed", "fast", AUTO)), ("granularity", "block", ("packed",)))
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,9 @@ class Options:
         ignore: layers left in BF16: names, names with * and ?, or "re:" and a regular expression, as in vLLM's
             online quantization. A fused layer (qkv_proj) may be given by its own name or by the names of all its parts.
         layout: how compressed weights are held: "packed", the smallest; "fast", larger by 1.3 bits per weight and read
-            with fewer instructions; or "dfloat11", the official layout.
+            with fewer instructions; or "dfloat11", the official layout; or "auto": fast for as many layers as leave
+            room for `kv_tokens`, packed for the others.
+        kv_tokens: tokens of KV cache that layout "auto" leaves room for; None for one request of --max-model-len.
         mode: "exact" gives the bits of BF16 vLLM; "fused" multiplies small batches directly by compressed weights.
         granularity: decode one "layer" per launch, or all linear layers of a transformer "block"; "auto" takes the one
             that was measured to be faster for groups of that size on that GPU (kernels/configs.py).
@@ -32,6 +35,7 @@ class Options:
     layout: str = "packed"
     mode: str = "exact"
     granularity: str = "auto"
+    kv_tokens: int | None = None
 
     def updated(self, given: Mapping[str, Any], where: str) -> "Options":
         """Return a copy of these options with the entries of `given` replaced.
@@ -51,9 +55,10 @@ class Options:
             merged[name] = value
         options = Options(
             ignore=_patterns(merged["ignore"], where),
-            layout=_one_of(LAYOUTS, merged["layout"], f"{where}: layout"),
+            layout=_one_of((*LAYOUTS, AUTO), merged["layout"], f"{where}: layout"),
             mode=_one_of(MODES, merged["mode"], f"{where}: mode"),
             granularity=_one_of(GRANULARITIES, merged["granularity"], f"{where}: granularity"),
+            kv_tokens=_count(merged["kv_tokens"], f"{where}: kv_tokens"),
         )
         for name, value, layouts in NEEDS:
             if options.layout not in layouts and getattr(options, name) == value:
@@ -61,6 +66,11 @@ class Options:
                     f"{where}: {name} {value!r} with layout {options.layout!r}; it needs layout "
                     f"{' or '.join(map(repr, layouts))}. Remove one of the two."
                 )
+        if options.kv_tokens is not None and options.layout != AUTO:
+            raise UnsupportedError(
+                f"{where}: kv_tokens {options.kv_tokens} with layout {options.layout!r}; it needs layout {AUTO!r}. "
+                "Remove one of the two."
+            )
         return options
 
 
@@ -68,6 +78,12 @@ def _one_of(choices: tuple[str, ...], value: Any, where: str) -> str:
     if value not in choices:
         raise UnsupportedError(f"{where}: {value!r}; expected one of {', '.join(choices)}.")
     return str(value)
+
+
+def _count(value: Any, where: str) -> int | None:
+    if value is not None and (type(value) is not int or value < 1):
+        raise UnsupportedError(f"{where}: {value!r}; expected a number of tokens, at least 1.")
+    return value
 
 
 def _patterns(value: Any, where: str) -> tuple[str, ...]:

@@ -1,0 +1,48 @@
+"""Layout "auto": the plan's choice of the layers that are held in the fast layout, from vLLM's settings."""
+
+from typing import Any
+
+from vllm_dfloat.errors import DFloatError
+
+
+def choose(config: Any, kv_tokens: int | None) -> tuple[frozenset[str], str]:
+    """Return the layers to hold in the fast layout, and a line that says how many, or why none.
+
+    It is the choice of `vllm-dfloat plan --layout auto`: from config.json and the headers of the files, before anything
+    is loaded. Ranks of one pipeline stage choose alike, if their GPUs are.
+
+    Args:
+        config: vLLM's, whose memory, parallelism and lengths count.
+        kv_tokens: that must find room; None for one request of --max-model-len.
+    """
+    from vllm.platforms import current_platform
+
+    from vllm_dfloat.plan.byte_sizes import GIB
+    from vllm_dfloat.plan.memory import Settings
+    from vllm_dfloat.plan.plan import fast_layers
+
+    cache, parallel, scheduler = (
+        config.cache_config,
+        config.parallel_config,
+        config.scheduler_config,
+    )
+    offload = getattr(getattr(config, "offload_config", None), "uva", None)
+    settings = Settings(
+        tp=parallel.tensor_parallel_size,
+        pp=parallel.pipeline_parallel_size,
+        gpu_memory=current_platform.get_device_total_memory(),
+        gpu_memory_utilization=cache.gpu_memory_utilization,
+        max_model_len=config.model_config.max_model_len,
+        kv_cache_dtype=str(cache.cache_dtype),
+        max_num_batched_tokens=scheduler.max_num_batched_tokens,
+        max_num_seqs=scheduler.max_num_seqs,
+        kv_cache_memory=None if kv_tokens else cache.kv_cache_memory_bytes,
+        cpu_offload=int(GIB * getattr(offload, "cpu_offload_gb", 0)),
+        expert_parallel=parallel.enable_expert_parallel,
+        layout="auto",
+        kv_tokens=kv_tokens,
+    )
+    try:
+        return fast_layers(str(config.model_config.model), settings)
+    except DFloatError as error:
+        return frozenset(), f"auto: all layers are packed, since the plan is not known: {error}"
