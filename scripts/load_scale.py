@@ -1,12 +1,14 @@
 """Measure the memory that a rank needs while loading, on the real shapes of a large model, one rank at a time.
 
     python scripts/load_scale.py [--shape llama-3.1-405b] [--layers 1] [--tp 8] [--ranks 0,7] [--json FILE]
+    python scripts/load_scale.py --shape qwen3-235b-a22b [--enable-expert-parallel]
 
 Writes random weights N(0, 0.02): embedding, LM head and `--layers` transformer blocks (a 405B: 14.8 GB), compresses
 them with the real command (10 GB more), and loads each rank from both checkpoints with vLLM's loader, each in its own
 process (bench/load/rank.py), from files outside of the page cache. The peak must stay below the sum of the bytes held
-after loading, two of the rank's largest layers, and the scratch; otherwise the exit status is 1. The script also prints
-the total for all layers, and the numbers of `vllm-dfloat plan`. All files are in a temporary folder, or in `--folder`.
+after loading, two of the rank's largest layers (the experts of a block are one layer), and the scratch; otherwise the
+exit status is 1. The script also prints the total for all layers, and the numbers of `vllm-dfloat plan`. All files are
+in a temporary folder, or in `--folder`.
 """
 
 from __future__ import annotations
@@ -26,12 +28,13 @@ from bench.serve.model import SHAPES, BenchError
 GIB = 1 << 30
 
 
-def planned(model: Path, tp: int, code_bits: float | None = None) -> dict[str, int]:
+def planned(model: Path, args: argparse.Namespace) -> dict[str, int]:
     """Return the numbers of `vllm-dfloat plan` for a rank, in bytes."""
     from vllm_dfloat.plan.memory import Settings
     from vllm_dfloat.plan.plan import make_plan
 
-    rank = make_plan(str(model), Settings(tp=tp), code_bits).ranks[0]
+    settings = Settings(tp=args.tp, expert_parallel=args.enable_expert_parallel)
+    rank = make_plan(str(model), settings).ranks[0]
     return {
         "held_bytes": rank.dfloat11_weights,
         "scratch_bytes": rank.scratch,
@@ -43,7 +46,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Make the checkpoints and load every rank from each; return all results."""
     original, compressed = folder / "bf16", folder / "dfloat11"
     config = write_model(args.shape, args.layers, original)
-    if not (compressed / "dfloat11_manifest.json").exists():
+    if "official" in args.checkpoints and not (compressed / "dfloat11_manifest.json").exists():
         command = [
             sys.executable,
             "-m",
@@ -62,6 +65,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         model = original if kind == "bf16" else compressed
         for rank in args.ranks or range(args.tp):
             options = ["--quantization", "dfloat11", "--tp", str(args.tp), "--rank", str(rank)]
+            options += ["--enable-expert-parallel"] * args.enable_expert_parallel
             found = load_rank(model, *options)
             found["bound_bytes"] = (
                 found["held_bytes"] + 2 * found["largest_layer_bytes"] + found["scratch_bytes"]
@@ -76,9 +80,10 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "layers": args.layers,
         "all_layers": all_layers,
         "tp": args.tp,
+        "enable_expert_parallel": args.enable_expert_parallel,
         "ranks": ranks,
-        "plan": planned(original, args.tp),
-        "plan_of_all_layers": planned(whole, args.tp),
+        "plan": planned(original, args),
+        "plan_of_all_layers": planned(whole, args),
     }
 
 
@@ -141,6 +146,9 @@ def main() -> int:
     )
     parser.add_argument(
         "--tp", type=int, default=8, help="ranks of tensor parallelism (default: 8)"
+    )
+    parser.add_argument(
+        "--enable-expert-parallel", action="store_true", help="ranks hold whole experts, as in vLLM"
     )
     parser.add_argument("--ranks", type=numbers, help="which to load, such as 0,7 (default: all)")
     parser.add_argument(

@@ -1,6 +1,6 @@
 """Load one rank of a tensor-parallel model with vLLM's own loader, alone in this process, and print what it took.
 
-    python scripts/bench/load/rank.py MODEL [--quantization dfloat11] [--tp 8] [--rank 0]
+    python scripts/bench/load/rank.py MODEL [--quantization dfloat11] [--tp 8] [--rank 0] [--enable-expert-parallel]
 
 The process is a process group of one that claims to be rank R of N. While a model loads, layers, weight loaders and
 vocabulary shards ask the group only for these two numbers, so they load exactly the shards of that rank. The script
@@ -97,6 +97,7 @@ def load(args: argparse.Namespace) -> dict[str, Any]:
     config = EngineArgs(
         model=str(args.model),
         quantization=args.quantization,
+        enable_expert_parallel=args.enable_expert_parallel,
         skip_tokenizer_init=True,
         max_model_len=128,
         enforce_eager=True,
@@ -139,21 +140,26 @@ def compile_codecs() -> None:
 
 def held(model: Any) -> dict[str, int]:
     """Return the bytes that the rank holds after loading, and those of its largest layer in BF16."""
-    from vllm_dfloat.integration.layers.method import packed_of
+    from vllm_dfloat.integration.layers.method import weights_of
     from vllm_dfloat.integration.loading.report import summarize
 
     summary = summarize(model)
-    packed = [weight for module in model.modules() if (weight := packed_of(module)) is not None]
+    layers = [list(weights_of(module).values()) for module in model.modules()]
+    packed = [weight for weights in layers for weight in weights]
     blocks = [w for w in packed if ".layers." in w.name]
     return {
         "bf16_bytes": summary.bf16_bytes,
         "held_bytes": summary.held_bytes,
         "scratch_bytes": summary.scratch_bytes,
-        "largest_layer_bytes": max((2 * w.rows * w.cols for w in packed), default=0),
+        "largest_layer_bytes": max(map(_bf16_bytes, layers)),
         "block_bytes": sum(w.num_bytes for w in blocks),
-        "block_bf16_bytes": sum(2 * w.rows * w.cols for w in blocks),
+        "block_bf16_bytes": _bf16_bytes(blocks),
         "checksums": sum(int(w.checksum) for w in packed),
     }
+
+
+def _bf16_bytes(packed: list[Any]) -> int:
+    return sum(2 * weight.rows * weight.cols for weight in packed)
 
 
 def main() -> int:
@@ -162,6 +168,7 @@ def main() -> int:
     parser.add_argument("--quantization", choices=("dfloat11",))
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--rank", type=int, default=0)
+    parser.add_argument("--enable-expert-parallel", action="store_true")
     args = parser.parse_args()
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     result = load(args)
