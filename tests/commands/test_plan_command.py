@@ -73,6 +73,11 @@ def test_units_of_memory(memory: str, num_bytes: int, capsys: pytest.CaptureFixt
             ["--gpu-memory", "80GiB", "--gpus", "8", "--tp", "4"],
             "--gpus 8: --tp 4 times --pp 1 is 4",
         ),
+        (
+            ["--gpu-memory", "80GiB", "--gpus", "8", "--dp", "3"],
+            "--gpus 8: --tp 2 times --pp 1 times --dp 3 is 6",
+        ),
+        (["--gpu-memory", "80GiB", "--dp", "0"], "--dp 0: expected at least 1"),
         (["--gpu-memory", "80GiB", "--gpus", "0"], "--gpus 0: expected at least 1"),
         (["--gpu-memory", "80GiB", "--max-model-len", "131073"], "made for 131072 tokens"),
         (["--gpu-memory", "80GiB", "--max-model-len", "-1"], "--max-model-len -1"),

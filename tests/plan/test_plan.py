@@ -171,6 +171,23 @@ def test_ranks_share_experts_whole_or_in_parts() -> None:
         weight.shape_of_rank(5)
 
 
+def test_engines_of_data_parallelism_share_routed_experts_and_nothing_else() -> None:
+    model = config_of("Qwen3-30B-A3B")
+    settings = [Settings(), Settings(dp=4), Settings(dp=4, expert_parallel=True), Settings(tp=4)]
+    one, in_parts, whole, tensor = (make_plan(model, each).ranks[0] for each in settings)
+    of_experts = 2 * 48 * 128 * 3 * 768 * 2048
+    assert in_parts.bf16_weights == whole.bf16_weights == one.bf16_weights - of_experts * 3 // 4
+    assert in_parts.scratch == whole.scratch < one.scratch
+    plans = [make_plan(model, each) for each in settings]
+    assert plans[1].kv_bytes_per_token(in_parts) == plans[0].kv_bytes_per_token(one)
+    assert tensor.bf16_weights < in_parts.bf16_weights
+    weight = next(one for one in known_weights(plans[0].config) if one.num_experts)
+    assert weight.shape_of_rank(2, dp=4) == (2 * 96, 128 * 2048)
+    assert weight.shape_of_rank(2, expert_parallel=True, dp=3) == (2 * 768, 22 * 2048)
+    with pytest.raises(UnsupportedError, match=r"--tp 2 times --dp 5: .* 10 ranks"):
+        weight.shape_of_rank(2, dp=5)
+
+
 def test_a_fixed_cache_must_fit_beside_the_weights() -> None:
     for cache, fits in ((11 * GIB, True), (12 * GIB, False)):
         settings = Settings(gpu_memory=24 * GIB, kv_cache_memory=cache, overhead=GIB)

@@ -24,7 +24,7 @@ def run(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
 
 def test_the_commands_are_there() -> None:
     assert len(BLOCKS) == 2
-    assert len(ROWS) == 12
+    assert len(ROWS) == 14
 
 
 @pytest.mark.parametrize(("command", "output"), BLOCKS)

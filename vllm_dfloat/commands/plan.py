@@ -25,15 +25,21 @@ def add_plan(commands: Any) -> argparse.ArgumentParser:
         "plan", help="say whether a model fits, and how long a context, before anything is loaded", epilog=EXAMPLE
     )  # fmt: skip
     parser.add_argument("model", help="folder of a model, its config.json alone, or a hub id")
-    parser.add_argument("--gpus", type=int, help="how many GPUs (default: --tp times --pp)")
+    parser.add_argument(
+        "--gpus", type=int, help="how many GPUs (default: --tp times --pp times --dp)"
+    )
     parser.add_argument(
         "--gpu-memory", required=True, metavar="SIZE",
         help="of each GPU, with a unit: 80GiB, or 81920MiB as nvidia-smi shows it; 80GB and 80G are 80 * 10**9 bytes",
     )  # fmt: skip
     parser.add_argument(
-        "--tp", type=int, help="ranks of tensor parallelism (default: the GPUs / --pp)"
+        "--tp", type=int, help="ranks of tensor parallelism (default: the GPUs / --pp / --dp)"
     )
     parser.add_argument("--pp", type=int, default=1, help="pipeline stages (default: 1)")
+    parser.add_argument(
+        "--dp", "--data-parallel-size", type=int, default=1,
+        help="engines that share routed experts, and nothing else (default: 1)",
+    )  # fmt: skip
     parser.add_argument(
         "--enable-expert-parallel", "--expert-parallel", action="store_true",
         help="each rank holds whole experts, as with vLLM's option of that name",
@@ -98,6 +104,7 @@ def run(args: argparse.Namespace) -> int:
     settings = Settings(
         tp=tp,
         pp=args.pp,
+        dp=args.dp,
         gpu_memory=gpu_memory,
         gpu_memory_utilization=args.gpu_memory_utilization,
         max_model_len=args.max_model_len,
@@ -138,16 +145,18 @@ def _ranks(args: argparse.Namespace) -> int:
     """Return the ranks of tensor parallelism.
 
     Raises:
-        UnsupportedError: --gpus, --tp and --pp contradict each other.
+        UnsupportedError: --gpus, --tp, --pp and --dp contradict each other.
     """
-    for name in ("gpus", "tp", "pp"):
+    for name in ("gpus", "tp", "pp", "dp"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UnsupportedError(f"--{name} {value}: expected at least 1.")
-    tp: int = args.tp or max(1, (args.gpus or 1) // args.pp)
-    if args.gpus is not None and tp * args.pp != args.gpus:
+    rest = args.pp * args.dp
+    tp: int = args.tp or max(1, (args.gpus or 1) // rest)
+    if args.gpus is not None and tp * rest != args.gpus:
+        others = f" times --dp {args.dp}" if args.dp > 1 else ""
         raise UnsupportedError(
-            f"--gpus {args.gpus}: --tp {tp} times --pp {args.pp} is {tp * args.pp}; expected the same number."
+            f"--gpus {args.gpus}: --tp {tp} times --pp {args.pp}{others} is {tp * rest}; expected the same number."
         )
     return tp
 

@@ -34,6 +34,7 @@ class Settings:
         kv_cache_memory: bytes of KV cache per rank; None for what is left.
         in_flight_batches: batches that are scheduled at once; None for vLLM's choice on a GPU.
         cpu_offload: bytes per GPU that weights may take in host memory (--cpu-offload-gb); 0 for none.
+        dp: data-parallel ranks, engines with weights and a KV cache of their own that share the routed experts.
         expert_parallel: whether ranks share experts whole (--enable-expert-parallel), not each of them in parts.
         layout: how compressed weights are held, of layout_sizes.py, or "auto" (auto.py).
         kv_tokens: that "auto" leaves room for; None for those of one request of --max-model-len.
@@ -43,6 +44,7 @@ class Settings:
 
     tp: int = 1
     pp: int = 1
+    dp: int = 1
     gpu_memory: int = 80 * GIB
     gpu_memory_utilization: float = 0.92
     max_model_len: int | None = None
@@ -59,6 +61,12 @@ class Settings:
     kv_tokens: int | None = None
     granularity: str = "layer"
     slots: int | None = None
+
+    @property
+    def ranks(self) -> str:
+        """How the GPUs share the model, in words."""
+        engines = f" x DP {self.dp}" if self.dp > 1 else ""
+        return f"TP {self.tp} x PP {self.pp}{engines}"
 
     @property
     def requested(self) -> int:
@@ -180,7 +188,7 @@ def _rank(
     ] = {}  # scratch and BF16 bytes of the tensors of a layer of experts
     in_blocks: list[BlockWeight] = []
     for weight in held:
-        rows, cols = weight.shape_of_rank(settings.tp, settings.expert_parallel)
+        rows, cols = weight.shape_of_rank(settings.tp, settings.expert_parallel, settings.dp)
         plain = kept = weight.itemsize * rows * cols
         if weight.is_compressed:
             packed = size_of(_layout(settings, weight, fast), weight, rows, cols, codes)

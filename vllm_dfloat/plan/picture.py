@@ -159,7 +159,7 @@ def _title(plan: Plan) -> str:
     name = one_line(plan.model.rstrip("/"), NAME_LENGTH).replace(
         "$", r"\$"
     )  # or it would be mathematics
-    gpus = settings.tp * settings.pp
+    gpus = settings.tp * settings.pp * settings.dp
     memory = show_size(settings.gpu_memory)
     what = f"{gpus} GPUs of {memory} each" if gpus > 1 else f"a GPU of {memory}"
-    return f"{name}\nTP {settings.tp} x PP {settings.pp}, {what}: {verdict(plan)}"
+    return f"{name}\n{settings.ranks}, {what}: {verdict(plan)}"

@@ -179,7 +179,7 @@ def _weights(config: ModelConfig, files: Files | None) -> tuple[list[Weight], li
                 f"{files.folder}: architecture {config.architecture} in the DFloat11 format, which stores no shapes. "
                 "Plan with the folder of the BF16 original."
             )
-        note = f"{config.architecture} is not known: every matrix of the files is split evenly, an estimate"
+        note = f"{config.architecture} is not known: every matrix of the files is split evenly over --tp, an estimate"
         return weights_of_files(files, config), [note]
     weights = known_weights(config)
     left_out = check_weights(weights, files)

@@ -17,12 +17,13 @@ def as_table(plan: Plan) -> str:
     lines = [
         f"{plan.model}: {config.architecture}, {show_count(plan.parameters)} parameters "
         f"in bfloat16",
-        f"TP {settings.tp} x PP {settings.pp}, each GPU {show_size(settings.gpu_memory)}, vLLM may use "
+        f"{settings.ranks}, each GPU {show_size(settings.gpu_memory)}, vLLM may use "
         f"{settings.gpu_memory_utilization:g} of it: {show_size(settings.requested)}",
     ]
     for index, rank in enumerate(plan.ranks):
         lines += ["", *_stage(plan, index, rank)]
-    lines += ["", _row("all ranks", "BF16", "DFloat11"), *_capacity(plan), ""]
+    who = "all ranks" if settings.dp == 1 else f"each of {settings.dp} engines"
+    lines += ["", _row(who, "BF16", "DFloat11"), *_capacity(plan), ""]
     lines += [f"{note}." for note in (*plan.notes, f"codes: {plan.code_bits}")]
     lines += [f"other: {_other(plan)}.", "", summary(plan)]
     return "\n".join(line.rstrip() for line in lines)
@@ -151,6 +152,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "compressed_parameters": plan.compressed,
         "tp": settings.tp,
         "pp": settings.pp,
+        "dp": settings.dp,
+        "enable_expert_parallel": settings.expert_parallel,
         "gpu_memory": settings.gpu_memory,
         "gpu_memory_utilization": settings.gpu_memory_utilization,
         "requested": settings.requested,

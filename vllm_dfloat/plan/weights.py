@@ -88,19 +88,20 @@ class Weight:
         """Zeros that pad a vocabulary, on all ranks together."""
         return -self.rows % VOCAB_PADDING * self.cols if self.split == "vocab" else 0
 
-    def shape_of_rank(self, tp: int, expert_parallel: bool = False) -> tuple[int, int]:
+    def shape_of_rank(self, tp: int, expert_parallel: bool = False, dp: int = 1) -> tuple[int, int]:
         """Return [rows, cols] of each rank, of those with the most experts.
 
         Args:
             expert_parallel: whether each rank holds whole experts, not a part of each.
+            dp: data-parallel engines of `tp` ranks, which share routed experts; of other weights each has its own.
 
         Raises:
             UnsupportedError: vLLM cannot cut the weight into so many parts.
         """
         if self.split == "none":
             return self.rows, self.cols
-        if expert_parallel and self.num_experts:
-            return self.rows, self.cols // self.num_experts * -(-self.num_experts // tp)
+        if self.num_experts:
+            return self._of_experts(tp, expert_parallel, dp)
         if self.split == "cols":
             self._check(self.cols, tp, "columns")
             return self.rows, self.cols // tp
@@ -113,6 +114,17 @@ class Weight:
             self._check(part.pieces or part.rows, pieces, "heads" if part.pieces else "rows")
             self._check(tp, pieces, "heads")
         return sum(part.rows_of_rank(tp) for part in self.parts), self.cols
+
+    def _of_experts(self, tp: int, expert_parallel: bool, dp: int) -> tuple[int, int]:
+        if expert_parallel:
+            return self.rows, self.cols // self.num_experts * -(-self.num_experts // (tp * dp))
+        if part := next((part for part in self.parts if part.rows % (tp * dp)), None):
+            engines = f" times --dp {dp}" if dp > 1 else ""
+            raise UnsupportedError(
+                f"--tp {tp}{engines}: {self.name} has {part.rows} rows per expert, which {tp * dp} ranks cannot share "
+                "evenly. Give --enable-expert-parallel, or other numbers."
+            )
+        return self.rows // (tp * dp), self.cols
 
     def _check(self, count: int, tp: int, what: str) -> None:
         if count % tp:
