@@ -43,6 +43,20 @@ def test_the_last_rank_loads_within_what_it_holds_two_layers_and_the_scratch(
 
 
 @pytest.mark.on_demand
+@pytest.mark.parametrize("shares", [[], ["--enable-expert-parallel"]])
+def test_a_rank_loads_experts_within_the_same_bound(shares: list[str], tmp_path: Path) -> None:
+    options = ["--shape", "small-experts", "--tp", "2", "--ranks", "1", *shares]
+    _, result = run("load_scale.py", tmp_path, *options)
+    for rank in result["ranks"]:
+        assert (
+            rank["largest_layer_bytes"] == 64 * 3 * 512 * 1024
+        )  # half of the experts, as one layer
+        assert 0.9 * rank["held_bytes"] < rank["peak_bytes"] <= rank["bound_bytes"]
+        assert abs(result["plan"]["held_bytes"] / rank["held_bytes"] - 1) < 0.02
+    assert [rank["checkpoint"] for rank in result["ranks"]] == ["bf16", "official"]
+
+
+@pytest.mark.on_demand
 def test_load_times_are_measured_side_by_side(tmp_path: Path) -> None:
     text, result = run("bench_load.py", tmp_path, "--shape", "tiny", "--runs", "1")
     assert result["same_bytes"]

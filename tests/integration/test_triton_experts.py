@@ -1,0 +1,23 @@
+"""Compressed experts under vLLM's Triton kernels, which run in Triton's interpreter; see triton_experts.py."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parents[1]
+
+pytestmark = [pytest.mark.engine, pytest.mark.on_demand]
+
+
+@pytest.mark.parametrize("case", ["gated", "not_gated", "ranks", "adapters"])
+def test_compressed_experts_give_the_bits_of_bf16_experts(case: str, tmp_path: Path) -> None:
+    paths = [str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        [sys.executable, str(TESTS / "triton_experts.py"), case, str(tmp_path / "m")],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        capture_output=True, text=True, timeout=1200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
