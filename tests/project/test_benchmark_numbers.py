@@ -42,9 +42,10 @@ def seconds(kind: str) -> str:
     return " / ".join(rounded(statistics.median(times[state])) for state in ("cold", "warm"))
 
 
-def peak() -> str:
-    ranks = raw("epyc/load-405b.json")["ranks"]
-    return f"{rounded(max(rank['extrapolated_peak_bytes'] for rank in ranks) / 2**30)} GiB"
+def peak(name: str, digits: int) -> str:
+    ranks = raw(name)["ranks"]
+    assert all(rank["peak_bytes"] <= rank["bound_bytes"] for rank in ranks)
+    return f"{max(rank['extrapolated_peak_bytes'] for rank in ranks) / 2**30:.{digits}f} GiB"
 
 
 CODEC = [raw(f"epyc/codec-{run}.json") for run in (1, 2)]
@@ -67,7 +68,9 @@ ENCODE = [f"encode_{step}" for step in ("count", "measure", "write")]
         ("seconds on 2 cores", seconds("BF16 vLLM")),
         ("the same, compressed while loading", seconds("compressed while loading")),
         ("the same, official checkpoint", seconds("official checkpoint")),
-        ("peak while loading one rank", peak()),
+        ("peak while loading one rank", peak("epyc/load-405b.json", 1)),
+        ("peak while loading a rank", peak("xeon-amx/load-235b-tp8.json", 2)),
+        ("the same at EP 8", peak("xeon-amx/load-235b-ep8.json", 2)),
         ("decode a layer", "; ".join(rounded(loop) for loop in kernel('decode')['of_each_loop'])),
         ("decode a group", "; ".join(rounded(loop) for loop in kernel('decode_group')['of_each_loop'])),
         ("fused", "; ".join(rounded(kernel(name)['of_each_loop'][0]) for name in ("gemv_1", "dot_16"))),
@@ -81,9 +84,10 @@ def test_a_number_is_that_of_its_raw_result(what: str, expected: str) -> None:
 
 def test_every_raw_result_that_is_named_exists() -> None:
     named = {name for cells in ROWS for name in cells[-1].split(", ") if name.endswith(".json")}
-    folder = ROOT / "scripts" / "results" / "epyc"
+    folder = ROOT / "scripts" / "results"
     assert named
-    assert [name for name in named if not (folder / name.removeprefix("epyc/")).exists()] == []
+    paths = [folder / ("" if "/" in name else "epyc") / name for name in named]
+    assert [path for path in paths if not path.exists()] == []
 
 
 def test_the_readme_has_the_same_numbers() -> None:
