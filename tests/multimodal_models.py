@@ -184,6 +184,46 @@ def qwen2_5_vl(path: Path) -> list[Request]:
     return [_about("<|vision_start|><|image_pad|><|vision_end|>", image(seed)) for seed in range(2)]
 
 
+def _with_experts_as_published(tensors: dict[str, torch.Tensor]) -> None:
+    """Turn the matrices of experts around: Transformers 5.19 writes [experts, outputs, inputs]."""
+    for name in [name for name in tensors if ".experts." in name]:
+        tensors[name] = tensors[name].transpose(1, 2).contiguous()
+
+
+def qwen3_vl_moe(path: Path) -> list[Request]:
+    """All experts of a layer are two tensors."""
+    words = tokenizer("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+    ids = dict(vision_start_token_id=4, vision_end_token_id=5, image_token_id=6, video_token_id=7)
+    rope = dict(
+        rope_type="default", rope_theta=10000.0, mrope_section=[12, 10, 10], mrope_interleaved=True
+    )
+    text = {
+        **TEXT,
+        **architectures.CASES["Qwen3MoeForCausalLM"],
+        "norm_topk_prob": True,
+        "rope_parameters": rope,
+    }
+    config = transformers.Qwen3VLMoeConfig(
+        text_config=text, tie_word_embeddings=False, **ids,
+        vision_config=dict(
+            depth=2, hidden_size=64, intermediate_size=128, num_heads=2, out_hidden_size=128,
+            num_position_embeddings=16, deepstack_visual_indexes=[0],
+        ),
+    )  # fmt: skip
+    architectures.save_config("Qwen3VLMoeForConditionalGeneration", path, config)
+    tiny_models.edit(path, _with_experts_as_published)
+    seen = transformers.Qwen2VLImageProcessorPil(
+        patch_size=16,
+        min_pixels=64 * 64,
+        max_pixels=96 * 96,
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+    )
+    videos = transformers.Qwen3VLVideoProcessor()
+    transformers.Qwen3VLProcessor(seen, words, videos).save_pretrained(path)
+    return [_about("<|vision_start|><|image_pad|><|vision_end|>", image(seed)) for seed in range(2)]
+
+
 def llama4(path: Path) -> list[Request]:
     special = (
         "<|image_start|>", "<|image_end|>", "<|image|>", "<|patch|>", "<|tile_x_separator|>", "<|tile_y_separator|>",
@@ -209,5 +249,6 @@ MODELS: dict[str, Callable[[Path], list[Request]]] = {
     "Gemma3ForConditionalGeneration": gemma3,
     "Qwen2AudioForConditionalGeneration": qwen2_audio,
     "Qwen2_5_VLForConditionalGeneration": qwen2_5_vl,
+    "Qwen3VLMoeForConditionalGeneration": qwen3_vl_moe,
     "Llama4ForConditionalGeneration": llama4,
 }
