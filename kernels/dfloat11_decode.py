@@ -1,8 +1,8 @@
 """Decode the official DFloat11 layout on the GPU, one block of 4096 stream bytes per program (dfloat11_block.py).
 
-Three kernels share that body. One decodes a unit from the tensors of a file. Two decode a resident matrix, held in this
-layout while a model is served: the whole matrix, or chosen rows. These two take a descriptor, for the reasons given in
-tiles.py. It points to one payload; each of its sections starts on a multiple of 16 bytes:
+Four kernels share that body. One decodes a unit from the tensors of a file. Three decode a resident matrix, held in
+this layout while a model is served: the whole matrix, a run of its weights, or chosen rows. These take a descriptor,
+for the reasons given in tiles.py. It points to one payload; each of its sections starts on a multiple of 16 bytes:
 
     desc  int64[4]  address of the payload, kind (0 coded, 1 raw BF16), bytes of the stream and number of tables, seal
 
@@ -144,6 +144,17 @@ def _sections(payload, num_weights, num_bytes, num_tables):
     )
 
 
+@triton.jit
+def _block_at(positions, num_blocks, num_weights, weight):
+    """Return the last block that begins at or before a weight, by binary search."""
+    block = tl.zeros([], tl.int64)
+    for i in tl.static_range(_SEARCH_STEPS):
+        ahead = block + (_FIRST_STEP >> i)
+        begin = tl.load(positions + ahead, mask=ahead < num_blocks, other=num_weights)
+        block = tl.where(begin <= weight, ahead, block)
+    return block
+
+
 @triton.jit(do_not_specialize=["num_weights", "salt"])
 def _decode_resident_kernel(
     desc_ptr,  # int64[4]                       see above
@@ -184,6 +195,43 @@ def _decode_resident_kernel(
             tl.store(status_ptr + program, 0)
 
 
+@triton.jit(do_not_specialize=["num_weights", "first", "end", "salt"])
+def _decode_resident_run_kernel(
+    desc_ptr,  # int64[4]                       see above
+    out_ptr,  # int16[end - first]              BF16 bits
+    num_weights,  # of the matrix
+    first,
+    end,
+    salt,  # int64                              of the seal, see vllm_dfloat/codec/descriptor.py
+):
+    """Decode one block that the weights first to end - 1 touch, and store those of its weights that are among them.
+
+    Grid (blocks that so many weights can touch,); a program copies _ROW_PART weights of a matrix held as BF16.
+    """
+    is_sound, payload, kind, sizes = _read(desc_ptr, salt)
+    program = tl.program_id(0).to(tl.int64)
+    num_weights, first, end = num_weights.to(tl.int64), first.to(tl.int64), end.to(tl.int64)
+    out_ptr -= first  # weight i of the matrix goes to out_ptr + i
+    if (kind != 0) | ~is_sound:
+        at = first + program * _ROW_PART + tl.arange(0, _ROW_PART)
+        inside = at < end
+        raw, is_there = _section(payload, 0, tl.int16), inside & _everywhere(at, is_sound)
+        tl.store(out_ptr + at, tl.load(raw + at, mask=is_there, other=_NAN), mask=inside)
+    else:
+        num_bytes = sizes & 0xFFFFFFFF
+        num_tables = (sizes >> 32).to(tl.int32)
+        stream, sign_mantissa, tables, positions, gaps, num_blocks = _sections(
+            payload, num_weights, num_bytes, num_tables
+        )
+        block = _block_at(positions, num_blocks, num_weights, first) + program
+        begin = tl.load(positions + block, mask=block < num_blocks, other=num_weights)
+        if begin < end:
+            decode_block(
+                stream, sign_mantissa, tables, positions, gaps, out_ptr, None,
+                num_bytes, num_weights, num_blocks, num_tables, block, first, end,
+            )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["rows", "cols", "parts", "salt"])
 def _decode_resident_rows_kernel(
     desc_ptr,  # int64[4]                       see above
@@ -219,13 +267,7 @@ def _decode_resident_rows_kernel(
         stream, sign_mantissa, tables, positions, gaps, num_blocks = _sections(
             payload, num_weights, num_bytes, num_tables
         )
-        # Binary search for the last block that begins at or before the row's first weight.
-        block = tl.zeros([], tl.int64)
-        for i in tl.static_range(_SEARCH_STEPS):
-            ahead = block + (_FIRST_STEP >> i)
-            begin = tl.load(positions + ahead, mask=ahead < num_blocks, other=num_weights)
-            block = tl.where(begin <= first, ahead, block)
-        block += part
+        block = _block_at(positions, num_blocks, num_weights, first) + part
         begin = tl.load(positions + block, mask=block < num_blocks, other=num_weights)
         if begin < end:
             decode_block(
@@ -251,6 +293,25 @@ def decode_resident(
         salt = descriptor.salt(desc.data_ptr(), -num_weights)
         _decode_resident_kernel[(triton.cdiv(num_weights, PROGRAM_WEIGHTS),)](
             desc, out.view(torch.int16), status, num_weights, salt, num_warps=warps
+        )
+
+
+def decode_resident_run(
+    desc: torch.Tensor, num_weights: int, first: int, count: int, out: torch.Tensor
+) -> None:
+    """Decode `count` weights of the matrix that `desc` describes, from weight `first` on, into the beginning of `out`.
+
+    Args:
+        num_weights: of the whole matrix; first + count is at most that.
+        desc, out: as for `decode_resident`, which waits and allocates as little. No status is told.
+    """
+    if count:
+        # A run may begin with the last weight of one block and end with the first weight of another.
+        programs = triton.cdiv(count, MIN_BLOCK_WEIGHTS) + 1
+        warps = config_of(out.device).dfloat11_num_warps
+        salt = descriptor.salt(desc.data_ptr(), -num_weights)
+        _decode_resident_run_kernel[(programs,)](
+            desc, out.view(torch.int16), num_weights, first, first + count, salt, num_warps=warps
         )
 
 

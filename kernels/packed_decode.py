@@ -1,4 +1,4 @@
-"""Decode a whole matrix in the packed layout to BF16, in one pass; the tiles are those of kernels/tiles.py.
+"""Decode a matrix in the packed layout to BF16, or a run of its tiles, in one pass; the tiles are those of tiles.py.
 
 One program decodes a few tiles, two per warp and one lane per thread, and stores 16 bytes for every 8 weights. There is
 no counting pass; the only barrier is the one of the status word.
@@ -111,6 +111,27 @@ def _decode_kernel(
     _decode_tiles(desc_ptr, salt, tile, num_tiles, out_ptr, status_ptr, TILES)
 
 
+@triton.jit(do_not_specialize=["num_tiles", "first", "count", "salt"])
+def _decode_run_kernel(
+    desc_ptr,  # int64[4]                        see kernels/tiles.py
+    out_ptr,  # uint32[count * 1024]            pairs of BF16, whole tiles
+    status_ptr,  # int32[count]                    0, or a sum of STATUS_* bits
+    num_tiles,  # int32                          of the matrix
+    first,  # int32                              the first tile wanted
+    count,  # int32                              how many
+    salt,  # int64                               of the seal, see vllm_dfloat/codec/descriptor.py
+    TILES: tl.constexpr,
+):
+    """Decode tiles first to first + count - 1, TILES per program. Grid (ceil(count / TILES),)."""
+    place = (tl.program_id(0) * TILES + tl.arange(0, TILES))[:, None]
+    first = first.to(tl.int64)
+    tile = first + tl.minimum(place, count - 1).to(tl.int64)
+    # Where tile 0 of the matrix would be in the output.
+    out_ptr -= first * (TILE_WEIGHTS // 2)
+    status_ptr -= first
+    _decode_tiles(desc_ptr, salt, tile, num_tiles.to(tl.int64), out_ptr, status_ptr, TILES)
+
+
 def decode(
     desc: torch.Tensor,
     num_tiles: int,
@@ -133,3 +154,29 @@ def decode(
         _decode_kernel[(triton.cdiv(num_tiles, tiles),)](
             desc, out.view(torch.uint32), status, num_tiles, salt, tiles, num_warps=num_warps(tiles)
         )
+
+
+def decode_run(
+    desc: torch.Tensor,
+    num_tiles: int,
+    first: int,
+    count: int,
+    out: torch.Tensor,
+    status: torch.Tensor,
+    tiles_per_program: int = 0,
+) -> None:
+    """Decode `count` tiles of the matrix that `desc` describes, from tile `first` on, into the beginning of `out`.
+
+    Args:
+        num_tiles: tiles of the whole matrix; first + count is at most that.
+        out: BF16, flat, contiguous, at least `count * 2048` elements, aligned to 16 bytes.
+        status: int32 [>= count].
+        desc, tiles_per_program: as for `decode`, which waits and allocates as little.
+    """
+    if count:
+        tiles = tiles_per_program or config_of(out.device).decode_tiles_per_program
+        salt = descriptor.salt(desc.data_ptr(), num_tiles)
+        _decode_run_kernel[(triton.cdiv(count, tiles),)](
+            desc, out.view(torch.uint32), status, num_tiles, first, count, salt, tiles,
+            num_warps=num_warps(tiles),
+        )  # fmt: skip

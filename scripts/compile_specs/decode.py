@@ -37,6 +37,16 @@ PACKED = [
         **_WHOLE,
     ),
     CompileSpec(
+        name="decode_run",
+        fn=packed_decode._decode_run_kernel,
+        signature=dict(
+            desc_ptr="*i64", out_ptr="*u32", status_ptr="*i32", num_tiles="i32", first="i32", count="i32", salt="i64",
+            TILES=CONSTANT,
+        ),
+        aligned_args=("desc_ptr", "out_ptr", "status_ptr"),
+        **_WHOLE,
+    ),
+    CompileSpec(
         name="decode_group",
         fn=group_decode._decode_group_kernel,
         signature=dict(
@@ -119,6 +129,15 @@ OFFICIAL = [
         fn=dfloat11_decode._decode_resident_kernel,
         signature=dict(desc_ptr="*i64", out_ptr="*i16", status_ptr="*i32", num_weights="i32", salt="i64"),
         aligned_args=("desc_ptr", "out_ptr", "status_ptr"),
+        **_OFFICIAL,
+    ),
+    CompileSpec(
+        name="decode_dfloat11_run",
+        fn=dfloat11_decode._decode_resident_run_kernel,
+        signature=dict(
+            desc_ptr="*i64", out_ptr="*i16", num_weights="i32", first="i32", end="i32", salt="i64"
+        ),
+        aligned_args=("desc_ptr", "out_ptr"),
         **_OFFICIAL,
     ),
     CompileSpec(

@@ -24,8 +24,8 @@ OTHER_NUMPY = "numpy>=2.4,<2.5"  # current hosts have it together with Triton 3.
 # One kernel of each form, compiled here for every target. All others are compiled for sm_90 here, and for every target
 # by the kernel report.
 FORMS = (
-    "decode", "decode_group", "decode_chosen", "mark_chosen_map", "decode_rows",
-    "decode_dfloat11", "decode_dfloat11_resident", "decode_dfloat11_rows",
+    "decode", "decode_run", "decode_group", "decode_chosen", "mark_chosen_map", "decode_rows",
+    "decode_dfloat11", "decode_dfloat11_resident", "decode_dfloat11_run", "decode_dfloat11_rows",
     "encode_count", "encode_measure", "encode_write", "encode_dfloat11_measure", "encode_dfloat11_write",
     "encode_dfloat11_split", "gemv_1", "dot_16", "sum_1", "fast_decode", "fast_rows", "fast_gemv_1", "fast_dot_16",
     "fast_sum",

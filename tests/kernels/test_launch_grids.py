@@ -76,6 +76,7 @@ HUGE = 2**31 - 1  # tiles, 8 TiB of BF16
 COUNTS, TABLE, BYTES = meta(torch.int64, 256), meta(torch.uint32, 256), meta(torch.uint8, 256)
 LAUNCHES: dict[str, Callable[[], None]] = {
     "decode": lambda: packed_decode.decode(desc(), HUGE, bf16(2), words(1), 1),
+    "run": lambda: packed_decode.decode_run(desc(), HUGE, 0, HUGE, bf16(2), words(1), 1),
     "decode_group": lambda: group_decode.decode_group(
         meta(torch.int64, 17, 4), HUGE - 16, bf16(2), words(1), 1
     ),
@@ -91,6 +92,9 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     ),
     "official unit": lambda: decode_unit(2**31 - 4096),
     "official": lambda: dfloat11_decode.decode_resident(desc(), 1 << 42, bf16(2), words(1)),
+    "official run": lambda: dfloat11_decode.decode_resident_run(
+        desc(), 1 << 40, 1, 1 << 39, bf16(2)
+    ),
     "official rows, many": lambda: dfloat11_decode.decode_resident_rows(
         desc(), meta(torch.int64, 1 << 24), 4, 8192, bf16(1 << 24, 8192)
     ),

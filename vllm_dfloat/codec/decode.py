@@ -62,6 +62,28 @@ def decode_into(packed: PackedTensor, out: U16Array, status: I32Array) -> None:
     )  # fmt: skip
 
 
+def decode_run_into(
+    packed: PackedTensor, first: int, count: int, out: U16Array, status: I32Array
+) -> None:
+    """Write tiles `first` to `first + count - 1` of `packed` to the beginning of `out`, their status words likewise.
+
+    Args:
+        packed: as for `decode_into`.
+        out: uint16 [>= count * TILE_WEIGHTS].
+        status: int32 [>= count].
+    """
+    lay, numel = packed.layout, count * TILE_WEIGHTS
+    if packed.is_raw:
+        out[:numel] = packed.payload.view(np.uint16)[first * TILE_WEIGHTS :][:numel]
+        status[:count] = STATUS_OK
+        return
+    over_tiles(
+        _decode_run, count, first, packed.lut, packed.sign_mantissa, packed.lane_lengths,
+        packed.tile_starts, packed.words, lay.code_bits,
+        out.view(np.uint32), status,
+    )  # fmt: skip
+
+
 def decode_tiles_into(
     packed: PackedTensor, tiles: I64Array, out: U16Array, status: I32Array
 ) -> None:
@@ -143,6 +165,18 @@ def _decode_tiles(  # type: ignore[no-untyped-def]
         base = tile * (TILE_WEIGHTS // 2)
         status[tile] = _decode_tile(
             tile, lut, sign_mantissa, lane_lengths, tile_starts, words, code_bits,
+            out[base : base + TILE_WEIGHTS // 2],
+        )  # fmt: skip
+
+
+@njit(nogil=True, cache=True)
+def _decode_run(  # type: ignore[no-untyped-def]
+    begin, end, first, lut, sign_mantissa, lane_lengths, tile_starts, words, code_bits, out, status
+):
+    for i in range(begin, end):
+        base = i * (TILE_WEIGHTS // 2)
+        status[i] = _decode_tile(
+            first + i, lut, sign_mantissa, lane_lengths, tile_starts, words, code_bits,
             out[base : base + TILE_WEIGHTS // 2],
         )  # fmt: skip
 

@@ -15,10 +15,10 @@ import ctypes
 import numpy as np
 import torch
 
-from vllm_dfloat.codec.decode import check_status, decode_into
+from vllm_dfloat.codec.decode import check_status, decode_into, decode_run_into
 from vllm_dfloat.codec.decode import decode_rows as _decode_rows_numba
 from vllm_dfloat.codec.encode import encode
-from vllm_dfloat.codec.layout import PackedLayout, PackedTensor
+from vllm_dfloat.codec.layout import TILE_WEIGHTS, PackedLayout, PackedTensor
 from vllm_dfloat.device import packed_encode
 from vllm_dfloat.device.checks import check_desc, check_ids, check_tensor
 from vllm_dfloat.device.checks import check_device as check_device
@@ -114,6 +114,37 @@ def launch_decode(
     else:
         packed = packed_at(desc, rows, cols)
         decode_into(packed, out.view(torch.uint16).numpy(), status.numpy())
+
+
+def launch_decode_run(
+    desc: torch.Tensor,
+    rows: int,
+    cols: int,
+    first: int,
+    count: int,
+    out: torch.Tensor,
+    status: torch.Tensor,
+) -> None:
+    """Decode `count` rows of the matrix [rows, cols] from row `first` on into the beginning of `out`, without checks.
+
+    Does not wait for the device, allocates nothing on a GPU.
+
+    Args:
+        first: begins a tile: first * cols is a multiple of 2048.
+        out: BF16, flat, contiguous, at least `padded_numel(count, cols)` elements, aligned to 16 bytes.
+        status: int32, at least `num_tiles(count, cols)`.
+    """
+    if not count * cols:
+        return
+    first_tile, tiles = first * cols // TILE_WEIGHTS, num_tiles(count, cols)
+    if uses_triton(out.device):
+        from vllm_dfloat.kernels.packed_decode import decode_run
+
+        decode_run(desc, num_tiles(rows, cols), first_tile, tiles, out, status)
+    else:
+        packed = packed_at(desc, rows, cols)
+        bits = out.view(torch.uint16).numpy()
+        decode_run_into(packed, first_tile, tiles, bits, status.numpy())
 
 
 def decode_rows(desc: torch.Tensor, ids: torch.Tensor, rows: int, cols: int) -> torch.Tensor:

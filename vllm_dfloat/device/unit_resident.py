@@ -251,6 +251,38 @@ def launch_decode(
         bits[:] = held.view(np.uint16)[:numel]
 
 
+def launch_decode_run(
+    desc: torch.Tensor,
+    rows: int,
+    cols: int,
+    first: int,
+    count: int,
+    out: torch.Tensor,
+    status: torch.Tensor,
+) -> None:
+    """Decode `count` rows of the matrix [rows, cols] from row `first` on into the beginning of `out`, without checks.
+
+    Does not wait for the device, allocates nothing on a GPU.
+
+    Args:
+        out: BF16, flat, contiguous, at least count * cols elements, aligned to 16 bytes.
+        status: not written to: blocks that two runs share would have one in each.
+    """
+    start, numel = first * cols, count * cols
+    if not numel:
+        return
+    if ops.uses_triton(out.device):
+        from vllm_dfloat.kernels.dfloat11_decode import decode_resident_run
+
+        decode_resident_run(desc, rows * cols, start, numel, out)
+        return
+    held, bits = _open(desc, rows, cols), out.view(torch.uint16).numpy()[:numel]
+    if isinstance(held, _Sections):
+        _decode_range(held, wide_table(held.tables), start, bits)
+    else:
+        bits[:] = held.view(np.uint16)[start : start + numel]
+
+
 def decode_rows(desc: torch.Tensor, ids: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
     """Return rows `ids` (int32 or int64 [n]) of the matrix that `desc` describes: BF16 [n, cols].
 
