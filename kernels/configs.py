@@ -66,6 +66,10 @@ class LaunchConfig:
         fused_max_rows: largest number of input rows for which the fused kernel is used; beyond it, decode then GEMM. On
             an H100 the fused kernel takes 0.4 to 0.9 of its time for up to 4 rows, but 1.2 times as long for 8.
         group_decode_max_numel: largest group, in weights, that one launch decodes; 0: a launch per layer.
+        slab_bytes: bytes of a slab of an LM head, if no other matrix needs as much scratch. On an H100 the GEMM over
+            slabs of 64 MiB gave the bits of the whole head of Llama 3.1 8B; over 32 MiB it did not.
+        slab_proof_work: floating-point operations for finding out which products by slab have these bits, at start;
+            about 7 seconds of an H100.
         count_window_tiles_per_program: tiles per program of the windowed count kernel (encode_count.py); at most
             `MAX_WINDOW_TILES` are used.
         count_tiles_per_program: tiles per program of the histogram count kernel (encode_count.py).
@@ -92,6 +96,8 @@ class LaunchConfig:
     fused_dot_num_warps: int = 4
     fused_max_rows: int = 4
     group_decode_max_numel: int = 0
+    slab_bytes: int = 64 << 20
+    slab_proof_work: int = 4 * 10**15
     count_window_tiles_per_program: int = 16
     count_tiles_per_program: int = 32
     count_num_warps: int = 4
@@ -113,6 +119,8 @@ DEFAULT = LaunchConfig()
 INTERPRETED = LaunchConfig(
     decode_tiles_per_program=64,
     chosen_programs=4,
+    slab_bytes=16 << 10,
+    slab_proof_work=3 * 10**10,
     fused_gemv_tiles_per_program=64,
     dfloat11_encode_tiles_per_program=128,
     fast_rows_per_program=64,

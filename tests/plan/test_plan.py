@@ -9,6 +9,7 @@ from tiny_models import SHIPPED, VECTORS
 
 from vllm_dfloat.codec.encode import encode
 from vllm_dfloat.errors import UnsupportedError
+from vllm_dfloat.plan import scratch
 from vllm_dfloat.plan.architectures import known_weights
 from vllm_dfloat.plan.config import read_model_config
 from vllm_dfloat.plan.kv_cache import EVERYTHING, KVCache, Reach, group_layers
@@ -47,7 +48,9 @@ def test_each_of_eight_ranks_of_the_405b_holds_an_eighth_of_the_matrices_and_all
     assert (
         plan.kv_bytes_per_token(rank) == 126 * 2 * 128 * 2
     )  # one KV head, keys and values, 2 bytes
-    assert rank.scratch == 2 * 16032 * 16384 + 4 * 16032 * 16384 // 2048  # an eighth of the LM head
+    gate_up, head = 2 * 6656 * 16384, 16032 * 16384
+    assert rank.scratch == 2 * gate_up + 4 * gate_up // 2048
+    assert rank.whole_head == 2 * head + 4 * head // 2048  # an eighth of the LM head
     assert not plan.bf16.fits
     assert plan.dfloat11.fits
 
@@ -151,7 +154,7 @@ def test_experts_are_compressed_and_their_routers_stay_bf16(tmp_path: Path) -> N
     (rank,) = plan.ranks
     assert rank.compressed_numel == others + 32 * of_experts
     # One layer of experts is decoded at a time; other layers on a second stream. 4 bytes a tile are for its status.
-    second_stream, a_flag_each = 32000 * 4096, 2048
+    second_stream, a_flag_each = (4096 + 2 * 1024) * 4096, 2048  # qkv: the LM head is on the first
     assert rank.scratch == (of_experts + a_flag_each + second_stream) * 2050 // 1024
     assert rank.largest == 2 * of_experts
     assert any("routers of experts stay BF16" in note for note in plan.notes)
@@ -190,7 +193,48 @@ def test_engines_of_data_parallelism_share_routed_experts_and_nothing_else() -> 
 
 def test_a_fixed_cache_must_fit_beside_the_weights() -> None:
     for cache, fits in ((11 * GIB, True), (12 * GIB, False)):
-        settings = Settings(gpu_memory=24 * GIB, kv_cache_memory=cache, overhead=GIB)
+        settings = Settings(gpu_memory=24 * GIB, kv_cache_memory=cache, overhead=GIB, slab=0)
         plan = make_plan(config_of("Llama-3.1-8B"), settings)
         assert plan.dfloat11.fits is fits  # weights of 10.1 GiB, scratch of 1.0 GiB
         assert plan.dfloat11.num_blocks == cache // (16 * 131072)
+
+
+def test_an_lm_head_that_is_not_held_counts_as_a_peak_and_not_at_all_where_slabs_are_proven() -> (
+    None
+):
+    settings = Settings(gpu_memory=24 * GIB)
+    plan = make_plan(config_of("Llama-3.1-8B"), settings)
+    (rank,) = plan.ranks
+    gate_up, head = 2 * 14_336 * 4096, 128_256 * 4096
+    assert rank.scratch == 2 * gate_up + 4 * gate_up // 2048
+    assert rank.whole_head == 2 * head + 4 * head // 2048
+    logits = 128_256 * 256
+    assert rank.unproven_overhead - rank.overhead == rank.whole_head + 2 * logits - 14 * logits
+    assert plan.proven.kv_bytes[0] - plan.dfloat11.kv_bytes[0] == rank.unproven_overhead - rank.overhead  # fmt: skip
+    assert f"{plan.proven.tokens:,} KV tokens" in " ".join(plan.notes)
+    off = make_plan(config_of("Llama-3.1-8B"), Settings(gpu_memory=24 * GIB, slab=0))
+    assert off.ranks[0].scratch == rank.whole_head
+    assert off.ranks[0].whole_head == 0
+    assert off.dfloat11.tokens < plan.dfloat11.tokens < plan.proven.tokens
+    assert off.dfloat11 == off.proven
+
+
+def test_only_the_last_stage_needs_scratch_for_the_lm_head() -> None:
+    # Bug caught: scratch for the embedding, whose rows are looked up without any.
+    first, last = make_plan(config_of("gemma-3-27b-it"), Settings(pp=2, slab=0)).ranks  # tied
+    gate_up, head = 2 * 21_504 * 5376, 262_208 * 5376
+    assert first.scratch == 2 * gate_up + 4 * gate_up // 2048
+    assert last.scratch == 2 * head + 4 * head // 2048
+
+
+def test_a_slab_is_as_large_as_what_other_layers_need_and_no_smaller_than_the_default() -> None:
+    from vllm_dfloat.kernels.configs import DEFAULT
+
+    assert DEFAULT.slab_bytes == scratch.DEFAULT_SLAB
+    layers = scratch.Layers(largest=1000, head=(128_256, 4096, 2 * 128_256 * 4096))
+    held = layers.scratch(False, 1, None)
+    assert scratch.DEFAULT_SLAB // 2 < held.held <= scratch.DEFAULT_SLAB * 1025 // 1024
+    assert held.whole_head == 2 * 128_256 * 4096
+    small = scratch.Layers(largest=1000, head=(512, 64, 2 * 512 * 64))
+    assert small.scratch(False, 2, None) == scratch.Scratch(2 * 512 * 64 + 1000, 0)
+    assert small.scratch(False, 1, 1 << 14).whole_head

@@ -80,6 +80,9 @@ def add_plan(commands: Any) -> argparse.ArgumentParser:
         "--kv-tokens", type=int, help="that --layout auto leaves room for (default: one request of --max-model-len)"
     )  # fmt: skip
     parser.add_argument(
+        "--slab", metavar="SIZE", help="of the LM head, as the option `slab`: auto, off, or as 64MiB (default: auto)"
+    )  # fmt: skip
+    parser.add_argument(
         "--code-bits", type=float, help="bits per exponent (default: measured, or 2.7 assumed)"
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -119,6 +122,7 @@ def run(args: argparse.Namespace) -> int:
         granularity=args.granularity,
         kv_tokens=args.kv_tokens,
         layout=layout_sizes.LAYOUTS[0] if args.layout == "all" else args.layout,
+        slab=_slab(args.slab),
     )  # fmt: skip
     layout_sizes.check(args.layout, args.granularity)
     plan = make_plan(args.model, settings, args.code_bits)
@@ -139,6 +143,13 @@ def run(args: argparse.Namespace) -> int:
     else:
         say(summary(plan) if args.quiet else as_table(plan))
     return EXIT_FITS if plan.dfloat11.fits else EXIT_DOES_NOT_FIT
+
+
+def _slab(given: str | None) -> int | None:
+    """Return the bytes of a slab, 0 for "off", None for "auto"."""
+    if given in (None, "auto"):
+        return None
+    return 0 if given == "off" else parse_size(str(given), "--slab")
 
 
 def _ranks(args: argparse.Namespace) -> int:

@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vllm_dfloat.checkpoint.names import innermost_block
-from vllm_dfloat.codec.descriptor import MAX_MEMBERS
 from vllm_dfloat.errors import UnsupportedError
 from vllm_dfloat.plan.auto import Candidate, bytes_for, choose, is_multiplied
 from vllm_dfloat.plan.byte_sizes import GIB
@@ -12,13 +10,14 @@ from vllm_dfloat.plan.config import ModelConfig
 from vllm_dfloat.plan.kv_cache import KVCache, group_layers, latent_page_bytes, page_bytes
 from vllm_dfloat.plan.layout_sizes import Codes, size_of
 from vllm_dfloat.plan.offload import BlockWeight, bf16_on_host, dfloat11_on_host
-from vllm_dfloat.plan.packed_size import packed_size
 from vllm_dfloat.plan.rotary import rotary_bytes
+from vllm_dfloat.plan.scratch import Layers
 from vllm_dfloat.plan.weights import Weight
 
 LARGE_GPU = 70 * GIB  # from here on vLLM takes larger batches by default
 RESERVE = GIB  # assumed: CUDA context, libraries, NCCL, CUDA graphs
 BLOCK_SIZE, LATENT_BLOCK_SIZE = 16, 64  # tokens per block of KV cache, by default on a GPU
+WHOLE_HEADS = ("fast", "auto")  # with these the scratch may have to hold an LM head
 LOGITS_COPIES = 3  # assumed: FP32 copies of the logits that sampling holds at once
 
 
@@ -39,6 +38,7 @@ class Settings:
         layout: how compressed weights are held, of layout_sizes.py, or "auto" (auto.py).
         kv_tokens: that "auto" leaves room for; None for those of one request of --max-model-len.
         granularity: "layer" or "block", what is decoded in one launch.
+        slab: bytes of a slab of the LM head; None for what vLLM takes on a GPU, 0 to hold the whole head.
         slots: scratch buffers in use at the same time; None for as many as the model needs on a GPU.
     """
 
@@ -60,6 +60,7 @@ class Settings:
     layout: str = "packed"
     kv_tokens: int | None = None
     granularity: str = "layer"
+    slab: int | None = None
     slots: int | None = None
 
     @property
@@ -97,7 +98,9 @@ class Rank:
         compressed_numel, compressed_bytes: of the weights that are compressed.
         scratch: the buffers that layers are decoded into.
         largest: the largest compressed layer, as BF16.
-        overhead: everything else.
+        overhead: everything else; of DFloat11 too if `whole_head` is 0.
+        whole_head: the LM head where slabs of it are not proven: decoded for the time of a product.
+        unproven_overhead: everything else in DFloat11 if that happens.
         bf16_host, dfloat11_host: those of the weights that lie in host memory.
         fast: the layers that "auto" holds in the fast layout.
     """
@@ -113,6 +116,8 @@ class Rank:
     scratch: int
     largest: int
     overhead: int
+    whole_head: int
+    unproven_overhead: int
     bf16_host: int = 0
     dfloat11_host: int = 0
     fast: frozenset[str] = frozenset()
@@ -181,11 +186,9 @@ def _rank(
     slots: int,
     fast: frozenset[str] = frozenset(),
 ) -> Rank:
-    bf16 = dfloat11 = bf16_towers = dfloat11_towers = numel = coded = largest = scratch = 0
-    groups: dict[str, list[int]] = {}
-    experts: dict[
-        str, tuple[int, int]
-    ] = {}  # scratch and BF16 bytes of the tensors of a layer of experts
+    bf16 = dfloat11 = bf16_towers = dfloat11_towers = numel = coded = largest = 0
+    experts: dict[str, int] = {}  # BF16 bytes of the tensors of a layer of experts
+    compressed = Layers()
     in_blocks: list[BlockWeight] = []
     for weight in held:
         rows, cols = weight.shape_of_rank(settings.tp, settings.expert_parallel, settings.dp)
@@ -193,14 +196,10 @@ def _rank(
         if weight.is_compressed:
             packed = size_of(_layout(settings, weight, fast), weight, rows, cols, codes)
             kept = packed.num_bytes
+            compressed.add(weight, (rows, cols), packed, stage == settings.pp - 1)
             if module := weight.expert_layer:
-                decoded, whole = experts.get(module, (_flag_bytes(weight), 0))
-                experts[module] = decoded + packed.scratch_bytes, whole + plain
-            else:
-                scratch = max(scratch, packed.scratch_bytes)
-                largest = max(largest, plain)
-                if name := innermost_block(weight.name):
-                    groups.setdefault(name, []).append(packed.scratch_bytes)
+                experts[module] = experts.get(module, 0) + plain
+            largest = max([largest, plain, *experts.values()] if module else [largest, plain])
             if not packed.is_raw:
                 numel, coded = numel + rows * cols, coded + packed.num_bytes
         bf16, dfloat11 = bf16 + plain, dfloat11 + kept
@@ -208,17 +207,18 @@ def _rank(
             in_blocks.append(BlockWeight(plain, kept, weight.is_compressed, weight.cols == 1))
         if weight.is_of_tower:
             bf16_towers, dfloat11_towers = bf16_towers + plain, dfloat11_towers + kept
-    if settings.granularity == "block":
-        blocks = [sum(sizes) for sizes in groups.values() if 2 <= len(sizes) <= MAX_MEMBERS]
-        scratch = max([scratch, *blocks])
-    # Experts are decoded on the main stream only: its buffer holds the largest layer, of whatever kind.
-    total = max([scratch, *(decoded for decoded, _ in experts.values())]) + (slots - 1) * scratch
-    largest = max([largest, *(whole for _, whole in experts.values())])
-    overhead = settings.overhead
+    slab = 0 if settings.layout in WHOLE_HEADS else settings.slab
+    scratch = compressed.scratch(settings.granularity == "block", slots, slab)
+    overhead = unproven = settings.overhead
     if overhead is None:
-        overhead = RESERVE + rotary_bytes(config, layers) + activation_bytes(config, settings)
+        fixed, most = RESERVE + rotary_bytes(config, layers), activation_bytes(config, settings)
+        logits = 2 * settings.num_seqs * config.vocab
+        with_head = scratch.whole_head + logits if scratch.whole_head else 0
+        overhead, unproven = fixed + most, fixed + max(most, with_head)
+    assert unproven is not None  # as overhead
     return Rank(
-        stage, layers, bf16, dfloat11, bf16_towers, dfloat11_towers, numel, coded, total, largest, overhead,
+        stage, layers, bf16, dfloat11, bf16_towers, dfloat11_towers, numel, coded, scratch.held, largest, overhead,
+        scratch.whole_head, unproven,
         bf16_on_host(in_blocks, settings.cpu_offload), dfloat11_on_host(in_blocks, settings.cpu_offload), fast,
     )  # fmt: skip
 
@@ -246,11 +246,6 @@ def _fast(
         sizes = [size_of(name, weight, *shape, codes).num_bytes for name in ("fast", "packed")]
         candidates.append(Candidate(weight.name, weight.layer >= 0, max(0, sizes[0] - sizes[1])))
     return choose(candidates, limit - taken - wanted)
-
-
-def _flag_bytes(experts: Weight) -> int:
-    """Return the bytes, in whole tiles, of a flag for each expert: an int32, which takes the room of two weights."""
-    return packed_size(1, 2 * max(1, experts.num_experts), 0).scratch_bytes
 
 
 def activation_bytes(config: ModelConfig, settings: Settings) -> int:

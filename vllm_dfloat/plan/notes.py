@@ -1,6 +1,8 @@
 """Remarks that a reader of a plan needs beside its numbers."""
 
+from vllm_dfloat.plan.byte_sizes import show_size
 from vllm_dfloat.plan.config import ModelConfig
+from vllm_dfloat.plan.memory import Rank
 from vllm_dfloat.plan.stored import DTYPES, Files
 from vllm_dfloat.plan.weights import Weight
 
@@ -25,6 +27,18 @@ def notes_on(config: ModelConfig, weights: list[Weight], files: Files | None) ->
             "layers with a window keep only its tokens: KV tokens are counted as vLLM does"
         )
     return notes
+
+
+def notes_on_head(ranks: list[Rank], tokens: int) -> list[str]:
+    """Return a remark on an LM head that the scratch does not hold; tokens: of KV cache if slabs are proven equal."""
+    whole = max(rank.whole_head for rank in ranks)
+    if not whole:
+        return []
+    return [
+        "the LM head is multiplied in slabs for numbers of rows at which vLLM's start finds equal bits on the GPU; "
+        f"for the others {show_size(whole)}, the whole head, are counted in other, for the time of a product. If there "
+        f"are no others: {tokens:,} KV tokens"
+    ]
 
 
 def _kept(weights: list[Weight]) -> str:

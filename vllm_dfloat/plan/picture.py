@@ -129,16 +129,17 @@ def _bars(plan: Plan) -> list[Bar]:
     settings, bars = plan.settings, []
     limit = settings.gpu_memory if settings.kv_cache_memory else settings.requested
     for index, rank in enumerate(plan.ranks):
-        for kind, outcome, weights, scratch in (
-            ("BF16", plan.bf16, rank.bf16_weights - rank.bf16_host, 0),
+        for kind, outcome, weights, scratch, other in (
+            ("BF16", plan.bf16, rank.bf16_weights - rank.bf16_host, 0, rank.overhead),
             (
                 "DFloat11",
                 plan.dfloat11,
                 rank.dfloat11_weights - rank.dfloat11_host,
                 rank.scratch,
+                rank.unproven_overhead,
             ),
         ):
-            parts = {"weights": weights, "scratch": scratch, "other": rank.overhead}
+            parts = {"weights": weights, "scratch": scratch, "other": other}
             parts["KV cache"] = max(0, outcome.kv_bytes[index])
             missing = sum(parts.values()) - limit
             parts["free"] = max(0, -missing)

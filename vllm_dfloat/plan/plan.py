@@ -1,5 +1,6 @@
 """The plan: the memory for serving a model in BF16 and compressed, and whether it fits."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from vllm_dfloat.plan.kv_cache import KVCache
 from vllm_dfloat.plan.layout_sizes import ASSUMED_ESCAPES, Codes
 from vllm_dfloat.plan.measured import MeasuredBits
 from vllm_dfloat.plan.memory import Rank, Settings, kv_cache_of, ranks_of
-from vllm_dfloat.plan.notes import notes_on
+from vllm_dfloat.plan.notes import notes_on, notes_on_head
 from vllm_dfloat.plan.packed_size import ASSUMED_CODE_BITS
 from vllm_dfloat.plan.stored import (
     Files,
@@ -54,6 +55,8 @@ class Plan:
         parameters: of the whole model.
         compressed: number of parameters in compressed weights.
         ranks: per pipeline stage.
+        dfloat11: if slabs of the LM head are not proven equal for every number of rows.
+        proven: if they are.
         kv_cache: its shape on a rank.
         code_bits: where the bits of the codes come from, in words.
         notes: remarks for the reader.
@@ -68,6 +71,7 @@ class Plan:
     kv_cache: KVCache
     bf16: Outcome
     dfloat11: Outcome
+    proven: Outcome
     code_bits: str
     notes: tuple[str, ...]
 
@@ -111,16 +115,17 @@ def make_plan(model: str, settings: Settings, code_bits: float | None = None) ->
             f"--max-model-len {settings.max_model_len}: the model was made for {config.context} tokens. "
             "Give at most as many."
         )
-    bf16, dfloat11 = (
-        _outcome(ranks, cache, settings, config.context, compressed=c) for c in (False, True)
+    bf16, dfloat11, proven = (
+        _outcome(ranks, cache, settings, config.context, held)
+        for held in (_bf16, _unproven, _proven)
     )
-    notes += notes_on(config, weights, files)
+    notes += notes_on(config, weights, files) + notes_on_head(ranks, proven.tokens)
     if settings.layout == "auto":
         notes.append(_auto(ranks, weights, settings, config))
     return Plan(
         model, config, settings, sum(weight.numel for weight in weights),
         sum(weight.numel for weight in weights if weight.is_compressed),
-        ranks, cache, bf16, dfloat11, code_bits_told, tuple(notes),
+        ranks, cache, bf16, dfloat11, proven, code_bits_told, tuple(notes),
     )  # fmt: skip
 
 
@@ -208,25 +213,37 @@ def _escapes(files: Files | None) -> str:
     return "a measured share" if files else f"{100 * ASSUMED_ESCAPES:g} %, assumed,"
 
 
+def _bf16(rank: Rank) -> tuple[int, int]:
+    """Return the bytes beside the KV cache in BF16, and the peak while loading; 0 for one that is not told."""
+    return rank.bf16_weights - rank.bf16_host + rank.overhead, 0
+
+
+def _unproven(rank: Rank) -> tuple[int, int]:
+    held = rank.dfloat11_weights - rank.dfloat11_host + rank.scratch
+    return held + rank.unproven_overhead, rank.loading_peak
+
+
+def _proven(rank: Rank) -> tuple[int, int]:
+    held = rank.dfloat11_weights - rank.dfloat11_host + rank.scratch
+    return held + rank.overhead, rank.loading_peak
+
+
 def _outcome(
     ranks: list[Rank],
     cache: KVCache,
     settings: Settings,
     context: int,
-    compressed: bool,
+    needed: Callable[[Rank], tuple[int, int]],
 ) -> Outcome:
     left, blocks, loads = [], [], True
     for rank in ranks:
-        held = rank.bf16_weights - rank.bf16_host
-        if compressed:
-            held = rank.dfloat11_weights - rank.dfloat11_host + rank.scratch
-        free = settings.requested - held - rank.overhead
+        held, peak = needed(rank)
+        free = settings.requested - held
         loads &= settings.kv_cache_memory is not None or free > 0
-        if compressed:
-            loads &= rank.loading_peak <= settings.gpu_memory
+        loads &= peak <= settings.gpu_memory
         if settings.kv_cache_memory is not None:  # which --gpu-memory-utilization does not limit
             free = settings.kv_cache_memory
-            loads &= held + rank.overhead + free <= settings.gpu_memory
+            loads &= held + free <= settings.gpu_memory
         left.append(free)
         if per_block := cache.block_bytes(rank.layers):
             blocks.append(max(0, left[-1]) // per_block)

@@ -81,6 +81,7 @@ def _stage(plan: Plan, index: int, rank: Rank) -> list[str]:
     layers = f"layers {rank.layers.start}-{rank.layers.stop - 1}"
     per_token = f"{plan.kv_bytes_per_token(rank):,.0f}"
     largest = "largest block" if plan.settings.granularity == "block" else "largest layer"
+    largest += ", or a slab of the LM head" if rank.whole_head else ""
     towers = []
     if rank.bf16_towers:
         sizes = show_size(rank.bf16_towers), show_size(rank.dfloat11_towers)
@@ -98,7 +99,7 @@ def _stage(plan: Plan, index: int, rank: Rank) -> list[str]:
         *towers,
         *on_host,
         _row("scratch", DASH, show_size(rank.scratch), largest),
-        _row("other", show_size(rank.overhead), show_size(rank.overhead)),
+        _row("other", show_size(rank.overhead), show_size(rank.unproven_overhead)),
         _row(
             "left for the KV cache",
             show_size(plan.bf16.kv_bytes[index]),
@@ -167,6 +168,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "stages": [_stage_json(plan, index, rank) for index, rank in enumerate(plan.ranks)],
         "bf16": _outcome_json(plan.bf16),
         "dfloat11": _outcome_json(plan.dfloat11),
+        "dfloat11_if_slabs_are_proven": _outcome_json(plan.proven),
     }
 
 
@@ -183,6 +185,8 @@ def _stage_json(plan: Plan, index: int, rank: Rank) -> dict[str, Any]:
         "bits_per_weight": rank.bits_per_weight,
         "scratch": rank.scratch,
         "overhead": rank.overhead,
+        "whole_head": rank.whole_head,
+        "dfloat11_overhead": rank.unproven_overhead,
         "loading_peak": rank.loading_peak,
         "kv_bytes_per_token": plan.kv_bytes_per_token(rank),
         "bf16_kv_bytes": plan.bf16.kv_bytes[index],
