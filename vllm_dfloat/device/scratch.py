@@ -46,6 +46,11 @@ class ScratchArena:
         for slot in slots:
             self.take(device, self.needed(device, slot), slot)
 
+    def numel(self, device: torch.device, slot: Hashable) -> int:
+        """Return the elements of a slot's buffer; 0 if it has none."""
+        held = self._buffers.get((device, slot))
+        return 0 if held is None else held[0].numel()
+
     def num_bytes(self, device: torch.device) -> int:
         """Return the bytes that the buffers of all slots on `device` take now."""
         held = [buffers for (at, _), buffers in self._buffers.items() if at == device]

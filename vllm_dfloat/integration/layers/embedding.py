@@ -10,25 +10,35 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 from vllm.model_executor.utils import set_weight_attrs
 
 from vllm_dfloat.device import ops
-from vllm_dfloat.integration.layers import lookup, tying
+from vllm_dfloat.integration.layers import head_op, lookup, tying
 from vllm_dfloat.integration.layers.method import PackedMethod
-from vllm_dfloat.integration.seam import compat, layer_kinds, layerwise
+from vllm_dfloat.integration.seam import compat, layer_kinds, layerwise, slots
 from vllm_dfloat.integration.seam.names import logger
+from vllm_dfloat.integration.seam.options import Options
 
 # vLLM's compile cache hashes this file's text, but not that of the ops: increase this when an op's meaning changes.
-OP_REVISION = 5
+OP_REVISION = 6
 
 
 class DFloat11EmbeddingMethod(PackedMethod, QuantizeMethodBase):  # type: ignore[misc]  # vLLM is untyped
-    """Decodes only the rows that are looked up; as an LM head it multiplies by the whole matrix.
+    """Decodes only the rows that are looked up; as an LM head it multiplies by the whole matrix, or slab by slab.
 
     Attributes:
+        slab: rows of a slab of an LM head; 0 if the scratch holds the whole matrix (heads.py).
+        slab_option: the option `slab`.
+        slots_of_heads: of the scratch, where LM heads run.
         twin: for an LM head the embedding, for an embedding the LM head, if the checkpoint stores both (tying.py).
         may_be_empty: whether vLLM replaces this layer if the checkpoint of a draft model has no weight for it.
     """
 
     twin: "weakref.ref[torch.nn.Module] | None" = None
     may_be_empty = False
+    slab = 0
+
+    def __init__(self, name: str, options: Options) -> None:
+        super().__init__(name, options)
+        self.slab_option = options.slab
+        self.slots_of_heads = slots.main_slots(compat.current_config())
 
     def create_weights(
         self,
@@ -50,7 +60,18 @@ class DFloat11EmbeddingMethod(PackedMethod, QuantizeMethodBase):  # type: ignore
     def apply(
         self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        return self.multiply(layer, x, bias)
+        if not self.slab:
+            return self.multiply(layer, x, bias)
+        layer = getattr(layer, "base_layer", layer)  # as in `multiply`
+        self.check_in_place(layer)
+        sizes = [self.rows, self.cols, self.fused_rows, self.slab]
+        return head_op.op(x, layer.dfloat11_desc, bias, sizes, self.gemm, self.layout)
+
+    def _require_scratch(self, device: torch.device) -> None:
+        """Require none: rows are looked up without, and what an LM head needs is decided later (heads.py)."""
+
+    def _finish(self, layer: torch.nn.Module) -> None:
+        self.settle_fused_rows(layer.get_parameter("weight").device)
 
     def embedding(self, layer: Any, input_: torch.Tensor) -> torch.Tensor:
         self.check_in_place(layer)

@@ -54,7 +54,7 @@ class DFloat11ExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]  #
         self.backend = expert_kernels.backend_of_experts(self)
         self.why_all = self._why_all()
         self.placeholders: dict[str, ExpertsPlaceholder] = {}
-        self.slots = slots.slots_of_experts(config)
+        self.slots = slots.main_slots(config)
         self.all_slots = slots.slots(config)
         self.is_traced = expert_kernels.traces_experts(config)
         load_config = getattr(config, "load_config", None)

@@ -24,6 +24,8 @@ class Product:
         variants: (device, rows, cols, max_rows) -> for each kernel that such a weight needs for up to `max_rows` rows a
             key that tells it from others, and a number of rows that uses it. Each has a form with a bias and one
             without.
+        partials: (rows, cols, num_x) -> the FP32 numbers that `launch` puts into the first buffer of scratch; None if
+            it needs what `Layout.scratch_numel` says.
     """
 
     max_rows: Callable[[torch.device, int, int], int]
@@ -31,6 +33,7 @@ class Product:
         [torch.Tensor, torch.Tensor, int, int, torch.Tensor | None, Buffers], torch.Tensor
     ]
     variants: Callable[[torch.device, int, int, int], Mapping[Hashable, int]]
+    partials: Callable[[int, int, int], int] | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,8 @@ class Layout:
         pack_if_small: (weight, name) -> the same, or None if the matrix would not shrink enough. Without this function
             every matrix is held so.
         of_experts: the layout in which routed experts are held instead; "" for this one.
+        decode_run: (desc, rows, cols, first, count, out, status): as `decode`, for `count` rows from row `first` on,
+            where a tile begins (slabs.py), into ops.padded_numel(count, cols) elements; None if it cannot.
         has_groups: whether groups.py can decode several matrices at once.
         has_chosen: whether experts.py can decode only some experts of a tensor.
     """
@@ -61,6 +66,9 @@ class Layout:
     product: Product | None = None
     pack_if_small: Callable[[torch.Tensor, str], ops.PackedWeight | None] | None = None
     of_experts: str = ""
+    decode_run: (
+        Callable[[torch.Tensor, int, int, int, int, torch.Tensor, torch.Tensor], None] | None
+    ) = None
     has_groups: bool = False
     has_chosen: bool = False
 
@@ -72,7 +80,8 @@ BY_NAME: Mapping[str, Layout] = {
         ops.decode_rows,
         ops.unpack,
         ops.padded_numel,
-        Product(fused.max_rows, fused.launch_matmul, fused.variants),
+        Product(fused.max_rows, fused.launch_matmul, fused.variants, fused.partials),
+        decode_run=ops.launch_decode_run,
         has_groups=True,
         has_chosen=True,
     ),
@@ -92,6 +101,7 @@ BY_NAME: Mapping[str, Layout] = {
         unit_resident.decode_rows,
         unit_resident.unpack,
         ops.padded_numel,
+        decode_run=unit_resident.launch_decode_run,
     ),
 }
 

@@ -15,7 +15,7 @@ import torch
 
 from vllm_dfloat.codec.layout import TILE_WEIGHTS
 from vllm_dfloat.device import groups, ops
-from vllm_dfloat.device.scratch import scratch
+from vllm_dfloat.device.scratch import Buffers, scratch
 from vllm_dfloat.integration.layers.layouts import BY_NAME
 from vllm_dfloat.integration.layers.registration import register
 from vllm_dfloat.integration.seam import compat, slots
@@ -30,10 +30,10 @@ Gemm = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 @functools.cache
 def find_gemm(name: str) -> Gemm:
     """Return BF16 vLLM's GEMM (x, weight, bias) of this name on this platform."""
-    from vllm.platforms import current_platform
-
     if name == PLAIN:
         return torch.nn.functional.linear
+    from vllm.platforms import current_platform
+
     if name == BATCH_INVARIANT:
         return compat.batch_invariant_gemm()
     if current_platform.is_cpu():
@@ -161,17 +161,24 @@ def fused_rows(layout: str, device: torch.device, rows: int, cols: int) -> int:
 
 
 def compile_fused(
-    packed: ops.PackedWeight | None, layout: str, bias: torch.Tensor | None, most: int
+    packed: ops.PackedWeight | None,
+    layout: str,
+    bias: torch.Tensor | None,
+    most: int,
+    memory: Buffers | None = None,
 ) -> None:
     """On a GPU, compile every kernel that a layer needs: for up to `most` rows of activations, and for more.
 
     vLLM's own warm-up may not use every number of rows, and nothing may compile while requests wait.
+
+    Args:
+        memory: scratch for the layer; None for that of the layers, which is reserved by now.
     """
     held = BY_NAME[layout]
     if packed is None or packed.desc.device.type != "cuda" or not most or held.product is None:
         return
     device, shape = packed.desc.device, (packed.rows, packed.cols)
-    memory = scratch.take(device, held.scratch_numel(*shape))  # reserved by now
+    memory = memory or scratch.take(device, held.scratch_numel(*shape))
     if (device, layout, *shape) not in _compiled:
         # An LM head may get only few rows in the warm-up, but as many as a prompt has for prompt_logprobs.
         _compiled.add((device, layout, *shape))

@@ -126,6 +126,9 @@ class PackedMethod:
         del layer.weight
         hold(layer, packed)
         self._put_placeholder(layer, device)
+        self._require_scratch(device)
+
+    def _require_scratch(self, device: torch.device) -> None:
         scratch.require(device, BY_NAME[self.layout].scratch_numel(self.rows, self.cols))
 
     def _put_placeholder(self, layer: torch.nn.Module, device: torch.device) -> None:
@@ -141,12 +144,15 @@ class PackedMethod:
         # Now all layers are known. Next vLLM measures the memory left for the KV cache.
         device = layer.get_parameter("weight").device
         self.reserve_scratch(device)
-        if (
-            self.mode == "fused" and self.gemm != linear_op.PLAIN
-        ):  # PLAIN: vLLM multiplies the identity by the weight, to get the exact weight
+        self.settle_fused_rows(device)
+        bias = getattr(layer, "bias", None)
+        linear_op.compile_fused(packed_of(layer), self.layout, bias, self.fused_rows)
+
+    def settle_fused_rows(self, device: torch.device) -> None:
+        """Set up to how many rows of activations are multiplied without decoding."""
+        # PLAIN: vLLM multiplies the identity by the weight, to get the exact weight
+        if self.mode == "fused" and self.gemm != linear_op.PLAIN:
             self.fused_rows = linear_op.fused_rows(self.layout, device, self.rows, self.cols)
-            bias = getattr(layer, "bias", None)
-            linear_op.compile_fused(packed_of(layer), self.layout, bias, self.fused_rows)
 
     def reserve_scratch(self, device: torch.device) -> None:
         """Allocate the scratch buffers of all slots for the largest layer or group required so far."""

@@ -22,6 +22,8 @@ from vllm_dfloat.integration.layers.method import packed_of
 from vllm_dfloat.integration.seam import compat, layer_kinds
 from vllm_dfloat.integration.seam.names import logger
 
+_TIED = "dfloat11_is_lm_head"  # the attribute of an embedding that `tied` has returned
+
 
 def prepare(model: torch.nn.Module, vllm_config: Any, model_config: Any) -> None:
     """Before loading: set `may_be_empty`, and set `twin` of embedding and LM head if vLLM has untied them."""
@@ -118,11 +120,17 @@ def tie_those_that_share(model: torch.nn.Module) -> None:
                     setattr(parent, name, tied(head, embedding))
 
 
+def is_tied(layer: torch.nn.Module) -> bool:
+    """Return whether an embedding has become the LM head of a model by `tied`."""
+    return _TIED in layer.__dict__
+
+
 def _as_lm_head(embed_tokens: torch.nn.Module) -> torch.nn.Module:
     """Give an embedding what models ask of an LM head, and return it.
 
     vLLM's Transformers backend reads `bias`, and creates it when a checkpoint, as CTRL's, has one.
     """
+    embed_tokens.__dict__[_TIED] = True
     if not hasattr(embed_tokens, "bias"):
         embed_tokens.register_parameter("bias", None)
         embed_tokens.__dict__["_register_bias"] = functools.partial(

@@ -62,13 +62,14 @@ class _Reporting:
         )
         if model_config.quantization == METHOD:
             from vllm_dfloat.integration.compiling import settings
-            from vllm_dfloat.integration.layers import grouping, tying
+            from vllm_dfloat.integration.layers import grouping, heads, tying
             from vllm_dfloat.integration.loading import live_check, report
             from vllm_dfloat.integration.updating import update, worker
 
             live_check.install()
             grouping.group_layers(model)
             settings.note_layouts(vllm_config, model)
+            heads.prepare(model, vllm_config, model_config)
             tying.warn_if_different(model, model_config)
             report.log_summary(model)
             update.keep(model, vllm_config, model_config)
@@ -103,6 +104,10 @@ class _Refusing:
         model: torch.nn.Module = super().load_model(  # type: ignore[misc]  # vLLM's loader follows the mixin
             vllm_config=vllm_config, model_config=model_config, prefix=prefix
         )
+        if model_config.quantization == METHOD:
+            from vllm_dfloat.integration.layers import heads
+
+            heads.prepare(model, vllm_config, model_config)
         return model
 
 

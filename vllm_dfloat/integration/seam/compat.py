@@ -283,6 +283,13 @@ def is_elsewhere(name: str, model: torch.nn.Module) -> bool:
     return bool(is_pp_missing_parameter(name, model))
 
 
+def is_last_stage() -> bool:
+    """Return whether this process runs the last pipeline stage, which has the LM head."""
+    from vllm.distributed import get_pp_group
+
+    return bool(get_pp_group().is_last_rank)
+
+
 def is_gate(layer: torch.nn.Module) -> bool:
     """Return whether the layer is a router with its own GEMMs, which vLLM uses only if the layer is unquantized."""
     return any(cls.__name__ == "GateLinear" for cls in type(layer).__mro__)

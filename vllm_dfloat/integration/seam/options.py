@@ -13,6 +13,7 @@ MODES = ("exact", "fused")
 GRANULARITIES = ("auto", "layer", "block")
 # Values of options that only these layouts have kernels for.
 NEEDS = (("mode", "fused", ("packed", "fast", AUTO)), ("granularity", "block", ("packed",)))
+SLABS = ("auto", "off")  # or a number of bytes
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,9 @@ class Options:
         mode: "exact" gives the bits of BF16 vLLM; "fused" multiplies small batches directly by compressed weights.
         granularity: decode one "layer" per launch, or all linear layers of a transformer "block"; "auto" takes the one
             that was measured to be faster for groups of that size on that GPU (kernels/configs.py).
+        slab: an LM head is decoded and multiplied in slabs of at most so many bytes of BF16, where that gives the same
+            bits; "auto" takes as many as the scratch has for other layers, or those of kernels/configs.py if that is
+            more; "off" holds scratch for the whole head.
     """
 
     ignore: tuple[str, ...] = ()
@@ -36,6 +40,7 @@ class Options:
     mode: str = "exact"
     granularity: str = "auto"
     kv_tokens: int | None = None
+    slab: str | int = "auto"
 
     def updated(self, given: Mapping[str, Any], where: str) -> "Options":
         """Return a copy of these options with the entries of `given` replaced.
@@ -59,6 +64,7 @@ class Options:
             mode=_one_of(MODES, merged["mode"], f"{where}: mode"),
             granularity=_one_of(GRANULARITIES, merged["granularity"], f"{where}: granularity"),
             kv_tokens=_count(merged["kv_tokens"], f"{where}: kv_tokens"),
+            slab=_slab(merged["slab"], f"{where}: slab"),
         )
         for name, value, layouts in NEEDS:
             if options.layout not in layouts and getattr(options, name) == value:
@@ -84,6 +90,16 @@ def _count(value: Any, where: str) -> int | None:
     if value is not None and (type(value) is not int or value < 1):
         raise UnsupportedError(f"{where}: {value!r}; expected a number of tokens, at least 1.")
     return value
+
+
+def _slab(value: Any, where: str) -> str | int:
+    if type(value) is int and value > 0:
+        return value
+    if value in SLABS:
+        return str(value)
+    raise UnsupportedError(
+        f"{where}: {value!r}; expected one of {', '.join(SLABS)}, or a positive number of bytes."
+    )
 
 
 def _patterns(value: Any, where: str) -> tuple[str, ...]:

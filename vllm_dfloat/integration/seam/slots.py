@@ -37,8 +37,8 @@ def slots(config: Any | None) -> list[Hashable]:
     return [_slot(ubatch, aux) for ubatch in range(_num_ubatches(config)) for aux in on_aux]
 
 
-def slots_of_experts(config: Any | None) -> list[Hashable]:
-    """Return every value that `slot` can take where routed experts run: never on the aux stream."""
+def main_slots(config: Any | None) -> list[Hashable]:
+    """Return every value that `slot` can take where routed experts and LM heads run: never on the aux stream."""
     return [_slot(ubatch, False) for ubatch in range(_num_ubatches(config))]
 
 

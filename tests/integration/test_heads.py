@@ -1,0 +1,146 @@
+"""Products with an LM head that is larger than the scratch: slabs where proven, or else the whole head."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from head_layers import (
+    COLS,
+    CPU,
+    ROWS,
+    counting,
+    expected,
+    known,
+    loading,
+    logits,
+    normal,
+    prepared,
+    shape_dependent,
+    use,
+)
+from helpers import same_bits
+
+from vllm_dfloat.device import fused, ops
+from vllm_dfloat.device.scratch import MAIN_SLOT, scratch
+from vllm_dfloat.errors import DeviceError
+from vllm_dfloat.integration.layers import head_op, linear_op
+
+
+@pytest.fixture(autouse=True)
+def in_vllm(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> Iterator[None]:
+    caplog.set_level("INFO", "vllm.dfloat11")
+    with loading(monkeypatch, tmp_path / "slabs"):
+        yield
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("layout", ["packed", "dfloat11"])
+def test_logits_have_the_bits_of_the_whole_head_and_the_scratch_does_not_hold_it(
+    layout: str, bias: bool
+) -> None:
+    model = prepared(bias, layout=layout)
+    assert model.lm_head.quant_method.slab == 512
+    for num_x in (*range(1, 10), 40, 41):
+        x = normal(num_x, COLS)
+        assert same_bits(logits(model, x), expected(model, x)), num_x
+    assert scratch.num_bytes(CPU) < 2 * ROWS * COLS // 3
+    assert known().equal >= {5, 6, 8}  # else this test shows nothing
+
+
+def test_where_the_gemm_changes_its_order_the_whole_head_is_decoded_for_the_time_of_a_product(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    use(monkeypatch, shape_dependent(lambda num_x: num_x % 2 == 1))
+    model = prepared()
+    assert known().equal == set(range(2, 41, 2))
+    logits(model, normal(2, COLS))
+    decoded, held = counting(monkeypatch), scratch.num_bytes(CPU)
+    for num_x in range(1, 50):
+        x = normal(num_x, COLS)
+        assert same_bits(logits(model, x), expected(model, x)), num_x
+    assert decoded == [*range(1, 41, 2), *range(41, 50)]
+    assert scratch.num_bytes(CPU) == held < 2 * ROWS * COLS // 3
+
+
+def test_slabs_of_that_gemm_would_give_other_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, shape_dependent(lambda num_x: True))
+    model = prepared()
+    known().equal = frozenset([40])
+    x = normal(40, COLS)
+    assert not same_bits(logits(model, x), expected(model, x))
+
+
+def test_the_first_product_takes_the_memory_of_the_whole_head_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # vLLM's profile run makes it: the head counts among the activations.
+    use(monkeypatch, shape_dependent(lambda num_x: num_x > 6))
+    model, decoded = prepared(), counting(monkeypatch)
+    logits(model, normal(6, COLS))
+    logits(model, normal(6, COLS))
+    assert decoded == [6]
+
+
+def test_nothing_is_counted_if_slabs_are_equal_for_every_number_of_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    use(monkeypatch, shape_dependent(lambda num_x: False))
+    model, decoded = prepared(), counting(monkeypatch)
+    for num_x in range(1, 41):
+        logits(model, normal(num_x, COLS))
+    assert not decoded
+
+
+@pytest.mark.parametrize("how", ["three dimensions", "not contiguous"])
+def test_activations_that_lie_otherwise_than_those_compared_get_the_whole_head(
+    how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(monkeypatch, lambda name: torch.nn.functional.linear)
+    model = prepared()
+    logits(model, normal(4, COLS))
+    decoded = counting(monkeypatch)
+    x = normal(2, 2, COLS) if how == "three dimensions" else normal(4, 2 * COLS)[:, :COLS]
+    assert same_bits(logits(model, x), expected(model, x))
+    assert decoded == [4]
+
+
+def test_no_memory_for_the_whole_head_is_an_error_that_names_the_option(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    use(monkeypatch, shape_dependent(lambda num_x: True))
+    model = prepared()
+
+    def full(*args: Any, **options: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(head_op.torch, "empty", full)
+    with pytest.raises(DeviceError, match=r'lm_head.*1048576 bytes.*out of memory.*"slab": "off"'):
+        logits(model, normal(3, COLS))
+
+
+def test_the_whole_head_is_not_decoded_during_graph_capture(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    use(monkeypatch, shape_dependent(lambda num_x: num_x % 2 == 1))
+    model = prepared()
+    logits(model, normal(2, COLS))
+    monkeypatch.setattr(head_op, "_is_capturing", lambda device: True)
+    x = normal(4, COLS)
+    assert same_bits(logits(model, x), expected(model, x))
+    with pytest.raises(DeviceError, match=r'3 rows .* graph capture; .*"slab": "off"'):
+        logits(model, normal(3, COLS))
+
+
+def test_a_few_rows_are_multiplied_from_packed_weights_in_the_scratch_of_a_slab(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("VLLM_DFLOAT_BACKEND", "triton")
+    weight, x = normal(ROWS, 1024, std=0.02), normal(1, 1024)
+    packed = ops.pack(weight, "head")
+    found = head_op.op(x, packed.desc, None, [ROWS, 1024, 1, 128], linear_op.PLAIN, "packed")
+    assert same_bits(found, fused.matmul(x, packed.desc, ROWS, 1024))
+    assert scratch.numel(CPU, MAIN_SLOT) < ROWS * 1024 // 4

@@ -1,0 +1,119 @@
+"""Find out for which numbers of rows of activations an LM head may be multiplied slab by slab, to the last bit.
+
+A GEMM over fewer columns of the result may take another algorithm, and add in another order. Which one it takes
+depends on shapes, types and alignment, not on values. So it is enough to compare the products of slabs and of the
+whole head for one choice of values, if these show every change of order. Values as in a model do not: sums of FP32
+are rounded to BF16, and a change in their last bits is seen in one result of thousands. Here each product of an
+activation and a weight comes twice, with both signs, far apart. Nothing is left of a sum but what was rounded on the
+way, and that is another number for another order, in most results.
+
+What was found holds for that shape, device and libraries. Where the bits differ, or where nothing was compared, the
+whole head is decoded.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from vllm_dfloat.codec.slabs import spans
+from vllm_dfloat.integration.layers.linear_op import find_gemm
+
+ROWS_AT_ONCE = 4096  # of the weights that are made for a comparison
+BIAS_SCALE = 2.0**-18  # about what rounding leaves of the sums: a larger bias would hide it
+ALIGNMENT = 256  # bytes; the largest that cuBLAS asks for
+
+
+@dataclass(frozen=True)
+class SlabProduct:
+    """A product with an LM head, as far as its bits depend on it; the number of rows of activations comes on top.
+
+    Attributes:
+        device: where it is computed.
+        rows, cols: shape of the head.
+        slab: rows of a slab.
+        gemm: name of the GEMM, for `find_gemm`.
+        bias: dtype of the bias; None without one.
+    """
+
+    device: torch.device
+    rows: int
+    cols: int
+    slab: int
+    gemm: str
+    bias: torch.dtype | None = None
+
+
+def least_rows(device: torch.device) -> int:
+    """Return the number of rows of which a product takes about as long as of one: it reads the weights."""
+    return 256 if device.type == "cuda" else 32
+
+
+def affordable(product: SlabProduct, counts: Sequence[int], work: int) -> list[int]:
+    """Return as many of the numbers of rows, from the first on, as can be compared with so many operations.
+
+    Operations are counted, not seconds: every rank and every start comes to the same result.
+    """
+    per_row, least = 4 * product.rows * product.cols, least_rows(product.device)  # two products
+    sums = itertools.accumulate(per_row * max(count, least) for count in counts)
+    return [count for count, total in zip(counts, sums, strict=False) if total <= work]
+
+
+def equal_counts(product: SlabProduct, counts: Sequence[int]) -> frozenset[int]:
+    """Return those of these numbers of rows for which the product by slab has the bits of the whole one.
+
+    Waits for the device. If its memory does not suffice, the numbers that were not compared count as different.
+    """
+    if not counts:
+        return frozenset()
+    unequal: list[tuple[int, torch.Tensor]] = []
+    try:
+        x, weight, bias = _operands(product, max(counts))
+        for count in counts:
+            unequal.append((count, _differs(product, x[:count], weight, bias)))
+    except torch.OutOfMemoryError:
+        pass
+    return frozenset(count for count, differs in unequal if not differs.item())
+
+
+def _operands(
+    product: SlabProduct, most: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Return activations, weights and a bias whose products cancel, but for rounding."""
+    device, half = product.device, product.cols // 2
+    generator = torch.Generator(device).manual_seed(0)  # vLLM's own stays as it is
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device=device)
+
+    order = torch.randperm(product.cols, generator=generator, device=device)
+    left, right = order[:half], order[half : 2 * half]
+
+    def in_pairs(rows: int, sign: int) -> torch.Tensor:
+        """Return BF16 [rows, cols] of many magnitudes; the second value of a pair is the first one times sign."""
+        values = (normal(rows, half) * torch.exp2(normal(rows, half).round())).bfloat16()
+        whole = torch.zeros(rows, product.cols, dtype=torch.bfloat16, device=device)
+        whole[:, left], whole[:, right] = values, sign * values
+        return whole
+
+    x = in_pairs(most, 1)
+    weight = torch.empty(product.rows, product.cols, dtype=torch.bfloat16, device=device)
+    for first, end in spans(product.rows, ROWS_AT_ONCE):
+        weight[first:end] = in_pairs(end - first, -1)
+    if product.bias is None:
+        return x, weight, None
+    return x, weight, (normal(product.rows) * BIAS_SCALE).to(product.bias)
+
+
+def _differs(
+    product: SlabProduct, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """Return whether any bit differs, as a tensor that nothing waits for."""
+    gemm = find_gemm(product.gemm)
+    whole = gemm(x, weight, bias).view(torch.int16)
+    differs = torch.zeros((), dtype=torch.bool, device=product.device)
+    for first, end in spans(product.rows, product.slab):
+        part = gemm(x, weight[first:end], None if bias is None else bias[first:end])
+        differs |= (part.view(torch.int16) != whole[:, first:end]).any()
+    return differs

@@ -1,0 +1,164 @@
+"""Proofs of products by slab, kept in vLLM's cache folder: a proof holds for the same device, libraries and shapes.
+
+Each is a JSON file of its own, named by the hash of what it holds for. A file that cannot be read, or that holds
+anything else, is ignored with a line in the log, and made anew.
+"""
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Collection, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_dfloat.errors import DFloatError
+from vllm_dfloat.integration.layers.head_proof import SlabProduct
+from vllm_dfloat.integration.seam.names import logger
+from vllm_dfloat.storage.json_file import read_object
+
+FORMAT = 1
+MAX_BYTES = 1 << 20
+MAX_COUNT = 1 << 20
+_LIBRARIES = re.compile(r"/(lib(cublas|cublasLt|dnnl|mkl\w*|torch_cpu|torch_cuda)|_C)\b[^/]*$")
+_VARIABLES = (
+    "CUBLAS",
+    "NVIDIA_TF32",
+    "TORCH_",
+    "PYTORCH_",
+    "ONEDNN_",
+    "DNNL_",
+    "OMP_",
+    "MKL_",
+    "VLLM_CPU_",
+)
+
+Proof = tuple[frozenset[int], frozenset[int]]  # numbers of rows: compared, and of these equal
+
+
+def key_of(product: SlabProduct) -> dict[str, Any]:
+    """Return all that the bits of a product may depend on but its values, as JSON."""
+    import vllm
+
+    device = product.device
+    facts: dict[str, Any] = {
+        "format": FORMAT,
+        "rows": product.rows,
+        "cols": product.cols,
+        "slab": product.slab,
+        "gemm": product.gemm,
+        "bias": str(product.bias),
+        "vllm": vllm.__version__,
+        "torch": torch.__version__,
+        "libraries": sorted(_loaded_libraries()),
+        "variables": {k: v for k, v in sorted(os.environ.items()) if k.startswith(_VARIABLES)},
+    }
+    if device.type != "cuda":
+        return facts | {"device": _processor(), "threads": torch.get_num_threads()}
+    found = torch.cuda.get_device_properties(device)
+    matmul = torch.backends.cuda.matmul
+    return facts | {
+        "device": [found.name, found.major, found.minor, found.multi_processor_count],
+        "cuda": torch.version.cuda,
+        "reduced": str(matmul.allow_bf16_reduced_precision_reduction),
+        "blas": str(torch.backends.cuda.preferred_blas_library()),
+    }
+
+
+def _loaded_libraries() -> Iterator[list[Any]]:
+    """Yield name, size and time of each library of this process that multiplies."""
+    with suppress(OSError):
+        lines = Path("/proc/self/maps").read_text().splitlines()
+        for file in {line[73:] for line in lines if _LIBRARIES.search(line)}:
+            status = Path(file).stat()
+            yield [file.rpartition("/")[2], status.st_size, int(status.st_mtime)]
+
+
+def _processor() -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return (
+                    f"{line.partition(':')[2].strip()}, {torch.backends.cpu.get_cpu_capability()}"
+                )
+    return torch.backends.cpu.get_cpu_capability()
+
+
+def file_of(key: dict[str, Any]) -> Path:
+    """Return the file of the proof for this key."""
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+    return folder() / f"{digest}.json"
+
+
+def folder() -> Path:
+    """Return the folder of all proofs."""
+    from vllm import envs
+
+    return Path(envs.VLLM_CACHE_ROOT) / "dfloat11" / "slabs"
+
+
+def load(product: SlabProduct) -> Proof:
+    """Return the proof that is kept for a product; an empty one if there is none."""
+    key = key_of(product)
+    file = file_of(key)
+    try:
+        content = read_object(file, MAX_BYTES)
+        if content is None:
+            return frozenset(), frozenset()
+        compared, equal = _counts(content.get("compared")), _counts(content.get("equal"))
+        if content.get("key") != json.loads(json.dumps(key)) or not equal <= compared:
+            raise ValueError("it is no proof for what its name says")
+    except (DFloatError, OSError, ValueError) as error:
+        logger.warning("dfloat11: %s is ignored and made anew: %s", file, error)
+        return frozenset(), frozenset()
+    return compared, equal
+
+
+def save(product: SlabProduct, compared: Collection[int], equal: Collection[int]) -> None:
+    """Keep a proof; a folder that cannot be written to only costs the next start the time."""
+    key = key_of(product)
+    file = file_of(key)
+    text = json.dumps({"key": key, "compared": _ranges(compared), "equal": _ranges(equal)})
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".tmp", delete=False) as out:
+            out.write(text)
+        os.replace(out.name, file)
+    except OSError as error:
+        logger.info("dfloat11: %s was not written: %s", file, error)
+
+
+def _ranges(counts: Collection[int]) -> list[list[int]]:
+    """Return numbers as [first, last] of each run."""
+    runs: list[list[int]] = []
+    for count in sorted(counts):
+        if runs and runs[-1][1] == count - 1:
+            runs[-1][1] = count
+        else:
+            runs.append([count, count])
+    return runs
+
+
+def _counts(runs: Any) -> frozenset[int]:
+    """Return the numbers in runs [first, last].
+
+    Raises:
+        ValueError: they are anything else.
+    """
+    if not isinstance(runs, list) or not all(map(_is_run, runs)):
+        raise ValueError("it does not hold runs of numbers of rows")
+    if sum(last - first for first, last in runs) > MAX_COUNT:
+        raise ValueError("it holds more numbers of rows than there are")
+    return frozenset(count for first, last in runs for count in range(first, last + 1))
+
+
+def _is_run(run: Any) -> bool:
+    return (
+        isinstance(run, list)
+        and [type(number) for number in run] == [int, int]
+        and 0 < run[0] <= run[1] <= MAX_COUNT
+    )
