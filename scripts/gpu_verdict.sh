@@ -5,12 +5,13 @@
 #     scripts/gpu_verdict.sh --device cpu    # a rehearsal in Triton's interpreter, on tiny sizes
 #
 # Needs an NVIDIA GPU, PyTorch, Triton, numba and pytest; no network, no vLLM, nothing installed. Sections: environment;
-# the bits of every kernel on small sizes; times of decode, encode and products, in both layouts, next to a device copy and
-# cuBLAS; the order in which vLLM's batch-invariant GEMM adds; the tests marked `gpu`; times of experts, groups, rows and the official layout; memcheck; more than 2^31 weights; hardware counters;
+# the bits of every kernel on small sizes; times of decode, encode and products, in both layouts, next to a device copy
+# and cuBLAS; the order in which vLLM's batch-invariant GEMM adds; the tests marked `gpu`; times of experts, groups,
+# rows and the official layout; the bits of LM heads in slabs; memcheck; more than 2^31 weights; hardware counters;
 # racecheck; tuning. Each section has its own time limit, and none begins after --limit (345 s) in total. Every row is
 # printed and written as soon as it is known. After wrong bits or failed tests, times are marked and the status is 1.
 #
-# At most 9 files are written to DIR, by default scripts/results/<gpu>/verdict-<date>, for a rehearsal a temporary one.
+# At most 10 files are written to DIR, by default scripts/results/<gpu>/verdict-<date>, for a rehearsal a temporary one.
 # Exit status 0 all good, 1 wrong bits or something failed, 2 it cannot run here. PYTHON names the interpreter.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -177,7 +178,8 @@ fi
 out=${out:-$(mktemp -d)}
 mkdir -p "$out"
 # No file of an earlier run may be mistaken for this run's.
-rm -f "$out"/{verdict.log,bits.log,times.log,tests.log,sanitizer.log,counters.txt,times1.json,times2.json,order.json}
+rm -f "$out"/{verdict.log,bits.log,times.log,tests.log,sanitizer.log,counters.txt,times1.json,times2.json}
+rm -f "$out"/{slabs.json,order.json}
 exec > >(tee "$out/verdict.log")
 
 echo "$facts"
@@ -192,6 +194,7 @@ workers=()
 if [[ $device == cuda ]] && "$PYTHON" -c 'import xdist' 2>/dev/null; then workers=(-n 6); fi
 run_tests "tests marked gpu" 90 "not two_billion" "${workers[@]}"
 run_times "times of experts, blocks, rows, layouts" 75 times2.json experts block decode_rows layouts
+run_times "LM heads in slabs" 45 slabs.json slabs
 [[ $device == cpu ]] || on_gpu_only
 
 for note in "${notes[@]}"; do

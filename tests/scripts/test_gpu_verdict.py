@@ -35,7 +35,7 @@ def test_rehearsal_goes_through_its_parts_and_leaves_results_only_where_it_was_t
     tested = next(i for i, line in enumerate(lines) if " passed" in line)
     assert compared < timed < tested
     sections = set()
-    for name in ("times1.json", "times2.json"):
+    for name in ("times1.json", "times2.json", "slabs.json"):
         found = json.loads((tmp_path / name).read_text())
         assert "interpreter" in found["environment"]["device"]
         assert found["environment"]["commit"] == "0123abcd"
@@ -43,11 +43,13 @@ def test_rehearsal_goes_through_its_parts_and_leaves_results_only_where_it_was_t
         sections |= {row["section"] for row in found["rows"]}
     assert sections == {
         "decode", "fused", "fast", "fast_fused", "experts", "layouts", "block", "overlap", "encode", "decode_rows",
+        "slabs",
     }  # fmt: skip
     files = sorted(path.name for path in tmp_path.iterdir())
     assert files == [
         "bits.log",
         "order.json",
+        "slabs.json",
         "tests.log",
         "times.log",
         "times1.json",

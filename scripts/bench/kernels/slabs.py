@@ -1,7 +1,7 @@
 """Measure decoding and multiplying a matrix slab by slab, a run of its rows at a time, against the whole at once.
 
 A slab that fits the L2 cache might be multiplied from there, and needs less scratch. The GEMM over fewer rows may add
-in another order: each shape is told with the numbers of activation rows at which the bits are other ones.
+in another order: each LM head is told with the numbers of activation rows at which the bits are other ones.
 """
 
 from __future__ import annotations
@@ -13,28 +13,31 @@ from bench.kernels.timing import Bench
 from bench_setup import normal
 from torch.nn import functional
 
+from vllm_dfloat.codec.slabs import slab_rows
 from vllm_dfloat.device import ops
+from vllm_dfloat.integration.layers.head_proof import SlabProduct, equal_counts
+from vllm_dfloat.integration.layers.linear_op import PLAIN
 
-# Rows and columns of Llama 3.1 8B and 70B (two GPUs) and of Gemma 3 27B; those that are timed come first.
+# Rows and columns of Llama 3.1 8B and 70B (two GPUs) and of Gemma 3 27B.
 TIMED = {"8B gate_up": (28_672, 4096), "8B down": (4096, 14_336)}
-SHAPES = {
-    **TIMED, "8B qkv": (6144, 4096), "8B o": (4096, 4096), "8B head": (128_256, 4096),
-    "27B gate_up": (43_008, 5376), "27B down": (5376, 21_504), "27B head": (262_208, 5376),
-    "70B gate_up": (28_672, 8192), "70B down": (8192, 14_336), "70B head": (64_128, 8192),
-}  # fmt: skip
-NUM_X = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
+HEADS = {"8B head": (128_256, 4096), "27B head": (262_208, 5376), "70B head": (64_128, 8192)}
+LARGEST = {
+    "8B head": 28_672 * 4096,
+    "27B head": 43_008 * 5376,
+    "70B head": 28_672 * 8192,
+}  # gate_up
+NUM_X = [1, 2, 3, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024]
 MIB = [16, 32, 64]
-TINY = {"tiny": (64, 64)}
 
 
 def run(bench: Bench) -> None:
-    for name, (rows, cols) in bench.pick(TIMED, TINY).items():
+    for name, (rows, cols) in bench.pick(HEADS, {"tiny": (256, 64)}).items():
+        if bench.begin("slabs", f"{name} {rows} x {cols}"):
+            _prove(bench, name, rows, cols)
+    for name, (rows, cols) in bench.pick(TIMED, {"tiny": (64, 64)}).items():
         for num_x in bench.pick([1, 64], [1]):
             if bench.begin("slabs", f"{name} {rows} x {cols}, {num_x} rows"):
                 _time(bench, name, rows, cols, num_x)
-    for name, (rows, cols) in bench.pick(SHAPES, TINY).items():
-        if bench.begin("slabs", f"{name} {rows} x {cols}"):
-            _compare(bench, name, rows, cols)
 
 
 def _slab_rows(bench: Bench, mib: int, cols: int) -> int:
@@ -73,17 +76,17 @@ def _time(bench: Bench, name: str, rows: int, cols: int, num_x: int) -> None:
     bench.measure("slabs", f"{name} {rows} x {cols}, {num_x} rows", calls)
 
 
-def _compare(bench: Bench, name: str, rows: int, cols: int) -> None:
-    """Report for each size of a slab the numbers of activation rows whose results have other bits."""
-    weight = normal(rows, cols, bench.device, seed=3)
-    for mib in bench.pick(MIB, MIB[:1]):
-        step = _slab_rows(bench, mib, cols)
-        unequal = []
-        for num_x in bench.pick(NUM_X, [1]):
-            x = normal(num_x, cols, bench.device, seed=num_x)
-            expected = functional.linear(x, weight)
-            parts = [functional.linear(x, weight[i : i + step]) for i in range(0, rows, step)]
-            if not torch.equal(torch.cat(parts, 1).view(torch.int16), expected.view(torch.int16)):
-                unequal.append(num_x)
+def _prove(bench: Bench, name: str, rows: int, cols: int) -> None:
+    """Report for each size of a slab the numbers of activation rows with other bits, as vLLM's start finds them.
+
+    The last size is what the option `slab` takes by itself: the largest linear layer.
+    """
+    sizes = [mib << 20 for mib in (64, 128)] + [2 * LARGEST.get(name, 0)]
+    for size in bench.pick(sizes, [1 << 14]):
+        slab = slab_rows(rows, cols, size)
+        counts = bench.pick(NUM_X, [1, 5])
+        product = SlabProduct(bench.device, rows, cols, slab, PLAIN)
+        unequal = sorted(set(counts) - equal_counts(product, counts))
         reason = f"other bits at {unequal} rows" if unequal else "equal bits at all numbers of rows"
-        bench.tell("slabs", f"{name} {rows} x {cols}", f"slabs of {mib} MiB", reason)
+        number = -(-rows // slab)
+        bench.tell("slabs", f"{name} {rows} x {cols}", f"{number} slabs of {slab} rows", reason)
