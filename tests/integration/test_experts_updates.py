@@ -11,7 +11,8 @@ from helpers import same_bits
 from model_loads import loaded
 from safetensors.torch import load_file
 
-from vllm_dfloat.integration.seam import expert_kernels
+from vllm_dfloat.errors import UnsupportedError
+from vllm_dfloat.integration.seam import expert_kernels, layerwise
 
 pytestmark = pytest.mark.engine
 
@@ -87,9 +88,8 @@ def test_one_expert_is_replaced_where_the_kernel_keeps_the_form_of_a_checkpoint(
         assert all(same_bits(*pair) for pair in zip(values(layer), expected, strict=True))
 
 
-def test_fused_tensors_of_a_checkpoint_are_loaded_as_single_ones(
-    source: Path, bf16: list[torch.Tensor]
-) -> None:
+def fused(source: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of a checkpoint, those of all experts of a layer stacked in two."""
     tensors = load_file(source / "model.safetensors")
     prefix = "model.layers.0.mlp.experts"
 
@@ -98,8 +98,33 @@ def test_fused_tensors_of_a_checkpoint_are_loaded_as_single_ones(
 
     tensors[f"{prefix}.gate_up_proj"] = torch.cat([stacked("gate_proj"), stacked("up_proj")], 1)
     tensors[f"{prefix}.down_proj"] = stacked("down_proj")
+    return tensors
+
+
+def test_fused_tensors_of_a_checkpoint_are_loaded_as_single_ones(
+    source: Path, bf16: list[torch.Tensor]
+) -> None:
     with loaded(source, **DFLOAT11) as model:
         layer = experts_of(model)
-        model.load_weights([(name, tensor.neg()) for name, tensor in tensors.items()])
+        model.load_weights([(name, tensor.neg()) for name, tensor in fused(source).items()])
         held = [tensor.neg() for tensor in bf16]
         assert all(same_bits(*pair) for pair in zip(values(layer), held, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("is_reload", "words"),
+    [(True, r"w2_weight: 0 of .*expert 0 down_proj.*All weights are as before"), (False, "only a part of it")],
+)  # fmt: skip
+def test_a_part_of_the_experts_given_twice_does_not_stand_for_the_rest(
+    source: Path, bf16: list[torch.Tensor], is_reload: bool, words: str
+) -> None:
+    # Bug caught: gate and up in one tensor and each gate once more are as many elements as a whole layer, so down_proj
+    # was served from uninitialised memory.
+    gates = {n: t for n, t in load_file(source / "model.safetensors").items() if "gate_proj" in n}
+    both = {n: t for n, t in fused(source).items() if "gate_up_proj" in n}
+    with loaded(source, **DFLOAT11) as model:
+        if is_reload:
+            layerwise.begin(model)
+        with pytest.raises(UnsupportedError, match=words):
+            model.load_weights([*both.items(), *gates.items()])
+        assert all(map(same_bits, values(experts_of(model)), bf16))

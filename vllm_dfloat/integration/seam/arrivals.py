@@ -176,15 +176,15 @@ def check_experts(layer: Any, name: str) -> None:
     Raises:
         UnsupportedError: some did not arrive; it names the experts.
     """
-    missing = "" if layerwise.is_complete(layer) else missing_experts(layer, name)
-    if missing:
+    if missing := missing_experts(layer, name):
         raise UnsupportedError(f"{missing}. {EXPECTED}")
 
 
 def missing_experts(layer: Any, name: str) -> str:
     """Return a description of what has not arrived in an update of routed experts on the meta device, "" if all has.
 
-    Padding for a kernel never arrives, so the count of elements is not enough; each matrix of each expert is checked.
+    The count of elements is not enough: padding for a kernel never arrives, and a tensor for all experts counts once
+    more where single experts come too. So each matrix of each expert is checked.
     """
     incomplete = []
     for leaf, parameter in layer.named_parameters(recurse=False):

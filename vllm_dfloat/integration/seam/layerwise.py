@@ -113,12 +113,6 @@ def arrived(layer: torch.nn.Module) -> tuple[int, int]:
     return int(info.load_numel), sum(tensor.numel() for tensor in counted) - padding
 
 
-def is_complete(layer: torch.nn.Module) -> bool:
-    """Return whether as many elements have arrived as a layer has, padding not counted where vLLM knows of it."""
-    info = vllm.get_layerwise_info(layer)
-    return bool(info.load_numel >= (info.load_numel_total or 0))
-
-
 def without_arrivals(layer: torch.nn.Module) -> list[str]:
     """Return the names of a layer's meta parameters for which nothing has arrived; none for attention layers."""
     if vllm.is_deferred_attention_layer(layer):

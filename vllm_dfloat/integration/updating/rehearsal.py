@@ -80,11 +80,13 @@ def what_is_short(layer: torch.nn.Module, name: str) -> str:
 
     Also "" for layers without matrices for which nothing arrived: vLLM's own check covers them.
     """
+    if layer_kinds.is_experts(layer):
+        return arrivals.missing_experts(
+            layer, name
+        )  # not by their number: names of them may overlap
     arrived, expected = layerwise.arrived(layer)
     if arrived >= expected:
         return ""
-    if layer_kinds.is_experts(layer):
-        return arrivals.missing_experts(layer, name)
     if compat.holds_a_matrix(layer):
         return f"{name}: {arrived} of {expected} weights arrived"
     missing = layerwise.without_arrivals(layer) if arrived else []

@@ -76,9 +76,11 @@ class Updates:
 
     def is_about_to_load(self, layer: torch.nn.Module) -> None:
         found, expected = layerwise.arrived(layer)
-        short = what_is_short(layer, self._name_of(layer)) if found < expected else ""
-        is_matrix = layer_kinds.is_experts(layer) or compat.holds_a_matrix(layer)
-        self._is_partial = bool(short) if layer_kinds.is_experts(layer) else found < expected
+        is_experts = layer_kinds.is_experts(layer)
+        may_be_short = is_experts or found < expected
+        short = what_is_short(layer, self._name_of(layer)) if may_be_short else ""
+        is_matrix = is_experts or compat.holds_a_matrix(layer)
+        self._is_partial = bool(short) if is_experts else found < expected
         self._keeps_rest = self.fills_in or not is_matrix
         if short and not self.fills_in:
             raise UnsupportedError(
