@@ -182,6 +182,28 @@ def test_expert_that_is_cut_off_is_refused_whatever_vllm_pads(
         pass
 
 
+EXPERT, OUTPUT = f"{MLP}.experts.1.up_proj.weight", f"{ATTENTION}.o_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        (EXPERT, lambda t: torch.cat([t, t]), r"w3 of expert 1: a tensor \[128, 64\] does not fit"),
+        (EXPERT, lambda t: t[None], r"a tensor \[1, 64, 64\] does not fit into \[4, 128, 64\]"),
+        (EXPERT, lambda t: t[0, 0], r"a tensor \[\] does not fit"),
+        (OUTPUT, lambda t: torch.cat([t, t]), r"o_proj: a tensor \[128, 64\] does not fit"),
+    ],
+)
+def test_tensor_that_does_not_fit_is_told_with_its_shape_and_its_place(
+    name: str, change: Callable[[Any], Any], words: str, small: Models, tmp_path: Path
+) -> None:
+    # Bug caught: an AssertionError without a word.
+    model = shutil.copytree(small("qwen3_moe"), tmp_path / "model")
+    tiny_models.edit(model, lambda tensors: tensors.update({name: change(tensors[name]).clone()}))
+    with pytest.raises(UnsupportedError, match=words), loaded(model, **DFLOAT11):
+        pass
+
+
 @pytest.mark.parametrize(("hidden", "inner"), [(32, 0), (0, 32), (32, 96)])
 def test_padding_of_experts_is_not_missed(
     hidden: int, inner: int, small: Models, monkeypatch: pytest.MonkeyPatch

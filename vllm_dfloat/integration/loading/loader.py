@@ -14,7 +14,7 @@ from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 from vllm_dfloat.checkpoint.folder import is_dfloat11
 from vllm_dfloat.checkpoint.plain_model import each_once, repeated
 from vllm_dfloat.errors import DFloatError, UnsupportedError
-from vllm_dfloat.integration.seam import compat, layer_kinds
+from vllm_dfloat.integration.seam import compat, layer_kinds, loader_calls
 from vllm_dfloat.integration.seam.arrivals import EXPECTED, Arrivals
 from vllm_dfloat.integration.seam.names import METHOD
 from vllm_dfloat.integration.updating.rehearsal import StoredWeights
@@ -129,6 +129,7 @@ class DFloat11ModelLoader(_Reporting, DefaultModelLoader):  # type: ignore[misc]
         from vllm_dfloat.integration.layers import tying
         from vllm_dfloat.integration.updating import views
 
+        loader_calls.install()
         views.note(model)
         tying.prepare(model, self._vllm_config, model_config)
         self._arrivals, self._model_config = Arrivals(model), model_config

@@ -7,7 +7,10 @@ from contextvars import ContextVar
 from inspect import BoundArguments
 from typing import Any
 
+import torch
 from vllm.model_executor.model_loader.reload import layerwise as vllm
+
+from vllm_dfloat.errors import UnsupportedError
 
 WeightLoader = Callable[..., Any]
 Listener = Callable[
@@ -27,8 +30,12 @@ def told_to(listener: Listener) -> Iterator[None]:
         _listener.reset(token)
 
 
+@functools.cache
 def install() -> None:
-    """Replace vLLM's counting function by one that also calls the listener."""
+    """Once per process, replace vLLM's counting function by one that also calls the listener.
+
+    It says which tensor does not fit, too, where vLLM raises an empty AssertionError.
+    """
     count = vllm.get_numel_loaded
     vllm.get_numel_loaded = functools.wraps(count)(functools.partial(_counted, count))
 
@@ -36,8 +43,30 @@ def install() -> None:
 def _counted(
     count: Callable[..., tuple[int, Any]], loader: WeightLoader, call: BoundArguments
 ) -> tuple[int, Any]:
-    copied, result = count(loader, call)
     listener = _listener.get()
+    try:
+        copied, result = count(loader, call)
+    except AssertionError as error:
+        if str(error):
+            raise
+        # vLLM's counter compares sizes without a word.
+        words = _misfit(loader, call)
+        if listener is not None:
+            raise ValueError(words) from error
+        raise UnsupportedError(f"{words}. Get both from the same model.") from error
     if listener is not None:
         listener(loader, call, copied)
     return copied, result
+
+
+def _misfit(loader: WeightLoader, call: BoundArguments) -> str:
+    """Say which tensor does not fit which parameter; the loaders of experts are told its name, others are not."""
+    given = {name: value for name, value in call.arguments.items() if name != "param"}
+    shapes = [list(value.shape) for value in given.values() if isinstance(value, torch.Tensor)]
+    layer, parameter = getattr(loader, "__self__", None), list(call.arguments["param"].shape)
+    where = given.get("weight_name") or getattr(layer, "prefix", "") or type(layer).__name__
+    part = f", {given['shard_id']} of expert {given['expert_id']}" if "expert_id" in given else ""
+    return (
+        f"{where}{part}: a tensor {', '.join(map(str, shapes))} does not fit into {parameter}; expected the shapes "
+        "that config.json describes"
+    )
