@@ -1,5 +1,6 @@
 """New weights for compressed experts in a loaded model: whole layers, single experts, one tensor for all, biases."""
 
+import shutil
 from pathlib import Path
 
 import expert_layers
@@ -128,3 +129,13 @@ def test_a_part_of_the_experts_given_twice_does_not_stand_for_the_rest(
         with pytest.raises(UnsupportedError, match=words):
             model.load_weights([*both.items(), *gates.items()])
         assert all(map(same_bits, values(experts_of(model)), bf16))
+
+
+def test_checkpoint_with_experts_under_two_names_is_told_what_to_remove(
+    source: Path, tmp_path: Path
+) -> None:
+    # Bug caught: the advice was to give new weights to an engine that did not run yet.
+    model = shutil.copytree(source, tmp_path / "model")
+    tiny_models.edit(model, lambda tensors: tensors.update(fused(source)))
+    with pytest.raises(UnsupportedError, match="under two names"), loaded(model, **DFLOAT11):
+        pass

@@ -79,4 +79,4 @@ class ExpertsPlaceholder(WeightPlaceholder):
         expert = kwargs.get("expert_id", args[4] if len(args) > 4 else None)
         if expert is not None and expert not in layer_kinds.local_experts(self.layer()):
             return False if kwargs.get("return_success", len(args) > 5 and args[5]) else None
-        self.refuse("weight_loader")
+        return super().weight_loader(*args, **kwargs)

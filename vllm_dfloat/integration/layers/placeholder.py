@@ -53,6 +53,19 @@ def decoded_by_detach() -> Iterator[None]:
         _detach_decodes.reset(token)
 
 
+_is_loading = ContextVar("is_loading", default=False)
+
+
+@contextmanager
+def while_loading() -> Iterator[None]:
+    """Tell placeholders that a checkpoint is being loaded into a new model, so that a late tensor is one too many."""
+    token = _is_loading.set(True)
+    try:
+        yield
+    finally:
+        _is_loading.reset(token)
+
+
 class WeightPlaceholder(Parameter):
     """A parameter without values.
 
@@ -123,7 +136,13 @@ class WeightPlaceholder(Parameter):
         )
 
     def weight_loader(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse a weight loader of vLLM that is called directly on a loaded model."""
+        """Refuse a weight loader of vLLM that is called directly on a loaded model, or once more while it is loaded."""
+        if _is_loading.get():
+            raise UnsupportedError(
+                f"{self.layer_name}: more tensors came for it when all of its weights were there; expected each weight "
+                "once. The checkpoint has some under two names, such as those of all experts in one tensor and one by "
+                "one: remove one of the two."
+            )
         self.refuse("weight_loader")
 
     # The methods of vLLM's own parameter classes that linear layers call in weight_loader_v2.

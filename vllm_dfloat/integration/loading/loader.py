@@ -126,7 +126,7 @@ class DFloat11ModelLoader(_Reporting, DefaultModelLoader):  # type: ignore[misc]
             return super()._load(model, model_config)
         if self.enable_weights_track is None:  # not set by the user
             self.enable_weights_track = True  # vLLM's default for unquantized models only
-        from vllm_dfloat.integration.layers import tying
+        from vllm_dfloat.integration.layers import placeholder, tying
         from vllm_dfloat.integration.updating import views
 
         loader_calls.install()
@@ -134,7 +134,7 @@ class DFloat11ModelLoader(_Reporting, DefaultModelLoader):  # type: ignore[misc]
         tying.prepare(model, self._vllm_config, model_config)
         self._arrivals, self._model_config = Arrivals(model), model_config
         try:
-            with self._arrivals:
+            with self._arrivals, placeholder.while_loading():
                 super()._load(model, model_config)
         finally:
             self._arrivals = None
