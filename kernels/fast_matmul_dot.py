@@ -116,7 +116,8 @@ def _dot_kernel(
     per_part = tl.cdiv(steps, tl.num_programs(1))
     begin = part * per_part
     end = tl.where(is_sound, tl.minimum(begin + per_part, steps), begin)
-    acc = tl.zeros([BN, ROWS], tl.float32)
+    # Without a sound descriptor nothing is added to NaN.
+    acc = tl.zeros([BN, ROWS], tl.float32) + tl.where(is_sound, 0.0, float("nan"))
     for step in tl.range(begin, end, num_stages=STAGES):
         low_words = _words(low, step * (BK // 4), is_gpu)
         codes = _words(high, step * (BK // 8), is_gpu)
@@ -143,7 +144,6 @@ def _dot_kernel(
                     )
         weights = _operand(a, b, c, d, e, f, g, h, BN, BK, WARPS, WIDTH).to(OPERAND)
         acc = tl.dot(weights, _activations(xs, BK, ROWS, WIDTH).to(OPERAND), acc)
-    acc = tl.where(is_sound, acc, float("nan"))
     n = tl.arange(0, BN)[:, None]
     turn = n // (16 * WARPS) * 2 + n // 8 % 2
     out_row = first + (turn * WARPS + n // 16 % WARPS) * 8 + n % 8

@@ -66,11 +66,11 @@ def _add_group(acc, a, b, c, d, e, f, g, h, x, words, offset, mask, IS_GPU: tl.c
 
 @triton.jit
 def _store(
-    acc, m: tl.constexpr, is_sound, part, row, rows, num_x, out_ptr, bias_ptr,
+    acc, m: tl.constexpr, part, row, rows, num_x, out_ptr, bias_ptr,
     ROWS: tl.constexpr, HAS_PARTS: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Add over the groups and store the sums of row `m` of x; NaN if the descriptor was changed."""
-    total = tl.where(is_sound, tl.sum(acc, axis=2), float("nan"))
+    """Add over the groups and store the sums of row `m` of x."""
+    total = tl.sum(acc, axis=2)
     mask = (row < rows) & (tl.zeros_like(row) + m < num_x)
     if HAS_PARTS:
         tl.store(out_ptr + (part * ROWS + m) * rows + row, total, mask=mask)
@@ -130,7 +130,8 @@ def _gemv_kernel(
     per_part = tl.cdiv(steps, tl.num_programs(1))
     begin = part * per_part
     end = tl.where(is_sound, tl.minimum(begin + per_part, steps), begin)
-    acc0 = tl.zeros([TURNS, WARPS, GROUPS], tl.float32)
+    # Without a sound descriptor nothing is added to NaN.
+    acc0 = tl.zeros([TURNS, WARPS, GROUPS], tl.float32) + tl.where(is_sound, 0.0, float("nan"))
     acc1 = acc0
     acc2 = acc0
     acc3 = acc0
@@ -159,15 +160,9 @@ def _gemv_kernel(
             x3 = x_ptr + tl.minimum(3, last) * (cols // 2)
             acc2 = _add_group(acc2, a, b, c, d, e, f, g, h, x2, words, offset, exists, IS_GPU)
             acc3 = _add_group(acc3, a, b, c, d, e, f, g, h, x3, words, offset, exists, IS_GPU)
-    _store(acc0, 0, is_sound, part, row, rows, num_x, out_ptr, bias_ptr, ROWS, HAS_PARTS, HAS_BIAS)
+    _store(acc0, 0, part, row, rows, num_x, out_ptr, bias_ptr, ROWS, HAS_PARTS, HAS_BIAS)
     if ROWS > 1:
-        _store(
-            acc1, 1, is_sound, part, row, rows, num_x, out_ptr, bias_ptr, ROWS, HAS_PARTS, HAS_BIAS
-        )
+        _store(acc1, 1, part, row, rows, num_x, out_ptr, bias_ptr, ROWS, HAS_PARTS, HAS_BIAS)
     if ROWS > 2:
-        _store(
-            acc2, 2, is_sound, part, row, rows, num_x, out_ptr, bias_ptr, ROWS, HAS_PARTS, HAS_BIAS
-        )
-        _store(
-            acc3, 3, is_sound, part, row, rows, num_x, out_ptr, bias_ptr, ROWS, HAS_PARTS, HAS_BIAS
-        )
+        _store(acc2, 2, part, row, rows, num_x, out_ptr, bias_ptr, ROWS, HAS_PARTS, HAS_BIAS)
+        _store(acc3, 3, part, row, rows, num_x, out_ptr, bias_ptr, ROWS, HAS_PARTS, HAS_BIAS)
