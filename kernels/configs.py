@@ -60,11 +60,9 @@ class LaunchConfig:
             many as run at once, so that the last ones end together.
         dfloat11_num_warps: warps of a program that decodes a block of the official layout; with 4, look-ups of 4
             windows overlap in a thread, and nothing spills.
-        fused_gemv_tiles_per_program: tiles per program of the fused kernel without tensor cores, two per warp.
-        fused_dot_rows: output rows per program of the fused kernel with tensor cores.
-        fused_dot_num_warps: warps per program of the fused kernel with tensor cores.
-        fused_max_rows: largest number of input rows for which the fused kernel is used; beyond it, decode then GEMM. On
-            an H100 the fused kernel takes 0.4 to 0.9 of its time for up to 4 rows, but 1.2 times as long for 8.
+        fused_gemv_tiles_per_program: tiles per program of the fused kernel, two per warp.
+        fused_max_rows: largest number of input rows for which the fused kernel is used; at most 4;
+            beyond it, decode then GEMM. On an H100 the fused kernel takes 0.4 to 0.9 of its time.
         group_decode_max_numel: largest group, in weights, that one launch decodes; 0: a launch per layer.
         slab_bytes: bytes of a slab of an LM head, if no other matrix needs as much scratch. On an H100 the GEMM over
             slabs of 64 MiB gave the bits of the whole head of Llama 3.1 8B; over 32 MiB it did not.
@@ -92,8 +90,6 @@ class LaunchConfig:
     chosen_programs: int = 16_384
     dfloat11_num_warps: int = 4
     fused_gemv_tiles_per_program: int = 8
-    fused_dot_rows: int = 16
-    fused_dot_num_warps: int = 4
     fused_max_rows: int = 4
     group_decode_max_numel: int = 0
     slab_bytes: int = 64 << 20

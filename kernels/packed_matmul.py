@@ -2,11 +2,11 @@
 
     y[m, n] = sum over k of x[m, k] * w[n, k], + bias[n]
 
-A first kernel makes partial sums: one per tile, per row of w that the tile touches, and per row of x. For at most 4
-rows of x it uses FP32 multiply-adds (packed_matmul_gemv.py), for up to 32 rows the tensor cores (packed_matmul_dot.py).
-A second kernel adds the partial sums of each row of w in the order of the tiles. Every order of addition is fixed, and
-no sum mixes rows. So the result is deterministic, and the values of other rows of x do not change the bits of a row.
-The two forms add in different orders, so a row's bits may change with the number of rows.
+A first kernel makes partial sums: one per tile, per row of w that the tile touches, and per row of x, at most 4, in
+FP32 multiply-adds (packed_matmul_gemv.py). A second kernel adds the partial sums of each row of w in the order of the
+tiles. Every order of addition is fixed, and no sum mixes rows. So the result is deterministic, and the values of other
+rows of x do not change the bits of a row. For more rows a form with tensor cores was slower than decoding first
+(docs/kernels.md).
 
 Error against the exact sum. The product of two BF16 numbers has 16 bits and is exact in FP32 (below 2**-126 it may lose
 up to that much, which rounding to BF16 hides unless the whole sum is as small). So only additions lose bits: a row
@@ -16,42 +16,37 @@ off below 24 bits, which loses at most 2**-23 S per addend. Together |y - exact|
 BF16 adds 2**-8 |y|.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 
 from vllm_dfloat.codec import descriptor, layout
 from vllm_dfloat.kernels.configs import SUM_ROWS, config_of
-from vllm_dfloat.kernels.packed_matmul_dot import _dot_kernel
 from vllm_dfloat.kernels.packed_matmul_gemv import _gemv_kernel
 from vllm_dfloat.kernels.packed_matmul_parts import MAX_SEGMENTS, num_segments
 from vllm_dfloat.kernels.tiles import TILE_WEIGHTS, num_warps
 
-MAX_GEMV_ROWS = 4
-MAX_ROWS = 32
-MAX_COLS = 2**31 // MAX_ROWS
+MAX_ROWS = 4
+MAX_COLS = 2**26
 
 
 def is_supported(cols: int) -> bool:
     """Return whether `matmul` takes matrices of `cols` columns.
 
     The 8 weights of a step must lie in one row, a tile must not touch too many rows, and 32-bit offsets must reach all
-    of 32 rows of x.
+    of 4 rows of x.
     """
     is_whole = 0 < cols < MAX_COLS and cols % layout.STEP_WEIGHTS == 0
     return is_whole and num_segments(cols) <= MAX_SEGMENTS
 
 
 def compiled_rows(num_x: int) -> int:
-    """Return the row count, 1, 2, 4, 16 or 32, of the compiled kernel that multiplies `num_x` rows of x."""
-    padded = 1 << (num_x - 1).bit_length()
-    return padded if num_x <= MAX_GEMV_ROWS else max(padded, 16)
+    """Return the row count, 1, 2 or 4, of the compiled kernel that multiplies `num_x` rows of x."""
+    return 1 << (num_x - 1).bit_length()
 
 
 def num_partials(num_tiles: int, cols: int, num_x: int) -> int:
-    """Return how many partial sums `matmul` makes: at most 128 for each tile of 2048 weights."""
+    """Return how many partial sums `matmul` makes: at most 16 for each tile of 2048 weights."""
     return num_tiles * num_segments(cols) * compiled_rows(num_x)
 
 
@@ -110,7 +105,7 @@ def matmul(
     """Write x @ w.T + bias to `out`; allocates nothing and does not wait for the device.
 
     Args:
-        x: BF16 [num_x, cols], contiguous, 1 to 32 rows; `is_supported(cols)`.
+        x: BF16 [num_x, cols], contiguous, 1 to 4 rows; `is_supported(cols)`.
         desc: int64 [4] of w [rows, cols], made by this process; the payload is read only if its seal is right.
         bias: BF16 or FP32 [rows], or None.
         cols: columns of w.
@@ -125,21 +120,11 @@ def matmul(
     compiled, segments = compiled_rows(num_x), num_segments(cols)
     config = config_of(x.device)
     salt = descriptor.salt(desc.data_ptr(), num_tiles)
-    if num_x <= MAX_GEMV_ROWS:
-        tiles = config.fused_gemv_tiles_per_program
-        _gemv_kernel[(triton.cdiv(num_tiles, tiles),)](
-            desc, x.view(torch.uint32), partials, status, num_tiles, cols, num_x, salt,
-            tiles, compiled, segments, num_warps=num_warps(tiles),
-        )  # fmt: skip
-    else:
-        tiles = config.fused_dot_rows
-        period = cols // math.gcd(cols, layout.TILE_WEIGHTS)
-        groups = triton.cdiv(triton.cdiv(num_tiles, period), tiles)
-        _dot_kernel[(groups * period,)](  # one axis: the others end at 65,535
-            desc, x, partials, status, num_tiles, cols, num_x, period, salt,
-            tiles, compiled, segments, tl.bfloat16 if x.is_cuda else tl.float32,
-            num_warps=config.fused_dot_num_warps,
-        )  # fmt: skip
+    tiles = config.fused_gemv_tiles_per_program
+    _gemv_kernel[(triton.cdiv(num_tiles, tiles),)](
+        desc, x.view(torch.uint32), partials, status, num_tiles, cols, num_x, salt,
+        tiles, compiled, segments, num_warps=num_warps(tiles),
+    )  # fmt: skip
     _sum_kernel[(triton.cdiv(rows, SUM_ROWS),)](
         partials, x if bias is None else bias, out.view(torch.uint16), rows, cols, num_x,
         compiled, segments, SUM_ROWS, bias is not None,

@@ -1,4 +1,4 @@
-"""Shared by both forms of the fused multiplication: the rows that a tile's weights belong to, and the partial sums.
+"""For the fused multiplication: the rows that a tile's weights belong to, and the partial sums.
 
 A tile's 2048 weights continue from one row of the matrix into the next. The part of a tile that lies in one row is a
 *segment*; a tile has one segment if the number of columns is a multiple of 2048, and at most `MAX_SEGMENTS`.

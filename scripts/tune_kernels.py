@@ -29,8 +29,6 @@ CANDIDATES: dict[str, tuple[int, ...]] = {  # Triton takes powers of two
     "chosen_programs": (1024, 2048, 4096, 8192, 16_384, 32_768, 65_536),
     "dfloat11_num_warps": (2, 4, 8, 16),
     "fused_gemv_tiles_per_program": (1, 2, 4, 8),
-    "fused_dot_rows": (16, 32),
-    "fused_dot_num_warps": (2, 4, 8),
 }
 DERIVED = ("fused_max_rows", "group_decode_max_numel")
 NOT_TUNED = (  # of the encoders, which see a weight once; of the fast layout, tried together on an H100

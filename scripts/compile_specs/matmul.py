@@ -1,14 +1,13 @@
 """The fused kernels, which multiply by packed weights."""
 
-import triton.language as tl
 from compile_specs.spec import CONSTANT, CompileSpec
 
 from vllm_dfloat.codec import layout
-from vllm_dfloat.kernels import packed_matmul, packed_matmul_dot, packed_matmul_gemv
+from vllm_dfloat.kernels import packed_matmul, packed_matmul_gemv
 from vllm_dfloat.kernels.configs import DEFAULT, SUM_ROWS
 from vllm_dfloat.kernels.tiles import num_warps
 
-_GEMV_TILES, _DOT_TILES = DEFAULT.fused_gemv_tiles_per_program, DEFAULT.fused_dot_rows
+_GEMV_TILES = DEFAULT.fused_gemv_tiles_per_program
 _FORM = dict(TILES=CONSTANT, ROWS=CONSTANT, SEGMENTS=CONSTANT)
 
 
@@ -32,22 +31,6 @@ GEMV = [
     )
     for rows, segments in ((1, 1), (2, 1), (4, 1), (1, 2), (4, 2))
 ]  # fmt: skip
-DOT = [
-    CompileSpec(
-        name=_name("dot", rows, segments),
-        fn=packed_matmul_dot._dot_kernel,
-        signature=dict(
-            desc_ptr="*i64", x_ptr="*bf16", part_ptr="*fp32", status_ptr="*i32", num_tiles="i32", cols="i32",
-            num_x="i32", period="i32", salt="i64", **_FORM, OPERAND=CONSTANT,
-        ),
-        constexprs={"TILES": _DOT_TILES, "ROWS": rows, "SEGMENTS": segments, "OPERAND": tl.bfloat16},
-        aligned_args=("desc_ptr", "x_ptr", "part_ptr", "status_ptr"),
-        num_warps=DEFAULT.fused_dot_num_warps,
-        weights_per_program=_DOT_TILES * layout.TILE_WEIGHTS,
-        loop_runs=layout.STEPS // 2,
-    )
-    for rows, segments in ((16, 1), (32, 1), (16, 2))
-]  # fmt: skip
 SUM = [
     CompileSpec(
         name=f"sum_{rows}",
@@ -60,5 +43,5 @@ SUM = [
         aligned_args=("part_ptr", "bias_ptr", "out_ptr"),
         weights_per_program=SUM_ROWS * 4096,
     )
-    for rows in (1, 32)
+    for rows in (1, 4)
 ]  # fmt: skip

@@ -53,7 +53,6 @@ KERNELS: dict[str, tuple[str, Callable[[Packed], object]]] = {
     "rows": ("packed", lambda packed: ops.unpack_rows(packed, IDS)),
     "block": ("packed", unpack_block),
     "gemv": ("packed", lambda packed: fused.multiply(packed, activations(1))),
-    "dot": ("packed", lambda packed: fused.multiply(packed, activations(5))),
     "official": ("official", units.unpack),
     "official rows": ("official", lambda packed: units.unpack_rows(packed, IDS)),
 }

@@ -80,7 +80,6 @@ READERS = {
     "rows": lambda: Reader(ops.pack, rows, 2 * COLS, 4),
     "block": lambda: Reader(ops.pack, block),
     "gemv": lambda: Reader(ops.pack, multiply(1), ROWS),
-    "dot": lambda: Reader(ops.pack, multiply(5), 5 * ROWS),
     "official": lambda: Reader(units.pack, decode_unit),
     "official rows": lambda: Reader(units.pack, unit_rows, 2 * COLS, 0),
 }
@@ -138,7 +137,7 @@ for backend, step, name in [a.split("/") for a in sys.argv[1:]]:
 """
 
 ON_CPU = ("decode", "rows", "block", "official", "official rows")
-IN_KERNELS = ("decode", "rows", "block", "gemv", "dot", "official", "official rows")
+IN_KERNELS = ("decode", "rows", "block", "gemv", "official", "official rows")
 
 
 def run(code: str, arguments: list[str]) -> None:

@@ -18,7 +18,7 @@ COLUMNS = {
     if kernels.is_supported(cols)
 }
 # One row count per kernel variant, and some that leave rows of a kernel empty.
-NUM_ROWS = of_size(sorted({*fused.compiled_for(kernels.MAX_ROWS), 3, 17}), [3, 5])
+NUM_ROWS = of_size(sorted({*fused.compiled_for(kernels.MAX_ROWS), 3}), [3])
 LLAMA_8B = [(6144, 4096), (4096, 4096), (28_672, 4096), (4096, 14_336)]
 
 
@@ -58,7 +58,7 @@ def test_gpu_result_of_every_kernel_is_within_the_bound_and_the_same_every_time(
 
 
 @no_rehearsal
-@pytest.mark.parametrize("num_rows", [1, 4, 32])
+@pytest.mark.parametrize("num_rows", [1, 4])
 @pytest.mark.parametrize("shape", LLAMA_8B)
 def test_gpu_multiplies_layers_of_real_size(shape: tuple[int, int], num_rows: int) -> None:
     weight = to_torch(gaussian(*shape)).cuda()
@@ -68,7 +68,7 @@ def test_gpu_multiplies_layers_of_real_size(shape: tuple[int, int], num_rows: in
     assert same_bits(multiply(packed, x), out)
 
 
-@pytest.mark.parametrize("num_rows", of_size([2, 4, 8, 32], [2]))
+@pytest.mark.parametrize("num_rows", of_size([2, 3, 4], [2]))
 def test_gpu_result_of_a_row_does_not_depend_on_the_other_rows(num_rows: int) -> None:
     # Bug caught: 0 times infinity, where rows or columns that do not count are multiplied by 0.
     cols = COLUMNS[2]
@@ -81,7 +81,7 @@ def test_gpu_result_of_a_row_does_not_depend_on_the_other_rows(num_rows: int) ->
     assert same_bits(multiply(packed, torch.cat([x[1:], x[:1]]))[0], alone[1])
 
 
-@pytest.mark.parametrize("num_rows", of_size([1, 4, 16], [1]))
+@pytest.mark.parametrize("num_rows", of_size([1, 4], [1]))
 def test_gpu_multiplies_a_matrix_held_as_bf16(num_rows: int) -> None:
     cols = COLUMNS[3]
     bits = (
@@ -94,7 +94,7 @@ def test_gpu_multiplies_a_matrix_held_as_bf16(num_rows: int) -> None:
 
 
 @no_rehearsal
-@pytest.mark.parametrize("num_rows", [1, 32])
+@pytest.mark.parametrize("num_rows", [1, 4])
 def test_gpu_multiplies_a_matrix_of_more_than_two_billion_weights(num_rows: int) -> None:
     # Bug caught: offsets computed in 32 bits. The matrix repeats its first part, so each repeat has the same result.
     block, repeats = to_torch(gaussian(1025, 16_384)).cuda(), 128
@@ -110,7 +110,7 @@ def test_gpu_multiplies_a_matrix_of_more_than_two_billion_weights(num_rows: int)
 
 
 @no_rehearsal
-@pytest.mark.parametrize("num_rows", [1, 8])
+@pytest.mark.parametrize("num_rows", [1, 4])
 def test_gpu_multiplies_in_a_captured_graph_and_sees_new_weights_after_a_reload(
     num_rows: int,
 ) -> None:

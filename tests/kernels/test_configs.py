@@ -24,14 +24,12 @@ from vllm_dfloat.kernels.configs import (
 ROOT = Path(__file__).parents[2]
 WARPS = (
     "dfloat11_num_warps",
-    "fused_dot_num_warps",
     "count_num_warps",
     "dfloat11_encode_num_warps",
 )
 LAUNCHED = (
     "decode_tiles_per_program",
     "fused_gemv_tiles_per_program",
-    "fused_dot_rows",
     "count_window_tiles_per_program",
     "count_tiles_per_program",
     "encode_tiles_per_program",

@@ -26,7 +26,8 @@ def max_rows(device: torch.device, rows: int, cols: int) -> int:
     from vllm_dfloat.kernels import configs
     from vllm_dfloat.kernels import packed_matmul as matmul
 
-    return configs.config_of(device).fused_max_rows if matmul.is_supported(cols) else 0
+    most = min(matmul.MAX_ROWS, configs.config_of(device).fused_max_rows)
+    return most if matmul.is_supported(cols) else 0
 
 
 def compiled_for(rows: int) -> list[int]:
@@ -64,7 +65,7 @@ def matmul(
     aligned to 16 bytes; another `x` is copied.
 
     Args:
-        x: BF16 [num_x, cols], 1 to 32 rows, on the device of `desc`.
+        x: BF16 [num_x, cols], 1 to 4 rows, on the device of `desc`.
         desc: int64 [4], from a PackedWeight.
         rows, cols: its shape.
         bias: BF16 or FP32 [rows], or None.

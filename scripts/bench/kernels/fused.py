@@ -21,7 +21,7 @@ LLAMA_8B = {
     "down": (4096, 14_336),
     "qkv": (6144, 4096),
 }
-NUM_X = [1, 16, 4, 8, 2, 32]
+NUM_X = [1, 4, 2]
 
 
 def run(bench: Bench) -> None:

@@ -20,7 +20,7 @@ from vllm_dfloat.codec import layout
 from vllm_dfloat.device import fused, ops, unit_resident
 from vllm_dfloat.kernels.packed_matmul import MAX_ROWS
 
-NUM_X = {"fused_gemv_tiles_per_program": 1, "fused_dot_rows": 16, "fused_dot_num_warps": 16}
+NUM_X = {"fused_gemv_tiles_per_program": 1}
 
 
 @dataclass(frozen=True)
