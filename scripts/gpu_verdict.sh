@@ -165,7 +165,7 @@ on_gpu_only() {
   if command -v ncu >/dev/null; then run_counters; else notes+=("ncu is not installed"); fi
   ! command -v compute-sanitizer >/dev/null || sanitize racecheck 35 encoder official_held packed_decode
   section tuning 70 "$out/times.log" "$PYTHON" scripts/tune_kernels.py --seconds 50 \
-    --only decode_tiles_per_program fused_gemv_tiles_per_program
+    --only decode_tiles_per_program chosen_programs fused_gemv_tiles_per_program
   printed | sed -n '/^section  *case/,$p' | tail -n 18 | cut -c1-130
 }
 
