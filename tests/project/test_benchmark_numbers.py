@@ -73,6 +73,7 @@ ENCODE = [f"encode_{step}" for step in ("count", "measure", "write")]
         ("the same at EP 8", peak("xeon-amx/load-235b-ep8.json", 2)),
         ("decode a layer", "; ".join(rounded(loop) for loop in kernel('decode')['of_each_loop'])),
         ("decode a group", "; ".join(rounded(loop) for loop in kernel('decode_group')['of_each_loop'])),
+        ("decode chosen experts of 128", "; ".join(rounded(loop) for loop in kernel('decode_chosen')['of_each_loop'])),
         ("fused, packed, in", "; ".join(rounded(kernel(name)['of_each_loop'][0]) for name in ("gemv_1", "gemv_4"))),
         ("encode: count", ", ".join(rounded(kernel(name)['instructions_per_weight']) for name in ENCODE)),
         ("encode: count", ", ".join(rounded(kernel(name, '3.6')['instructions_per_weight']) for name in ENCODE)),
