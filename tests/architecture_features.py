@@ -18,12 +18,18 @@ from typing import Any
 import architectures
 import conftest  # noqa: F401  # first: settings that must be made before vLLM is imported
 import lora_adapters
+import plan_engines
 from engine_pairs import TRACED
-from engines import Answers, answers, ask, bf16_answers, engine
+from engines import SETTINGS, Answers, answers, ask, bf16_answers, engine
 from safetensors.torch import load_file
+
+from vllm_dfloat.errors import UnsupportedError
 
 OURS: dict[str, Any] = dict(quantization="dfloat11")
 EQUAL = "equal"
+ROOM = 2 << 30  # bytes for weights, scratch and KV cache
+CPU_BLOCK = 128  # tokens in a block of vLLM's KV cache on a CPU
+NEAR = 0.02  # relative error of a plan
 
 
 def is_number(found: Answers) -> bool:
@@ -34,7 +40,10 @@ def is_number(found: Answers) -> bool:
 
 def from_bf16_files(folder: Path) -> str:
     model = folder / "m"
-    expected = bf16_answers(model)
+    try:
+        expected = bf16_answers(model)
+    except (Exception, SystemExit) as error:
+        return f"BF16 vLLM: {type(error).__name__}: {error}"
     assert is_number(expected)
     assert answers(model, **OURS) == expected
     return EQUAL
@@ -52,8 +61,6 @@ def from_dfloat11_files(folder: Path) -> str:
 
 def refused(update: Callable[[], Any]) -> str:
     """Return why an update was refused, with all weights as before; empty if it took effect."""
-    from vllm_dfloat.errors import UnsupportedError
-
     try:
         update()
     except UnsupportedError as error:
@@ -109,12 +116,37 @@ def traced(folder: Path) -> str:
     return EQUAL
 
 
+def planned(folder: Path) -> str:
+    """Compare what `plan` says of the files with the bytes and KV tokens of an engine."""
+    from vllm_dfloat.plan.memory import Settings
+    from vllm_dfloat.plan.plan import make_plan
+
+    settings = Settings(
+        gpu_memory=ROOM, gpu_memory_utilization=1, max_model_len=SETTINGS["max_model_len"], block_size=CPU_BLOCK,
+        max_num_batched_tokens=plan_engines.BATCHED_TOKENS, slots=1, overhead=0,
+    )  # fmt: skip
+    try:
+        plan = make_plan(str(folder / "m"), settings)
+    except UnsupportedError as error:
+        return f"no plan: {error}"
+    found = plan_engines.reported(folder / "m", ROOM, **OURS)
+    (rank,), (served,) = plan.ranks, found["ranks"]
+    off = {
+        "BF16": rank.bf16_weights / served["bf16_bytes"],
+        "DFloat11": rank.dfloat11_weights / served["held_bytes"],
+        "KV tokens": plan.dfloat11.tokens / found["tokens_of_room"],
+    }
+    told = ", ".join(f"{name} {100 * ratio - 100:+.1f} %" for name, ratio in off.items())
+    return EQUAL if all(abs(ratio - 1) <= NEAR for ratio in off.values()) else f"estimate: {told}"
+
+
 FEATURES: dict[str, Callable[[Path], str]] = {
     "BF16 files": from_bf16_files,
     "DFloat11 files": from_dfloat11_files,
     "update": updated,
     "LoRA": with_adapters,
     "traced": traced,
+    "plan": planned,
 }
 
 

@@ -20,9 +20,12 @@ SHAPE: dict[str, Any] = dict(
 )  # fmt: skip
 Entries = Mapping[str, Any]
 RECORD = Path(__file__).parent / "data" / "architectures.json"  # made by architecture_features.py
+RECORD_OF_VERSIONS = RECORD.parent / "architectures_versions.json"  # likewise, with older versions
 WORDS = {  # beginnings of results in the record
     "refused": "refused in a sentence, weights as before",
     "BF16 vLLM": "BF16 vLLM gives the same error",
+    "no plan": "refused in a sentence",
+    "estimate": "an estimate, and it says so",
     "not run": "not run",
 }
 
@@ -186,6 +189,10 @@ def save_case(name: str, path: Path, seed: int = SEED) -> Path:
     shape = dict(SHAPE)
     if name.startswith("Falcon") and "H1" not in name:
         del shape["head_dim"]  # its config computes it
+    if name.startswith(
+        ("Bloom", "GPT2", "GPTJ", "OPT")
+    ):  # these know neither, and it would be a wrong entry
+        del shape["head_dim"], shape["num_key_value_heads"]
     return save(model_class(name), path, {**shape, **CASES[name]}, seed)
 
 
@@ -243,6 +250,23 @@ def feature_table() -> str:
     return "\n".join(lines)
 
 
+def version_table() -> str:
+    """Return the table of vLLM versions of docs/serving.md, from the records of runs with files of both kinds."""
+    recorded: dict[str, dict[str, dict[str, str]]] = json.loads(RECORD_OF_VERSIONS.read_text())
+    lines = ["| vLLM | equal to BF16 vLLM | BF16 vLLM itself fails |", "|---|---|---|"]
+    for version, found in recorded.items():
+        failed: dict[str, list[str]] = defaultdict(list)
+        for name in sorted(found, key=str.lower):
+            if (result := found[name]["BF16 files"]) != "equal":
+                failed[result.partition(": ")[2]].append(short(model_class(name)))
+        count = len(found) - sum(map(len, failed.values()))
+        why = "; ".join(
+            f"{', '.join(dict.fromkeys(names))} ({reason})" for reason, names in failed.items()
+        )
+        lines.append(f"| {version} | {count} of {len(found)} | {why} |")
+    return "\n".join(lines)
+
+
 def _in_words(result: str) -> str:
     for kind, words in WORDS.items():
         if result.startswith(kind):
@@ -257,4 +281,4 @@ def short(name: str) -> str:
 
 
 if __name__ == "__main__":
-    print(f"{tables()}\n\n{feature_table()}")
+    print(f"{tables()}\n\n{feature_table()}\n\n{version_table()}")

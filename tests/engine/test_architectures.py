@@ -6,6 +6,7 @@ from pathlib import Path
 import architecture_features
 import architectures
 import pytest
+from engines import answers, bf16_answers
 
 pytestmark = pytest.mark.engine
 
@@ -29,16 +30,41 @@ def test_architecture_answers_as_bf16_vllm(
         assert found.partition(":")[0] == recorded[feature].partition(":")[0], feature
 
 
+THROUGH_TRANSFORMERS = (
+    "Qwen3MoeForCausalLM", "Qwen2MoeForCausalLM", "Glm4MoeForCausalLM", "Ernie4_5_MoeForCausalLM", "Dots1ForCausalLM",
+    "DeepseekV3ForCausalLM", "GptOssForCausalLM", "FlexOlmoForCausalLM", "HunYuanMoEV1ForCausalLM", "LlamaForCausalLM",
+)  # fmt: skip
+
+
+@pytest.mark.on_demand
+@pytest.mark.parametrize("name", THROUGH_TRANSFORMERS)
+def test_the_transformers_backend_answers_as_that_of_bf16_vllm(
+    name: str, tmp_path: Path, log_lines: list[str]
+) -> None:
+    """Its experts are of a class of their own, TransformersRoutedExperts, and compressed like others."""
+    model = architectures.save_case(name, tmp_path / "m")
+    backend = dict(model_impl="transformers")
+    assert answers(model, quantization="dfloat11", **backend) == bf16_answers(model, **backend)
+    (line,) = [line for line in log_lines if line.startswith("dfloat11: compressed")]
+    assert ("of these the experts of" in line) == architectures.has_experts(name)
+
+
 def test_tables_of_the_documentation_are_those_of_the_tests() -> None:
     text = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
     assert architectures.tables() in text
     assert architectures.feature_table() in text
+    assert architectures.version_table() in text
     assert set(architectures.CORE) <= set(architectures.CASES)
 
 
 def test_record_has_every_architecture_and_nothing_that_differs_from_bf16_vllm() -> None:
     recorded = json.loads(architectures.RECORD.read_text())
     assert set(recorded) == set(architectures.CASES)
+    for version in json.loads(architectures.RECORD_OF_VERSIONS.read_text()).values():
+        assert set(version) == set(architectures.CASES)
+        assert all(
+            r.startswith(("equal", "BF16 vLLM: ")) for v in version.values() for r in v.values()
+        )
     for found in recorded.values():
         assert list(found) == list(architecture_features.FEATURES)
         assert all(result.startswith(("equal", *architectures.WORDS)) for result in found.values())
