@@ -5,7 +5,7 @@
 #     scripts/gpu_verdict.sh --device cpu    # a rehearsal in Triton's interpreter, on tiny sizes
 #
 # Needs an NVIDIA GPU, PyTorch, Triton, numba and pytest; no network, no vLLM, nothing installed. Sections: environment;
-# the bits of every kernel on small sizes; times of decode, encode and products, in both layouts, next to a device copy
+# the bits of every kernel on small sizes; times of decode, encode and products, packed and fast, next to a device copy
 # and cuBLAS; the order in which vLLM's batch-invariant GEMM adds; the tests marked `gpu`; times of experts, groups,
 # rows and the official layout; the bits of LM heads in slabs; memcheck; more than 2^31 weights; hardware counters;
 # racecheck; tuning. Each section has its own time limit, and none begins after --limit (345 s) in total. Every row is

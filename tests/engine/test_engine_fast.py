@@ -96,7 +96,7 @@ def test_matrix_that_would_not_shrink_is_packed_and_stays_so_when_reloaded(
     (line,) = [line for line in log_lines if line.startswith("dfloat11: compressed")]
     assert "compressed 10 of 10 layers (9 in the fast layout with 12." in line
     assert ", 1 in the packed layout with 1" in line
-    told = "held in the packed layout, since they would take 14 bits per weight or more as asked: "
+    told = "held in the packed layout, since in the fast one they would take 14 bits per weight or more: "
     assert f"dfloat11: {told}{name}" in log_lines
 
 

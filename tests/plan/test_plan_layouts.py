@@ -58,7 +58,10 @@ def test_layouts_stand_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*command, "all", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == single
     assert main([*command, "all"]) == 0
-    head, bf16, *rows = capsys.readouterr().out.split("\n\n")[0].splitlines()
+    table, below = capsys.readouterr().out.split("\n\n")
+    assert below.startswith("codes: 2.7 bits per exponent, assumed")
+    assert "Llama-3.1-8B.json, layout packed: the model fits in both; " in below
+    head, bf16, *rows = table.splitlines()
     assert head.split() == ["layout", "weights", "bits", "scratch", "for", "KV", "KV", "tokens"]
     assert bf16.split()[0] == "BF16"
     assert [row.split()[0] for row in rows] == list(LAYOUTS)

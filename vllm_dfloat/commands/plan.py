@@ -136,8 +136,8 @@ def run(args: argparse.Namespace) -> int:
         if args.json:
             say(json.dumps({one.settings.layout: as_json(one) for one in plans}, indent=1))
         else:
-            table = "" if args.quiet else f"{side_by_side(plans)}\n\n"
-            say(table + summary(plan))
+            table = "" if args.quiet else f"{side_by_side(plans)}\n"
+            say(table + summary(plan, settings.layout))
     elif args.json:
         say(json.dumps(as_json(plan), indent=1))
     else:

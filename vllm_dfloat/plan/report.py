@@ -30,7 +30,10 @@ def as_table(plan: Plan) -> str:
 
 
 def side_by_side(plans: Sequence[Plan]) -> str:
-    """Return a table of plans for the same model in different layouts, beside BF16; of the stage with most weights."""
+    """Return a table of plans for the same model in different layouts, beside BF16; of the stage with most weights.
+
+    Below it, what the first plan is based on.
+    """
     first = max(plans[0].ranks, key=lambda rank: rank.bf16_weights)
     lines = [
         _cells("layout", "weights", "bits", "scratch", "for KV", "KV tokens"),
@@ -41,7 +44,7 @@ def side_by_side(plans: Sequence[Plan]) -> str:
         sizes = show_size(rank.dfloat11_weights), f"{rank.bits_per_weight:.2f}"
         room = _room(plan.dfloat11)
         lines.append(_cells(plan.settings.layout, *sizes, show_size(rank.scratch), *room))
-    return "\n".join(lines)
+    return "\n".join([*lines, "", f"codes: {plans[0].code_bits}."])
 
 
 def _room(outcome: Outcome) -> tuple[str, str]:
@@ -53,9 +56,10 @@ def _cells(name: str, *cells: str) -> str:
     return f"{name:<10}" + "".join(f"{cell:>{CELL}}" for cell in cells)
 
 
-def summary(plan: Plan) -> str:
-    """Return the last line: what fits."""
-    return f"{plan.model}: {verdict(plan)}."
+def summary(plan: Plan, layout: str = "") -> str:
+    """Return the last line: what fits; with the layout, if it was planned for several."""
+    of_layout = f", layout {layout}" if layout else ""
+    return f"{plan.model}{of_layout}: {verdict(plan)}."
 
 
 def verdict(plan: Plan) -> str:

@@ -194,14 +194,15 @@ def log_summary(model: torch.nn.Module) -> None:
     logger.info("dfloat11: %s", summary)
     if summary.is_fused:
         logger.info(
-            "dfloat11: fused for up to %d rows of activations in %d of %d layers",
+            "dfloat11: fused for up to %d rows of activations in %d of %d layers%s",
             max(summary.fused_rows, default=0),
             len(summary.fused_rows),
             summary.num_layers,
+            "" if summary.fused_rows else "; the others are decoded",
         )
     if summary.other_names:
         logger.info(
-            "dfloat11: held in the %s layout, since they would take 14 bits per weight or more as asked: %s",
+            "dfloat11: held in the %s layout, since in the fast one they would take 14 bits per weight or more: %s",
             OTHERWISE,
             ", ".join(summary.other_names),
         )
