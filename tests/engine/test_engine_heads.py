@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+from engine_pairs import ENVIRONMENT
 from engines import answers, answers_elsewhere, bf16_answers, normal
 
 from vllm_dfloat.device.scratch import scratch
@@ -82,7 +83,7 @@ def test_answers_are_those_of_bf16_with_every_slab(
 def test_ranks_answer_as_those_of_bf16(ranks: dict[str, int], folder: Path, tmp_path: Path) -> None:
     common = dict(model=str(model(folder, "llama")), **ranks)
     runs = [common, {**common, **dfloat11(slab=1 << 17)}, {**common, **dfloat11()}]
-    environment = {"VLLM_CACHE_ROOT": str(tmp_path / "cache")}
+    environment = {**ENVIRONMENT, "VLLM_CACHE_ROOT": str(tmp_path / "cache")}
     expected, *found = answers_elsewhere(runs, tmp_path, environment, timeout=900)
     assert found == [normal(expected)] * 2
     assert list((tmp_path / "cache/dfloat11/slabs").glob("*.json"))
