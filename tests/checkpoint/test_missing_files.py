@@ -168,9 +168,29 @@ def test_without_a_manifest_a_file_under_another_name_is_the_same(made: Path) ->
     assert open_checkpoint(made).names == names
 
 
+def test_a_config_with_another_order_of_weights_is_refused_where_there_is_a_manifest(
+    made: Path,
+) -> None:
+    # Bug caught: gate and up have one size, so they were served in each other's place in silence.
+    config = json.loads((made / "config.json").read_text())
+    config["extra"] = config.pop("vocab_size", 0)  # what else a user edits is free
+    (made / "config.json").write_text(json.dumps(config))
+    open_checkpoint(made)
+    patterns = config["dfloat11_config"]["pattern_dict"]
+    key = next(key for key in patterns if "mlp.up_proj" in patterns[key])
+    names = {"mlp.gate_proj": "mlp.up_proj", "mlp.up_proj": "mlp.gate_proj"}
+    patterns[key] = [names.get(name, name) for name in patterns[key]]
+    (made / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        FormatError, match=r"not the one that dfloat11_manifest\.json was made with"
+    ):
+        open_checkpoint(made)
+
+
 def test_a_manifest_of_an_earlier_version_has_no_headers_and_is_read(made: Path) -> None:
     content = json.loads((made / MANIFEST_FILE).read_text())
     assert content.pop("headers").keys() == {f.name for f in made.glob("*.safetensors")}
+    assert len(content.pop("units")) == 64
     (made / MANIFEST_FILE).write_text(json.dumps(content))
     assert main(["verify", str(made), "--quiet"]) == 0
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+from vllm_dfloat.checkpoint.folder import CONFIG_KEY
 from vllm_dfloat.checkpoint.listing import blobs_of, weight_files
 from vllm_dfloat.checkpoint.side_weights import is_weights
 from vllm_dfloat.errors import FormatError, one_line, shown
@@ -38,11 +39,14 @@ class Manifest:
         shapes: name of each compressed tensor -> its shape.
         headers: name of each weight file -> SHA-256 of its header, which is read anyway when a checkpoint is opened.
             Empty in manifests of earlier versions.
+        units: SHA-256 of `dfloat11_config`, which alone says in which order a unit has its weights (`digest_of`); ""
+            in manifests of earlier versions.
     """
 
     files: Mapping[str, Mapping[str, Any]]
     shapes: Mapping[str, tuple[int, ...]]
     headers: Mapping[str, str] = field(default_factory=dict)
+    units: str = ""
 
     @property
     def module_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -55,12 +59,14 @@ class Manifest:
         return frozenset(name for name in self.shapes if not name.endswith(".weight"))
 
     def as_text(self) -> str:
-        content = {
+        content: dict[str, Any] = {
             "version": VERSION,
             "files": {name: dict(self.files[name]) for name in sorted(self.files)},
             "headers": {name: self.headers[name] for name in sorted(self.headers)},
             "tensors": {name: list(self.shapes[name]) for name in sorted(self.shapes)},
         }
+        if self.units:
+            content["units"] = self.units
         return json.dumps(content, indent=1) + "\n"
 
 
@@ -83,8 +89,29 @@ def read_manifest(folder: Path) -> Manifest | None:
     headers = content.get("headers", {})
     if not isinstance(headers, dict) or not all(map(_is_digest, headers.values())):
         _refuse("has `headers` that are no object of SHA-256 digests")
+    units = content.get("units", "")
+    if units and not _is_digest(units):
+        _refuse(f"says that the SHA-256 of {CONFIG_KEY} is {shown(units)}")
     shapes = {name: _shape(name, shape) for name, shape in tensors.items()}
-    return Manifest(files, shapes, headers)
+    return Manifest(files, shapes, headers, units)
+
+
+def digest_of(settings: Any) -> str:
+    """Return the SHA-256 of a `dfloat11_config`, whatever spaces and order of keys its file has."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def refuse_other_units(folder: Path, manifest: Manifest, config: Mapping[str, Any]) -> None:
+    """Refuse a config.json whose `dfloat11_config` was changed: another order of weights of one size shows nowhere.
+
+    Raises:
+        FormatError: it was.
+    """
+    if manifest.units and digest_of(config.get(CONFIG_KEY)) != manifest.units:
+        raise FormatError(
+            f"{folder}: {CONFIG_KEY} in config.json is not the one that {MANIFEST_FILE} was made with; expected no "
+            "change, since it says which weights a unit has, in which order. Restore it, or make the checkpoint again."
+        )
 
 
 def _check_file(name: str, entry: Any) -> None:

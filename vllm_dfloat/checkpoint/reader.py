@@ -15,6 +15,7 @@ from vllm_dfloat.checkpoint.manifest import (
     read_manifest,
     refuse_missing_weights,
     refuse_other_files,
+    refuse_other_units,
 )
 from vllm_dfloat.checkpoint.patterns import Patterns
 from vllm_dfloat.checkpoint.settings import read_settings
@@ -96,6 +97,7 @@ def open_checkpoint(path: str | Path, may_be_unfinished: bool = False) -> Dfloat
     checkpoint = Dfloat11Checkpoint(path, config, units, plain, manifest)
     if manifest:
         refuse_missing_weights(path, manifest, checkpoint.names)
+        refuse_other_units(path, manifest, config)
     else:
         refuse_gaps(path, config, patterns, checkpoint.names)
     return checkpoint

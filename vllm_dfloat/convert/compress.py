@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -9,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_dfloat.checkpoint.folder import CONFIG_FILE
-from vllm_dfloat.checkpoint.manifest import MANIFEST_FILE, Manifest
+from vllm_dfloat.checkpoint.folder import CONFIG_FILE, CONFIG_KEY
+from vllm_dfloat.checkpoint.manifest import MANIFEST_FILE, Manifest, digest_of
 from vllm_dfloat.checkpoint.names import module_of, transformer_block
 from vllm_dfloat.convert.compress_file import CompressedFile, FileJob, compress_file
 from vllm_dfloat.convert.conversion import Conversion, convert
@@ -196,11 +197,14 @@ class _Compression(Conversion[CompressedFile]):
         for name in source.files.side.names:
             work.copy(source.path, name, source.files.identity(name))
         source.files.check()  # before the files are there that make the folder a model
-        work.write_text(CONFIG_FILE, config_text(source.config, build_patterns(units)))
+        text = config_text(source.config, build_patterns(units))
+        work.write_text(CONFIG_FILE, text)
         shapes = {name: source.tensors[name].shape for unit in units for name in unit.tensors}
         try:
             headers = {result.file: header_sha256(work.folder / result.file) for result in results}
-            work.write_text(MANIFEST_FILE, Manifest(work.entries, shapes, headers).as_text())
+            digest = digest_of(json.loads(text)[CONFIG_KEY])
+            manifest = Manifest(work.entries, shapes, headers, digest)
+            work.write_text(MANIFEST_FILE, manifest.as_text())
             read_back(work.folder, source.tensors)
         except DFloatError:
             work.check()  # another program that has changed a file explains it
