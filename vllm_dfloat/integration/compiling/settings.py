@@ -39,7 +39,8 @@ def note_layouts(config: Any, model: torch.nn.Module) -> None:
     the GPU's memory with "auto". The cache hashes options, and no weights.
     """
     methods: list[Any] = [getattr(layer, "quant_method", None) for layer in model.modules()]
-    asked = config.quant_config.options.layout
+    # A draft may be compressed where its target is not: then every layer is another.
+    asked = getattr(getattr(config.quant_config, "options", None), "layout", None)
     held = {
         method.name: method.layout
         for method in methods
