@@ -62,7 +62,7 @@ def test_a_proof_is_kept_and_the_next_start_compares_nothing(
     prepared()
     before = known().equal
     head_op.known.clear()
-    monkeypatch.setattr(heads, "equal_counts", lambda *a: pytest.fail("compared again"))
+    monkeypatch.setattr(heads, "compare", lambda *a: pytest.fail("compared again"))
     prepared()
     assert known().equal == before
     assert "in 4 slabs of 512 rows" in log_lines[-1]
@@ -77,6 +77,9 @@ DAMAGES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "no runs": lambda content: {**content, "equal": {"1": 3}},
     "huge runs": lambda content: {**content, "compared": [[1, 1 << 20]] * 9},
     "truths": lambda content: {**content, "equal": [[True, True]]},
+    # Bug caught: slabs were believed where their bits differ, after one digit on the disk had changed.
+    "another number": lambda content: {**content, "equal": [[1, 3], *content["equal"][1:]]},
+    "no digest": lambda content: {k: v for k, v in content.items() if k != "digest"},
 }
 
 
@@ -115,6 +118,21 @@ def test_a_proof_holds_for_one_product_on_one_machine() -> None:
     assert proof_cache.file_of(key) != proof_cache.file_of(other)
 
 
+def test_a_proof_does_not_hold_for_a_processor_that_lacks_instructions(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # Bug caught: virtual machines that share a cache folder, and the name of their processors, but not AMX.
+    product, keys = SlabProduct(CPU, ROWS, COLS, 512, "auto"), []
+    for flags in ("fpu avx512_bf16 amx_bf16", "fpu avx512_bf16"):
+        (tmp_path / "cpuinfo").write_text(
+            f"processor\t: 0\nmodel name\t: A\ncpu MHz\t\t: {len(keys)}\nflags\t\t: {flags}\n"
+        )
+        monkeypatch.setattr(proof_cache, "PROCESSOR_FILE", tmp_path / "cpuinfo")
+        keys.append(proof_cache.key_of(product))
+    assert keys[0]["device"] != keys[1]["device"]
+    assert not any("MHz" in line for line in keys[0]["device"])
+
+
 def test_work_is_counted_in_operations_from_the_most_usual_numbers_of_rows_on() -> None:
     assert row_counts.in_order(20, 22)[:6] == [1, 2, 4, 8, 16, 3]
     assert sorted(row_counts.in_order(20, 22)) == list(range(1, 23))
@@ -123,14 +141,37 @@ def test_work_is_counted_in_operations_from_the_most_usual_numbers_of_rows_on() 
     assert head_proof.affordable(product, row_counts.in_order(20, 22), 4 * one) == [1, 2, 4, 8]
 
 
-def test_too_little_memory_for_a_proof_proves_nothing_and_is_no_error(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+    ],
+    ids=["GPU", "CPU"],
+)
+def test_too_little_memory_for_a_proof_proves_nothing_is_no_error_and_is_not_kept(
+    error: RuntimeError, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*args: Any) -> torch.Tensor:
-        raise torch.OutOfMemoryError("CUDA out of memory.")
+        raise error
 
-    monkeypatch.setattr(head_proof, "_differs", full)
-    model = prepared()
+    with monkeypatch.context() as patched:
+        patched.setattr(head_proof, "_differs", full)
+        model = prepared()
     assert known().equal == frozenset()
     x = normal(3, COLS)
     assert same_bits(logits(model, x), expected(model, x))
+    head_op.known.clear()
+    prepared()
+    assert known().equal  # Bug caught: what was not compared was kept as different for good.
+
+
+def test_a_proof_that_cannot_be_put_into_its_place_leaves_no_file_behind(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(proof_cache, "folder", lambda: tmp_path)
+    product = SlabProduct(CPU, ROWS, COLS, 512, "auto")
+    place = proof_cache.file_of(proof_cache.key_of(product))
+    place.mkdir()
+    proof_cache.save(product, {1}, {1})
+    assert [*tmp_path.iterdir()] == [place]

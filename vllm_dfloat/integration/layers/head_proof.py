@@ -65,16 +65,26 @@ def equal_counts(product: SlabProduct, counts: Sequence[int]) -> frozenset[int]:
 
     Waits for the device. If its memory does not suffice, the numbers that were not compared count as different.
     """
+    return frozenset(count for count, is_equal in compare(product, counts).items() if is_equal)
+
+
+def compare(product: SlabProduct, counts: Sequence[int]) -> dict[int, bool]:
+    """Return for each of these numbers of rows whether both products are equal, as far as memory suffices."""
     if not counts:
-        return frozenset()
-    unequal: list[tuple[int, torch.Tensor]] = []
+        return {}
+    unequal: dict[int, torch.Tensor] = {}
     try:
         x, weight, bias = _operands(product, max(counts))
         for count in counts:
-            unequal.append((count, _differs(product, x[:count], weight, bias)))
-    except torch.OutOfMemoryError:
-        pass
-    return frozenset(count for count, differs in unequal if not differs.item())
+            unequal[count] = _differs(product, x[:count], weight, bias)
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
+    return {count: not differs.item() for count, differs in unequal.items()}
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _operands(

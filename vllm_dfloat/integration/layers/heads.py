@@ -15,7 +15,7 @@ from vllm_dfloat.device import ops, slabs
 from vllm_dfloat.device.scratch import MAIN_SLOT, Buffers, scratch
 from vllm_dfloat.integration.layers import head_op, linear_op, proof_cache
 from vllm_dfloat.integration.layers.embedding import DFloat11EmbeddingMethod
-from vllm_dfloat.integration.layers.head_proof import SlabProduct, affordable, equal_counts
+from vllm_dfloat.integration.layers.head_proof import SlabProduct, affordable, compare
 from vllm_dfloat.integration.layers.layouts import BY_NAME
 from vllm_dfloat.integration.layers.method import packed_of
 from vllm_dfloat.integration.layers.tying import is_tied
@@ -150,8 +150,9 @@ def _proven(product: SlabProduct, counts: list[int]) -> frozenset[int]:
     compared, equal = proof_cache.load(product)
     missing = [count for count in counts if count not in compared]
     if missing:
-        equal |= equal_counts(product, missing)
-        proof_cache.save(product, compared | set(missing), equal)
+        found = compare(product, missing)  # less than `missing` if memory does not suffice
+        equal |= {count for count, is_equal in found.items() if is_equal}
+        proof_cache.save(product, compared | found.keys(), equal)
     return equal & set(counts)
 
 

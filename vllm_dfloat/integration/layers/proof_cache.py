@@ -1,7 +1,8 @@
 """Proofs of products by slab, kept in vLLM's cache folder: a proof holds for the same device, libraries and shapes.
 
-Each is a JSON file of its own, named by the hash of what it holds for. A file that cannot be read, or that holds
-anything else, is ignored with a line in the log, and made anew.
+Each is a JSON file of its own, named by the hash of what it holds for, with a hash of its numbers: one digit that was
+changed would be believed otherwise. A file that cannot be read, or that holds anything else, is ignored with a line in
+the log, and made anew.
 """
 
 import hashlib
@@ -21,10 +22,15 @@ from vllm_dfloat.integration.layers.head_proof import SlabProduct
 from vllm_dfloat.integration.seam.names import logger
 from vllm_dfloat.storage.json_file import read_object
 
-FORMAT = 1
+FORMAT = 2
 MAX_BYTES = 1 << 20
 MAX_COUNT = 1 << 20
 _LIBRARIES = re.compile(r"/(lib(cublas|cublasLt|dnnl|mkl\w*|torch_cpu|torch_cuda)|_C)\b[^/]*$")
+PROCESSOR_FILE = Path("/proc/cpuinfo")
+# Its lines that matter. A virtual machine may have the name of a processor, and not its AMX.
+_PROCESSOR = re.compile(
+    r"(model name|flags|Features|stepping|cache size|CPU (?:implementer|variant|part|revision))\s*:"
+)
 _VARIABLES = (
     "CUBLAS",
     "NVIDIA_TF32",
@@ -78,20 +84,21 @@ def _loaded_libraries() -> Iterator[list[Any]]:
             yield [file.rpartition("/")[2], status.st_size, int(status.st_mtime)]
 
 
-def _processor() -> str:
+def _processor() -> list[str]:
+    """Return what GEMMs choose their code by: the processor's lines, and what PyTorch makes of it."""
+    lines: set[str] = set()
     with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return (
-                    f"{line.partition(':')[2].strip()}, {torch.backends.cpu.get_cpu_capability()}"
-                )
-    return torch.backends.cpu.get_cpu_capability()
+        lines = {line for line in PROCESSOR_FILE.read_text().splitlines() if _PROCESSOR.match(line)}
+    return [*sorted(lines), torch.backends.cpu.get_cpu_capability()]
 
 
 def file_of(key: dict[str, Any]) -> Path:
     """Return the file of the proof for this key."""
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
-    return folder() / f"{digest}.json"
+    return folder() / f"{_digest(key)}.json"
+
+
+def _digest(of: Any) -> str:
+    return hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def folder() -> Path:
@@ -109,9 +116,12 @@ def load(product: SlabProduct) -> Proof:
         content = read_object(file, MAX_BYTES)
         if content is None:
             return frozenset(), frozenset()
+        digest = content.pop("digest", None)
         compared, equal = _counts(content.get("compared")), _counts(content.get("equal"))
         if content.get("key") != json.loads(json.dumps(key)) or not equal <= compared:
             raise ValueError("it is no proof for what its name says")
+        if digest != _digest(content):
+            raise ValueError("its numbers were changed")
     except (DFloatError, OSError, ValueError) as error:
         logger.warning("dfloat11: %s is ignored and made anew: %s", file, error)
         return frozenset(), frozenset()
@@ -122,12 +132,13 @@ def save(product: SlabProduct, compared: Collection[int], equal: Collection[int]
     """Keep a proof; a folder that cannot be written to only costs the next start the time."""
     key = key_of(product)
     file = file_of(key)
-    text = json.dumps({"key": key, "compared": _ranges(compared), "equal": _ranges(equal)})
+    content = {"key": key, "compared": _ranges(compared), "equal": _ranges(equal)}
+    text = json.dumps({**content, "digest": _digest(content)})
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".tmp", delete=False) as out:
-            out.write(text)
-        os.replace(out.name, file)
+        with tempfile.TemporaryDirectory(dir=file.parent) as beside:
+            Path(beside, file.name).write_text(text)
+            os.replace(Path(beside, file.name), file)
     except OSError as error:
         logger.info("dfloat11: %s was not written: %s", file, error)
 
