@@ -115,3 +115,23 @@ def test_auto_chooses_for_each_stage_and_says_so_where_nothing_has_room() -> Non
         fast_layers(plan.model, replace(plan.settings, kv_tokens=73_000))[0]
         == auto(73_000).ranks[0].fast
     )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--layout", "packed"], "--kv-tokens 100 with --layout packed: it needs --layout auto."),
+        (["--layout", "all"], "--kv-tokens 100 with --layout all: it needs --layout auto."),
+        (
+            ["--layout", "auto", "--kv-cache-memory", "1GiB"],
+            "--kv-tokens 100 with --kv-cache-memory 1GiB: each says how large the KV cache is;",
+        ),
+    ],
+)
+def test_tokens_that_nothing_is_chosen_by_are_refused(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Bug caught: the number was ignored; serving refuses the same pair.
+    model = str(CONFIGS / "Llama-3.1-8B.json")
+    assert main(["plan", model, "--gpu-memory", "24GiB", "--kv-tokens", "100", *options]) == 2
+    assert message in capsys.readouterr().err

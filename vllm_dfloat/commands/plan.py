@@ -191,5 +191,14 @@ def _check(args: argparse.Namespace) -> None:
         raise UnsupportedError(
             f"--cpu-offload-gb {args.cpu_offload_gb:g}: expected GiB per GPU, at least 0 and below {MAX_OFFLOAD:,}."
         )
+    if args.kv_tokens and args.layout != "auto":
+        raise UnsupportedError(
+            f"--kv-tokens {args.kv_tokens} with --layout {args.layout}: it needs --layout auto. Remove one of the two."
+        )
+    if args.kv_tokens and args.kv_cache_memory:
+        raise UnsupportedError(
+            f"--kv-tokens {args.kv_tokens} with --kv-cache-memory {args.kv_cache_memory}: each says how large the KV "
+            "cache is; expected one of them. Remove the other."
+        )
     if args.code_bits is not None and not 1 <= args.code_bits <= 8:
         raise UnsupportedError(f"--code-bits {args.code_bits:g}: expected 1 to 8.")
