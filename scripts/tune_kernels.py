@@ -31,7 +31,9 @@ CANDIDATES: dict[str, tuple[int, ...]] = {  # Triton takes powers of two
     "fused_gemv_tiles_per_program": (1, 2, 4, 8),
 }
 DERIVED = ("fused_max_rows", "group_decode_max_numel")
-NOT_TUNED = (  # of the encoders, which see a weight once; of the fast layout, tried together on an H100
+NOT_TUNED = (  # of the encoders, which see a weight once; of the fast layout, tried together on an H100; of LM heads
+    "slab_bytes",
+    "slab_proof_work",
     "count_window_tiles_per_program",
     "count_tiles_per_program",
     "count_num_warps",

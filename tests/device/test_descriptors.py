@@ -153,7 +153,7 @@ def run(code: str, arguments: list[str]) -> None:
     ("backend", "step", "readers"),
     [
         ("numba", 1, ON_CPU),
-        ("triton", 21, IN_KERNELS[:2]),
+        ("triton", 31, IN_KERNELS[:2]),
         pytest.param("triton", 21, IN_KERNELS[2:], marks=pytest.mark.on_demand),
         pytest.param("triton", 1, IN_KERNELS[:3], marks=pytest.mark.on_demand),
         pytest.param("triton", 1, IN_KERNELS[3:], marks=pytest.mark.on_demand),

@@ -127,7 +127,9 @@ def test_dummy_weights_of_such_a_model_are_compressed(folder: Any) -> None:
     assert found == bf16_answers(folder("gemma2"), **dummy)
 
 
-@pytest.mark.parametrize("name", ["gemma2", pytest.param("mixtral", marks=pytest.mark.on_demand)])
+@pytest.mark.on_demand
+@pytest.mark.alone
+@pytest.mark.parametrize("name", ["gemma2", "mixtral"])
 def test_two_ranks_answer_as_two_of_bf16(name: str, folder: Any, tmp_path: Path) -> None:
     from engine_pairs import ENVIRONMENT
 
