@@ -23,30 +23,6 @@ def fast(**options: Any) -> dict[str, Any]:
     )
 
 
-@pytest.mark.parametrize(
-    ("name", "enforce_eager"),
-    [
-        ("llama", False),
-        ("qwen3", True),  # tied embeddings
-        pytest.param("llama", True, marks=pytest.mark.on_demand),
-        pytest.param("qwen3", False, marks=pytest.mark.on_demand),
-    ],
-)
-def test_engine_with_the_fast_layout_answers_as_bf16_vllm(
-    name: str,
-    enforce_eager: bool,
-    bf16_checkpoint: Checkpoint,
-    log_lines: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    if not enforce_eager:
-        monkeypatch.setenv("VLLM_CPU_CI_ENV", "1")  # Dynamo traces, without Inductor's C++ compiles
-    model, mode = bf16_checkpoint(name), dict(enforce_eager=enforce_eager)
-    assert answers(model, **fast(), **mode) == bf16_answers(model, **mode)
-    (line,) = [line for line in log_lines if line.startswith("dfloat11: compressed")]
-    assert "layers in the fast layout, " in line
-
-
 def test_engine_with_layout_auto_answers_as_bf16_vllm_and_packs_what_is_not_multiplied_by(
     bf16_checkpoint: Checkpoint, log_lines: list[str]
 ) -> None:

@@ -1,4 +1,4 @@
-"""Layers held in the official layout: the same answers as BF16 vLLM, to the last bit, before and after a reload."""
+"""Layers held in another layout than the packed one: the answers of BF16 vLLM to the last bit, after a reload too."""
 
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,12 @@ from vllm_dfloat.integration.layers.method import packed_of
 
 pytestmark = pytest.mark.engine
 
-OFFICIAL: dict[str, Any] = dict(
-    quantization="dfloat11", additional_config={"dfloat11": {"layout": "dfloat11"}}
-)
+
+def held_in(layout: str) -> dict[str, Any]:
+    return dict(quantization="dfloat11", additional_config={"dfloat11": {"layout": layout}})
 
 
+@pytest.mark.parametrize("layout", ["fast", "dfloat11"])
 @pytest.mark.parametrize(
     ("name", "enforce_eager"),
     [
@@ -27,7 +28,8 @@ OFFICIAL: dict[str, Any] = dict(
         pytest.param("qwen3", False, marks=pytest.mark.on_demand),
     ],
 )
-def test_engine_with_the_official_layout_answers_as_bf16_vllm(
+def test_engine_with_another_layout_answers_as_bf16_vllm(
+    layout: str,
     name: str,
     enforce_eager: bool,
     bf16_checkpoint: Checkpoint,
@@ -37,16 +39,16 @@ def test_engine_with_the_official_layout_answers_as_bf16_vllm(
     if not enforce_eager:
         monkeypatch.setenv("VLLM_CPU_CI_ENV", "1")  # Dynamo traces, without Inductor's C++ compiles
     model, mode = bf16_checkpoint(name), dict(enforce_eager=enforce_eager)
-    assert answers(model, **OFFICIAL, **mode) == bf16_answers(model, **mode)
+    assert answers(model, **held_in(layout), **mode) == bf16_answers(model, **mode)
     (line,) = [line for line in log_lines if line.startswith("dfloat11: compressed")]
-    assert "layers in the dfloat11 layout, " in line
+    assert f"layers in the {layout} layout, " in line
 
 
 def test_reloaded_engine_holds_units_again_and_answers_as_one_that_was_started_so(
     bf16_checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     other = tiny_models.save("llama", tmp_path / "other", seed=7)
-    with engine(bf16_checkpoint("llama"), **OFFICIAL) as llm:
+    with engine(bf16_checkpoint("llama"), **held_in("dfloat11")) as llm:
         before = ask(llm)
         llm.collective_rpc("reload_weights", kwargs={"weights_path": str(other)})
         after = ask(llm)
