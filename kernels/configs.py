@@ -65,7 +65,8 @@ class LaunchConfig:
             beyond it, decode then GEMM. On an H100 the fused kernel takes 0.4 to 0.9 of its time.
         group_decode_max_numel: largest group, in weights, that one launch decodes; 0: a launch per layer.
         slab_bytes: bytes of a slab of an LM head, if no other matrix needs as much scratch. On an H100 the GEMM over
-            slabs of 64 MiB gave the bits of the whole head of Llama 3.1 8B; over 32 MiB it did not.
+            slabs of 64 MiB gave the bits of the whole head of Llama 3.1 8B, for values as in a model; over 32 MiB it
+            did not.
         slab_proof_work: floating-point operations for finding out which products by slab have these bits, at start;
             about 7 seconds of an H100.
         count_window_tiles_per_program: tiles per program of the windowed count kernel (encode_count.py); at most

@@ -23,7 +23,7 @@ class Options:
     Attributes:
         ignore: layers left in BF16: names, names with * and ?, or "re:" and a regular expression, as in vLLM's
             online quantization. A fused layer (qkv_proj) may be given by its own name or by the names of all its parts.
-        layout: how compressed weights are held: "packed", the smallest; "fast", larger by 1.3 bits per weight and read
+        layout: how compressed weights are held: "packed", the smallest; "fast", larger by 1.2 bits per weight and read
             with fewer instructions; or "dfloat11", the official layout; or "auto": fast for as many layers as leave
             room for `kv_tokens`, packed for the others.
         kv_tokens: tokens of KV cache that layout "auto" leaves room for; None for one request of --max-model-len.
