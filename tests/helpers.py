@@ -49,7 +49,8 @@ def assert_within_bound(
     bound = lost + 2**-8 * (exact.abs() + lost)
     error = (out.double() - exact).abs()
     assert (error <= bound).all(), f"{(error / bound).max().item():.2f} times the bound"
-    assert (error.mean() <= bound.mean() / 2).item()  # a wrong kernel might keep the bound itself
+    # A wrong kernel might keep the bound itself. Ratios, so that no single large result decides the mean.
+    assert ((error / bound).nan_to_num(0).mean() <= 0.5).item()
 
 
 LIMITS = [(10, 8), (40, 9), (120, 10)]  # number of rare symbols -> longest code chosen for them

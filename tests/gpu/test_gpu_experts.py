@@ -83,14 +83,14 @@ def test_a_cuda_graph_decodes_what_the_router_chooses_at_each_replay() -> None:
 @no_rehearsal
 def test_gpu_decodes_experts_beyond_two_billion_weights() -> None:
     # Bug caught: an expert's place in the output computed in 32 bits.
-    shape = 72, 4096, 7168
+    shape = 74, 4096, 7168
     bits = gaussian(4096, 7168)
-    weight = to_torch(bits).to(DEVICE).repeat(72, 1)
+    weight = to_torch(bits).to(DEVICE).repeat(74, 1)
     assert weight.numel() > 1 << 31
     packed = ops.pack(weight, "w13")
     out, status = buffers(packed.size, packed.size * TILE_WEIGHTS, unlike(bits))
-    ids = torch.tensor([0, 71], device=DEVICE)
-    chosen = torch.empty(72, dtype=torch.int32, device=DEVICE)
+    ids = torch.tensor([0, 73], device=DEVICE)
+    chosen = torch.empty(74, dtype=torch.int32, device=DEVICE)
     experts.mark_chosen(ids, None, chosen)
     experts.decode_chosen(packed.desc, *shape, chosen, out, status)
     check(weight.view(shape), out, status, ids, unlike(bits))
