@@ -3,6 +3,7 @@
 import json
 import statistics
 from decimal import ROUND_HALF_UP, Decimal
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -107,3 +108,46 @@ def test_the_readme_has_the_same_numbers() -> None:
         rows["6"][1]
         == f"{COMPRESS['compress']['mb_per_cpu_s']:.0f}; {COMPRESS['compress']['peak_mib']}"
     )
+
+
+H200 = "nvidia-h200"
+SERVED = raw(f"{H200}/serve-2026-11-27/serve.json")["variants"]
+
+
+def step(variant: str, batch: int) -> str:
+    points = SERVED[variant]["points"]
+    (ms,) = (p["ms"] for p in points if (p["kind"], p.get("batch")) == ("decode", batch))
+    return rounded(ms)
+
+
+def served(variants: list[str], *batches: int) -> str:
+    return " | ".join("; ".join(step(variant, batch) for batch in batches) for variant in variants)
+
+
+def decoded(shape: str) -> str:
+    rows = raw(f"{H200}/verdict-2026-11-27/times1.json")["rows"]
+    (found,) = (
+        r for r in rows if (r["section"], r["case"], r["name"]) == ("decode", shape, "decode")
+    )
+    return f"{found['us']:.1f} ({2 * prod(map(int, shape.split(' x '))) / found['us'] / 1000:,.0f})"
+
+
+def test_the_numbers_of_the_h200_are_those_of_its_raw_results() -> None:
+    variants = ["bf16", "exact", "fast_exact"]
+    tables = (ROOT / "docs" / "benchmarks.md").read_text()
+    h200, _, _ = tables.partition("## vLLM on one H100")
+    kv = " | ".join(f"{SERVED[variant]['kv_cache_tokens']:,}" for variant in variants)
+    held = " | ".join(f"{SERVED[v]['memory']['resident_bytes'] / 2**30:.2f}" for v in variants)
+    shapes = ["4096 x 4096", "14336 x 4096", "28672 x 4096", "128256 x 4096"]
+    for cells in (
+        kv,
+        held,
+        served(variants, 1, 4, 16),
+        served(variants[:2], 64, 256),
+        " | ".join(decoded(shape) for shape in shapes),
+    ):
+        assert f"| {cells} |" in h200
+    readme = (ROOT / "README.md").read_text()
+    steps = " | ".join(", ".join(step(v, batch) for batch in (1, 64, 256)) for v in variants[:2])
+    assert f"| {steps} |" in readme
+    assert f"| {' | '.join(kv.split(' | ')[:2])} |" in readme
