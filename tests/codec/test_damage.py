@@ -9,7 +9,7 @@ import torch
 from helpers import gaussian, same_bits, to_torch
 
 from vllm_dfloat.codec.layout import PackedLayout
-from vllm_dfloat.device import checksum, fused, groups, ops, packed_weight
+from vllm_dfloat.device import checksum, fused, groups, ops, packed_weight, unit_layout
 from vllm_dfloat.device import unit_resident as units
 from vllm_dfloat.errors import FormatError
 
@@ -37,7 +37,7 @@ def packed_sections(packed: Packed) -> dict[str, torch.Tensor]:
 
 
 def unit_sections(packed: Packed) -> dict[str, torch.Tensor]:
-    lay = units.UnitLayout(SHAPE[0] * SHAPE[1], *packed.fields[1:])
+    lay = unit_layout.UnitLayout(SHAPE[0] * SHAPE[1], *packed.fields[1:])
     ends = lay.positions_offset, lay.gaps_offset, lay.sign_mantissa_offset, lay.stream_offset
     names = ("tables", "positions", "gaps", "sign_mantissa", "stream")
     return dict(zip(names, packed.payload.tensor_split(ends), strict=True))

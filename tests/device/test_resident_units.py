@@ -11,7 +11,7 @@ from dfloat11_helpers import edge_originals
 from guard_pages import run_python
 from helpers import Bits, gaussian, hard_matrices, same_bits, to_torch, unlike
 
-from vllm_dfloat.device import ops
+from vllm_dfloat.device import ops, unit_layout
 from vllm_dfloat.device import unit_resident as units
 from vllm_dfloat.dfloat11.encode import as_unit, encode_unit
 from vllm_dfloat.errors import FormatError, UnsupportedError
@@ -170,8 +170,8 @@ def test_random_bytes_in_any_section_end_without_leaving_payload_or_output(
     rng = np.random.default_rng(2)
     for _ in range(2):
         held = units.pack(to_torch(bits), "w")
-        lay = units.UnitLayout(bits.size, *held.fields[1:])
-        part = getattr(units._sections(held.payload.numpy(), lay), section).reshape(-1)
+        lay = unit_layout.UnitLayout(bits.size, *held.fields[1:])
+        part = getattr(unit_layout.sections_of(held.payload.numpy(), lay), section).reshape(-1)
         part.view(np.uint8)[:] = rng.integers(0, 256, part.nbytes)
         margin = 4096
         memory = torch.full((bits.size + 2 * margin,), 0x1234, dtype=torch.uint16)

@@ -8,7 +8,7 @@ import tiny_models
 from conftest import Checkpoint
 from engines import answers, ask, bf16_answers, engine
 
-from vllm_dfloat.device.unit_resident import UnitWeight
+from vllm_dfloat.device.unit_layout import UnitWeight
 from vllm_dfloat.integration.layers.method import packed_of
 
 pytestmark = pytest.mark.engine

@@ -8,103 +8,28 @@ and the two-phase Triton kernel on a GPU:
 """
 
 import ctypes
-import dataclasses
-from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import torch
 
-from vllm_dfloat.codec.arrays import I32Array, I64Array, U8Array, U16Array, U64Array
+from vllm_dfloat.codec.arrays import I64Array, U8Array, U16Array, U64Array
 from vllm_dfloat.codec.decode import check_status
-from vllm_dfloat.codec.layout import ALIGNMENT, aligned
+from vllm_dfloat.codec.layout import ALIGNMENT
 from vllm_dfloat.codec.threads import over_tiles
 from vllm_dfloat.device import ops
 from vllm_dfloat.device.checks import check_desc, check_ids, check_tensor
 from vllm_dfloat.device.checksum import checksum
 from vllm_dfloat.device.packed_weight import follow, make_descriptor
+from vllm_dfloat.device.unit_layout import (
+    Sections,
+    UnitLayout,
+    UnitWeight,
+    encoded,
+    sections_of,
+    sound,
+)
 from vllm_dfloat.dfloat11.decode_loops import decode_blocks, wide_table
-from vllm_dfloat.dfloat11.encode import as_unit, encode_unit
-from vllm_dfloat.dfloat11.format import BLOCK_GAP_BYTES, LENGTH_SHIFT, MAX_CODE_BITS, POINTER
-from vllm_dfloat.dfloat11.unit import Unit, num_blocks
 from vllm_dfloat.errors import UnsupportedError
-
-KIND_CODED = ops.KIND_PACKED
-
-
-class UnitWeight(ops.PackedWeight):
-    """One matrix in the official layout on its device.
-
-    Attributes:
-        payload: uint8, the sections of a `UnitLayout`, or the BF16 bits, padded with zeros to whole tiles.
-        fields: kind (0 coded, 1 raw BF16), bytes of the stream, number of tables.
-        desc, rows, cols, name, checksum: as in PackedWeight.
-    """
-
-    @property
-    def size(self) -> int:
-        """The size that the seal of the descriptor covers: minus the number of weights; a number of tiles is >= 0."""
-        return -self.rows * self.cols
-
-    @cached_property
-    def expected_bytes(self) -> int:
-        """Bytes of a payload with this shape and these fields."""
-        kind, stream_bytes, num_tables = self.fields
-        if kind == ops.KIND_RAW:
-            return 2 * ops.padded_numel(self.rows, self.cols)
-        return UnitLayout(self.rows * self.cols, stream_bytes, num_tables).num_bytes
-
-
-@dataclass(frozen=True)
-class UnitLayout:
-    """Byte offsets of the sections of a payload, computed from three numbers."""
-
-    num_weights: int
-    stream_bytes: int
-    num_tables: int
-
-    @property
-    def num_blocks(self) -> int:
-        return num_blocks(self.stream_bytes)
-
-    @property
-    def positions_offset(self) -> int:
-        return 1024 * self.num_tables
-
-    @property
-    def gaps_offset(self) -> int:
-        return self.positions_offset + aligned(8 * (self.num_blocks + 1))
-
-    @property
-    def sign_mantissa_offset(self) -> int:
-        return self.gaps_offset + BLOCK_GAP_BYTES * self.num_blocks
-
-    @property
-    def stream_offset(self) -> int:
-        return self.sign_mantissa_offset + aligned(self.num_weights)
-
-    @property
-    def num_bytes(self) -> int:
-        return self.stream_offset + self.stream_bytes
-
-
-@dataclass(frozen=True)
-class _Sections:
-    """Views of a payload in CPU memory, in the order in which decode_blocks takes them."""
-
-    stream: U8Array
-    sign_mantissa: U8Array
-    gaps: U8Array
-    positions: I64Array
-    tables: I32Array
-
-
-def _sections(payload: U8Array, lay: UnitLayout) -> _Sections:
-    tables = payload[: lay.positions_offset].view(np.int32).reshape(lay.num_tables, 256)
-    positions = payload[lay.positions_offset :][: 8 * (lay.num_blocks + 1)].view(np.int64)
-    gaps = payload[lay.gaps_offset : lay.sign_mantissa_offset]
-    sign_mantissa = payload[lay.sign_mantissa_offset :][: lay.num_weights]
-    return _Sections(payload[lay.stream_offset :], sign_mantissa, gaps, positions, tables)
 
 
 def pack(weight: torch.Tensor, name: str = "") -> UnitWeight:
@@ -129,38 +54,10 @@ def pack(weight: torch.Tensor, name: str = "") -> UnitWeight:
     ops.check_device(weight.device)
     bits = weight.detach().contiguous().view(torch.uint16).cpu().numpy().reshape(-1)
     rows, cols = weight.shape
-    payload, fields = _encode(bits, ops.padded_numel(rows, cols), name)
+    payload, fields = encoded(bits, ops.padded_numel(rows, cols), name)
     held = torch.from_numpy(payload).to(weight.device)
     desc = make_descriptor(held, fields, -rows * cols, name)
     return UnitWeight(held, desc, rows, cols, name, fields, checksum(held))
-
-
-def _encode(bits: U16Array, padded_numel: int, name: str) -> tuple[U8Array, tuple[int, int, int]]:
-    """Return the payload and the fields of its descriptor."""
-    try:
-        unit = as_unit(encode_unit([bits], name or "weight"), name or "weight")
-    except UnsupportedError:
-        return _raw(bits, padded_numel)
-    lay = UnitLayout(bits.size, unit.stream.size, len(unit.tables))
-    if lay.num_bytes >= 2 * bits.size:
-        return _raw(bits, padded_numel)
-    payload = np.zeros(lay.num_bytes, np.uint8)
-    _fill(_sections(payload, lay), unit)
-    return payload, (KIND_CODED, lay.stream_bytes, lay.num_tables)
-
-
-def _fill(sections: _Sections, unit: Unit) -> None:
-    sections.stream[:] = unit.stream
-    sections.sign_mantissa[:] = unit.sign_mantissa
-    sections.gaps[:] = unit.gaps
-    sections.positions[:] = unit.positions
-    sections.tables[:] = unit.tables
-
-
-def _raw(bits: U16Array, padded_numel: int) -> tuple[U8Array, tuple[int, int, int]]:
-    payload = np.zeros(2 * padded_numel, np.uint8)
-    payload.view(np.uint16)[: bits.size] = bits
-    return payload, (ops.KIND_RAW, 0, 0)
 
 
 def _payload_at(address: int, num_bytes: int) -> U8Array:
@@ -170,23 +67,7 @@ def _payload_at(address: int, num_bytes: int) -> U8Array:
     return np.ctypeslib.as_array((ctypes.c_uint8 * num_bytes).from_address(address))
 
 
-def _sound(sections: _Sections, num_weights: int) -> _Sections:
-    """Clamp corrupt positions and tables so decoding stays in bounds."""
-    tables, lengths = sections.tables, sections.tables >> LENGTH_SHIFT
-    is_code = (tables & POINTER == 0) & (lengths > 0) & (lengths <= MAX_CODE_BITS)
-    is_pointer = (tables & POINTER != 0) & (tables & 0xFF < len(tables))
-    positions = np.clip(sections.positions, 0, num_weights)
-    positions[0] = 0
-    positions = np.maximum.accumulate(positions)
-    positions[-1] = num_weights
-    return dataclasses.replace(
-        sections,
-        positions=positions,
-        tables=np.where(is_code | is_pointer, tables, 0).astype(np.int32),
-    )
-
-
-def _decode_range(held: _Sections, wide: U64Array, start: int, out: U16Array) -> I64Array:
+def _decode_range(held: Sections, wide: U64Array, start: int, out: U16Array) -> I64Array:
     """Write the `out.size` weights from `start` on to `out`; return one status per block, 0 for a block not decoded."""
     status = np.zeros((len(held.positions) - 1, 3), np.int64)
     first = int(np.searchsorted(held.positions[1:-1], start, "right"))
@@ -198,13 +79,13 @@ def _decode_range(held: _Sections, wide: U64Array, start: int, out: U16Array) ->
     return status[:, 0]
 
 
-def _open(desc: torch.Tensor, rows: int, cols: int) -> _Sections | U8Array:
+def _open(desc: torch.Tensor, rows: int, cols: int) -> Sections | U8Array:
     """Return the sections that a descriptor in CPU memory points to, or the bytes of a raw payload."""
     address, (kind, stream_bytes, num_tables) = follow(desc, -rows * cols)
     if kind == ops.KIND_RAW:
         return _payload_at(address, 2 * ops.padded_numel(rows, cols))
     lay = UnitLayout(rows * cols, stream_bytes, num_tables)
-    return _sound(_sections(_payload_at(address, lay.num_bytes), lay), lay.num_weights)
+    return sound(sections_of(_payload_at(address, lay.num_bytes), lay), lay.num_weights)
 
 
 def decode(
@@ -244,7 +125,7 @@ def launch_decode(
         return
     held, bits = _open(desc, rows, cols), out.view(torch.uint16).numpy()[:numel]
     status[: ops.num_tiles(rows, cols)] = 0
-    if isinstance(held, _Sections):
+    if isinstance(held, Sections):
         found = _decode_range(held, wide_table(held.tables), 0, bits)
         status[: found.size] = torch.from_numpy(found)
     else:
@@ -277,7 +158,7 @@ def launch_decode_run(
         decode_resident_run(desc, rows * cols, start, numel, out)
         return
     held, bits = _open(desc, rows, cols), out.view(torch.uint16).numpy()[:numel]
-    if isinstance(held, _Sections):
+    if isinstance(held, Sections):
         _decode_range(held, wide_table(held.tables), start, bits)
     else:
         bits[:] = held.view(np.uint16)[start : start + numel]
@@ -302,7 +183,7 @@ def decode_rows(desc: torch.Tensor, ids: torch.Tensor, rows: int, cols: int) -> 
     if ids.numel() and not (ids.min() >= 0 and ids.max() < rows):
         raise IndexError(f"rows {ids.min()} to {ids.max()} asked for; the matrix has {rows}")
     held, bits = _open(desc, rows, cols), np.empty((ids.numel(), cols), np.uint16)
-    if isinstance(held, _Sections):
+    if isinstance(held, Sections):
         wide = wide_table(held.tables)
         for target, row in zip(bits, ids.tolist(), strict=True):
             check_status(_decode_range(held, wide, row * cols, target), "", "block")
