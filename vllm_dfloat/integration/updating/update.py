@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from vllm_dfloat.errors import DFloatError, FormatError, UnsupportedError
+from vllm_dfloat.errors import DFloatError, UnsupportedError
 from vllm_dfloat.integration.layers import lm_head_rows, method
 from vllm_dfloat.integration.seam import (
     compat,
@@ -24,6 +24,7 @@ from vllm_dfloat.integration.seam import (
 from vllm_dfloat.integration.seam.incoming import AS_BEFORE, Incoming
 from vllm_dfloat.integration.seam.names import logger
 from vllm_dfloat.integration.updating import guards, views
+from vllm_dfloat.integration.updating.filling import fill_in
 from vllm_dfloat.integration.updating.rehearsal import (
     StoredWeights,
     needs_data,
@@ -93,7 +94,7 @@ class Updates:
             self.save_tensor(view)
         views.load_into(layer)
         if self._is_partial and self._keeps_rest:
-            _fill_in(layer, needs_all=self.fills_in)
+            fill_in(layer, needs_all=self.fills_in)
         if layer_kinds.is_experts(layer):
             expert_kernels.renew_cpu_kernel(layer)
 
@@ -249,46 +250,6 @@ _NO_PATCHES = (
     "sparse weight patches: they change single values in place, which compressed layers do not have; expected whole "
     "tensors. Nothing was changed. Use another backend of vLLM's weight transfer, reload_weights or load_weights."
 )
-
-
-def _fill_in(layer: torch.nn.Module, needs_all: bool) -> None:
-    """Fill a materialized layer with its old values, before the part of its weights that has arrived is loaded.
-
-    Raises:
-        UnsupportedError: `needs_all`, and old values are in another form than a checkpoint's; or they are gone.
-    """
-    before, stays = layerwise.set_aside(layer), layerwise.written_in_place(layer)
-    has_its_form = not layer_kinds.is_experts(layer) or expert_kernels.keeps_form_of_experts(layer)
-    values = _values(layer) if has_its_form else {}
-    for name, tensor in [*layer._parameters.items(), *layer._buffers.items()]:
-        if tensor is None or name in stays:
-            continue
-        if name in values:
-            tensor.data.copy_(values.pop(name))
-        elif name in views.of(layer):
-            continue  # it has the memory of its view, with the old values
-        elif name in before and before[name].shape == tensor.shape and has_its_form:
-            tensor.data.copy_(before[name])
-        elif needs_all:
-            raise UnsupportedError(
-                f"{type(layer).__name__}.{name}: only a part of it was given, and what the layer has is in the form of "
-                f"a kernel; expected the whole layer. {AS_BEFORE} Give all tensors of the layer in one call."
-            )
-
-
-def _values(layer: Any) -> dict[str, torch.Tensor]:
-    """Return the decoded values of a compressed layer's parameters; empty for other layers."""
-    names = list(method.weights_of(layer))
-    if not names:
-        return {}
-    try:
-        decoded = expert_kernels.method_of(layer).dequantize_weight(layer)
-        return dict(zip(names, decoded if len(names) > 1 else [decoded], strict=True))
-    except FormatError as error:
-        raise UnsupportedError(
-            f"only a part of this layer was given, and the rest is gone, as after sleep level 2 ({error}); expected "
-            "the whole layer. Give all its tensors in one call, or all weights to reload_weights."
-        ) from error
 
 
 def keep(model: torch.nn.Module, vllm_config: Any, model_config: Any) -> None:
