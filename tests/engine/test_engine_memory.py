@@ -20,7 +20,7 @@ from vllm_dfloat.device import ops
 from vllm_dfloat.device.scratch import scratch
 from vllm_dfloat.integration.layers.method import packed_of
 from vllm_dfloat.integration.loading import loader, report
-from vllm_dfloat.integration.seam import compat
+from vllm_dfloat.integration.seam import weight_files
 
 pytestmark = pytest.mark.engine
 
@@ -161,7 +161,7 @@ def test_peak_memory_while_loading_is_the_compressed_model_and_two_layers(
     monkeypatch.setattr(
         loader.DefaultModelLoader, "get_all_weights", lambda *_: made_up_weights(name)
     )
-    monkeypatch.setattr(compat, "checkpoint_files", lambda *_: (tmp_path, []))
+    monkeypatch.setattr(weight_files, "checkpoint_files", lambda *_: (tmp_path, []))
     with engine(tmp_path, quantization="dfloat11") as llm:
         summary = report.summarize(model_of(llm))
     growth = seen["peak"] - seen["start"]

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 
 from vllm_dfloat.device.packed_weight import PackedWeight
-from vllm_dfloat.integration.seam import compat
+from vllm_dfloat.integration.seam import weight_pool
 
 SPARE = 256  # rooms are larger than payloads by one part of so many: the next payload may be larger
 
@@ -27,12 +27,12 @@ def in_room(packed: PackedWeight, before: PackedWeight | None) -> PackedWeight:
     """
     if not is_kept(packed.payload.device):
         return packed
-    has_pool = compat.has_pool_of_weights()
+    has_pool = weight_pool.has_pool_of_weights()
     room = before.room if before is not None else None if has_pool else packed.payload
     size = packed.payload.numel()
     if room is None or room.numel() < size:
         # While a model is loaded, vLLM itself allocates in the pool.
-        with nullcontext() if before is None else compat.pool_of_weights():
+        with nullcontext() if before is None else weight_pool.pool_of_weights():
             spare = size // SPARE if has_pool else 0
             room = torch.empty(size + spare, dtype=torch.uint8, device=packed.payload.device)
     payload = room[:size]

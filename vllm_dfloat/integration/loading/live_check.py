@@ -14,14 +14,14 @@ import torch
 from vllm_dfloat.device.ops import PackedWeight
 from vllm_dfloat.errors import FormatError
 from vllm_dfloat.integration.layers.method import weights_of
-from vllm_dfloat.integration.seam import compat
+from vllm_dfloat.integration.seam import workers
 
 METHOD_NAME = "check_dfloat11_weights"
 
 
 def install() -> None:
     """Add the method to vLLM's worker class, where `collective_rpc` finds it. A second call changes nothing."""
-    setattr(compat.worker_class(), METHOD_NAME, check_worker)
+    setattr(workers.worker_class(), METHOD_NAME, check_worker)
 
 
 def check_worker(worker: Any) -> dict[str, Any]:
@@ -39,13 +39,13 @@ def check_worker(worker: Any) -> dict[str, Any]:
     report: dict[str, Any] = {"rank": int(getattr(worker, "rank", 0)), "tensors": 0, "bytes": 0}
     report |= {"damaged": [], "not_compared": 0}
     seen: set[int] = set()
-    for model in compat.models_of(worker):
+    for model in workers.models_of(worker):
         for weight in _weights_of(model, seen):
             report["tensors"] += 1
             report["bytes"] += weight.num_bytes
             report["damaged"] += _damage(weight)
         report["not_compared"] += _plain_bytes(model, seen)
-    engine = compat.data_parallel_index(worker)
+    engine = workers.data_parallel_index(worker)
     if engine and report["damaged"]:
         raise FormatError(
             f"engine {engine} of this data-parallel server, rank {report['rank']}: {'; '.join(report['damaged'])}"

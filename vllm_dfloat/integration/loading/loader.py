@@ -14,7 +14,7 @@ from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 from vllm_dfloat.checkpoint.folder import is_dfloat11
 from vllm_dfloat.checkpoint.plain_model import each_once, repeated
 from vllm_dfloat.errors import DFloatError, UnsupportedError
-from vllm_dfloat.integration.seam import compat, layer_kinds, loader_calls
+from vllm_dfloat.integration.seam import compat, layer_kinds, loader_calls, weight_files
 from vllm_dfloat.integration.seam.arrivals import EXPECTED, Arrivals
 from vllm_dfloat.integration.seam.names import METHOD
 from vllm_dfloat.integration.updating.rehearsal import StoredWeights
@@ -174,7 +174,7 @@ class DFloat11ModelLoader(_Reporting, DefaultModelLoader):  # type: ignore[misc]
         # for a DFloat11 folder, because an index there is that of the original checkpoint.
         folder = Path(model_config.model)
         if not folder.is_dir():
-            folder, _ = compat.checkpoint_files(self, model_config, model)
+            folder, _ = weight_files.checkpoint_files(self, model_config, model)
         if is_dfloat11(folder):
             self.counter_before_loading_weights = time.perf_counter()  # for vLLM's log
             pairs = official_weights(folder, model_config.hf_config, model)
@@ -185,11 +185,11 @@ class DFloat11ModelLoader(_Reporting, DefaultModelLoader):  # type: ignore[misc]
             if others:
                 return StoredWeights(chain(pairs, *others), str(folder), ())
             return pairs
-        stored = stored_in(compat.checkpoint_files(self, model_config, model)[1])
-        is_all_read = compat.reads_all_files(self, model)
+        stored = stored_in(weight_files.checkpoint_files(self, model_config, model)[1])
+        is_all_read = weight_files.reads_all_files(self, model)
         # vLLM counts the elements that arrive for a layer, so no tensor may arrive twice.
         pairs = each_once(super().get_all_weights(model_config, model), repeated(stored))
-        if compat.reads_lazily(self.load_config):
+        if weight_files.reads_lazily(self.load_config):
             pairs = read_ahead(pairs, wanted(stored, model))
         shapes = list({tensor.name: tensor.shape for tensor in stored if is_all_read}.items())
         return StoredWeights(biases_after_weights(pairs), str(model_config.model), shapes)

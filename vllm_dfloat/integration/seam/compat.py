@@ -1,11 +1,9 @@
 """Everything that differs between the supported vLLM versions, and every private name of vLLM that we need."""
 
 import inspect
-import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -166,38 +164,6 @@ def is_batch_invariant() -> bool:
     return bool(on_gpu and envs.VLLM_BATCH_INVARIANT)
 
 
-def has_pool_of_weights() -> bool:
-    """Return whether sleep mode is on, so that vLLM allocates weights on a GPU in a pool that it frees."""
-    return _allocator_of_sleep_mode() is not None
-
-
-@contextmanager
-def pool_of_weights() -> Iterator[None]:
-    """Allocate in the pool that sleep mode frees as weights, if there is one."""
-    allocator = _allocator_of_sleep_mode()
-    if allocator is None:
-        yield
-        return
-    before = allocator.allocator_and_pools["weights"]
-    if not isinstance(
-        before, list
-    ):  # 0.28 and 0.30 forget the older pool, which must outlive its memory
-        _older_pools.append(before)
-    with allocator.use_memory_pool(tag="weights"):
-        yield
-
-
-def _allocator_of_sleep_mode() -> Any | None:
-    module = sys.modules.get("vllm.device_allocator.cumem")
-    allocator = getattr(getattr(module, "CuMemAllocator", None), "instance", None)
-    return (
-        allocator if allocator is not None and "weights" in allocator.allocator_and_pools else None
-    )
-
-
-_older_pools: list[Any] = []
-
-
 def process_when_complete(layer: torch.nn.Module) -> None:
     """Ask vLLM to call process_weights_after_loading as soon as the layer's last weight has arrived."""
     from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
@@ -229,53 +195,6 @@ def model_device() -> torch.device:
     return torch.device(current_platform.device_type)
 
 
-def checkpoint_files(
-    loader: Any, model_config: Any, model: torch.nn.Module
-) -> tuple[Path, list[Path]]:
-    """Return the local folder, downloaded by vLLM if needed, and the weight files in the order in which vLLM reads."""
-    from vllm.model_executor.model_loader.weight_utils import download_weights_from_hf
-
-    wanted = {
-        "model_name_or_path": model_config.model,
-        "subfolder": None,
-        "revision": model_config.revision,
-        "fall_back_to_pt": getattr(model, "fall_back_to_pt_during_load", True),
-        "allow_patterns_overrides": getattr(model, "allow_patterns_overrides", None),
-    }
-    known = inspect.signature(loader._prepare_weights).parameters
-    folder, files, *_ = loader._prepare_weights(**{k: v for k, v in wanted.items() if k in known})
-    if not (Path(folder) / "config.json").exists() and not Path(model_config.model).exists():
-        download_dir = loader.load_config.download_dir
-        patterns = ["config.json"]
-        download_weights_from_hf(model_config.model, download_dir, patterns, model_config.revision)
-    return Path(folder), sorted(map(Path, files), key=lambda file: natural(file.name))
-
-
-def natural(name: str) -> list[tuple[int, str]]:
-    """Return vLLM's sort key for file names: model-2 comes before model-10."""
-    parts = re.split(r"(\d+)", name)
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
-
-
-def reads_lazily(load_config: Any) -> bool:
-    """Return whether vLLM maps safetensors files into memory, so that they are read on first access."""
-    if str(load_config.load_format) not in ("auto", "hf", "safetensors"):
-        return False
-    if (load_config.model_loader_extra_config or {}).get("enable_multithread_load"):
-        return False
-    return getattr(load_config, "safetensors_load_strategy", None) in (None, "lazy")
-
-
-def reads_all_files(loader: Any, model: torch.nn.Module) -> bool:
-    """Return whether vLLM reads every tensor of the files of `checkpoint_files`, and no other files."""
-    filters = (
-        getattr(loader, "_encoder_only_lm_prefixes", None),
-        getattr(model, "is_unused_checkpoint_weight", None),
-        getattr(model, "secondary_weights", None),
-    )
-    return not any(filters)
-
-
 def is_elsewhere(name: str, model: torch.nn.Module) -> bool:
     """Return whether a tensor of the checkpoint belongs to a layer on another pipeline stage."""
     from vllm.model_executor.models.utils import is_pp_missing_parameter
@@ -303,37 +222,6 @@ def is_read_by_latent_attention(name: str) -> bool:
     """
     model = getattr(current_config(), "model_config", None)
     return bool(getattr(model, "use_mla", False)) and name.rpartition(".")[2] == "kv_b_proj"
-
-
-def worker_class() -> Any:
-    """Return the class of vLLM's workers, whose methods `collective_rpc` calls by name."""
-    from vllm.v1.worker.worker_base import WorkerBase
-
-    return WorkerBase
-
-
-def executor_class() -> Any:
-    """Return the base class of vLLM's executors, through which the engine calls its ranks."""
-    from vllm.v1.executor.abstract import Executor
-
-    return Executor
-
-
-def models_of(worker: Any) -> list[torch.nn.Module]:
-    """Return the model of a worker and, if it has one, the draft model."""
-    runner = worker.model_runner
-    drafter = getattr(runner, "drafter", None) or getattr(runner, "speculator", None)
-    draft = getattr(drafter, "model", None)
-    models = (
-        [worker.get_model(), draft] if isinstance(draft, torch.nn.Module) else [worker.get_model()]
-    )
-    return models
-
-
-def data_parallel_index(worker: Any) -> int:
-    """Return the number of the worker's engine among those of a data-parallel server; 0 for the first or only one."""
-    parallel = getattr(getattr(worker, "vllm_config", None), "parallel_config", None)
-    return int(getattr(parallel, "data_parallel_index", 0) or 0)
 
 
 def holds_a_matrix(layer: torch.nn.Module) -> bool:

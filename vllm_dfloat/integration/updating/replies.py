@@ -11,12 +11,12 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from vllm_dfloat.integration.seam import compat
+from vllm_dfloat.integration.seam import compat, workers
 
 
 def install() -> None:
     """Keep replies in step in executors that are created after this call. A second call changes nothing."""
-    executor = compat.executor_class()
+    executor = workers.executor_class()
     make = executor.__init__
     if hasattr(make, "_dfloat11_guard"):
         return
