@@ -1,8 +1,10 @@
-"""Decode a whole matrix in the fast layout to row-major BF16, in one pass.
+"""Decode a matrix in the fast layout to row-major BF16, or a run of its rows, in one pass.
 
 A program decodes a block of rows and columns within a row of tiles. Where its tiles have no escapes, there is no
 barrier but that of the status words.
 """
+
+from typing import Any
 
 import torch
 import triton
@@ -12,6 +14,7 @@ from vllm_dfloat.codec import descriptor, fast_layout
 from vllm_dfloat.kernels.configs import config_of
 from vllm_dfloat.kernels.fast_patches import _patch, _tile_status
 from vllm_dfloat.kernels.fast_planes import (
+    HALF,
     LOW_BYTES,
     TILE_COLS,
     TILE_ROWS,
@@ -21,6 +24,44 @@ from vllm_dfloat.kernels.fast_planes import (
     cols_factor,
 )
 from vllm_dfloat.kernels.tiles import STATUS_DESCRIPTOR
+
+
+@triton.jit
+def _decode_block(
+    desc_ptr, out_ptr, status_ptr, rows, cols, salt, low_bytes, first_row, first_tile_col, end,
+    ROWS: tl.constexpr, STEP: tl.constexpr, TILES: tl.constexpr, AT_ONCE: tl.constexpr, COLS_FACTOR: tl.constexpr,
+    WHOLE: tl.constexpr, PRMT: tl.constexpr,
+):  # fmt: skip
+    """Decode ROWS rows from `first_row` on and TILES tiles of 128 columns, and none from row `end` on.
+
+    out_ptr, status_ptr: where row 0 and tile 0 of the matrix are; the other parameters are those of the kernels.
+    """
+    tile_cols = (cols + TILE_COLS - 1) // TILE_COLS
+    first_tile = (first_row // TILE_ROWS).to(tl.int64) * tile_cols + first_tile_col
+    num_tiles = tl.minimum(TILES, tile_cols - first_tile_col)
+    is_there = tl.arange(0, TILES) < num_tiles
+    tile = first_tile + tl.arange(0, TILES)
+    is_sound, low, high, starts, entries, base4, num_entries = _open(desc_ptr, salt, rows, cols)
+    if is_sound:
+        begin = tl.load(starts + first_tile).to(tl.int64)
+        after = tl.load(starts + first_tile + num_tiles).to(tl.int64)
+        tl.store(
+            status_ptr + tile, _tile_status(starts, tile, is_there, num_entries), mask=is_there
+        )
+        _decode_planes(
+            low, high, out_ptr, end, cols, base4, low_bytes.to(tl.uint32), first_row, first_tile_col * TILE_COLS,
+            ROWS, STEP, TILES * TILE_COLS, AT_ONCE, COLS_FACTOR, WHOLE, PRMT,
+        )  # fmt: skip
+        if begin != after:
+            _patch(
+                starts, entries, out_ptr, first_tile, first_tile_col, first_row, end, cols, begin, after, num_entries,
+                ROWS, TILES,
+            )  # fmt: skip
+    else:
+        _store_nan(
+            out_ptr, end, cols, first_row, first_tile_col * TILE_COLS, ROWS, TILES * TILE_COLS
+        )
+        tl.store(status_ptr + tile, tl.full([TILES], STATUS_DESCRIPTOR, tl.int32), mask=is_there)
 
 
 # Sizes are not specialized: a layer of another size must not compile another kernel while requests wait.
@@ -51,35 +92,48 @@ def _fast_decode_kernel(
     COLS_FACTOR: 16 or 8 if it divides `cols`, else 1.
     WHOLE: whether ROWS divides `rows` and TILES * 128 divides `cols`; then COLS_FACTOR is 16.
     """
-    tile_cols = (cols + TILE_COLS - 1) // TILE_COLS
-    blocks = (tile_cols + TILES - 1) // TILES
+    blocks = (cols + TILES * TILE_COLS - 1) // (TILES * TILE_COLS)
     first_row = tl.program_id(0) // blocks * ROWS
     first_tile_col = tl.program_id(0) % blocks * TILES
-    first_tile = (first_row // TILE_ROWS).to(tl.int64) * tile_cols + first_tile_col
-    num_tiles = tl.minimum(TILES, tile_cols - first_tile_col)
-    is_there = tl.arange(0, TILES) < num_tiles
-    tile = first_tile + tl.arange(0, TILES)
-    is_sound, low, high, starts, entries, base4, num_entries = _open(desc_ptr, salt, rows, cols)
-    if is_sound:
-        begin = tl.load(starts + first_tile).to(tl.int64)
-        end = tl.load(starts + first_tile + num_tiles).to(tl.int64)
-        tl.store(
-            status_ptr + tile, _tile_status(starts, tile, is_there, num_entries), mask=is_there
-        )
-        _decode_planes(
-            low, high, out_ptr, rows, cols, base4, low_bytes.to(tl.uint32), first_row, first_tile_col * TILE_COLS,
-            ROWS, STEP, TILES * TILE_COLS, AT_ONCE, COLS_FACTOR, WHOLE, PRMT,
-        )  # fmt: skip
-        if begin != end:
-            _patch(
-                starts, entries, out_ptr, first_tile, first_tile_col, first_row, rows, cols, begin, end, num_entries,
-                ROWS, TILES,
-            )  # fmt: skip
+    _decode_block(
+        desc_ptr, out_ptr, status_ptr, rows, cols, salt, low_bytes, first_row, first_tile_col, rows,
+        ROWS, STEP, TILES, AT_ONCE, COLS_FACTOR, WHOLE, PRMT,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["rows", "cols", "first", "count", "salt", "low_bytes"])
+def _fast_decode_run_kernel(
+    desc_ptr,  # int64[4]                 see codec/descriptor.py; num_entries and base as sizes
+    out_ptr,  # uint16[count, cols]       BF16 bits
+    status_ptr,  # int32[tiles]              of the tiles of the run: 0, or a STATUS_* bit
+    rows,  # int32                    of the matrix
+    cols,  # int32
+    first,  # int32                    the first row wanted, a multiple of 64
+    count,  # int32                    how many
+    salt,  # int64                     of the seal
+    low_bytes,  # int32                    0x00FF00FF, see `_four_weights`
+    ROWS: tl.constexpr,
+    STEP: tl.constexpr,
+    TILES: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    COLS_FACTOR: tl.constexpr,
+    WHOLE: tl.constexpr,
+    PRMT: tl.constexpr,
+):
+    """Decode rows first to first + count - 1 as `_fast_decode_kernel` does. WHOLE: whether ROWS divides `count` too."""
+    blocks = (cols + TILES * TILE_COLS - 1) // (TILES * TILE_COLS)
+    first_row = first + tl.program_id(0) // blocks * ROWS
+    first_tile_col = tl.program_id(0) % blocks * TILES
+    # Where row 0 and tile 0 of the matrix would be in the output.
+    if COLS_FACTOR >= HALF:
+        out_ptr -= first.to(tl.int64) * (cols // HALF) * HALF
     else:
-        _store_nan(
-            out_ptr, rows, cols, first_row, first_tile_col * TILE_COLS, ROWS, TILES * TILE_COLS
-        )
-        tl.store(status_ptr + tile, tl.full([TILES], STATUS_DESCRIPTOR, tl.int32), mask=is_there)
+        out_ptr -= first.to(tl.int64) * cols
+    status_ptr -= (first // TILE_ROWS).to(tl.int64) * ((cols + TILE_COLS - 1) // TILE_COLS)
+    _decode_block(
+        desc_ptr, out_ptr, status_ptr, rows, cols, salt, low_bytes, first_row, first_tile_col, first + count,
+        ROWS, STEP, TILES, AT_ONCE, COLS_FACTOR, WHOLE, PRMT,
+    )  # fmt: skip
 
 
 def decode(
@@ -101,16 +155,57 @@ def decode(
         prmt: join bytes with PRMT; None: unless Triton interprets. The bits are the same.
     """
     if rows * cols:
-        config = config_of(out.device)
-        height, tiles = config.fast_rows_per_program, config.fast_tiles_per_program
-        whole = rows % height == 0 and cols % (tiles * fast_layout.TILE_COLS) == 0
-        blocks = triton.cdiv(cols, tiles * fast_layout.TILE_COLS)
+        programs, constants = _how(rows, cols, out.device, prmt)
         salt = descriptor.salt(desc.data_ptr(), fast_layout.size(rows, cols))
-        _fast_decode_kernel[(triton.cdiv(rows, height) * blocks,)](
-            desc, out.view(torch.uint16), status, rows, cols, salt, LOW_BYTES, height, config.fast_rows_at_once, tiles,
-            config.fast_weights_at_once, cols_factor(cols), whole, has_prmt() if prmt is None else prmt,
-            num_warps=config.fast_num_warps,
+        _fast_decode_kernel[(programs,)](
+            desc, out.view(torch.uint16), status, rows, cols, salt, LOW_BYTES, **constants
+        )
+
+
+def decode_run(
+    desc: torch.Tensor,
+    rows: int,
+    cols: int,
+    first: int,
+    count: int,
+    out: torch.Tensor,
+    status: torch.Tensor,
+    *,
+    prmt: bool | None = None,
+) -> None:
+    """Decode `count` rows of the matrix [rows, cols] from row `first` on into the beginning of `out`.
+
+    Args:
+        rows, cols: shape of the whole matrix; first + count is at most `rows`.
+        first: begins a tile, a multiple of 64.
+        out: BF16, flat, contiguous, at least `count * cols` elements, aligned to 16 bytes.
+        status: int32, at least the tiles of a matrix [count, cols].
+        desc, prmt: as for `decode`, which waits and allocates as little.
+    """
+    if count * cols:
+        programs, constants = _how(count, cols, out.device, prmt)
+        salt = descriptor.salt(desc.data_ptr(), fast_layout.size(rows, cols))
+        _fast_decode_run_kernel[(programs,)](
+            desc, out.view(torch.uint16), status, rows, cols, first, count, salt, LOW_BYTES, **constants
         )  # fmt: skip
+
+
+def _how(
+    count: int, cols: int, device: torch.device, prmt: bool | None
+) -> tuple[int, dict[str, Any]]:
+    """Return the number of programs that decode `count` rows, and the compile-time sizes of their kernel."""
+    config = config_of(device)
+    height, width = (
+        config.fast_rows_per_program,
+        config.fast_tiles_per_program * fast_layout.TILE_COLS,
+    )
+    constants = dict(
+        ROWS=height, STEP=config.fast_rows_at_once, TILES=config.fast_tiles_per_program,
+        AT_ONCE=config.fast_weights_at_once, COLS_FACTOR=cols_factor(cols),
+        WHOLE=count % height == 0 and cols % width == 0, PRMT=has_prmt() if prmt is None else prmt,
+        num_warps=config.fast_num_warps,
+    )  # fmt: skip
+    return triton.cdiv(count, height) * triton.cdiv(cols, width), constants
 
 
 def has_prmt() -> bool:

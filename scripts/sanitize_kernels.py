@@ -140,14 +140,18 @@ def official_held(device: torch.device) -> None:
 
 
 def fast_held(device: torch.device) -> None:
-    """Check the fast layout with escapes, a raw tile, and rows that end within a group of 16."""
-    from bench.kernels.fast_decode import check_decode, check_rows, pack
+    """Check the fast layout with escapes, a raw tile, and rows that end within a group of 16; and runs of its rows."""
+    from bench.kernels.fast_decode import check_decode, check_rows, check_run, pack
 
     weight = normal(200, 650, device, seed=3)
     weight[64:128, 640:] = -0.0
     weight[5, ::7] = 0.0
     fast = pack(weight)
     check_decode(fast, weight, "fast_decode")
+    for first, count in ((0, 64), (64, 128), (128, 72)):
+        check_run(fast, weight, first, count, f"fast_decode_run of {count} rows")
+    whole = normal(192, 512, device, seed=4)
+    check_run(pack(whole), whole, 64, 128, "fast_decode_run of whole tiles")
     check_rows(fast, weight, some_rows(weight), "fast_rows")
 
 

@@ -11,12 +11,15 @@ _CONSTANTS = dict(
     ROWS=_ROWS, STEP=DEFAULT.fast_rows_at_once, TILES=_TILES, AT_ONCE=DEFAULT.fast_weights_at_once
 )  # fmt: skip
 
+_RUN = dict(first="i32", count="i32")
+
 WHOLE = [
     CompileSpec(
         name=name,
-        fn=fast_decode._fast_decode_kernel,
+        fn=fn,
         signature=dict(
-            desc_ptr="*i64", out_ptr="*u16", status_ptr="*i32", rows="i32", cols="i32", salt="i64", low_bytes="i32",
+            desc_ptr="*i64", out_ptr="*u16", status_ptr="*i32", rows="i32", cols="i32", **run, salt="i64",
+            low_bytes="i32",
             ROWS=CONSTANT, STEP=CONSTANT, TILES=CONSTANT, AT_ONCE=CONSTANT, COLS_FACTOR=CONSTANT, WHOLE=CONSTANT,
             PRMT=CONSTANT,
         ),
@@ -25,9 +28,15 @@ WHOLE = [
         num_warps=DEFAULT.fast_num_warps,
         weights_per_program=_ROWS * _TILES * TILE_COLS,
     )
-    for name, factor, whole, prmt in (
-        ("fast_decode", 16, True, True), ("fast_decode_plain", 16, True, False),
-        ("fast_decode_partial", 16, False, True), ("fast_decode_8", 8, False, True), ("fast_decode_1", 1, False, True),
+    for fn, run, name, factor, whole, prmt in (
+        (fast_decode._fast_decode_kernel, {}, "fast_decode", 16, True, True),
+        (fast_decode._fast_decode_kernel, {}, "fast_decode_plain", 16, True, False),
+        (fast_decode._fast_decode_kernel, {}, "fast_decode_partial", 16, False, True),
+        (fast_decode._fast_decode_kernel, {}, "fast_decode_8", 8, False, True),
+        (fast_decode._fast_decode_kernel, {}, "fast_decode_1", 1, False, True),
+        (fast_decode._fast_decode_run_kernel, _RUN, "fast_decode_run", 16, True, True),
+        (fast_decode._fast_decode_run_kernel, _RUN, "fast_decode_run_8", 8, False, True),
+        (fast_decode._fast_decode_run_kernel, _RUN, "fast_decode_run_1", 1, False, True),
     )
 ]  # fmt: skip
 ROWS = [

@@ -7,10 +7,12 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from fast_matrices import fast_matrices
 from helpers import Bits, gaussian, hard_matrices, same_bits, to_torch, unlike
 
+from vllm_dfloat.codec.fast_layout import TILE_ROWS
 from vllm_dfloat.codec.layout import TILE_WEIGHTS
-from vllm_dfloat.device import ops
+from vllm_dfloat.device import fast_ops, ops
 from vllm_dfloat.device import unit_resident as units
 from vllm_dfloat.errors import FormatError
 
@@ -22,6 +24,7 @@ MATRICES = {
     "bf16": hard_matrices()["uniform bits"],
     "zeros": np.zeros((70, 64), np.uint16),
 }
+FAST_MATRICES = fast_matrices()
 LAYOUTS = {"packed": ops, "dfloat11": units}
 
 
@@ -80,10 +83,40 @@ def test_a_run_is_not_decoded_by_a_changed_descriptor(layout: str, backend: str)
         assert torch.isnan(decode()).all()
 
 
-def run_of_any(module: object, held: ops.PackedWeight) -> torch.Tensor:
+def run_of_any(module: object, held: ops.PackedWeight, first: int = 32) -> torch.Tensor:
     out = torch.zeros(TILE_WEIGHTS, dtype=torch.bfloat16)
-    module.launch_decode_run(held.desc, 64, 64, 32, 32, out, torch.zeros(1, dtype=torch.int32))
+    status = torch.zeros(1, dtype=torch.int32)
+    module.launch_decode_run(held.desc, held.rows, 64, first, 32, out, status)
     return out
+
+
+@pytest.mark.parametrize("name", FAST_MATRICES)
+def test_every_run_of_tiles_of_the_fast_layout_equals_its_rows_and_has_their_status(
+    name: str, backend: str
+) -> None:
+    bits = FAST_MATRICES[name]
+    held, (rows, cols), poison = fast_ops.pack_again(to_torch(bits)), bits.shape, unlike(bits)
+    starts = range(0, rows, TILE_ROWS)
+    for first in {0, starts[len(starts) // 2], starts[-1]}:
+        for count in {min(TILE_ROWS, rows - first), rows - first}:
+            tiles = fast_ops.num_tiles(count, cols)
+            out = torch.full((count * cols + 8,), poison, dtype=torch.uint16).view(torch.bfloat16)
+            status = torch.full((tiles + 1,), -1, dtype=torch.int32)
+            fast_ops.launch_decode_run(held.desc, rows, cols, first, count, out[:-8], status)
+            found = out[:-8].view(count, cols)
+            assert same_bits(found, to_torch(bits[first : first + count])), (first, count)
+            assert (out[-8:].view(torch.int16) == np.uint16(poison).astype(np.int16)).all()
+            assert status.tolist() == [0] * tiles + [-1]
+
+
+def test_a_run_of_the_fast_layout_is_not_decoded_by_a_changed_descriptor(backend: str) -> None:
+    held = fast_ops.pack_again(to_torch(gaussian(128, 64)), "w")
+    held.desc[0] += 16
+    if backend == "numba":
+        with pytest.raises(FormatError, match="descriptor"):
+            run_of_any(fast_ops, held, TILE_ROWS)
+    else:
+        assert torch.isnan(run_of_any(fast_ops, held, TILE_ROWS)).all()
 
 
 def test_the_cpu_decodes_a_run_with_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:

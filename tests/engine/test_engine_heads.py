@@ -63,7 +63,14 @@ def test_answers_are_those_of_bf16_and_the_scratch_is_smaller_than_the_head(
 @pytest.mark.parametrize("name", ["llama", "phi", "qwen3"])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"slab": "off"}, {"slab": 1 << 18}, {"slab": 1 << 18, "layout": "dfloat11"}],
+    [
+        {},
+        {"slab": "off"},
+        {"slab": 1 << 18},
+        {"slab": 1 << 18, "layout": "dfloat11"},
+        {"slab": 1 << 18, "layout": "fast"},
+        {"slab": 1 << 18, "layout": "auto"},
+    ],
     ids=str,
 )
 def test_answers_are_those_of_bf16_with_every_slab(

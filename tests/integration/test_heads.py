@@ -22,7 +22,7 @@ from head_layers import (
 )
 from helpers import same_bits
 
-from vllm_dfloat.device import fused, ops
+from vllm_dfloat.device import fast_fused, fast_ops, fused, ops
 from vllm_dfloat.device.scratch import MAIN_SLOT, scratch
 from vllm_dfloat.errors import DeviceError
 from vllm_dfloat.integration.layers import head_op, linear_op
@@ -38,12 +38,13 @@ def in_vllm(
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("layout", ["packed", "dfloat11"])
+@pytest.mark.parametrize("layout", ["packed", "fast", "dfloat11"])
 def test_logits_have_the_bits_of_the_whole_head_and_the_scratch_does_not_hold_it(
     layout: str, bias: bool
 ) -> None:
     model = prepared(bias, layout=layout)
     assert model.lm_head.quant_method.slab == 512
+    assert model.lm_head.quant_method.layout == layout
     for num_x in (*range(1, 10), 40, 41):
         x = normal(num_x, COLS)
         assert same_bits(logits(model, x), expected(model, x)), num_x
@@ -135,12 +136,33 @@ def test_the_whole_head_is_not_decoded_during_graph_capture(
         logits(model, normal(3, COLS))
 
 
+@pytest.mark.parametrize(
+    ("layout", "pack", "matmul"),
+    [
+        ("packed", ops.pack, fused.matmul),
+        ("fast", fast_ops.pack_again, fast_fused.matmul),
+    ],
+)
 def test_a_few_rows_are_multiplied_from_packed_weights_in_the_scratch_of_a_slab(
-    monkeypatch: pytest.MonkeyPatch,
+    layout: str, pack: Any, matmul: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VLLM_DFLOAT_BACKEND", "triton")
     weight, x = normal(ROWS, 1024, std=0.02), normal(1, 1024)
-    packed = ops.pack(weight, "head")
-    found = head_op.op(x, packed.desc, None, [ROWS, 1024, 1, 128], linear_op.PLAIN, "packed")
-    assert same_bits(found, fused.matmul(x, packed.desc, ROWS, 1024))
+    packed = pack(weight, "head")
+    found = head_op.op(x, packed.desc, None, [ROWS, 1024, 1, 128], linear_op.PLAIN, layout)
+    assert same_bits(found, matmul(x, packed.desc, ROWS, 1024))
     assert scratch.numel(CPU, MAIN_SLOT) < ROWS * 1024 // 4
+
+
+@pytest.mark.parametrize("most", [1, 4, 5, 64])
+def test_sums_of_the_fast_product_of_any_number_of_rows_fit_in_what_is_reserved(most: int) -> None:
+    from vllm_dfloat.kernels import fast_matmul as kernels
+    from vllm_dfloat.kernels.configs import config_of
+
+    config = config_of(CPU).fast_product
+    for rows in (64, 2048, 30_000, 128_256):
+        sizes = [
+            kernels.num_partials(rows, n, kernels.launch_shape(config, rows, 1024, n))
+            for n in range(1, most + 1)
+        ]
+        assert fast_fused.partials(CPU, rows, 1024, most) == max(sizes)

@@ -27,8 +27,8 @@ FORMS = (
     "decode", "decode_run", "decode_group", "decode_chosen", "mark_chosen_map", "decode_rows",
     "decode_dfloat11", "decode_dfloat11_resident", "decode_dfloat11_run", "decode_dfloat11_rows",
     "encode_count", "encode_measure", "encode_write", "encode_dfloat11_measure", "encode_dfloat11_write",
-    "encode_dfloat11_split", "gemv_1", "sum_1", "fast_decode", "fast_rows", "fast_gemv_1", "fast_dot_16",
-    "fast_sum",
+    "encode_dfloat11_split", "gemv_1", "sum_1", "fast_decode", "fast_decode_run", "fast_rows", "fast_gemv_1",
+    "fast_dot_16", "fast_sum",
 )  # fmt: skip
 
 # Kernels whose threads must wait for each other in every turn of a loop, with any compiler: operands go to the tensor
@@ -121,7 +121,9 @@ def test_experts_are_marked_without_shared_memory(report: Rows) -> None:
         assert row["barriers"] == (name != "mark_chosen_many")  # between clearing and marking
 
 
-@pytest.mark.parametrize("name", ["fast_decode", "fast_decode_plain", "fast_decode_8", "fast_rows"])
+@pytest.mark.parametrize(
+    "name", ["fast_decode", "fast_decode_plain", "fast_decode_8", "fast_decode_run", "fast_rows"]
+)
 def test_fast_kernels_exchange_nothing_between_threads_and_store_16_bytes(
     name: str, report: Rows
 ) -> None:

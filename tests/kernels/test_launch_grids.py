@@ -116,6 +116,9 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "dot, 60 million rows": lambda: multiply(32, 60_000_000, 2048),
     "dot, tiles that seldom start at the same column": lambda: multiply(32, 1 << 20, (1 << 20) - 8),
     "fast": lambda: fast_decode.decode(desc(), 1 << 26, 1 << 14, bf16(2), words(1)),
+    "fast run": lambda: fast_decode.decode_run(
+        desc(), 1 << 26, 1 << 14, 0, 1 << 26, bf16(2), words(1)
+    ),
     "fast rows, many": lambda: fast_rows.decode_rows(
         desc(), meta(torch.int64, 1 << 24), 4, 8192, bf16(1 << 24, 8192)
     ),

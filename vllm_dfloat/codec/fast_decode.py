@@ -31,18 +31,21 @@ def decode(fast: FastTensor) -> U16Array:
     return out
 
 
-def decode_into(fast: FastTensor, out: U16Array, status: I32Array) -> None:
-    """Write the matrix to `out` and a status word per tile to `status`.
+def decode_into(fast: FastTensor, out: U16Array, status: I32Array, first: int = 0) -> None:
+    """Write the matrix, or a run of its rows, to `out`, and a status word per tile of these to `status`.
 
     Args:
         fast: what `encode` made. Whatever its bytes say by now, no read or write leaves the arrays.
-        out: uint16 [rows, cols].
-        status: int32 [>= layout.num_tiles]; STATUS_OK, or STATUS_TILE_END where a tile's starts cannot be.
+        out: uint16 [count, cols], for rows first to first + count - 1.
+        status: int32 [>= tiles of those rows]; STATUS_OK, or STATUS_TILE_END where a tile's starts cannot be.
+        first: begins a tile, a multiple of TILE_ROWS.
     """
-    lay = fast.layout
-    over_tiles(
-        _decode_tiles, lay.num_tiles, *_arrays(fast), out, status
-    )  # fmt: skip
+    low, high, half_base, starts, entries = _arrays(fast)
+    end, tile_cols = first + len(out), fast.layout.tile_cols
+    starts = starts[first // TILE_ROWS * tile_cols :]
+    tiles = -(-len(out) // TILE_ROWS) * tile_cols
+    run = low[first:end], high[first:end], half_base, starts[: tiles + 1], entries
+    over_tiles(_decode_tiles, tiles, *run, out, status)
 
 
 def decode_rows(fast: FastTensor, rows: I64Array) -> U16Array:

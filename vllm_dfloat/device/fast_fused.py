@@ -5,7 +5,10 @@ interpreter, for tests. The bits may differ from those of a GEMM, which adds in 
 derives a bound on the error.
 """
 
+import functools
+import itertools
 from collections.abc import Hashable
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,6 +17,9 @@ from vllm_dfloat.device.checks import check_desc, check_tensor, require_triton
 from vllm_dfloat.device.fused import aligned, check_bias, check_rows
 from vllm_dfloat.device.scratch import Buffers
 from vllm_dfloat.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from vllm_dfloat.kernels.configs import FastProduct
 
 
 def max_rows(device: torch.device, rows: int, cols: int) -> int:
@@ -41,6 +47,22 @@ def variants(device: torch.device, rows: int, cols: int, most: int) -> dict[Hash
         shape = kernels.launch_shape(config_of(device).fast_product, rows, cols, num_x)
         found[shape, kernels.compiled_rows(num_x, shape)] = num_x
     return found
+
+
+def partials(device: torch.device, rows: int, cols: int, num_x: int) -> int:
+    """Return how many FP32 numbers of scratch `launch_matmul` uses for up to num_x rows of activations."""
+    from vllm_dfloat.kernels.configs import config_of
+
+    return _most_partials(config_of(device).fast_product, rows, cols, num_x)
+
+
+@functools.cache
+def _most_partials(config: "FastProduct", rows: int, cols: int, num_x: int) -> int:
+    from vllm_dfloat.kernels import fast_matmul as kernels
+
+    counts = range(1, num_x + 1)
+    shapes = [kernels.launch_shape(config, rows, cols, count) for count in counts]
+    return max(map(kernels.num_partials, itertools.repeat(rows), counts, shapes), default=0)
 
 
 def matmul(

@@ -160,6 +160,35 @@ def launch_decode(
     fast_decode.decode_into(_fast_at(desc, rows, cols), bits, status.numpy())
 
 
+def launch_decode_run(
+    desc: torch.Tensor,
+    rows: int,
+    cols: int,
+    first: int,
+    count: int,
+    out: torch.Tensor,
+    status: torch.Tensor,
+) -> None:
+    """Decode `count` rows of the matrix [rows, cols] from row `first` on into the beginning of `out`, without checks.
+
+    Does not wait for the device, allocates nothing on a GPU.
+
+    Args:
+        first: begins a tile, a multiple of 64.
+        out: BF16, flat, contiguous, at least count * cols elements, aligned to 16 bytes.
+        status: int32, at least `num_tiles(count, cols)`.
+    """
+    if not count * cols:
+        return
+    if ops.uses_triton(out.device):
+        from vllm_dfloat.kernels.fast_decode import decode_run
+
+        decode_run(desc, rows, cols, first, count, out, status)
+        return
+    bits = out.view(torch.uint16).numpy()[: count * cols].reshape(count, cols)
+    fast_decode.decode_into(_fast_at(desc, rows, cols), bits, status.numpy(), first)
+
+
 def decode_rows(desc: torch.Tensor, ids: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
     """Return rows `ids` (int32 or int64 [n]) of the matrix that `desc` describes: BF16 [n, cols].
 

@@ -44,8 +44,8 @@ def variants(device: torch.device, rows: int, cols: int, most: int) -> dict[Hash
     return {(num_segments(cols), num_x): num_x for num_x in compiled_for(most)}
 
 
-def partials(rows: int, cols: int, num_x: int) -> int:
-    """Return how many FP32 numbers of scratch `launch_matmul` uses for num_x rows of activations."""
+def partials(device: torch.device, rows: int, cols: int, num_x: int) -> int:
+    """Return how many FP32 numbers of scratch `launch_matmul` uses for up to num_x rows of activations."""
     from vllm_dfloat.kernels import packed_matmul as kernels
 
     return kernels.num_partials(ops.num_tiles(rows, cols), cols, num_x)

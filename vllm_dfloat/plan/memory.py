@@ -17,7 +17,6 @@ from vllm_dfloat.plan.weights import Weight
 LARGE_GPU = 70 * GIB  # from here on vLLM takes larger batches by default
 RESERVE = GIB  # assumed: CUDA context, libraries, NCCL, CUDA graphs
 BLOCK_SIZE, LATENT_BLOCK_SIZE = 16, 64  # tokens per block of KV cache, by default on a GPU
-WHOLE_HEADS = ("fast", "auto")  # with these the scratch may have to hold an LM head
 LOGITS_COPIES = 3  # assumed: FP32 copies of the logits that sampling holds at once
 
 
@@ -207,8 +206,7 @@ def _rank(
             in_blocks.append(BlockWeight(plain, kept, weight.is_compressed, weight.cols == 1))
         if weight.is_of_tower:
             bf16_towers, dfloat11_towers = bf16_towers + plain, dfloat11_towers + kept
-    slab = 0 if settings.layout in WHOLE_HEADS else settings.slab
-    scratch = compressed.scratch(settings.granularity == "block", slots, slab)
+    scratch = compressed.scratch(settings.granularity == "block", slots, settings.slab)
     overhead = unproven = settings.overhead
     if overhead is None:
         fixed, most = RESERVE + rotary_bytes(config, layers), activation_bytes(config, settings)
@@ -238,7 +236,8 @@ def _fast(
     wanted = settings.kv_cache_memory
     if wanted is None:
         wanted = bytes_for(settings.kv_tokens or length, cache, packed.layers, length)
-    taken = packed.dfloat11_weights - packed.dfloat11_host + packed.scratch + packed.overhead
+    taken = packed.dfloat11_weights - packed.dfloat11_host + packed.scratch
+    taken += packed.unproven_overhead  # the head may be needed whole
     limit = settings.requested if settings.kv_cache_memory is None else settings.gpu_memory
     candidates = []
     for weight in filter(is_multiplied, held):

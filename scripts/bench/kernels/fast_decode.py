@@ -49,6 +49,18 @@ def check_decode(fast: fast_ops.FastWeight, weight: torch.Tensor, what: str) -> 
     expect_same_bits(out, weight, what)
 
 
+def check_run(
+    fast: fast_ops.FastWeight, weight: torch.Tensor, first: int, count: int, what: str
+) -> None:
+    """Raise WrongBitsError unless a buffer of NaN is filled with `count` rows of `weight` from row `first` on."""
+    device, tiles = fast.desc.device, fast_ops.num_tiles(count, fast.cols)
+    out = poisoned(count * fast.cols, device)
+    status = torch.full((tiles,), -1, dtype=torch.int32, device=device)
+    fast_ops.launch_decode_run(fast.desc, fast.rows, fast.cols, first, count, out, status)
+    expect_no_status(status, what)
+    expect_same_bits(out, weight[first : first + count], what)
+
+
 def _decode(bench: Bench, rows: int, cols: int) -> None:
     case, numel = f"{rows} x {cols}", rows * cols
     weight = normal(rows, cols, bench.device)

@@ -84,13 +84,12 @@ def _is_as_proven(x: torch.Tensor) -> bool:
 def _by_slab(
     x: torch.Tensor, desc: torch.Tensor, bias: torch.Tensor | None, of: SlabProduct, layout: str
 ) -> torch.Tensor:
-    numel = ops.padded_numel(of.slab, of.cols)
+    held, multiply = BY_NAME[layout], find_gemm(of.gemm)
+    numel = held.scratch_numel(of.slab, of.cols)
     out, status = scratch.take(x.device, numel, slots.slot(x.device))
-    decode_run, multiply = BY_NAME[layout].decode_run, find_gemm(of.gemm)
-    assert decode_run is not None  # or the head has no slabs
     y = x.new_empty((x.shape[0], of.rows))
     for first, end in spans(of.rows, of.slab):
-        decode_run(desc, of.rows, of.cols, first, end - first, out, status)
+        held.decode_run(desc, of.rows, of.cols, first, end - first, out, status)
         weight = out[: (end - first) * of.cols].view(end - first, of.cols)
         y[:, first:end] = multiply(x, weight, None if bias is None else bias[first:end])
     return y
@@ -102,21 +101,20 @@ def _multiply_packed(
     """Multiply a few rows of activations without decoding; partial sums and status share the scratch of a slab."""
     product, num_x = BY_NAME[layout].product, x.numel() // cols
     assert product is not None  # or fused_rows is 0
-    assert product.partials is not None  # or the head has no slabs
-    words, tiles = product.partials(rows, cols, num_x), ops.num_tiles(rows, cols)
-    numel = packed_numel(layout, rows, cols, num_x)
+    words, tiles = product.partials(x.device, rows, cols, num_x), ops.num_tiles(rows, cols)
+    numel = packed_numel(layout, x.device, rows, cols, num_x)
     memory, _ = scratch.take(x.device, numel, slots.slot(x.device))
     buffers = memory[: 2 * words], memory.view(torch.int32)[words : words + tiles]
     y = product.launch(x.reshape(-1, cols), desc, rows, cols, bias, buffers)
     return y.view(*x.shape[:-1], rows)
 
 
-def packed_numel(layout: str, rows: int, cols: int, num_x: int) -> int:
+def packed_numel(layout: str, device: torch.device, rows: int, cols: int, num_x: int) -> int:
     """Return the elements of scratch, whole tiles, for multiplying up to num_x rows without decoding."""
     product = BY_NAME[layout].product
-    if product is None or product.partials is None or not num_x:
+    if product is None or not num_x:
         return 0
-    words = product.partials(rows, cols, num_x) + ops.num_tiles(rows, cols)
+    words = product.partials(device, rows, cols, num_x) + ops.num_tiles(rows, cols)
     return ops.padded_numel(2, words)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from vllm_dfloat.codec.slabs import slab_rows, spans
-from vllm_dfloat.device import ops, slabs
+from vllm_dfloat.device import slabs
 from vllm_dfloat.device.scratch import MAIN_SLOT, Buffers, scratch
 from vllm_dfloat.integration.layers import head_op, linear_op, proof_cache
 from vllm_dfloat.integration.layers.embedding import DFloat11EmbeddingMethod
@@ -70,8 +70,8 @@ def _prepare(layer: Any, vllm_config: Any, free: int) -> str:
     product, line = _by_slab(layer, vllm_config, free)
     method.slab = product.slab if product else 0
     if product:
-        for_packed = head_op.packed_numel(method.layout, *shape, method.fused_rows)
-        numel = max(ops.padded_numel(product.slab, method.cols), for_packed)
+        without = head_op.packed_numel(method.layout, device, *shape, method.fused_rows)
+        numel = max(layout.scratch_numel(product.slab, method.cols), without)
     else:
         numel = layout.scratch_numel(*shape)
     scratch.require(device, numel, method.slots_of_heads)
@@ -87,14 +87,7 @@ def _by_slab(layer: Any, vllm_config: Any, free: int) -> tuple[SlabProduct | Non
     whole, bias = layout.scratch_numel(rows, cols), getattr(layer, "bias", None)
     is_auto = method.slab_option == "auto"
     limit = max(2 * free, slabs.default_bytes(device)) if is_auto else method.slab_option
-    if (
-        whole <= free
-        or method.slab_option == "off"
-        or 2 * whole <= limit
-        or layout.decode_run is None
-    ):
-        return None, ""
-    if method.fused_rows and (layout.product is None or layout.product.partials is None):
+    if whole <= free or method.slab_option == "off" or 2 * whole <= limit:
         return None, ""
     slab = slab_rows(rows, cols, limit)
     if slab == rows:
@@ -163,8 +156,7 @@ def _compile(layer: Any, product: SlabProduct | None) -> None:
     buffers: Buffers | None = None
     if product and device.type == "cuda":
         assert packed is not None  # as `_heads` says
-        assert layout.decode_run is not None  # or the head has no slabs
-        out, status = scratch.take(device, ops.padded_numel(product.slab, product.cols))
+        out, status = scratch.take(device, layout.scratch_numel(product.slab, product.cols))
         for first, end in spans(product.rows, product.slab):
             layout.decode_run(
                 packed.desc, product.rows, product.cols, first, end - first, out, status

@@ -24,8 +24,8 @@ class Product:
         variants: (device, rows, cols, max_rows) -> for each kernel that such a weight needs for up to `max_rows` rows a
             key that tells it from others, and a number of rows that uses it. Each has a form with a bias and one
             without.
-        partials: (rows, cols, num_x) -> the FP32 numbers that `launch` puts into the first buffer of scratch; None if
-            it needs what `Layout.scratch_numel` says.
+        partials: (device, rows, cols, num_x) -> the FP32 numbers that `launch` puts into the first buffer of scratch
+            for up to num_x rows of activations.
     """
 
     max_rows: Callable[[torch.device, int, int], int]
@@ -33,7 +33,7 @@ class Product:
         [torch.Tensor, torch.Tensor, int, int, torch.Tensor | None, Buffers], torch.Tensor
     ]
     variants: Callable[[torch.device, int, int, int], Mapping[Hashable, int]]
-    partials: Callable[[int, int, int], int] | None = None
+    partials: Callable[[torch.device, int, int, int], int]
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,13 @@ class Layout:
         lookup: (desc, ids, rows, cols) -> BF16 [n, cols]: chosen rows; called inside `vllm_dfloat::lookup`.
         unpack: (packed) -> BF16 [rows, cols]; checks every status and all bytes.
         scratch_numel: (rows, cols) -> the elements of scratch that `decode` and the product need (scratch.py): whole
-            tiles of the packed layout.
+            tiles of the packed layout. So much is needed for a run of as many rows, too.
+        decode_run: (desc, rows, cols, first, count, out, status): as `decode`, for `count` rows from row `first` on,
+            where a tile begins (slabs.py).
         product: how it multiplies without decoding; None if it cannot.
         pack_if_small: (weight, name) -> the same, or None if the matrix would not shrink enough. Without this function
             every matrix is held so.
         of_experts: the layout in which routed experts are held instead; "" for this one.
-        decode_run: (desc, rows, cols, first, count, out, status): as `decode`, for `count` rows from row `first` on,
-            where a tile begins (slabs.py), into ops.padded_numel(count, cols) elements; None if it cannot.
         has_groups: whether groups.py can decode several matrices at once.
         has_chosen: whether experts.py can decode only some experts of a tensor.
     """
@@ -63,12 +63,10 @@ class Layout:
     lookup: Callable[[torch.Tensor, torch.Tensor, int, int], torch.Tensor]
     unpack: Callable[[ops.PackedWeight], torch.Tensor]
     scratch_numel: Callable[[int, int], int]
+    decode_run: Callable[[torch.Tensor, int, int, int, int, torch.Tensor, torch.Tensor], None]
     product: Product | None = None
     pack_if_small: Callable[[torch.Tensor, str], ops.PackedWeight | None] | None = None
     of_experts: str = ""
-    decode_run: (
-        Callable[[torch.Tensor, int, int, int, int, torch.Tensor, torch.Tensor], None] | None
-    ) = None
     has_groups: bool = False
     has_chosen: bool = False
 
@@ -80,8 +78,8 @@ BY_NAME: Mapping[str, Layout] = {
         ops.decode_rows,
         ops.unpack,
         ops.padded_numel,
+        ops.launch_decode_run,
         Product(fused.max_rows, fused.launch_matmul, fused.variants, fused.partials),
-        decode_run=ops.launch_decode_run,
         has_groups=True,
         has_chosen=True,
     ),
@@ -91,7 +89,10 @@ BY_NAME: Mapping[str, Layout] = {
         fast_ops.decode_rows,
         fast_ops.unpack,
         fast_ops.scratch_numel,
-        Product(fast_fused.max_rows, fast_fused.launch_matmul, fast_fused.variants),
+        fast_ops.launch_decode_run,
+        Product(
+            fast_fused.max_rows, fast_fused.launch_matmul, fast_fused.variants, fast_fused.partials
+        ),
         pack_if_small=fast_ops.pack,
         of_experts="packed",
     ),
@@ -101,7 +102,7 @@ BY_NAME: Mapping[str, Layout] = {
         unit_resident.decode_rows,
         unit_resident.unpack,
         ops.padded_numel,
-        decode_run=unit_resident.launch_decode_run,
+        unit_resident.launch_decode_run,
     ),
 }
 
