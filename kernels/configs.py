@@ -11,42 +11,9 @@ from functools import lru_cache
 
 import torch
 
+from vllm_dfloat.kernels.fast_product import Choice, DotShape, FastProduct, GemvShape
 
-@dataclass(frozen=True)
-class FastProduct:
-    """How the product with the fast layout (fast_matmul.py) is launched on one kind of device.
-
-    Attributes:
-        gemv_turns: rows of weights per warp of the form without tensor cores.
-        gemv_groups: groups of 16 columns that a warp takes at a time; a multiple of 32.
-        gemv_num_warps: warps per program; gemv_turns times this divides 64.
-        gemv_programs: with fewer programs the columns are cut in two parts.
-        dot_rows: rows of weights per program of the form with tensor cores, 64 or 128.
-        dot_cols: columns at a time, 128 or 256.
-        dot_num_stages: how many times as many columns are in shared memory.
-        dot_num_warps: warps per program, 4, or 8 for 128 rows.
-        dot_width: neighbouring columns that a thread holds of the operands, see `DotShape`.
-        dot_programs: with fewer programs the columns are cut in 2, 4 or 8 parts, for up to 32 rows of activations.
-        dot_programs_beyond_32: the same for more rows.
-        max_rows: largest number of rows of activations that are multiplied so; beyond it, decode then GEMM. On an H100
-            the latter takes at least twice as long as cuBLAS on BF16 weights, the product 0.83 to 2.3 times for 1 to 64
-            rows.
-        measured: False if the values are estimated.
-    """
-
-    gemv_turns: int = 4
-    gemv_groups: int = 32
-    gemv_num_warps: int = 4
-    gemv_programs: int = 330
-    dot_rows: int = 64
-    dot_cols: int = 128
-    dot_num_stages: int = 3
-    dot_num_warps: int = 4
-    dot_width: int = 2
-    dot_programs: int = 384
-    dot_programs_beyond_32: int = 256
-    max_rows: int = 64
-    measured: bool = False
+HOPPER = FastProduct()
 
 
 @dataclass(frozen=True)
@@ -83,8 +50,8 @@ class LaunchConfig:
         fast_tiles_per_program: tiles of a row of tiles per program, 128 columns each; a power of two.
         fast_weights_at_once: weights of a thread at a time, 8 or 16.
         fast_num_warps: warps per program of the fast decode kernel.
-        fast_product: of the product with the fast layout.
-        measured: False if the values are estimated, not measured; those of `fast_product` say so themselves.
+        fast_product: which kernel multiplies by a matrix in the fast layout, see fast_product.py.
+        measured: False if the values are estimated, not measured; the lines of `fast_product` say so themselves.
     """
 
     decode_tiles_per_program: int = 2
@@ -107,7 +74,7 @@ class LaunchConfig:
     fast_tiles_per_program: int = 4
     fast_weights_at_once: int = 8
     fast_num_warps: int = 4
-    fast_product: FastProduct = FastProduct()
+    fast_product: FastProduct = HOPPER
     measured: bool = False
 
 
@@ -132,14 +99,51 @@ SUM_ROWS = 32  # output rows per program of the kernel that adds the fused kerne
 FAST_ROWS_TILES_PER_PROGRAM = 8
 FAST_ROWS_NUM_WARPS = 2
 
+# Products with the fast layout. Where no tensor cores work for a whole group of warps, the operands have another width.
+_OF_WARPS = DotShape(width=4)
+AMPERE = FastProduct(
+    (
+        Choice(4, GemvShape(), programs=330),
+        Choice(32, _OF_WARPS, programs=384),
+        Choice(64, _OF_WARPS, programs=256),
+    )
+)
+# For 8 and 16 rows and large matrices, as the H200 does: its multiprocessors and clocks are the same, the two products
+# compared took the same time on both (122 and 122 us, 123 and 122), and neither is limited by the memory.
+_EIGHT, _SIXTEEN = DotShape(rows=32, warps=2, width=4), DotShape(rows=32, warps=1, width=4)
+H100 = FastProduct(
+    (
+        Choice(4, GemvShape(), programs=330, measured=True),
+        Choice(8, _EIGHT, programs=384, from_rows=16_384),
+        Choice(16, _SIXTEEN, programs=384, from_rows=16_384),
+        Choice(32, DotShape(), programs=384, measured=True),
+        Choice(64, DotShape(), programs=256, measured=True),
+    )
+)
+# Measured for 28672 x 4096 only; the other lines are the H100's. Beyond 32 rows decoding and cuBLAS take no longer, and
+# are exact: at 64 rows the product took 178 us, cuBLAS 64 and decoding the packed layout 118; decoding the fast layout
+# took 0.88 of that in an engine of 8B.
+H200 = FastProduct(
+    (
+        Choice(1, GemvShape(), programs=3584, from_rows=16_384, measured=True),
+        Choice(4, GemvShape(), programs=330),
+        Choice(8, _EIGHT, programs=384, from_rows=16_384, measured=True),
+        Choice(16, _SIXTEEN, programs=384, from_rows=16_384, measured=True),
+        Choice(32, DotShape(), programs=384),
+    )
+)
+
 # A part of the device's name, or its compute capability -> parameters. A name is preferred to a capability, the longest
 # name to shorter ones; the default is used last.
 CONFIGS: dict[str | tuple[int, int], LaunchConfig] = {
-    (8, 0): LaunchConfig(fast_product=FastProduct(dot_width=4)),  # A100
-    (8, 9): LaunchConfig(fast_product=FastProduct(dot_width=4)),  # Ada: L4, L40S, RTX 40
+    (8, 0): LaunchConfig(fast_product=AMPERE),  # A100
+    (8, 9): LaunchConfig(fast_product=AMPERE),  # Ada: L4, L40S, RTX 40
     (9, 0): LaunchConfig(),  # Hopper: H100, H200
     # 2026-11-27, driver 580.159.04, torch 2.11, Triton 3.6.0
-    "NVIDIA H100 80GB HBM3": LaunchConfig(fast_product=FastProduct(measured=True), measured=True),
+    "NVIDIA H100 80GB HBM3": LaunchConfig(fast_product=H100, measured=True),
+    # The same day and versions. chosen_programs was compared with others; what else differs between the two GPUs is the
+    # memory, and decode took 0.82 to 0.86 of a copy's speed, as on the H100.
+    "NVIDIA H200": LaunchConfig(fast_product=H200, measured=True),
     (10, 0): LaunchConfig(),  # Blackwell: B200
 }
 

@@ -14,92 +14,27 @@ once to a sum; sums of threads, of parts and the bias are further additions, but
 products, and so there are at most K additions of products and sums, and one of the bias.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
 from vllm_dfloat.codec import descriptor, fast_layout
 from vllm_dfloat.codec.fast_layout import TILE_COLS
-from vllm_dfloat.kernels.configs import FastProduct
 from vllm_dfloat.kernels.fast_escapes import PERMUTED, PLAIN, _round
 from vllm_dfloat.kernels.fast_matmul_dot import _dot_kernel
 from vllm_dfloat.kernels.fast_matmul_gemv import _gemv_kernel
 from vllm_dfloat.kernels.fast_planes import LOW_BYTES
+from vllm_dfloat.kernels.fast_product import DotShape, GemvShape
 
 MAX_GEMV_ROWS = 4
 MAX_ROWS = 64
 MAX_COLS = 2**31 // MAX_ROWS
-MAX_PARTS = 8
 SUM_ROWS = 256  # rows of w per program of the kernel that adds the sums of parts
-
-
-@dataclass(frozen=True)
-class DotShape:
-    """How the kernel with tensor cores is launched.
-
-    Attributes:
-        rows: rows of w per program, 32, 64 or 128; 16 * warps divides it.
-        cols: columns at a time, 128 or 256.
-        stages: how many times as many columns are in shared memory.
-        warps: 4, or 8 for 128 rows, for the tensor cores of a warp group, which Hopper has; 1 or 2 for those of a warp.
-        parts: parts of the columns.
-        width: neighbouring columns that a thread holds of the operands: 2 for the tensor cores of a warp group, 4 for
-            those of a warp. With the wrong one the result is as good, but weights are exchanged between threads.
-    """
-
-    rows: int = 64
-    cols: int = 128
-    stages: int = 3
-    warps: int = 4
-    parts: int = 1
-    width: int = 2
-
-
-@dataclass(frozen=True)
-class GemvShape:
-    """How the kernel without tensor cores is launched.
-
-    Attributes:
-        turns: rows of w per warp; turns * warps divides 64.
-        groups: groups of 16 columns at a time, a multiple of 32.
-        stages: 1 to load from memory to registers, more to load ahead into shared memory.
-        warps: per program.
-        parts: parts of the columns.
-    """
-
-    turns: int = 4
-    groups: int = 32
-    stages: int = 1
-    warps: int = 4
-    parts: int = 1
 
 
 def is_supported(cols: int) -> bool:
     """Return whether `matmul` takes matrices of `cols` columns: multiples of 128, within reach of 32-bit offsets."""
     return 0 < cols < MAX_COLS and cols % TILE_COLS == 0
-
-
-def launch_shape(config: FastProduct, rows: int, cols: int, num_x: int) -> DotShape | GemvShape:
-    """Return how to launch the kernel that multiplies `num_x` rows by a matrix [rows, cols].
-
-    Few programs leave multiprocessors idle, so the columns of a matrix of few rows are cut in parts. Each part has
-    columns, and so the sums of all parts take no more memory than the matrix in BF16.
-    """
-    if num_x <= MAX_GEMV_ROWS:
-        per_program = config.gemv_turns * config.gemv_num_warps
-        steps = triton.cdiv(cols, config.gemv_groups * fast_layout.GROUP)
-        parts = 2 if steps > 1 and triton.cdiv(rows, per_program) < config.gemv_programs else 1
-        return GemvShape(config.gemv_turns, config.gemv_groups, 1, config.gemv_num_warps, parts)
-    wanted = config.dot_programs if num_x <= 32 else config.dot_programs_beyond_32
-    dot_cols = config.dot_cols if cols % config.dot_cols == 0 else TILE_COLS
-    programs, parts = triton.cdiv(rows, config.dot_rows), 1
-    while 2 * parts <= min(MAX_PARTS, cols // dot_cols) and programs * parts < wanted:
-        parts *= 2
-    return DotShape(
-        config.dot_rows, dot_cols, config.dot_num_stages, config.dot_num_warps, parts, config.dot_width
-    )  # fmt: skip
 
 
 def compiled_rows(num_x: int, shape: DotShape | GemvShape) -> int:

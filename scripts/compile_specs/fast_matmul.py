@@ -5,10 +5,11 @@ from compile_specs.spec import CONSTANT, CompileSpec
 
 from vllm_dfloat.codec import fast_layout
 from vllm_dfloat.kernels import fast_matmul, fast_matmul_dot, fast_matmul_gemv
-from vllm_dfloat.kernels.configs import DEFAULT
+from vllm_dfloat.kernels.configs import CONFIGS, DEFAULT
 from vllm_dfloat.kernels.fast_escapes import PATCHED, PERMUTED
+from vllm_dfloat.kernels.fast_product import MAX_PARTS, DotShape, GemvShape
 
-_CONFIG = DEFAULT.fast_product
+_GEMV = GemvShape()  # in every table
 _SIZES = dict(
     salt="i64",
     low_bytes="i32",
@@ -34,22 +35,23 @@ GEMV = [
             HAS_BIAS=CONSTANT, IS_GPU=CONSTANT,
         ),
         constexprs={
-            "ROWS": rows, "TURNS": _CONFIG.gemv_turns, "GROUPS": _CONFIG.gemv_groups, "HAS_PARTS": has_parts,
-            "STAGES": 1, "WARPS": _CONFIG.gemv_num_warps, "FORM": form, "HAS_BIAS": True, "IS_GPU": True,
+            "ROWS": rows, "TURNS": _GEMV.turns, "GROUPS": _GEMV.groups, "HAS_PARTS": has_parts,
+            "STAGES": 1, "WARPS": _GEMV.warps, "FORM": form, "HAS_BIAS": True, "IS_GPU": True,
         },
         aligned_args=_ALIGNED,
-        num_warps=_CONFIG.gemv_num_warps,
-        weights_per_program=_CONFIG.gemv_turns * _CONFIG.gemv_num_warps * _CONFIG.gemv_groups * fast_layout.GROUP,
+        num_warps=_GEMV.warps,
+        weights_per_program=_GEMV.turns * _GEMV.warps * _GEMV.groups * fast_layout.GROUP,
     )
     for rows, has_parts, form in (
         (1, False, PERMUTED), (1, False, PATCHED), (1, True, PERMUTED), (2, False, PERMUTED), (4, False, PERMUTED),
     )
 ]  # fmt: skip
-_DOT_SHAPE = (_CONFIG.dot_rows, _CONFIG.dot_num_warps, 2)
-_WARP_SHAPE = (32, 2, 4)  # for the tensor cores of a warp
-DOT = [
-    CompileSpec(
-        name=_name("dot", rows, has_parts, form) + "_warps" * (width == 4),
+
+
+def _dot(rows: int, has_parts: bool, form: int, shape: DotShape) -> CompileSpec:
+    sizes = "" if shape == DotShape() else f"_{shape.rows}x{shape.warps}x{shape.width}"
+    return CompileSpec(
+        name=_name("dot", rows, has_parts, form) + sizes,
         fn=fast_matmul_dot._dot_kernel,
         signature=dict(
             desc_ptr="*i64", x_ptr="*bf16", bias_ptr="*bf16", out_ptr="*fp32" if has_parts else "*u16", **_SIZES,
@@ -57,18 +59,31 @@ DOT = [
             FORM=CONSTANT, HAS_BIAS=CONSTANT, OPERAND=CONSTANT,
         ),
         constexprs={
-            "ROWS": rows, "BN": block, "BK": _CONFIG.dot_cols, "HAS_PARTS": has_parts, "STAGES": _CONFIG.dot_num_stages,
-            "WARPS": warps, "WIDTH": width, "FORM": form, "HAS_BIAS": True, "OPERAND": tl.bfloat16,
+            "ROWS": rows, "BN": shape.rows, "BK": shape.cols, "HAS_PARTS": has_parts, "STAGES": shape.stages,
+            "WARPS": shape.warps, "WIDTH": shape.width, "FORM": form, "HAS_BIAS": True, "OPERAND": tl.bfloat16,
         },
         aligned_args=_ALIGNED,
-        num_warps=warps,
-        weights_per_program=block * _CONFIG.dot_cols,
-    )
-    for rows, has_parts, form, (block, warps, width) in (
-        (16, False, PERMUTED, _DOT_SHAPE), (16, False, PATCHED, _DOT_SHAPE), (16, True, PERMUTED, _DOT_SHAPE),
-        (32, False, PERMUTED, _DOT_SHAPE), (64, False, PERMUTED, _DOT_SHAPE),
-        (8, False, PERMUTED, _WARP_SHAPE), (16, False, PERMUTED, _WARP_SHAPE),
-    )
+        num_warps=shape.warps,
+        weights_per_program=shape.rows * shape.cols,
+    )  # fmt: skip
+
+
+def _chosen() -> dict[tuple[int, DotShape], None]:
+    """Return what any table chooses: for how many rows of activations a kernel is compiled, and how it is launched."""
+    found = {}
+    for product in [DEFAULT.fast_product, *(config.fast_product for config in CONFIGS.values())]:
+        for num_x in (8, 16, 32, 64):
+            for rows in (4096, 28_672):
+                choice = product.choice(rows, num_x)
+                if choice is not None:
+                    assert isinstance(choice.shape, DotShape)
+                    found[fast_matmul.compiled_rows(num_x, choice.shape), choice.shape] = None
+    return found
+
+
+DOT = [
+    _dot(16, False, PATCHED, DotShape()),
+    *(_dot(rows, has_parts, PERMUTED, shape) for rows, shape in _chosen() for has_parts in (False, True)),
 ]  # fmt: skip
 SUM = [
     CompileSpec(
@@ -78,7 +93,7 @@ SUM = [
             part_ptr="*fp32", bias_ptr="*bf16", out_ptr="*u16", rows="i32", padded="i32", PARTS=CONSTANT,
             AT_ONCE=CONSTANT, HAS_BIAS=CONSTANT,
         ),
-        constexprs={"PARTS": fast_matmul.MAX_PARTS, "AT_ONCE": fast_matmul.SUM_ROWS, "HAS_BIAS": True},
+        constexprs={"PARTS": MAX_PARTS, "AT_ONCE": fast_matmul.SUM_ROWS, "HAS_BIAS": True},
         aligned_args=("part_ptr", "bias_ptr", "out_ptr"),
         weights_per_program=fast_matmul.SUM_ROWS * 4096,
     )

@@ -11,7 +11,7 @@ from vllm_dfloat.device import fast_ops
 from vllm_dfloat.kernels import fast_matmul as kernels
 from vllm_dfloat.kernels.configs import config_of
 from vllm_dfloat.kernels.fast_escapes import FORMS, PLAIN
-from vllm_dfloat.kernels.fast_matmul import DotShape, GemvShape
+from vllm_dfloat.kernels.fast_product import DotShape, GemvShape
 
 pytestmark = NEEDS_GPU
 COLS = 1024
@@ -61,7 +61,7 @@ def test_gpu_forms_have_the_same_bits_within_the_bound_whatever_other_rows_hold(
     generator = torch.Generator().manual_seed(num_rows)
     x = torch.randn(num_rows, COLS, generator=generator).bfloat16().to(DEVICE)
     config = config_of(torch.device(DEVICE)).fast_product
-    shape = replace(kernels.launch_shape(config, len(weight), COLS, num_rows), parts=parts)
+    shape = replace(config.launch_shape(len(weight), COLS, num_rows), parts=parts)
     expected = multiply(weight, x, shape, PLAIN)
     assert_within_bound(expected, weight, x)
     for form in of_size(list(FORMS), [PLAIN]):

@@ -11,8 +11,8 @@ from vllm_dfloat.codec.fast_layout import FastTensor
 from vllm_dfloat.device import fast_fused, fast_ops
 from vllm_dfloat.errors import UnsupportedError
 from vllm_dfloat.kernels import fast_matmul as kernels
-from vllm_dfloat.kernels.configs import FastProduct, config_for
-from vllm_dfloat.kernels.fast_matmul import DotShape, GemvShape
+from vllm_dfloat.kernels.configs import CONFIGS, INTERPRETED, config_for
+from vllm_dfloat.kernels.fast_product import Choice, DotShape, FastProduct, GemvShape
 
 Shape = DotShape | GemvShape
 # For each form: columns at a time that do not divide a matrix's, programs of several rows of tiles, and parts.
@@ -86,7 +86,7 @@ def test_product_is_within_the_derived_bound(shape: Shape, num_rows: int) -> Non
     assert_within_bound(multiply(matrix, x, shape, bias), weight, x, bias)
 
 
-@pytest.mark.parametrize(("shape", "num_rows"), [SHAPES[2], SHAPES[3], SHAPES[7]])
+@pytest.mark.parametrize(("shape", "num_rows"), [SHAPES[2], SHAPES[3], *SHAPES[7:8], *SHAPES[-2:]])
 def test_result_of_a_row_does_not_depend_on_the_other_rows(shape: Shape, num_rows: int) -> None:
     # Bug caught: 0 times infinity, where rows or columns that do not count are multiplied by 0.
     matrix, x = held(to_torch(gaussian(67, 384))), activations(num_rows, 384)
@@ -140,7 +140,7 @@ from vllm_dfloat.codec.fast_layout import size
 from vllm_dfloat.device import fast_encode
 from vllm_dfloat.device.packed_weight import make_descriptor
 from vllm_dfloat.kernels import fast_matmul as kernels
-from vllm_dfloat.kernels.fast_matmul import DotShape, GemvShape
+from vllm_dfloat.kernels.fast_product import DotShape, GemvShape
 
 weight = to_torch(gaussian(130, 768))
 weight[0, :3] = weight[129, 767] = 1e-30
@@ -195,9 +195,8 @@ def test_columns_are_cut_in_the_parts_that_were_best_on_an_h100(
     rows: int, cols: int, parts: dict[int, int]
 ) -> None:
     config = config_for("NVIDIA H100 80GB HBM3", (9, 0)).fast_product
-    assert config.measured
     for num_x, expected in parts.items():
-        shape = kernels.launch_shape(config, rows, cols, num_x)
+        shape = config.launch_shape(rows, cols, num_x)
         assert isinstance(shape, GemvShape) == (num_x <= kernels.MAX_GEMV_ROWS)
         assert shape.parts == expected
 
@@ -212,13 +211,64 @@ def test_more_parts_than_columns_at_a_time_still_add_up(shape: Shape, num_rows: 
     assert_within_bound(multiply(held(weight), x, shape), weight, x)
 
 
-@pytest.mark.parametrize("rows", [1, 64, 4096])
-def test_sums_of_all_parts_fit_in_the_scratch_of_the_layer(rows: int) -> None:
-    for cols in range(128, 2048, 128):
-        for num_x in range(1, kernels.MAX_ROWS + 1):
-            shape = kernels.launch_shape(FastProduct(), rows, cols, num_x)
+TABLES = dict.fromkeys((FastProduct(), *(c.fast_product for c in CONFIGS.values())))
+
+
+@pytest.mark.parametrize("product", TABLES)
+@pytest.mark.parametrize("rows", [1, 64, 4096, 28_672])
+def test_every_table_launches_any_matrix_within_the_scratch_of_its_layer(
+    rows: int, product: FastProduct
+) -> None:
+    for cols in (*range(128, 2048, 128), 4096, 14_336):
+        for num_x in range(1, product.max_rows(rows) + 1):
+            shape = product.launch_shape(rows, cols, num_x)
             room = fast_ops.scratch_numel(rows, cols) // 2  # FP32 numbers
             assert kernels.num_partials(rows, num_x, shape) <= room
+
+
+@pytest.mark.parametrize("product", TABLES)
+def test_what_a_table_chooses_can_be_compiled(product: FastProduct) -> None:
+    for choice in product.choices:
+        shape = choice.shape
+        assert choice.up_to <= (4 if isinstance(shape, GemvShape) else kernels.MAX_ROWS)
+        assert shape.parts == 1
+        if isinstance(shape, GemvShape):
+            assert 64 % (shape.turns * shape.warps) == 0
+            assert shape.groups % 32 == 0
+        else:
+            assert shape.rows % (16 * shape.warps) == 0
+            assert shape.width == (2 if shape.warps >= 4 and product not in OF_WARPS else 4)
+            assert shape.cols in (128, 256)
+            assert 1 <= shape.stages <= 6
+
+
+OF_WARPS = {
+    config_for("", (8, minor)).fast_product for minor in (0, 9)
+}  # no tensor cores of a warp group
+
+
+def test_the_first_line_that_fits_is_chosen_and_beyond_the_last_nothing() -> None:
+    small, large = DotShape(), DotShape(rows=32, warps=2, width=4)
+    product = FastProduct((Choice(8, large, 1, from_rows=1000), Choice(32, small, 1)))
+    assert product.launch_shape(1000, 128, 8) == large
+    assert product.launch_shape(999, 128, 8) == product.launch_shape(1000, 128, 9) == small
+    assert product.max_rows(1000) == 32
+    assert FastProduct((Choice(8, large, 1, from_rows=1000),)).max_rows(999) == 0
+    with pytest.raises(ValueError, match="33 rows of activations, a matrix of 1000 rows"):
+        product.launch_shape(1000, 128, 33)
+
+
+def test_an_h200_decodes_for_as_many_rows_as_that_is_no_slower() -> None:
+    h100, h200 = (
+        config_for(name, (9, 0)).fast_product for name in ("NVIDIA H100 80GB HBM3", "NVIDIA H200")
+    )
+    assert (h100.max_rows(4096), h200.max_rows(4096), h200.max_rows(28_672)) == (64, 32, 32)
+    eight = h200.launch_shape(28_672, 4096, 8)
+    assert eight == DotShape(rows=32, warps=2, width=4) == h100.launch_shape(28_672, 4096, 5)
+    assert h200.launch_shape(28_672, 4096, 16) == DotShape(rows=32, warps=1, width=4)
+    assert h200.launch_shape(28_672, 4096, 1).parts == 2
+    assert h200.launch_shape(28_672, 4096, 2).parts == 1
+    assert INTERPRETED.fast_product.max_rows(1) == kernels.MAX_ROWS
 
 
 @pytest.mark.parametrize("num_rows", [1, 3, 17])
@@ -252,7 +302,7 @@ def test_every_number_of_rows_has_its_kernel_among_those_compiled_at_start() -> 
     config = FastProduct()
     compiled = fast_fused.variants(device, rows, cols, 64)
     for num_x in range(1, 65):
-        shape = kernels.launch_shape(config, rows, cols, num_x)
+        shape = config.launch_shape(rows, cols, num_x)
         assert (shape, kernels.compiled_rows(num_x, shape)) in compiled
 
 

@@ -33,7 +33,7 @@ def max_rows(device: torch.device, rows: int, cols: int) -> int:
     from vllm_dfloat.kernels import fast_matmul as kernels
     from vllm_dfloat.kernels.configs import config_of
 
-    most = min(kernels.MAX_ROWS, config_of(device).fast_product.max_rows)
+    most = min(kernels.MAX_ROWS, config_of(device).fast_product.max_rows(rows))
     return most if kernels.is_supported(cols) else 0
 
 
@@ -44,7 +44,7 @@ def variants(device: torch.device, rows: int, cols: int, most: int) -> dict[Hash
 
     found: dict[Hashable, int] = {}
     for num_x in range(1, most + 1):
-        shape = kernels.launch_shape(config_of(device).fast_product, rows, cols, num_x)
+        shape = config_of(device).fast_product.launch_shape(rows, cols, num_x)
         found[shape, kernels.compiled_rows(num_x, shape)] = num_x
     return found
 
@@ -121,7 +121,7 @@ def launch_matmul(
     from vllm_dfloat.kernels.configs import config_of
 
     num_x = x.shape[0]
-    shape = kernels.launch_shape(config_of(x.device).fast_product, rows, cols, num_x)
+    shape = config_of(x.device).fast_product.launch_shape(rows, cols, num_x)
     partials = scratch[0].view(torch.float32)[: kernels.num_partials(rows, num_x, shape)]
     out = torch.empty(num_x, rows, dtype=torch.bfloat16, device=x.device)
     kernels.matmul(aligned(x), desc, cols, bias, out, partials, shape)

@@ -26,7 +26,7 @@ from vllm_dfloat.device.fast_ops import FastWeight
 from vllm_dfloat.device.packed_weight import make_descriptor
 from vllm_dfloat.kernels import fast_matmul as kernels
 from vllm_dfloat.kernels.fast_escapes import PATCHED, PERMUTED, PLAIN
-from vllm_dfloat.kernels.fast_matmul import DotShape, GemvShape
+from vllm_dfloat.kernels.fast_product import DotShape, GemvShape
 
 NAMES = {PLAIN: "plain", PATCHED: "patched", PERMUTED: "prmt"}
 NUM_X = (1, 16, 8, 64, 4, 2, 32)

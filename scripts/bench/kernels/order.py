@@ -16,7 +16,7 @@ from torch.nn import functional
 from vllm_dfloat.device import fast_ops
 from vllm_dfloat.kernels import fast_matmul as kernels
 from vllm_dfloat.kernels.fast_escapes import _round
-from vllm_dfloat.kernels.fast_matmul import DotShape
+from vllm_dfloat.kernels.fast_product import DotShape
 
 BLOCK = 64
 BIG = 2.0**25  # beside it an FP32 number loses 1

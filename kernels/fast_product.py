@@ -1,0 +1,120 @@
+"""How the product with the fast layout is launched: a table per device, by shape of the matrix and rows of activations.
+
+The tables are in configs.py; scripts/bench_kernels.py --only fast_fused measures what they choose among.
+"""
+
+from dataclasses import dataclass, replace
+
+from vllm_dfloat.codec import fast_layout
+
+MAX_PARTS = 8
+
+
+@dataclass(frozen=True)
+class DotShape:
+    """How the kernel with tensor cores is launched.
+
+    Attributes:
+        rows: rows of w per program, 32, 64 or 128; 16 * warps divides it.
+        cols: columns at a time, 128 or 256.
+        stages: how many times as many columns are in shared memory.
+        warps: 4, or 8 for 128 rows, for the tensor cores of a warp group, which Hopper has; 1 or 2 for those of a warp.
+        parts: parts of the columns.
+        width: neighbouring columns that a thread holds of the operands: 2 for the tensor cores of a warp group, 4 for
+            those of a warp. With the wrong one the result is as good, but weights are exchanged between threads.
+    """
+
+    rows: int = 64
+    cols: int = 128
+    stages: int = 3
+    warps: int = 4
+    parts: int = 1
+    width: int = 2
+
+
+@dataclass(frozen=True)
+class GemvShape:
+    """How the kernel without tensor cores is launched, for at most 4 rows of activations.
+
+    Attributes:
+        turns: rows of w per warp; turns * warps divides 64.
+        groups: groups of 16 columns at a time, a multiple of 32.
+        stages: 1 to load from memory to registers, more to load ahead into shared memory.
+        warps: per program.
+        parts: parts of the columns.
+    """
+
+    turns: int = 4
+    groups: int = 32
+    stages: int = 1
+    warps: int = 4
+    parts: int = 1
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A line of the table.
+
+    Attributes:
+        up_to: rows of activations; a GemvShape takes 4 at most.
+        shape: how the kernel is launched; its number of parts is replaced.
+        programs: with fewer programs the columns are cut in 2, 4 or 8 parts, 2 at most for a GemvShape. Few programs
+            leave multiprocessors idle; parts cost a second kernel, which adds their sums.
+        from_rows: for matrices of at least so many rows.
+        measured: whether it was the fastest of those compared on this device, for some matrix of so many rows.
+    """
+
+    up_to: int
+    shape: DotShape | GemvShape
+    programs: int
+    from_rows: int = 0
+    measured: bool = False
+
+
+@dataclass(frozen=True)
+class FastProduct:
+    """The table of one kind of device; the first line that fits counts. Where none fits: decode, then GEMM."""
+
+    choices: tuple[Choice, ...] = (
+        Choice(4, GemvShape(), programs=330),
+        Choice(32, DotShape(), programs=384),
+        Choice(64, DotShape(), programs=256),
+    )
+
+    def choice(self, rows: int, num_x: int) -> Choice | None:
+        """Return the line for `num_x` rows of activations and a matrix of `rows` rows, or None."""
+        fitting = (c for c in self.choices if num_x <= c.up_to and rows >= c.from_rows)
+        return next(fitting, None)
+
+    def max_rows(self, rows: int) -> int:
+        """Return the largest number of rows of activations that a matrix of `rows` rows is multiplied by so."""
+        return max((c.up_to for c in self.choices if rows >= c.from_rows), default=0)
+
+    def launch_shape(self, rows: int, cols: int, num_x: int) -> DotShape | GemvShape:
+        """Return how to launch the kernel that multiplies `num_x` rows by a matrix [rows, cols].
+
+        Each part has columns, and so the sums of all parts take no more memory than the matrix in BF16.
+
+        Raises:
+            ValueError: no line fits; `num_x` is more than `max_rows(rows)`.
+        """
+        choice = self.choice(rows, num_x)
+        if choice is None:
+            raise ValueError(
+                f"{num_x} rows of activations, a matrix of {rows} rows: no product is chosen"
+            )
+        shape = choice.shape
+        if isinstance(shape, GemvShape):
+            steps, per_program, most = (
+                -(-cols // (shape.groups * fast_layout.GROUP)),
+                shape.turns * shape.warps,
+                2,
+            )
+        else:
+            if cols % shape.cols:
+                shape = replace(shape, cols=fast_layout.TILE_COLS)
+            steps, per_program, most = cols // shape.cols, shape.rows, MAX_PARTS
+        programs, parts = -(-rows // per_program), 1
+        while 2 * parts <= min(most, steps) and programs * parts < choice.programs:
+            parts *= 2
+        return replace(shape, parts=parts)
