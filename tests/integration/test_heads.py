@@ -162,7 +162,7 @@ def test_sums_of_the_fast_product_of_any_number_of_rows_fit_in_what_is_reserved(
     config = config_of(CPU).fast_product
     for rows in (64, 2048, 30_000, 128_256):
         sizes = [
-            kernels.num_partials(rows, n, kernels.launch_shape(config, rows, 1024, n))
+            kernels.num_partials(rows, n, config.launch_shape(rows, 1024, n))
             for n in range(1, most + 1)
         ]
         assert fast_fused.partials(CPU, rows, 1024, most) == max(sizes)

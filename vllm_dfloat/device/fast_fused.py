@@ -19,7 +19,7 @@ from vllm_dfloat.device.scratch import Buffers
 from vllm_dfloat.errors import UnsupportedError
 
 if TYPE_CHECKING:
-    from vllm_dfloat.kernels.configs import FastProduct
+    from vllm_dfloat.kernels.fast_product import FastProduct
 
 
 def max_rows(device: torch.device, rows: int, cols: int) -> int:
@@ -60,8 +60,8 @@ def partials(device: torch.device, rows: int, cols: int, num_x: int) -> int:
 def _most_partials(config: "FastProduct", rows: int, cols: int, num_x: int) -> int:
     from vllm_dfloat.kernels import fast_matmul as kernels
 
-    counts = range(1, num_x + 1)
-    shapes = [kernels.launch_shape(config, rows, cols, count) for count in counts]
+    counts = range(1, min(num_x, config.max_rows(rows)) + 1)  # beyond it: decode, then GEMM
+    shapes = [config.launch_shape(rows, cols, count) for count in counts]
     return max(map(kernels.num_partials, itertools.repeat(rows), counts, shapes), default=0)
 
 
