@@ -121,15 +121,16 @@ def planned(folder: Path) -> str:
     from vllm_dfloat.plan.memory import Settings
     from vllm_dfloat.plan.plan import make_plan
 
+    found = plan_engines.reported(folder / "m", ROOM, **OURS)
     settings = Settings(
         gpu_memory=ROOM, gpu_memory_utilization=1, max_model_len=SETTINGS["max_model_len"], block_size=CPU_BLOCK,
         max_num_batched_tokens=plan_engines.BATCHED_TOKENS, slots=1, overhead=0,
+        prefix_caching=SETTINGS["enable_prefix_caching"], mamba_ssm_cache_dtype=found["state_dtype"],
     )  # fmt: skip
     try:
         plan = make_plan(str(folder / "m"), settings)
     except UnsupportedError as error:
         return f"no plan: {error}"
-    found = plan_engines.reported(folder / "m", ROOM, **OURS)
     (rank,), (served,) = plan.ranks, found["ranks"]
     off = {
         "BF16": rank.bf16_weights / served["bf16_bytes"],

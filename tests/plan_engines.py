@@ -44,7 +44,7 @@ def reported(model: Path, room: int, **settings: Any) -> dict[str, Any]:
 
     Returns:
         ranks: `REPORTED` of each; kv_tokens: as vLLM reported at its start; tokens_of_room: computed by vLLM's own
-        functions from the room that the weights leave.
+        functions from the room that the weights leave; state_dtype: of the states of layers that have one.
     """
     from vllm.v1.core import kv_cache_utils
 
@@ -64,6 +64,7 @@ def reported(model: Path, room: int, **settings: Any) -> dict[str, Any]:
             "ranks": ranks,
             "kv_tokens": config.cache_config.kv_cache_size_tokens,
             "tokens_of_room": tokens,
+            "state_dtype": str(config.cache_config.mamba_ssm_cache_dtype),
         }
 
 

@@ -12,7 +12,7 @@ from vllm_dfloat.errors import UnsupportedError
 from vllm_dfloat.plan import scratch
 from vllm_dfloat.plan.architectures import known_weights
 from vllm_dfloat.plan.config import read_model_config
-from vllm_dfloat.plan.kv_cache import EVERYTHING, KVCache, Reach, group_layers
+from vllm_dfloat.plan.kv_cache import EVERYTHING, KVCache, Pages, Reach, group_layers
 from vllm_dfloat.plan.memory import Settings, split_layers
 from vllm_dfloat.plan.packed_size import DESC_BYTES, mean_code_bits, packed_size
 from vllm_dfloat.plan.plan import make_plan
@@ -91,9 +91,9 @@ def test_packed_size_is_that_of_the_encoder(shape: tuple[int, int], std: float) 
 
 def test_windows_are_grouped_so_that_all_groups_have_as_many_layers() -> None:
     reaches = [Reach(1024) if (i + 1) % 6 else EVERYTHING for i in range(62)]  # Gemma 3 27B
-    groups = group_layers(reaches)
+    groups = group_layers([Pages(i, 100, 16, reach) for i, reach in enumerate(reaches)])
     assert [len(group.layers) for group in groups] == [9, 9, 9, 9, 8, 8, 10]
-    cache = KVCache(tuple(groups), page_bytes=100, block_size=16, in_flight=2048)
+    cache = KVCache(groups, in_flight=2048)
     assert cache.block_bytes(range(62)) == 1000
     # a window's last 1023 tokens and 2048 in flight: 192 blocks and one more, six times; and all 8192 tokens
     assert cache.blocks_per_request(8192) == 6 * 193 + 512

@@ -53,7 +53,7 @@ def test_sizes_have_the_names_of_their_family(
 def test_a_state_space_model_is_not_planned_as_if_it_had_attention(tmp_path: Path) -> None:
     sizes = dict(num_hidden_layers=3, hidden_size=64, num_attention_heads=4)
     with pytest.raises(UnsupportedError, match="state_size says that not every layer has a cache"):
-        read(tmp_path, model_type="mamba2", state_size=16, max_position_embeddings=128, **sizes)
+        read(tmp_path, model_type="mamba9", state_size=16, max_position_embeddings=128, **sizes)
 
 
 def test_an_entry_that_a_mixture_does_not_read_makes_none_of_its_blocks_dense(

@@ -51,6 +51,13 @@ def add_plan(commands: Any) -> argparse.ArgumentParser:
         "--kv-cache-dtype", default="auto", help="auto, bfloat16, or fp8 (default: auto)"
     )
     parser.add_argument(
+        "--mamba-ssm-cache-dtype", default="auto", help="of states: auto, bfloat16 or float32 (default: auto)"
+    )  # fmt: skip
+    parser.add_argument(
+        "--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True,
+        help="with it, models with states hold two per request (default: on, as vLLM's)",
+    )  # fmt: skip
+    parser.add_argument(
         "--gpu-memory-utilization", type=float, default=0.92, help="default: 0.92, as vLLM's"
     )
     parser.add_argument(
@@ -112,6 +119,8 @@ def run(args: argparse.Namespace) -> int:
         gpu_memory_utilization=args.gpu_memory_utilization,
         max_model_len=args.max_model_len,
         kv_cache_dtype=args.kv_cache_dtype,
+        mamba_ssm_cache_dtype=args.mamba_ssm_cache_dtype,
+        prefix_caching=args.enable_prefix_caching,
         block_size=args.block_size,
         max_num_batched_tokens=args.max_num_batched_tokens,
         max_num_seqs=args.max_num_seqs,

@@ -8,7 +8,9 @@ from typing import Any
 from vllm_dfloat.checkpoint.quantized import refuse_quantized_config
 from vllm_dfloat.checkpoint.tied import TIED_KEY, tying_config
 from vllm_dfloat.errors import FormatError, UnsupportedError, shown
+from vllm_dfloat.plan.caches import Cached, Keys, latent_width, layer_caches
 from vllm_dfloat.plan.defaults import with_defaults
+from vllm_dfloat.plan.hybrids import HYBRIDS
 from vllm_dfloat.plan.kv_cache import EVERYTHING, Reach
 from vllm_dfloat.plan.names import with_common_names
 from vllm_dfloat.plan.reaches import layer_reaches
@@ -17,7 +19,6 @@ from vllm_dfloat.storage.json_file import MAX_CONFIG_BYTES, read_object
 
 MAX_LAYERS = 1 << 12
 DTYPES = ("bfloat16", "float16", "float32")
-LATENT_MODELS = ("deepseek_v2", "deepseek_v3", "kimi_k2")  # whose latent attention the plan knows
 OTHER_STATES = (  # prefixes of entries that models with other kinds of layers have
     "mamba", "ssm_", "state_size", "linear_num_", "linear_attn", "attn_layer_", "hybrid_", "attn_type_list",
     "full_attention_interval",
@@ -39,7 +40,8 @@ class ModelConfig(Sizes):
         latent: numbers per token and layer in the cache of multi-head latent attention; 0 for keys and values.
         context: longest sequence that the model was trained for, in tokens.
         tied: whether the LM head is the embedding.
-        reaches: how far the attention of each layer looks back.
+        reaches: how far the attention of each transformer block looks back.
+        caches: what layers keep of a request; a block may have none, one, or two.
     """
 
     architecture: str
@@ -54,10 +56,16 @@ class ModelConfig(Sizes):
     context: int
     tied: bool
     reaches: tuple[Reach, ...] = field(default=())
+    caches: tuple[Cached, ...] = field(default=())
 
     @property
     def num_layers(self) -> int:
         return len(self.reaches)
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether any layer caches keys and values, or latent vectors."""
+        return any(isinstance(cached.kind, Keys) for cached in self.caches)
 
     @property
     def has_reaches(self) -> bool:
@@ -83,11 +91,16 @@ def read_model_config(file: Path) -> ModelConfig:
     model_type = Sizes(where, own).text("model_type", whole.text("model_type"))
     named = with_common_names(own, model_type)
     text = Sizes(where, with_defaults(named, model_type, is_part=own is not found))
-    _refuse_other_states(text)
+    if model_type not in HYBRIDS:
+        _refuse_other_states(text)
     num_layers = text.size("num_hidden_layers")
     if num_layers > MAX_LAYERS:
         raise FormatError(f"{where}: num_hidden_layers is {num_layers}; at most {MAX_LAYERS}.")
-    heads, hidden = text.size("num_attention_heads"), text.size("hidden_size")
+    hidden, heads = text.size("hidden_size"), text.size("num_attention_heads")
+    kv_heads = text.size("num_key_value_heads", heads)
+    head_dim = text.size("head_dim", max(1, hidden // heads))
+    latent = latent_width(text, model_type)
+    reaches = layer_reaches(text, model_type, num_layers)
     return ModelConfig(
         where=where,
         entries=text.entries,
@@ -97,12 +110,13 @@ def read_model_config(file: Path) -> ModelConfig:
         hidden=hidden,
         vocab=text.size("vocab_size"),
         heads=heads,
-        kv_heads=text.size("num_key_value_heads", heads),
-        head_dim=text.size("head_dim", max(1, hidden // heads)),
-        latent=_latent(text, model_type),
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        latent=latent,
         context=_context(text, model_type),
         tied=(whole if tying_config(found) is found else text).flag(TIED_KEY),
-        reaches=layer_reaches(text, model_type, num_layers),
+        reaches=reaches,
+        caches=layer_caches(text, model_type, Keys(kv_heads, head_dim, latent), reaches),
     )
 
 
@@ -143,17 +157,6 @@ def _dtype(found: Mapping[str, Any], own: Mapping[str, Any], where: str) -> str:
             f"{where}: dtype is {shown(dtype)}; plan knows {', '.join(DTYPES)}. Plan with the BF16 original."
         )
     return text
-
-
-def _latent(text: Sizes, model_type: str) -> int:
-    if not text.count("kv_lora_rank"):
-        return 0
-    if model_type not in LATENT_MODELS or text.count("index_topk"):
-        raise UnsupportedError(
-            f"{text.where}: kv_lora_rank, multi-head latent attention, of model_type {shown(model_type)}; plan knows "
-            f"that of {', '.join(LATENT_MODELS)}. Start vLLM to see what fits."
-        )
-    return text.size("kv_lora_rank") + text.size("qk_rope_head_dim")
 
 
 def _context(text: Sizes, model_type: str) -> int:

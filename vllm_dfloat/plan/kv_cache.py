@@ -1,11 +1,12 @@
 """How many tokens fit a KV cache of some bytes: vLLM's groups of layers, KV blocks and capacity.
 
-All groups of layers take KV blocks from one pool. Layers with and without a window are in different groups, with about
-the same number of layers each, so that all KV blocks have the same size.
+All groups of layers take KV blocks from one pool. Layers with and without a window, and those with a state, are in
+different groups, with about the same number of layers each and pages of one size, so that all KV blocks have the same
+size.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vllm_dfloat.errors import UnsupportedError
 
@@ -33,29 +34,76 @@ EVERYTHING = Reach()
 
 
 @dataclass(frozen=True)
+class Pages:
+    """The cache of one layer on a rank.
+
+    Attributes:
+        layer: number of its transformer block.
+        page_bytes: of one KV block of this layer.
+        block_size: tokens per KV block; of a layer with a state, those of the model's other layers.
+        reach: of its attention.
+        states: KV blocks per request if the layer has a state, whatever the request's length; else 0.
+    """
+
+    layer: int
+    page_bytes: int
+    block_size: int
+    reach: Reach = EVERYTHING
+    states: int = 0
+
+
+@dataclass(frozen=True)
 class Group:
     """Layers that share a table of KV blocks."""
 
-    layers: tuple[int, ...]
-    reach: Reach
+    pages: tuple[Pages, ...]
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return tuple(pages.layer for pages in self.pages)
+
+    def blocks(self, length: int, in_flight: int) -> int:
+        """Return how many KV blocks a request of `length` tokens holds at most."""
+        first = self.pages[0]
+        if first.states:
+            return first.states
+        if first.reach.tokens is None:
+            return cdiv(length, first.block_size)
+        if first.reach.is_chunk:
+            return cdiv(min(first.reach.tokens + in_flight, length), first.block_size)
+        # A window may begin in the middle of a block.
+        return cdiv(min(first.reach.tokens - 1 + in_flight, length), first.block_size) + 1
 
 
-def group_layers(reaches: Sequence[Reach]) -> list[Group]:
+def group_layers(caches: Sequence[Pages]) -> tuple[Group, ...]:
     """Return vLLM's groups of layers.
 
     Args:
-        reaches: of the model's layers, in order.
+        caches: of the model's layers, in order.
     """
-    kinds: dict[Reach, list[int]] = {}
-    for layer, reach in enumerate(reaches):
-        kinds.setdefault(reach, []).append(layer)
+    if len({(one.reach, one.block_size, one.states) for one in caches}) == 1:
+        return (Group(tuple(caches)),)  # these need the same blocks, whatever their pages
+    kinds: dict[Pages, list[Pages]] = {}
+    for one in _with_equal_pages(caches):
+        kinds.setdefault(replace(one, layer=-1), []).append(one)
     counts = [len(layers) for layers in kinds.values()]
     size = max(counts) if max(counts) < 1.5 * min(counts) else min(counts)
     groups = []
-    for reach, layers in kinds.items():
+    for layers in kinds.values():
         step = cdiv(len(layers), size)
-        groups += [Group(tuple(layers[i::step]), reach) for i in range(step)]
-    return groups
+        groups += [Group(tuple(layers[i::step])) for i in range(step)]
+    return tuple(groups)
+
+
+def _with_equal_pages(caches: Sequence[Pages]) -> list[Pages]:
+    """Return caches whose pages are as large as the largest: of more tokens where these fill it, else padded."""
+    largest = max(one.page_bytes for one in caches)
+    equal = []
+    for one in caches:
+        ratio, rest = divmod(largest, one.page_bytes)
+        longer = one.block_size if rest or one.states else one.block_size * ratio
+        equal.append(replace(one, page_bytes=largest, block_size=longer))
+    return equal
 
 
 @dataclass(frozen=True)
@@ -64,32 +112,27 @@ class KVCache:
 
     Attributes:
         groups: of the whole model.
-        page_bytes: of one block of one layer: keys and values of this rank's heads, or latent vectors.
-        block_size: tokens per block.
         in_flight: tokens that may be scheduled before others are freed: batches at once times tokens per batch.
     """
 
     groups: tuple[Group, ...]
-    page_bytes: int
-    block_size: int
     in_flight: int
 
     def block_bytes(self, layers: range) -> int:
-        """Return the bytes of one block on a rank that runs `layers`; 0 if it has no attention."""
-        most = max(sum(layer in layers for layer in group.layers) for group in self.groups)
-        return most * self.page_bytes
+        """Return the bytes of one block on a rank that runs `layers`; 0 if it caches nothing."""
+        return max(
+            sum(one.page_bytes for one in group.pages if one.layer in layers)
+            for group in self.groups
+        )
+
+    def bytes_per_token(self, layers: range) -> float:
+        """Return the bytes of a token on a rank that runs `layers`; those with a window count in full, states not."""
+        pages = [one for group in self.groups for one in group.pages if one.layer in layers]
+        return sum(one.page_bytes / one.block_size for one in pages if not one.states)
 
     def blocks_per_request(self, length: int) -> int:
         """Return how many blocks a request of `length` tokens holds at most."""
-        return sum(self._blocks(group.reach, length) for group in self.groups)
-
-    def _blocks(self, reach: Reach, length: int) -> int:
-        if reach.tokens is None:
-            return cdiv(length, self.block_size)
-        if reach.is_chunk:
-            return cdiv(min(reach.tokens + self.in_flight, length), self.block_size)
-        # A window may begin in the middle of a block.
-        return cdiv(min(reach.tokens - 1 + self.in_flight, length), self.block_size) + 1
+        return sum(group.blocks(length, self.in_flight) for group in self.groups)
 
     def capacity(self, num_blocks: int, length: int) -> int:
         """Return the tokens that vLLM says fit into the cache, in requests of `length` tokens."""

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from vllm_dfloat.errors import UnsupportedError
 from vllm_dfloat.plan.auto import Candidate, bytes_for, choose, is_multiplied
 from vllm_dfloat.plan.byte_sizes import GIB
+from vllm_dfloat.plan.caches import pages_of_rank
 from vllm_dfloat.plan.config import ModelConfig
-from vllm_dfloat.plan.kv_cache import KVCache, group_layers, latent_page_bytes, page_bytes
+from vllm_dfloat.plan.kv_cache import KVCache, group_layers
 from vllm_dfloat.plan.layout_sizes import Codes, size_of
 from vllm_dfloat.plan.offload import BlockWeight, bf16_on_host, dfloat11_on_host
 from vllm_dfloat.plan.rotary import rotary_bytes
@@ -34,6 +35,8 @@ class Settings:
         cpu_offload: bytes per GPU that weights may take in host memory (--cpu-offload-gb); 0 for none.
         dp: data-parallel ranks, engines with weights and a KV cache of their own that share the routed experts.
         expert_parallel: whether ranks share experts whole (--enable-expert-parallel), not each of them in parts.
+        prefix_caching: whether prefixes are cached, as by default (--enable-prefix-caching).
+        mamba_ssm_cache_dtype: of states; "auto" for what vLLM takes on a GPU.
         layout: how compressed weights are held, of layout_sizes.py, or "auto" (auto.py).
         kv_tokens: that "auto" leaves room for; None for those of one request of --max-model-len.
         granularity: "layer" or "block", what is decoded in one launch.
@@ -56,6 +59,8 @@ class Settings:
     kv_cache_memory: int | None = None
     cpu_offload: int = 0
     expert_parallel: bool = False
+    prefix_caching: bool = True
+    mamba_ssm_cache_dtype: str = "auto"
     layout: str = "packed"
     kv_tokens: int | None = None
     granularity: str = "layer"
@@ -258,10 +263,8 @@ def activation_bytes(config: ModelConfig, settings: Settings) -> int:
 def kv_cache_of(config: ModelConfig, settings: Settings) -> KVCache:
     """Return the shape of the KV cache on each rank."""
     size = settings.block_size or (LATENT_BLOCK_SIZE if config.latent else BLOCK_SIZE)
-    dtype = settings.kv_cache_dtype
-    if config.latent:
-        page = latent_page_bytes(config.latent, size, dtype)
-    else:
-        page = page_bytes(config.kv_heads, config.head_dim, settings.tp, size, dtype)
-    in_flight = settings.batches * settings.batched_tokens
-    return KVCache(tuple(group_layers(config.reaches)), page, size, in_flight)
+    pages = pages_of_rank(
+        config.caches, settings.tp, size, settings.kv_cache_dtype,
+        settings.mamba_ssm_cache_dtype, settings.prefix_caching,
+    )  # fmt: skip
+    return KVCache(group_layers(pages), settings.batches * settings.batched_tokens)

@@ -10,7 +10,9 @@ OTHERS = {
     "num_key_value_heads": ("n_head_kv", "num_kv_heads", "multi_query_group_num"),
     "max_position_embeddings": ("n_positions", "max_seq_len", "seq_length"),
 }
-WITHOUT_POSITIONS = {"bloom": 2048}  # ALiBi: the config says no length, and vLLM takes this one
+# The config says no length (ALiBi, and states without attention), and vLLM takes this one.
+WITHOUT_POSITIONS = dict.fromkeys(("bloom", "mamba", "mamba2", "falcon_mamba"), 2048)
+WITHOUT_HEADS = ("mamba", "mamba2", "falcon_mamba")  # these have no attention
 
 
 def with_common_names(entries: Mapping[str, Any], model_type: str) -> dict[str, Any]:
@@ -25,4 +27,9 @@ def with_common_names(entries: Mapping[str, Any], model_type: str) -> dict[str, 
         named["num_key_value_heads"] = 1  # Falcon and GPTBigCode, whatever the number of heads says
     if model_type in WITHOUT_POSITIONS and named.get("max_position_embeddings") is None:
         named["max_position_embeddings"] = WITHOUT_POSITIONS[model_type]
+    if model_type in WITHOUT_HEADS and named.get("num_attention_heads") is None:
+        named["num_attention_heads"] = 1
+    layers = named.get("layers_block_type", named.get("hybrid_override_pattern"))
+    if named.get("num_hidden_layers") is None and isinstance(layers, (list, str)):
+        named["num_hidden_layers"] = len(layers)  # Nemotron-H
     return named

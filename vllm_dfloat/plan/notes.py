@@ -2,6 +2,7 @@
 
 from vllm_dfloat.plan.byte_sizes import show_size
 from vllm_dfloat.plan.config import ModelConfig
+from vllm_dfloat.plan.kv_cache import KVCache
 from vllm_dfloat.plan.memory import Rank
 from vllm_dfloat.plan.stored import DTYPES, Files
 from vllm_dfloat.plan.weights import Weight
@@ -39,6 +40,20 @@ def notes_on_head(ranks: list[Rank], tokens: int) -> list[str]:
         f"for the others {show_size(whole)}, the whole head, are counted in other, for the time of a product. If there "
         f"are no others: {tokens:,} KV tokens"
     ]
+
+
+def notes_on_states(cache: KVCache) -> list[str]:
+    """Return a remark on layers that keep a state per request, which tokens do not show."""
+    states = [page for group in cache.groups for page in group.pages if page.states]
+    if not states:
+        return []
+    held = states[0].states
+    size = show_size(sum(page.page_bytes * held for page in states))
+    note = f"layers with a state: {len(states)}; of these a request of any length holds {size} in the KV cache"
+    if len(states) < sum(len(group.pages) for group in cache.groups):
+        block = max(page.block_size for page in states)
+        note += f", {held} per layer, in pages as large as those of {block:,} tokens"
+    return [note]
 
 
 def _kept(weights: list[Weight]) -> str:

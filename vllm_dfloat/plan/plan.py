@@ -8,19 +8,19 @@ from vllm_dfloat.checkpoint.folder import CONFIG_FILE
 from vllm_dfloat.errors import FormatError, UnsupportedError
 from vllm_dfloat.plan.architectures import is_known, known_weights
 from vllm_dfloat.plan.config import ModelConfig, read_model_config
+from vllm_dfloat.plan.guessed import weights_of_files
 from vllm_dfloat.plan.hub import config_file, is_of_hub
 from vllm_dfloat.plan.kv_cache import KVCache
 from vllm_dfloat.plan.layout_sizes import ASSUMED_ESCAPES, Codes
 from vllm_dfloat.plan.measured import MeasuredBits
 from vllm_dfloat.plan.memory import Rank, Settings, kv_cache_of, ranks_of
-from vllm_dfloat.plan.notes import notes_on, notes_on_head
+from vllm_dfloat.plan.notes import notes_on, notes_on_head, notes_on_states
 from vllm_dfloat.plan.packed_size import ASSUMED_CODE_BITS
 from vllm_dfloat.plan.stored import (
     Files,
     check_weights,
     read_files,
     stores_another_head,
-    weights_of_files,
 )
 from vllm_dfloat.plan.weights import Weight
 
@@ -77,10 +77,7 @@ class Plan:
 
     def kv_bytes_per_token(self, rank: Rank) -> float:
         """Return the bytes of a token on a rank; layers with a window count in full."""
-        layers = sum(
-            layer in rank.layers for group in self.kv_cache.groups for layer in group.layers
-        )
-        return layers * self.kv_cache.page_bytes / self.kv_cache.block_size
+        return self.kv_cache.bytes_per_token(rank.layers)
 
 
 def make_plan(model: str, settings: Settings, code_bits: float | None = None) -> Plan:
@@ -119,7 +116,8 @@ def make_plan(model: str, settings: Settings, code_bits: float | None = None) ->
         _outcome(ranks, cache, settings, config.context, held)
         for held in (_bf16, _unproven, _proven)
     )
-    notes += notes_on(config, weights, files) + notes_on_head(ranks, proven.tokens)
+    notes += notes_on(config, weights, files) + notes_on_states(cache)
+    notes += notes_on_head(ranks, proven.tokens)
     if settings.layout == "auto":
         notes.append(_auto(ranks, weights, settings, config))
     return Plan(

@@ -1,6 +1,7 @@
 """How far back the attention of each layer looks, as vLLM takes it from a config."""
 
 from vllm_dfloat.errors import FormatError, UnsupportedError, shown
+from vllm_dfloat.plan.hybrids import HYBRIDS
 from vllm_dfloat.plan.kv_cache import EVERYTHING, Reach
 from vllm_dfloat.plan.sizes import Sizes
 
@@ -15,6 +16,10 @@ def layer_reaches(text: Sizes, model_type: str, num_layers: int) -> tuple[Reach,
         FormatError: a size is missing or impossible, or a list has another length.
         UnsupportedError: a kind of layer without a cache of keys and values.
     """
+    if (
+        model_type in HYBRIDS
+    ):  # their lists of layers have other words, and their attention has no window
+        return (EVERYTHING,) * num_layers
     if model_type == "llama4_text":
         return _llama4(text, num_layers)
     types = text.entries.get("layer_types")

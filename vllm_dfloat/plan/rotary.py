@@ -6,6 +6,7 @@ vLLM makes them for every position of the model's context, however short --max-m
 from collections.abc import Iterable
 
 from vllm_dfloat.plan.config import ModelConfig
+from vllm_dfloat.plan.hybrids import HYBRIDS
 from vllm_dfloat.plan.sizes import Sizes
 
 ITEMSIZE = 2
@@ -28,6 +29,9 @@ def rotary_bytes(config: ModelConfig, layers: Iterable[int]) -> int:
 def _kind(config: ModelConfig, layer: int) -> str | None:
     """Return "full_attention" or "sliding_attention" if they rotate differently; None for no rotation."""
     model_type = config.text("model_type")
+    hybrid = HYBRIDS.get(model_type)
+    if hybrid and not hybrid.has_rotary:
+        return None
     reach = config.reaches[layer]
     if model_type == "llama4_text":
         return "full_attention" if reach.is_chunk else None

@@ -1,7 +1,5 @@
 """Stored weights: their names, shapes and dtypes, compared with the config."""
 
-import math
-import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,15 +13,11 @@ from vllm_dfloat.checkpoint.reader import open_checkpoint
 from vllm_dfloat.errors import FormatError, UnsupportedError
 from vllm_dfloat.plan.architectures import name_in_vllm
 from vllm_dfloat.plan.config import ModelConfig
-from vllm_dfloat.plan.weights import Part, Place, Split, Weight
+from vllm_dfloat.plan.weights import Weight
 from vllm_dfloat.storage.stored_tensor import StoredTensor
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
-_LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)\.")
-_STAYS_BF16 = re.compile(r"(?:^|\.)(?:gate|router|embed_positions|wpe|position_embedding)\.weight$")
-_EXPERTS = re.compile(r"\.experts\.|\.block_sparse_moe\.(?:input|output)_linear\.")  # Granite's
-_TOWER = re.compile(r"vis|audio|speech")
 
 
 @dataclass(frozen=True)
@@ -121,49 +115,3 @@ def stores_another_head(files: Files | None, config: ModelConfig) -> bool:
 
 def _find(files: Files, name: str, config: ModelConfig) -> StoredTensor | None:
     return files.tensors.get(name_in_vllm(name, config))
-
-
-def weights_of_files(files: Files, config: ModelConfig) -> list[Weight]:
-    """Return the weights of an architecture without rules, which vLLM may treat differently.
-
-    Every matrix is cut evenly over the ranks, by rows. Every matrix is compressed but those of routers, and
-    embeddings of positions that are torch's own.
-    """
-    weights = []
-    for name, tensor in files.tensors.items():
-        if name == HEAD and config.tied:
-            continue
-        rows, cols = _as_matrix(tensor.shape)
-        found = _LAYER.search(name)
-        layer = int(found.group(1)) if found else -1
-        is_stack = len(tensor.shape) == 3 and bool(_EXPERTS.search(name))
-        is_matrix = is_stack or (len(tensor.shape) == 2 and name.endswith(".weight"))
-        is_matrix = is_matrix and tensor.dtype in DTYPES
-        is_vocab = rows == config.vocab and layer < 0
-        stays_bf16 = bool(_STAYS_BF16.search(name))
-        is_cut = (is_matrix and not stays_bf16) or is_stack or "expert" in name
-        split: Split = "vocab" if is_vocab else "rows" if is_cut else "none"
-        itemsize = 2 if tensor.dtype in DTYPES else tensor.num_bytes // max(1, rows * cols)
-        weights.append(
-            Weight(
-                name.removesuffix(".weight"), (Part(rows),), cols, split, _place(name, layer, config), layer,
-                is_matrix and not stays_bf16, {name: tensor.shape}, itemsize,
-            )
-        )  # fmt: skip
-    return weights
-
-
-def _as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Return [rows, cols], for a 3-D tensor with its experts side by side, so that each of them is cut."""
-    if len(shape) == 3:
-        return shape[1], shape[0] * shape[2]
-    rows = shape[0] if shape else 1
-    return rows, math.prod(shape[1:])
-
-
-def _place(name: str, layer: int, config: ModelConfig) -> Place:
-    if 0 <= layer < config.num_layers and not _TOWER.search(name):
-        return "layer"
-    if "embed_tokens" in name:
-        return "tied" if config.tied else "first"
-    return "last" if name in (HEAD, "model.norm.weight") else "all"

@@ -34,6 +34,8 @@ def choose(config: Any, kv_tokens: int | None) -> tuple[frozenset[str], str]:
         gpu_memory_utilization=cache.gpu_memory_utilization,
         max_model_len=config.model_config.max_model_len,
         kv_cache_dtype=str(cache.cache_dtype),
+        prefix_caching=cache.enable_prefix_caching,
+        mamba_ssm_cache_dtype=str(cache.mamba_ssm_cache_dtype),
         max_num_batched_tokens=scheduler.max_num_batched_tokens,
         max_num_seqs=scheduler.max_num_seqs,
         kv_cache_memory=None if kv_tokens else cache.kv_cache_memory_bytes,
