@@ -11,6 +11,9 @@ from conftest import Checkpoint
 from engine_pairs import TRACED
 from engines import engine
 
+from vllm_dfloat.device.scratch import scratch
+from vllm_dfloat.integration.layers import head_op, proof_cache
+
 pytestmark = pytest.mark.engine
 
 TARGETS: dict[str, tuple[str, ...]] = {
@@ -85,6 +88,34 @@ def test_an_lm_head_that_is_the_embedding_in_loras_wrapper_is_multiplied(tmp_pat
         expected = lora_adapters.ask(llm, adapter)
     with engine(model, quantization="dfloat11", **lora_adapters.ENGINE) as llm:
         assert lora_adapters.ask(llm, adapter) == expected
+
+
+@pytest.mark.on_demand
+@pytest.mark.parametrize("layout", ["packed", "fast"])
+@pytest.mark.parametrize("name", ["llama", "qwen3"])  # own and tied
+def test_adapters_on_a_head_in_slabs_give_what_bf16_vllm_gives(
+    name: str, layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_lines: list[str]
+) -> None:
+    monkeypatch.setattr(proof_cache, "folder", lambda: tmp_path / "proofs")
+    scratch.release()
+    head_op.known.clear()
+    model = tiny_models.save(name, tmp_path / "model", vocab_size=2048, intermediate_size=512)
+    made = {
+        target: lora_adapters.save(model, tmp_path / target.replace(" ", "_"), seed, names)
+        for seed, (target, names) in enumerate(TARGETS.items())
+    }
+    together = ("LM head",), ("linear layers", "LM head"), ("embedding",)
+    found = []
+    for options in (
+        {},
+        dict(quantization="dfloat11", additional_config={"dfloat11": {"layout": layout}}),
+    ):
+        with engine(model, **options, **lora_adapters.ENGINE) as llm:
+            found.append([lora_adapters.ask(llm, *(made[one] for one in at)) for at in together])
+    assert found[1] == found[0]
+    assert any(" in 2 slabs of 1024 rows" in line for line in log_lines)
+    for answers_of in found[0]:
+        assert all(answer != answers_of[0] for answer in answers_of[1:])
 
 
 @pytest.mark.on_demand
