@@ -2,11 +2,12 @@
 
     y[m, n] = sum over k of x[m, k] * w[n, k], + bias[n]
 
-There are two forms: FP32 multiply-adds for at most 4 rows of x (fast_matmul_gemv.py), and tensor cores
-(fast_matmul_dot.py). In both a program has some rows of w and all columns, or one of PARTS equal parts of the columns;
-with parts, a second kernel adds their sums in order. Every order of addition is fixed, and no sum mixes rows. So the
-result is deterministic, and the values of other rows of x do not change the bits of a row. The forms add in different
-orders, so a row's bits may change with the number of rows.
+There are three forms: FP32 multiply-adds for at most 4 rows of x (fast_matmul_gemv.py), tensor cores
+(fast_matmul_dot.py), and those of one warp without shared memory (fast_matmul_ahead.py). In each a program has some
+rows of w and all columns, or one of PARTS equal parts of the columns; with parts, a second kernel adds their sums in
+order. Every order of addition is fixed, and no sum mixes rows. So the result is deterministic, and the values of other
+rows of x do not change the bits of a row. The forms add in different orders, so a row's bits may change with the number
+of rows.
 
 Error against the exact sum: as kernels/packed_matmul.py derives, |y - exact| <= (K + 1) 2**-23 S with
 S = sum |x w| + |bias|, and rounding y to BF16 adds 2**-8 |y|. A row takes at most K products into account, each added
@@ -21,6 +22,7 @@ import triton.language as tl
 from vllm_dfloat.codec import descriptor, fast_layout
 from vllm_dfloat.codec.fast_layout import TILE_COLS
 from vllm_dfloat.kernels.fast_escapes import PERMUTED, PLAIN, _round
+from vllm_dfloat.kernels.fast_matmul_ahead import _ahead_kernel
 from vllm_dfloat.kernels.fast_matmul_dot import _dot_kernel
 from vllm_dfloat.kernels.fast_matmul_gemv import _gemv_kernel
 from vllm_dfloat.kernels.fast_planes import LOW_BYTES
@@ -111,7 +113,12 @@ def matmul(
     rest = (
         x if bias is None else bias, target, salt, LOW_BYTES, rows, cols, num_x, compiled,
     )  # fmt: skip
-    if isinstance(shape, DotShape):
+    if isinstance(shape, DotShape) and shape.stages == 1:
+        _ahead_kernel[(triton.cdiv(rows, shape.rows), shape.parts)](
+            desc, x.view(torch.uint32), *rest,
+            shape.rows, shape.parts > 1, form, bias is not None, tl.bfloat16 if is_gpu else tl.float32, num_warps=1,
+        )  # fmt: skip
+    elif isinstance(shape, DotShape):
         _dot_kernel[(triton.cdiv(rows, shape.rows), shape.parts)](
             desc, x, *rest,
             shape.rows, shape.cols, shape.parts > 1, shape.stages, shape.warps, shape.width, form, bias is not None,

@@ -15,9 +15,10 @@ class DotShape:
     """How the kernel with tensor cores is launched.
 
     Attributes:
-        rows: rows of w per program, 32, 64 or 128; 16 * warps divides it.
+        rows: rows of w per program, 16, 32, 64 or 128; 16 * warps divides it.
         cols: columns at a time, 128 or 256.
-        stages: how many times as many columns are in shared memory.
+        stages: how many times as many columns are in shared memory; 1 for fast_matmul_ahead.py, which has the next ones
+            in registers: for 16 or 32 rows, 128 columns, 1 warp, width 4, and up to 32 rows of activations.
         warps: 4, or 8 for 128 rows, for the tensor cores of a warp group, which Hopper has; 1 or 2 for those of a warp.
         parts: parts of the columns.
         width: neighbouring columns that a thread holds of the operands: 2 for the tensor cores of a warp group, 4 for

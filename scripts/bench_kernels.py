@@ -29,30 +29,43 @@ SECTIONS = {  # the most important come first: time may run out
     "decode": ("bench.kernels.decode", "run"),
     "encode": ("bench.kernels.decode", "run_encode"),
     "fused": ("bench.kernels.fused", "run"),
+    "fast": ("bench.kernels.fast_decode", "run"),
     "fast_fused": ("bench.kernels.fast_fused", "run"),
     "experts": ("bench.kernels.experts", "run"),
     "block": ("bench.kernels.groups", "run"),
     "decode_rows": ("bench.kernels.decode", "run_rows"),
     "layouts": ("bench.kernels.units", "run"),
     "slabs": ("bench.kernels.slabs", "run"),
-    "fast": ("bench.kernels.fast_decode", "run"),
 }
+SHARES = {
+    "decode": 2,
+    "fast_fused": 4,
+}  # of the time that is left, others 1; what one does not use, later ones may
 ROUNDS = 21
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--seconds", type=float, default=150, help="begin no case after so long")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=150,
+        help="begin no case after so long, and none of a section after its share",
+    )
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--output", type=Path, help="the JSON file; by default under results/")
     return parser.parse_args(argv)
 
 
 def measure(bench: Bench, sections: Sequence[str]) -> list[str]:
-    """Run the sections; return one sentence per failure."""
+    """Run the sections, each within its share of the time; return one sentence per failure."""
     failures = []
-    for name in sections:
+    end = bench.deadline
+    for index, name in enumerate(sections):
+        total = sum(SHARES.get(other, 1) for other in sections[index:])
+        now = time.monotonic()
+        bench.deadline = now + (end - now) * SHARES.get(name, 1) / total
         module, function = SECTIONS[name]
         try:
             getattr(importlib.import_module(module), function)(bench)

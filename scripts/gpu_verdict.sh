@@ -187,7 +187,7 @@ nvidia-smi --query-gpu=clocks.sm,clocks.mem,temperature.gpu,memory.total --forma
 echo "$(nproc) cores, $(free -g | sed -n 's/^Mem: *\([0-9]*\).*/\1/p') GiB"
 export PYTHON device
 run_bits
-run_times "times of decode, encode, products" 130 times1.json decode fast_fused fast encode fused
+run_times "times of decode, encode, products" 130 times1.json decode fast fast_fused encode fused
 checked_section order 25 "$out/times.log" "$PYTHON" scripts/probe_order.py --device "$device" --output "$out/order.json"
 printed | tail -n 20 | cut -c1-170 || true
 workers=()

@@ -4,7 +4,7 @@ import triton.language as tl
 from compile_specs.spec import CONSTANT, CompileSpec
 
 from vllm_dfloat.codec import fast_layout
-from vllm_dfloat.kernels import fast_matmul, fast_matmul_dot, fast_matmul_gemv
+from vllm_dfloat.kernels import fast_matmul, fast_matmul_ahead, fast_matmul_dot, fast_matmul_gemv
 from vllm_dfloat.kernels.configs import CONFIGS, DEFAULT
 from vllm_dfloat.kernels.fast_escapes import PATCHED, PERMUTED
 from vllm_dfloat.kernels.fast_product import MAX_PARTS, DotShape, GemvShape
@@ -84,6 +84,25 @@ def _chosen() -> dict[tuple[int, DotShape], None]:
 DOT = [
     _dot(16, False, PATCHED, DotShape()),
     *(_dot(rows, has_parts, PERMUTED, shape) for rows, shape in _chosen() for has_parts in (False, True)),
+]  # fmt: skip
+# Without shared memory; no table chooses it yet.
+AHEAD = [
+    CompileSpec(
+        name=_name("ahead", rows, has_parts, PERMUTED) + ("_32" if block == 32 else ""),
+        fn=fast_matmul_ahead._ahead_kernel,
+        signature=dict(
+            desc_ptr="*i64", x_ptr="*u32", bias_ptr="*bf16", out_ptr="*fp32" if has_parts else "*u16", **_SIZES,
+            BN=CONSTANT, HAS_PARTS=CONSTANT, FORM=CONSTANT, HAS_BIAS=CONSTANT, OPERAND=CONSTANT,
+        ),
+        constexprs={
+            "ROWS": rows, "BN": block, "HAS_PARTS": has_parts, "FORM": PERMUTED, "HAS_BIAS": True,
+            "OPERAND": tl.bfloat16,
+        },
+        aligned_args=_ALIGNED,
+        num_warps=1,
+        weights_per_program=block * fast_layout.TILE_COLS,
+    )
+    for rows, block, has_parts in ((8, 16, False), (8, 16, True), (16, 16, False), (32, 16, False), (8, 32, False))
 ]  # fmt: skip
 SUM = [
     CompileSpec(

@@ -61,7 +61,23 @@ def test_gpu_forms_have_the_same_bits_within_the_bound_whatever_other_rows_hold(
     generator = torch.Generator().manual_seed(num_rows)
     x = torch.randn(num_rows, COLS, generator=generator).bfloat16().to(DEVICE)
     config = config_of(torch.device(DEVICE)).fast_product
-    shape = replace(config.launch_shape(len(weight), COLS, num_rows), parts=parts)
+    choice = config.choice(28_672, num_rows)
+    assert_forms_agree(weight, x, replace(choice.shape if choice else DotShape(), parts=parts))
+
+
+@pytest.mark.parametrize("rows", of_size([16, 32], [16]))
+@pytest.mark.parametrize("num_rows", of_size([5, 16, 32], [5]))
+def test_gpu_product_without_shared_memory_has_the_same_bits_in_every_form(
+    num_rows: int, rows: int
+) -> None:
+    weight = hard(of_size([203], [131])[0])
+    x = torch.randn(num_rows, COLS, generator=torch.Generator().manual_seed(9)).bfloat16()
+    for parts in of_size([1, 3], [1]):
+        shape = DotShape(rows=rows, stages=1, warps=1, width=4, parts=parts)
+        assert_forms_agree(weight, x.to(DEVICE), shape)
+
+
+def assert_forms_agree(weight: torch.Tensor, x: torch.Tensor, shape: DotShape | GemvShape) -> None:
     expected = multiply(weight, x, shape, PLAIN)
     assert_within_bound(expected, weight, x)
     for form in of_size(list(FORMS), [PLAIN]):

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,46 @@ def test_part_that_fails_costs_its_own_numbers_only(
     printed = capsys.readouterr()
     assert "failed: block: RuntimeError: out of memory" in printed.err
     assert "copy of the bytes read and written" in printed.out
+
+
+def test_a_section_takes_its_share_of_the_time_and_leaves_the_rest_to_later_ones() -> None:
+    # Bug caught: a slow section after which nothing else was measured.
+    import bench_kernels
+    from bench.kernels import decode as bench_decode
+    from bench.kernels import fast_decode, fast_fused
+    from bench.kernels.timing import Bench
+
+    left: dict[str, float] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in (
+            (bench_decode, "decode"),
+            (fast_decode, "fast"),
+            (fast_fused, "fast_fused"),
+        ):
+            patch.setattr(
+                module, "run", lambda bench, name=name: left.update({name: bench.deadline - begun})
+            )
+        begun = time.monotonic()
+        bench = Bench(torch.device("cpu"), 1, begun + 700)
+        assert bench_kernels.measure(bench, ["decode", "fast", "fast_fused"]) == []
+    assert left["decode"] == pytest.approx(200, abs=1)
+    assert left["fast"] == pytest.approx(140, abs=1)  # of 700 s that nobody has used
+    assert left["fast_fused"] == pytest.approx(700, abs=1)
+
+
+def test_few_products_are_compared_per_case_so_that_a_visit_reaches_all_of_them() -> None:
+    # Bug caught: 150 kernels to compile, and 4 of 28 cases reached.
+    from bench.kernels import fast_fused
+
+    assert {1, 4, 8, 16, 64} <= set(fast_fused.TRIED)
+    assert list(fast_fused.TRIED)[:2] == [8, 16]
+    compiled = fast_fused._kernels()
+    assert len(compiled) <= 40
+    for num_x in fast_fused.TRIED:
+        for rows, cols in fast_fused.LLAMA_8B.values():
+            tried = fast_fused.tried(rows, cols, num_x)
+            assert 1 <= len(tried) <= 4
+            assert {fast_fused._key(kernel) for kernel in tried} <= set(compiled)
 
 
 def test_cases_for_which_no_time_is_left_are_named_and_not_measured(

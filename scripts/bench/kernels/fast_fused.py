@@ -1,45 +1,52 @@
 """Measure the product with the fast layout against cuBLAS on BF16 weights, for several ways to launch its kernels.
 
-First each kernel multiplies a small hard matrix, with escapes, a raw tile and a row of zeros, and the product is
-compared with one in FP64; the forms that are not Triton alone are compared bit for bit with each other. Kernels compile
-in processes of their own, because that takes most of the time. Of the weights of large matrices 0.03 % are escapes, as
-in trained ones.
+Beside the kernels stands what they compete with: cuBLAS on BF16 weights, and decoding followed by it. The rows of
+activations that matter most come first, for all matrices. Each kernel first multiplies a small hard matrix, with
+escapes, a raw tile and a row of zeros, and the product is compared with one in FP64; the forms that are not Triton
+alone are compared bit for bit with each other. Kernels compile in processes of their own, because that takes most of
+the time. Of the weights of large matrices 0.03 % are escapes, as in trained ones.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
 from typing import Any, NamedTuple
 
 import torch
-from bench.kernels.fast_decode import pack
+from bench.kernels.fast_decode import buffers, pack
 from bench.kernels.fused import LLAMA_8B
 from bench.kernels.timing import Bench, Call, WrongBitsError, expect_same_bits
 from torch.nn import functional
 
+from vllm_dfloat.device import fast_ops
 from vllm_dfloat.device.fast_ops import FastWeight
 from vllm_dfloat.device.packed_weight import make_descriptor
 from vllm_dfloat.kernels import fast_matmul as kernels
 from vllm_dfloat.kernels.fast_escapes import PATCHED, PERMUTED, PLAIN
-from vllm_dfloat.kernels.fast_product import DotShape, GemvShape
+from vllm_dfloat.kernels.fast_product import Choice, DotShape, FastProduct, GemvShape
 
 NAMES = {PLAIN: "plain", PATCHED: "patched", PERMUTED: "prmt"}
-NUM_X = (1, 16, 8, 64, 4, 2, 32)
-GEMV = (
-    GemvShape(), GemvShape(turns=2, groups=64), GemvShape(turns=1, groups=64), GemvShape(turns=2, warps=8),
-    GemvShape(warps=8), GemvShape(turns=8, warps=2),
-)  # fmt: skip
-DOT = (
-    DotShape(), DotShape(rows=32, warps=2, width=4), DotShape(warps=2, width=4), DotShape(rows=32, warps=1, width=4),
-    DotShape(rows=32, stages=4, warps=2, width=4), DotShape(stages=4), DotShape(rows=128, warps=8), DotShape(rows=128),
-    DotShape(cols=256), DotShape(stages=6),
-)  # fmt: skip
-PARTS = {"gate_up": (1, 2), "o": (2, 4, 8), "down": (2, 4, 7, 14), "qkv": (1, 2, 4, 8)}
+WARPS_2 = DotShape(rows=32, warps=2, width=4)
+WARPS_1 = DotShape(rows=32, warps=1, width=4)
+AHEAD = DotShape(rows=16, stages=1, warps=1, width=4)
+AHEAD_32 = replace(AHEAD, rows=32)
+# Rows of activations, the most important first, and what is compared for them: what a table chooses or might choose.
+TRIED: dict[int, tuple[DotShape | GemvShape, ...]] = {
+    8: (WARPS_2, AHEAD, AHEAD_32),
+    16: (WARPS_1, AHEAD, DotShape()),
+    1: (GemvShape(), GemvShape(warps=8)),
+    64: (DotShape(), DotShape(cols=256)),
+    4: (GemvShape(), WARPS_2, AHEAD),
+    32: (DotShape(), AHEAD, WARPS_1),
+    2: (GemvShape(),),
+}
+MOST_TRIED = 4  # of the shapes above with different numbers of parts, per case
+WARPS = (768, 1536)  # columns are cut until so many warps run
+PATIENCE = 10  # seconds for a kernel that is being compiled
 ESCAPES = 3e-4
 HARD_ROWS, HARD_COLS = 208, 1024
 
@@ -63,7 +70,7 @@ def run(bench: Bench) -> None:
 
 
 def _rehearse(bench: Bench) -> None:
-    for num_x, shape in ((1, GemvShape()), (5, DotShape(parts=2))):
+    for num_x, shape in ((1, GemvShape()), (5, DotShape(parts=2)), (5, AHEAD)):
         if not bench.begin("fast_fused", f"tiny 64 x 256, {num_x} rows"):
             continue
         matrix, weight = _matrix(64, 256, bench.device)
@@ -72,43 +79,56 @@ def _rehearse(bench: Bench) -> None:
 
 def _run(bench: Bench, compiled: dict[Kernel, Future[None]]) -> None:
     checked: dict[Kernel, bool] = {}
+    matrices: dict[str, tuple[list[torch.Tensor], list[FastWeight]]] = {}
+    for num_x in TRIED:
+        for name, (rows, cols) in LLAMA_8B.items():
+            if not bench.begin("fast_fused", f"{name} {rows} x {cols}, {num_x} rows"):
+                continue
+            if name not in matrices:
+                matrices[name] = _sets(bench, rows, cols)
+            kept = [
+                k for k in tried(rows, cols, num_x) if _check(bench, _key(k), compiled, checked)
+            ]
+            _measure(bench, name, *matrices[name], num_x, kept)
     if bench.begin("fast_fused", "forms"):
         for kernel in compiled:
             if kernel.form != PERMUTED:
                 _check(bench, kernel, compiled, checked)
-    for name, (rows, cols) in LLAMA_8B.items():
-        if not bench.begin("fast_fused", f"{name} {rows} x {cols}"):
-            continue
-        matrix, weight = _matrix(rows, cols, bench.device)
-        sets = bench.num_sets(matrix.num_bytes)
-        weights = [weight] + [weight.clone() for _ in range(sets - 1)]
-        held = [matrix] + [_copy(matrix) for _ in range(sets - 1)]
-        for num_x in NUM_X:
-            if bench.begin("fast_fused", f"{name} {rows} x {cols}, {num_x} rows"):
-                tried = [
-                    Kernel(replace(kernel.shape, parts=parts), kernel.form, num_x)
-                    for kernel in compiled
-                    for parts in PARTS[name]
-                    if kernel.num_x == kernels.compiled_rows(num_x, kernel.shape)
-                    and kernel.form == PERMUTED
-                    and (parts > 1) == (kernel.shape.parts > 1)
-                    and _check(bench, kernel, compiled, checked)
-                ]
-                _measure(bench, name, weights, held, num_x, tried)
 
 
-def _kernels() -> Iterator[Kernel]:
-    """Yield what must be compiled, the most important first."""
-    for num_x in dict.fromkeys(
-        kernels.compiled_rows(n, s) for n in NUM_X for s in (GEMV[0], DOT[0])
-    ):
-        shapes = GEMV if num_x <= kernels.MAX_GEMV_ROWS else DOT
-        for shape in shapes[: len(shapes) if num_x in (1, 16) else 4]:
-            for parts in (1, 2):
-                yield Kernel(replace(shape, parts=parts), PERMUTED, num_x)
-    for form in (PATCHED, PLAIN):
-        yield Kernel(GEMV[0], form, 1)
-        yield Kernel(DOT[0], form, 16)
+def _sets(bench: Bench, rows: int, cols: int) -> tuple[list[torch.Tensor], list[FastWeight]]:
+    """Return several copies of a matrix in BF16 and in the fast layout."""
+    matrix, weight = _matrix(rows, cols, bench.device)
+    more = range(bench.num_sets(matrix.num_bytes) - 1)
+    return [weight, *(weight.clone() for _ in more)], [matrix, *(_copy(matrix) for _ in more)]
+
+
+def tried(rows: int, cols: int, num_x: int) -> list[Kernel]:
+    """Return what is compared for a matrix and a number of rows of activations, each with fewer and with more parts."""
+    found = []
+    for warps in WARPS:
+        for shape in TRIED[num_x]:
+            table = FastProduct((Choice(num_x, shape, warps // shape.warps),))
+            found.append(Kernel(table.launch_shape(rows, cols, num_x), PERMUTED, num_x))
+    return list(dict.fromkeys(found))[:MOST_TRIED]
+
+
+def _key(kernel: Kernel) -> Kernel:
+    """Return the kernel that is compiled for `kernel`: the number of parts matters only if it is more than 1."""
+    parts = min(2, kernel.shape.parts)
+    compiled = kernels.compiled_rows(kernel.num_x, kernel.shape)
+    return Kernel(replace(kernel.shape, parts=parts), kernel.form, compiled)
+
+
+def _kernels() -> list[Kernel]:
+    """Return what must be compiled, the most important first."""
+    cases = [tried(*size, num_x) for num_x in TRIED for size in LLAMA_8B.values()]
+    forms = [
+        Kernel(shape, form, num_x)
+        for form in (PATCHED, PLAIN)
+        for shape, num_x in ((GemvShape(), 1), (DotShape(), 16), (AHEAD, 8))
+    ]
+    return list(dict.fromkeys([*(_key(kernel) for case in cases for kernel in case), *forms]))
 
 
 def compile_kernel(kernel: Kernel) -> None:
@@ -163,7 +183,8 @@ def _check(
     if kernel in checked:
         return checked[kernel]
     try:
-        compiled[kernel].result(timeout=max(0.1, bench.deadline - time.monotonic()))
+        left = bench.deadline - time.monotonic()
+        compiled[kernel].result(timeout=max(0.1, min(PATIENCE, left)))
     except Exception as error:
         bench.skip("fast_fused", "forms", _name(kernel), f"{type(error).__name__}: {error}"[-200:])
         checked[kernel] = False
@@ -213,11 +234,23 @@ def _measure(
     sizes = [kernels.num_partials(rows, num_x, kernel.shape) for kernel in tried]
     partials = torch.empty(max(sizes, default=0), device=bench.device)
     calls: dict[str, Call] = {"cuBLAS on BF16": lambda i: functional.linear(x, weights[i])}
+    if bench.is_gpu:
+        calls["decode, then cuBLAS"] = _decode_call(x, held, rows, cols)
     for kernel in tried:
         bench.compare(_compare, x, held[0], weights[0], kernel)
         calls[_name(kernel)] = _call(x, held, out, partials, kernel)
     case = f"{name} {rows} x {cols}, {num_x} rows"
     bench.measure("fast_fused", case, calls, len(held), 2 * rows * cols)
+
+
+def _decode_call(x: torch.Tensor, held: list[FastWeight], rows: int, cols: int) -> Call:
+    decoded, status = buffers(held[0])
+
+    def call(i: int) -> Any:
+        fast_ops.launch_decode(held[i].desc, rows, cols, decoded, status)
+        return functional.linear(x, decoded[: rows * cols].view(rows, cols))
+
+    return call
 
 
 def _call(
