@@ -1,4 +1,4 @@
-"""Decode one block of an official DFloat11 stream: the body that the kernels in dfloat11_decode.py share.
+"""Decode a block of an official DFloat11 stream: what the kernels of dfloat11_decode.py and dfloat11_resident.py share.
 
 A block is 4096 stream bytes, 512 windows of 8 bytes; all windows are decoded in parallel. The number of codes in a
 window varies, so a first pass counts the codes of every window, a scan gives each window its first weight, and a second

@@ -5,6 +5,7 @@ from compile_specs.spec import CONSTANT, CompileSpec
 from vllm_dfloat.codec import layout
 from vllm_dfloat.kernels import (
     dfloat11_decode,
+    dfloat11_resident,
     expert_decode,
     expert_marks,
     group_decode,
@@ -126,14 +127,14 @@ OFFICIAL = [
     ),
     CompileSpec(
         name="decode_dfloat11_resident",
-        fn=dfloat11_decode._decode_resident_kernel,
+        fn=dfloat11_resident._decode_resident_kernel,
         signature=dict(desc_ptr="*i64", out_ptr="*i16", status_ptr="*i32", num_weights="i32", salt="i64"),
         aligned_args=("desc_ptr", "out_ptr", "status_ptr"),
         **_OFFICIAL,
     ),
     CompileSpec(
         name="decode_dfloat11_run",
-        fn=dfloat11_decode._decode_resident_run_kernel,
+        fn=dfloat11_resident._decode_resident_run_kernel,
         signature=dict(
             desc_ptr="*i64", out_ptr="*i16", num_weights="i32", first="i32", end="i32", salt="i64"
         ),
@@ -142,7 +143,7 @@ OFFICIAL = [
     ),
     CompileSpec(
         name="decode_dfloat11_rows",
-        fn=dfloat11_decode._decode_resident_rows_kernel,
+        fn=dfloat11_resident._decode_resident_rows_kernel,
         signature=dict(
             desc_ptr="*i64", ids_ptr="*i32", out_ptr="*i16", rows="i32", cols="i32", parts="i32", salt="i64"
         ),

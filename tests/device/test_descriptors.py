@@ -50,7 +50,7 @@ def rows(reader, desc):
 
 def unit_rows(reader, desc):
     if ops.uses_triton(desc.device):
-        from vllm_dfloat.kernels.dfloat11_decode import decode_resident_rows
+        from vllm_dfloat.kernels.dfloat11_resident import decode_resident_rows
         decode_resident_rows(desc, IDS, ROWS, COLS, reader.out.view(2, COLS))
     else:
         reader.out[:] = units.decode_rows(desc, IDS, ROWS, COLS).view(-1)

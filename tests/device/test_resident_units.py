@@ -15,7 +15,7 @@ from vllm_dfloat.device import ops, unit_layout
 from vllm_dfloat.device import unit_resident as units
 from vllm_dfloat.dfloat11.encode import as_unit, encode_unit
 from vllm_dfloat.errors import FormatError, UnsupportedError
-from vllm_dfloat.kernels import dfloat11_decode as kernels
+from vllm_dfloat.kernels import dfloat11_resident as kernels
 
 EDGE = {name: bits.reshape(1, -1) for name, bits in edge_originals().items()}
 HARD = {**hard_matrices(), **EDGE}

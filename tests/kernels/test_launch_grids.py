@@ -12,6 +12,7 @@ import torch
 from vllm_dfloat.kernels import (
     dfloat11_decode,
     dfloat11_encode,
+    dfloat11_resident,
     encode_count,
     expert_decode,
     expert_marks,
@@ -31,6 +32,7 @@ MODULES = (
     expert_decode,
     expert_marks,
     dfloat11_decode,
+    dfloat11_resident,
     packed_rows,
     packed_encode,
     encode_count,
@@ -91,14 +93,14 @@ LAUNCHES: dict[str, Callable[[], None]] = {
         desc(), meta(torch.int64, 2), 4, 1 << 29, bf16(2, 1 << 29)
     ),
     "official unit": lambda: decode_unit(2**31 - 4096),
-    "official": lambda: dfloat11_decode.decode_resident(desc(), 1 << 42, bf16(2), words(1)),
-    "official run": lambda: dfloat11_decode.decode_resident_run(
+    "official": lambda: dfloat11_resident.decode_resident(desc(), 1 << 42, bf16(2), words(1)),
+    "official run": lambda: dfloat11_resident.decode_resident_run(
         desc(), 1 << 40, 1, 1 << 39, bf16(2)
     ),
-    "official rows, many": lambda: dfloat11_decode.decode_resident_rows(
+    "official rows, many": lambda: dfloat11_resident.decode_resident_rows(
         desc(), meta(torch.int64, 1 << 24), 4, 8192, bf16(1 << 24, 8192)
     ),
-    "official rows, long": lambda: dfloat11_decode.decode_resident_rows(
+    "official rows, long": lambda: dfloat11_resident.decode_resident_rows(
         desc(), meta(torch.int64, 2), 4, 1 << 29, bf16(2, 1 << 29)
     ),
     "count": lambda: packed_encode.count_exponents(bf16(1 << 42), COUNTS),

@@ -119,7 +119,7 @@ def launch_decode(
     if not numel:
         return
     if ops.uses_triton(out.device):
-        from vllm_dfloat.kernels.dfloat11_decode import decode_resident
+        from vllm_dfloat.kernels.dfloat11_resident import decode_resident
 
         decode_resident(desc, numel, out, status)
         return
@@ -153,7 +153,7 @@ def launch_decode_run(
     if not numel:
         return
     if ops.uses_triton(out.device):
-        from vllm_dfloat.kernels.dfloat11_decode import decode_resident_run
+        from vllm_dfloat.kernels.dfloat11_resident import decode_resident_run
 
         decode_resident_run(desc, rows * cols, start, numel, out)
         return
@@ -175,7 +175,7 @@ def decode_rows(desc: torch.Tensor, ids: torch.Tensor, rows: int, cols: int) -> 
     check_desc("decode_unit_rows", desc)
     check_ids("decode_unit_rows", ids, desc.device)
     if ops.uses_triton(ids.device):
-        from vllm_dfloat.kernels.dfloat11_decode import decode_resident_rows
+        from vllm_dfloat.kernels.dfloat11_resident import decode_resident_rows
 
         out = torch.empty(ids.numel(), cols, dtype=torch.bfloat16, device=ids.device)
         decode_resident_rows(desc, ids, rows, cols, out)
