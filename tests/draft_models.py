@@ -12,10 +12,12 @@ from typing import Any
 import architectures
 import tiny_models
 import torch
+from safetensors.torch import save_file
 
 SHAPE: dict[str, Any] = dict(
     vocab_size=256, hidden_size=128, intermediate_size=256, num_attention_heads=2, num_key_value_heads=2, head_dim=64
 )  # fmt: skip
+OUTPUT = 16  # times what a DFlash block adds; a power of two too
 WEIGHT = 16  # of the embedding; a power of two, so that it stays BF16 exactly
 
 Tensors = dict[str, torch.Tensor]
@@ -113,6 +115,61 @@ def eagle3(of: Path, path: Path, own: str = "none", vocabulary: int = SHAPE["voc
             tensors["d2t"] = torch.zeros(vocabulary, dtype=torch.int64)
         if own != "none":
             tensors["embed_tokens.weight"] = near(embedding) if own == "near" else embedding
+
+    return tiny_models.edit(path, change)
+
+
+def medusa(of: Path, path: Path, num_heads: int = 3) -> Path:
+    """Write Medusa heads for the target `of`; each knows which token follows a token after some more steps."""
+    tensors = tiny_models.tensors(of)
+    embedding = torch.nn.functional.normalize(tensors["model.embed_tokens.weight"].float(), dim=-1)
+    follower = (embedding @ head(of).float().T).argmax(-1)
+    weights, later = {}, follower
+    for i in range(num_heads):
+        later = follower[later]
+        lm_head = torch.zeros_like(embedding).index_add(0, later, embedding)
+        weights[f"blocks.{i}.layers.0.weight"] = passes_on(*2 * (SHAPE["hidden_size"],), 0.01)
+        weights[f"lm_heads.{i}.weight"] = lm_head.bfloat16()
+    config = dict(
+        architectures=["MedusaModel"], model_type="medusa", hidden_size=SHAPE["hidden_size"],
+        vocab_size=SHAPE["vocab_size"], medusa_num_heads=num_heads, medusa_num_layers=1, torch_dtype="bfloat16",
+    )  # fmt: skip
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(config))
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    return path
+
+
+def followed_by_few(of: Path) -> Path:
+    """Let a few tokens follow nearly every other, and return the folder of the target."""
+
+    def change(tensors: Tensors) -> None:
+        tensors["lm_head.weight"][7:15:2] *= 8
+
+    return tiny_models.edit(of, change)
+
+
+def dflash(of: Path, path: Path) -> Path:
+    """Write a DFlash head, which fills in masked tokens at once; its block reads what the target cached for it.
+
+    The embedding and the LM head are the target's. How many tokens are accepted depends on every weight of the block.
+    """
+    tiny_models.save("qwen3", path, seed=3, **SHAPE, num_hidden_layers=1, tie_word_embeddings=False)
+    change_config(
+        path, architectures=["DFlashDraftModel"], block_size=4,
+        dflash_config={"target_layer_ids": [0, 1], "mask_token_id": 100},
+    )  # fmt: skip
+    width = SHAPE["hidden_size"]
+
+    def change(tensors: Tensors) -> None:
+        for name in list(tensors):
+            weight = tensors.pop(name)
+            if ".layers.0." in name:
+                is_output = "o_proj" in name or "down_proj" in name
+                tensors[name.removeprefix("model.")] = weight * (OUTPUT if is_output else 1)
+        tensors["fc.weight"] = passes_on(width, 2 * width)
+        for name in ("norm", "hidden_norm"):
+            tensors[f"{name}.weight"] = torch.ones(width, dtype=torch.bfloat16)
 
     return tiny_models.edit(path, change)
 

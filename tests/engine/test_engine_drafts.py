@@ -101,6 +101,46 @@ def test_head_with_a_smaller_vocabulary_accepts_as_many_tokens_as_that_of_bf16_v
     assert_drafts_as_bf16_vllm(target, dict(method="eagle3", model=str(head)), COMPRESSED)
 
 
+@pytest.mark.parametrize("kind", ["untied", "tied"])
+def test_medusa_heads_accept_as_many_tokens_as_those_of_bf16_vllm(
+    kind: str, targets: dict[str, Path], tmp_path: Path
+) -> None:
+    heads = draft_models.medusa(targets[kind], tmp_path / "heads")
+    assert_drafts_as_bf16_vllm(targets[kind], dict(method="medusa", model=str(heads)), COMPRESSED)
+
+
+def test_heads_that_fill_in_masked_tokens_accept_as_many_as_those_of_bf16_vllm(
+    tmp_path: Path,
+) -> None:
+    target = draft_models.target(tmp_path / "m", "qwen3", tie_word_embeddings=False)
+    draft_models.followed_by_few(target)
+    head = draft_models.dflash(target, tmp_path / "head")
+    assert_drafts_as_bf16_vllm(target, dict(method="dflash", model=str(head)), COMPRESSED)
+
+
+@pytest.mark.parametrize(
+    ("method", "config", "reason"),
+    [
+        (
+            "mlp_speculator",
+            dict(architectures=["MLPSpeculatorPreTrainedModel"]),
+            "not supported for now",
+        ),
+        ("dspark", dict(architectures=["Qwen3DSparkModel"]), "does not support: dspark"),
+    ],
+)
+def test_drafts_that_bf16_vllm_refuses_are_refused_in_its_words(
+    method: str, config: dict[str, Any], reason: str, targets: dict[str, Path], tmp_path: Path
+) -> None:
+    """MLP speculators are no longer in vLLM; DSpark needs a runner that CPUs do not have."""
+    head = tiny_models.save("qwen3", tmp_path / "head", **draft_models.SHAPE, num_hidden_layers=1)
+    draft_models.change_config(head, **config)
+    speculative = dict(method=method, model=str(head))
+    for quantization in (None, "dfloat11"):
+        with pytest.raises(ValueError, match=reason):
+            drafted(targets["untied"], speculative, quantization)
+
+
 @pytest.mark.parametrize("name", list(draft_models.WITH_MTP))
 def test_blocks_that_predict_a_further_token_are_those_of_bf16_vllm(
     name: str, tmp_path: Path
