@@ -28,6 +28,7 @@ from vllm_dfloat.kernels.fast_matmul_gemv import _gemv_kernel
 from vllm_dfloat.kernels.fast_planes import LOW_BYTES
 from vllm_dfloat.kernels.fast_product import DotShape, GemvShape
 
+TRITON_VERSION: str = triton.__version__
 MAX_GEMV_ROWS = 4
 MAX_ROWS = 64
 MAX_COLS = 2**31 // MAX_ROWS
@@ -121,8 +122,8 @@ def matmul(
     elif isinstance(shape, DotShape):
         _dot_kernel[(triton.cdiv(rows, shape.rows), shape.parts)](
             desc, x, *rest,
-            shape.rows, shape.cols, shape.parts > 1, shape.stages, shape.warps, shape.width, form, bias is not None,
-            tl.bfloat16 if is_gpu else tl.float32, num_warps=shape.warps, num_stages=shape.stages,
+            shape.rows, shape.cols, shape.parts > 1, shape.stages, shape.warps, shape.width, shape.in_order, form,
+            bias is not None, tl.bfloat16 if is_gpu else tl.float32, num_warps=shape.warps, num_stages=shape.stages,
         )  # fmt: skip
     else:
         _gemv_kernel[(triton.cdiv(rows, shape.turns * shape.warps), shape.parts)](

@@ -37,33 +37,61 @@ def _words(ptr, offset, IS_GPU: tl.constexpr):
 
 @triton.jit
 def _operand(
-    a, b, c, d, e, f, g, h, BN: tl.constexpr, BK: tl.constexpr, WARPS: tl.constexpr, WIDTH: tl.constexpr
+    a, b, c, d, e, f, g, h, BN: tl.constexpr, BK: tl.constexpr, WARPS: tl.constexpr, WIDTH: tl.constexpr,
+    IN_ORDER: tl.constexpr = False,
 ):  # fmt: skip
     """Return the words of each group, [BK / 64, BN, 4], as BF16 [BN, BK], rows and columns in the order of the product.
 
     Weight (step, half, one of two) of a thread's group is column (block, step, half, thread, one of two) for the tensor
     cores of a warp group. For those of a warp, where Triton takes 4 columns of a thread together (WIDTH), it is column
     (block, step, thread, half, one of two).
+
+    IN_ORDER: a step takes the 16 columns of a group, the first 8 as its first half. With 4 columns of a thread together
+    these are columns (two steps, half, thread, step, one of two), since Triton takes 32 columns for two steps.
     """
     left = tl.join(tl.join(a, e), tl.join(c, g))
     right = tl.join(tl.join(b, f), tl.join(d, h))
     words = tl.join(left, right)  # [block, row, thread, step / 2, step % 2, half]
     pairs = tl.join(words & 0xFFFF, words >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     # A warp's rows are 8 neighbouring ones, and 8 more for every further turn of all warps.
-    pairs = tl.reshape(pairs, [BK // 64, BN // (16 * WARPS), 2, WARPS, 8, 4, 2, 2, 2, 2])
-    if WIDTH == 2:
-        pairs = tl.permute(pairs, (1, 3, 2, 4, 0, 6, 7, 8, 5, 9))
+    if IN_ORDER:
+        # (two steps, step, half, 4 threads, one of two)
+        pairs = tl.reshape(pairs, [BK // 64, BN // (16 * WARPS), 2, WARPS, 8, 2, 2, 2, 4, 2])
+        if WIDTH == 2:
+            pairs = tl.permute(pairs, (1, 3, 2, 4, 0, 5, 6, 7, 8, 9))
+        else:
+            pairs = tl.permute(pairs, (1, 3, 2, 4, 0, 5, 7, 8, 6, 9))
     else:
-        pairs = tl.permute(pairs, (1, 3, 2, 4, 0, 6, 7, 5, 8, 9))
+        pairs = tl.reshape(pairs, [BK // 64, BN // (16 * WARPS), 2, WARPS, 8, 4, 2, 2, 2, 2])
+        if WIDTH == 2:
+            pairs = tl.permute(pairs, (1, 3, 2, 4, 0, 6, 7, 8, 5, 9))
+        else:
+            pairs = tl.permute(pairs, (1, 3, 2, 4, 0, 6, 7, 5, 8, 9))
     return tl.reshape(pairs, [BN, BK])
 
 
 @triton.jit
-def _activations(x, BK: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+def _activations(
+    x, BK: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, IN_ORDER: tl.constexpr
+):
     """Return x [ROWS, BK] as [BK, ROWS], columns in the order of `_operand`."""
+    if IN_ORDER:
+        if WIDTH == 4:
+            x = tl.reshape(x, [ROWS, BK // 32, 2, 2, 4, 2])
+            x = tl.reshape(tl.permute(x, (0, 1, 3, 4, 2, 5)), [ROWS, BK])
+        return tl.trans(x)
     x = tl.reshape(x, [ROWS, BK // 64, 4, 4, 2, 2])
     x = tl.permute(x, (1, 3, 4, 2, 5, 0) if WIDTH == 2 else (1, 3, 2, 4, 5, 0))
     return tl.reshape(x, [BK, ROWS])
+
+
+@triton.jit
+def _as(x, OPERAND: tl.constexpr):
+    """Return BF16 as OPERAND; by hand, because the interpreter changes subnormal numbers."""
+    if OPERAND == tl.float32:  # noqa: SIM300  (a constexpr must be left of a dtype)
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return x
 
 
 @triton.jit(do_not_specialize=["salt", "low_bytes", "rows", "num_x"])
@@ -84,6 +112,7 @@ def _dot_kernel(
     STAGES: tl.constexpr,
     WARPS: tl.constexpr,
     WIDTH: tl.constexpr,  # 2 or 4 neighbouring columns in a thread, see `_operand`
+    IN_ORDER: tl.constexpr,  # each step of the tensor cores takes the next 16 columns
     FORM: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     OPERAND: tl.constexpr,  # bfloat16; float32 in the interpreter, which cannot multiply BF16
@@ -142,8 +171,9 @@ def _dot_kernel(
                     a, b, c, d, e, f, g, h = _patch(
                         a, b, c, d, e, f, g, h, number, entry, stop, entries_ptr, FORM, 4
                     )
-        weights = _operand(a, b, c, d, e, f, g, h, BN, BK, WARPS, WIDTH).to(OPERAND)
-        acc = tl.dot(weights, _activations(xs, BK, ROWS, WIDTH).to(OPERAND), acc)
+        weights = _operand(a, b, c, d, e, f, g, h, BN, BK, WARPS, WIDTH, IN_ORDER)
+        xs = _activations(xs, BK, ROWS, WIDTH, IN_ORDER)
+        acc = tl.dot(_as(weights, OPERAND), _as(xs, OPERAND), acc)
     n = tl.arange(0, BN)[:, None]
     turn = n // (16 * WARPS) * 2 + n // 8 % 2
     out_row = first + (turn * WARPS + n // 16 % WARPS) * 8 + n % 8

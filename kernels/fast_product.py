@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from vllm_dfloat.codec import fast_layout
 
 MAX_PARTS = 8
+IN_ORDER_PROGRAMS = 128  # about as many as multiprocessors; nothing else was tried
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,9 @@ class DotShape:
         parts: parts of the columns.
         width: neighbouring columns that a thread holds of the operands: 2 for the tensor cores of a warp group, 4 for
             those of a warp. With the wrong one the result is as good, but weights are exchanged between threads.
+        in_order: each step of the tensor cores takes the next 16 columns, each at its place in the step; not with 1
+            stage. With one part, and the right width, this is the order of a plain product of Triton. Weights are
+            exchanged between threads.
     """
 
     rows: int = 64
@@ -31,6 +35,7 @@ class DotShape:
     warps: int = 4
     parts: int = 1
     width: int = 2
+    in_order: bool = False
 
 
 @dataclass(frozen=True)
@@ -119,3 +124,19 @@ class FastProduct:
         while 2 * parts <= min(most, steps) and programs * parts < choice.programs:
             parts *= 2
         return replace(shape, parts=parts)
+
+    def in_order_shape(self, rows: int, is_gpu: bool) -> DotShape:
+        """Return how to launch the kernel that adds in order, for any number of rows of activations.
+
+        The columns are not cut. Where that would leave multiprocessors idle, programs have fewer rows, for the tensor
+        cores of a warp; where the table has no shape for those of a warp group, always.
+        """
+        if not is_gpu:
+            return DotShape(
+                in_order=True
+            )  # no tensor cores, and so no columns that these put elsewhere
+        shapes = [choice.shape for choice in self.choices]
+        has_groups = any(isinstance(shape, DotShape) and shape.width == 2 for shape in shapes)
+        if has_groups and -(-rows // DotShape().rows) >= IN_ORDER_PROGRAMS:
+            return DotShape(in_order=True)
+        return DotShape(rows=32, warps=2, width=4, in_order=True)

@@ -1,5 +1,7 @@
 """The kernels that multiply by the fast layout, in the forms for NVIDIA GPUs."""
 
+from dataclasses import replace
+
 import triton.language as tl
 from compile_specs.spec import CONSTANT, CompileSpec
 
@@ -49,18 +51,20 @@ GEMV = [
 
 
 def _dot(rows: int, has_parts: bool, form: int, shape: DotShape) -> CompileSpec:
-    sizes = "" if shape == DotShape() else f"_{shape.rows}x{shape.warps}x{shape.width}"
+    plain = replace(shape, in_order=False)
+    sizes = "" if plain == DotShape() else f"_{shape.rows}x{shape.warps}x{shape.width}"
     return CompileSpec(
-        name=_name("dot", rows, has_parts, form) + sizes,
+        name=_name("in_order" if shape.in_order else "dot", rows, has_parts, form) + sizes,
         fn=fast_matmul_dot._dot_kernel,
         signature=dict(
             desc_ptr="*i64", x_ptr="*bf16", bias_ptr="*bf16", out_ptr="*fp32" if has_parts else "*u16", **_SIZES,
             BN=CONSTANT, BK=CONSTANT, HAS_PARTS=CONSTANT, STAGES=CONSTANT, WARPS=CONSTANT, WIDTH=CONSTANT,
-            FORM=CONSTANT, HAS_BIAS=CONSTANT, OPERAND=CONSTANT,
+            IN_ORDER=CONSTANT, FORM=CONSTANT, HAS_BIAS=CONSTANT, OPERAND=CONSTANT,
         ),
         constexprs={
             "ROWS": rows, "BN": shape.rows, "BK": shape.cols, "HAS_PARTS": has_parts, "STAGES": shape.stages,
-            "WARPS": shape.warps, "WIDTH": shape.width, "FORM": form, "HAS_BIAS": True, "OPERAND": tl.bfloat16,
+            "WARPS": shape.warps, "WIDTH": shape.width, "IN_ORDER": shape.in_order, "FORM": form, "HAS_BIAS": True,
+            "OPERAND": tl.bfloat16,
         },
         aligned_args=_ALIGNED,
         num_warps=shape.warps,
@@ -85,6 +89,12 @@ DOT = [
     _dot(16, False, PATCHED, DotShape()),
     *(_dot(rows, has_parts, PERMUTED, shape) for rows, shape in _chosen() for has_parts in (False, True)),
 ]  # fmt: skip
+# What mode "fused-exact" launches for matrices of many rows and of few.
+IN_ORDER = [
+    _dot(rows, False, PERMUTED, DEFAULT.fast_product.in_order_shape(of, is_gpu=True))
+    for rows in (16, 64)
+    for of in (28_672, 4096)
+]
 # Without shared memory; no table chooses it yet.
 AHEAD = [
     CompileSpec(

@@ -120,3 +120,22 @@ def test_fused_engine_answers_nearly_as_bf16_vllm_and_always_the_same(
     assert "dfloat11: fused for up to 64 rows of activations in 6 of 6 layers" in log_lines
     # Logits of this model are of size 1, and BF16 has 8 bits; a wrong weight gives differences of size 1.
     assert largest_difference(first, expected) < 0.1
+
+
+@pytest.mark.on_demand
+def test_engine_in_mode_fused_exact_answers_as_bf16_vllm_where_nothing_is_proven(
+    tmp_path: Path, log_lines: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = dict(num_hidden_layers=1, hidden_size=128, intermediate_size=128, head_dim=64)
+    heads = dict(num_attention_heads=2, num_key_value_heads=1, vocab_size=64)
+    model = tiny_models.save("qwen2", tmp_path, **heads, **shape)
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
+    prompts = [[5, 9, 3, 7, 11]]
+    few = dict(max_num_batched_tokens=8, max_num_seqs=1)
+    with engine(model, **few) as llm:
+        expected = ask(llm, prompts, num_tokens=2)
+    monkeypatch.setenv("VLLM_DFLOAT_BACKEND", "triton")
+    with engine(model, **fast(mode="fused-exact"), **few) as llm:
+        assert ask(llm, prompts, num_tokens=2) == expected
+    (line,) = [line for line in log_lines if "fused-exact" in line]
+    assert "proven equal to vLLM's GEMM for none of 3 shapes of matrices" in line

@@ -41,6 +41,10 @@ def test_every_layout_that_can_be_asked_for_has_its_functions() -> None:
         ),
         ({"mode": "fused", "layout": "dfloat11"}, "here: mode 'fused' with layout 'dfloat11'"),
         (
+            {"mode": "fused-exact"},
+            "here: mode 'fused-exact' with layout 'packed'; it needs layout 'fast' or 'auto'",
+        ),
+        (
             {"mode": "fused", "layout": "dfloat11"},
             "it needs layout 'packed' or 'fast' or 'auto'. Remove one",
         ),

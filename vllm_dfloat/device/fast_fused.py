@@ -6,9 +6,12 @@ derives a bound on the error.
 """
 
 import functools
+import hashlib
 import itertools
+import os
 from collections.abc import Hashable
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,7 +22,7 @@ from vllm_dfloat.device.scratch import Buffers
 from vllm_dfloat.errors import UnsupportedError
 
 if TYPE_CHECKING:
-    from vllm_dfloat.kernels.fast_product import FastProduct
+    from vllm_dfloat.kernels.fast_product import DotShape, FastProduct
 
 
 def max_rows(device: torch.device, rows: int, cols: int) -> int:
@@ -126,3 +129,60 @@ def launch_matmul(
     out = torch.empty(num_x, rows, dtype=torch.bfloat16, device=x.device)
     kernels.matmul(aligned(x), desc, cols, bias, out, partials, shape)
     return out
+
+
+def launch_in_order(
+    x: torch.Tensor,
+    desc: torch.Tensor,
+    rows: int,
+    cols: int,
+    bias: torch.Tensor | None,
+    scratch: Buffers,
+) -> torch.Tensor:
+    """Do what `launch_matmul` does, in the order in which a plain kernel of Triton adds; leaves the scratch alone.
+
+    The order is that of the columns, 16 at a time, with one FP32 sum, to which the bias is added before it is rounded.
+    """
+    from vllm_dfloat.kernels import fast_matmul as kernels
+
+    out = torch.empty(x.shape[0], rows, dtype=torch.bfloat16, device=x.device)
+    shape = _in_order_shape(x.device, rows)
+    kernels.matmul(aligned(x), desc, cols, bias, out, scratch[0].view(torch.float32), shape)
+    return out
+
+
+def variants_in_order(device: torch.device, rows: int, cols: int, most: int) -> dict[Hashable, int]:
+    """Return what `variants` does, for `launch_in_order`."""
+    from vllm_dfloat.kernels import fast_matmul as kernels
+
+    shape = _in_order_shape(device, rows)
+    return {(shape, kernels.compiled_rows(num_x, shape)): num_x for num_x in range(1, most + 1)}
+
+
+def facts_in_order(device: torch.device, rows: int, cols: int) -> dict[str, Any]:
+    """Return, as JSON, what the bits of `launch_in_order` depend on beside shape, device and libraries."""
+    from vllm_dfloat.kernels import fast_matmul
+
+    variables = {name: value for name, value in os.environ.items() if name.startswith("TRITON_")}
+    return {
+        "triton": fast_matmul.TRITON_VERSION,
+        "of triton": {k: v for k, v in sorted(variables.items()) if not k.endswith("_DIR")},
+        "kernels": _digest_of_kernels(),
+        "launched": repr(_in_order_shape(device, rows)),
+    }
+
+
+@functools.cache
+def _digest_of_kernels() -> str:
+    from vllm_dfloat.kernels import fast_matmul
+
+    folder = Path(fast_matmul.__file__).parent
+    names = ("fast_matmul", "fast_matmul_dot", "fast_escapes", "fast_planes", "tiles")
+    texts = [(folder / f"{name}.py").read_bytes() for name in names]
+    return hashlib.sha256(b"".join(texts)).hexdigest()[:32]
+
+
+def _in_order_shape(device: torch.device, rows: int) -> "DotShape":
+    from vllm_dfloat.kernels.configs import config_of
+
+    return config_of(device).fast_product.in_order_shape(rows, device.type == "cuda")

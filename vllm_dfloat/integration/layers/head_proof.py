@@ -2,10 +2,7 @@
 
 A GEMM over fewer columns of the result may take another algorithm, and add in another order. Which one it takes
 depends on shapes, types and alignment, not on values. So it is enough to compare the products of slabs and of the
-whole head for one choice of values, if these show every change of order. Values as in a model do not: sums of FP32
-are rounded to BF16, and a change in their last bits is seen in one result of thousands. Here each product of an
-activation and a weight comes twice, with both signs, far apart. Nothing is left of a sum but what was rounded on the
-way, and that is another number for another order, in most results.
+whole head for one choice of values, if these show every change of order (cancelling.py).
 
 What was found holds for that shape, device and libraries. Where the bits differ, or where nothing was compared, the
 whole head is decoded.
@@ -14,14 +11,14 @@ whole head is decoded.
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from vllm_dfloat.codec.slabs import spans
+from vllm_dfloat.integration.layers import cancelling
 from vllm_dfloat.integration.layers.linear_op import find_gemm
 
-ROWS_AT_ONCE = 4096  # of the weights that are made for a comparison
-BIAS_SCALE = 2.0**-18  # about what rounding leaves of the sums: a larger bias would hide it
 ALIGNMENT = 256  # bytes; the largest that cuBLAS asks for
 
 
@@ -43,6 +40,16 @@ class SlabProduct:
     slab: int
     gemm: str
     bias: torch.dtype | None = None
+
+    def facts(self) -> dict[str, Any]:
+        """Return, as JSON, all that its bits depend on beside the device and the libraries."""
+        return {
+            "rows": self.rows,
+            "cols": self.cols,
+            "slab": self.slab,
+            "gemm": self.gemm,
+            "bias": str(self.bias),
+        }
 
 
 def least_rows(device: torch.device) -> int:
@@ -74,46 +81,19 @@ def compare(product: SlabProduct, counts: Sequence[int]) -> dict[int, bool]:
         return {}
     unequal: dict[int, torch.Tensor] = {}
     try:
-        x, weight, bias = _operands(product, max(counts))
+        shape = max(counts), product.rows, product.cols
+        x, weight, bias = cancelling.operands(*shape, product.bias, product.device)
         for count in counts:
             unequal[count] = _differs(product, x[:count], weight, bias)
     except RuntimeError as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
     return {count: not differs.item() for count, differs in unequal.items()}
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Return whether a device or the host had too little memory."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
-
-
-def _operands(
-    product: SlabProduct, most: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Return activations, weights and a bias whose products cancel, but for rounding."""
-    device, half = product.device, product.cols // 2
-    generator = torch.Generator(device).manual_seed(0)  # vLLM's own stays as it is
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float32, device=device)
-
-    order = torch.randperm(product.cols, generator=generator, device=device)
-    left, right = order[:half], order[half : 2 * half]
-
-    def in_pairs(rows: int, sign: int) -> torch.Tensor:
-        """Return BF16 [rows, cols] of many magnitudes; the second value of a pair is the first one times sign."""
-        values = (normal(rows, half) * torch.exp2(normal(rows, half).round())).bfloat16()
-        whole = torch.zeros(rows, product.cols, dtype=torch.bfloat16, device=device)
-        whole[:, left], whole[:, right] = values, sign * values
-        return whole
-
-    x = in_pairs(most, 1)
-    weight = torch.empty(product.rows, product.cols, dtype=torch.bfloat16, device=device)
-    for first, end in spans(product.rows, ROWS_AT_ONCE):
-        weight[first:end] = in_pairs(end - first, -1)
-    if product.bias is None:
-        return x, weight, None
-    return x, weight, (normal(product.rows) * BIAS_SCALE).to(product.bias)
 
 
 def _differs(

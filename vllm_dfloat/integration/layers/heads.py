@@ -27,7 +27,7 @@ GIB = 1 << 30
 
 def prepare(model: torch.nn.Module, vllm_config: Any, model_config: Any) -> None:
     """Cut the compressed heads of a loaded model into slabs, prove where these give equal bits, reserve the scratch."""
-    heads = list(_heads(model, model_config))
+    heads = list(heads_of(model, model_config))
     if not heads:
         return
     free = scratch.needed(heads[0].weight.device, MAIN_SLOT)
@@ -39,7 +39,7 @@ def prepare(model: torch.nn.Module, vllm_config: Any, model_config: Any) -> None
         told.add(line)
 
 
-def _heads(model: torch.nn.Module, model_config: Any) -> Iterator[Any]:
+def heads_of(model: torch.nn.Module, model_config: Any) -> Iterator[Any]:
     """Yield the compressed layers that logits may be computed with: heads, and embeddings that serve as one.
 
     A model without any LM head may multiply by its embedding, as Gemma's do.

@@ -5,6 +5,7 @@ No other code knows which layout a weight is in, or what it can do.
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -26,6 +27,7 @@ class Product:
             without.
         partials: (device, rows, cols, num_x) -> the FP32 numbers that `launch` puts into the first buffer of scratch
             for up to num_x rows of activations.
+        facts: (device, rows, cols) -> as JSON, what the bits depend on beside shape, device and libraries.
     """
 
     max_rows: Callable[[torch.device, int, int], int]
@@ -34,6 +36,7 @@ class Product:
     ]
     variants: Callable[[torch.device, int, int, int], Mapping[Hashable, int]]
     partials: Callable[[torch.device, int, int, int], int]
+    facts: Callable[[torch.device, int, int], dict[str, Any]] = lambda device, rows, cols: {}
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class Layout:
         decode_run: (desc, rows, cols, first, count, out, status): as `decode`, for `count` rows from row `first` on,
             where a tile begins (slabs.py).
         product: how it multiplies without decoding; None if it cannot.
+        in_order: the same in the order in which a plain kernel of Triton adds; `launch` needs no scratch.
         pack_if_small: (weight, name) -> the same, or None if the matrix would not shrink enough. Without this function
             every matrix is held so.
         of_experts: the layout in which routed experts are held instead; "" for this one.
@@ -65,6 +69,7 @@ class Layout:
     scratch_numel: Callable[[int, int], int]
     decode_run: Callable[[torch.Tensor, int, int, int, int, torch.Tensor, torch.Tensor], None]
     product: Product | None = None
+    in_order: Product | None = None
     pack_if_small: Callable[[torch.Tensor, str], ops.PackedWeight | None] | None = None
     of_experts: str = ""
     has_groups: bool = False
@@ -92,6 +97,13 @@ BY_NAME: Mapping[str, Layout] = {
         fast_ops.launch_decode_run,
         Product(
             fast_fused.max_rows, fast_fused.launch_matmul, fast_fused.variants, fast_fused.partials
+        ),
+        in_order=Product(
+            fast_fused.max_rows,
+            fast_fused.launch_in_order,
+            fast_fused.variants_in_order,
+            lambda device, rows, cols, num_x: 0,
+            fast_fused.facts_in_order,
         ),
         pack_if_small=fast_ops.pack,
         of_experts="packed",

@@ -16,12 +16,13 @@ import torch
 from vllm_dfloat.codec.layout import TILE_WEIGHTS
 from vllm_dfloat.device import groups, ops
 from vllm_dfloat.device.scratch import Buffers, scratch
+from vllm_dfloat.integration.layers import in_order
+from vllm_dfloat.integration.layers.in_order import BATCH_INVARIANT, InOrderProduct
 from vllm_dfloat.integration.layers.layouts import BY_NAME
 from vllm_dfloat.integration.layers.registration import register
 from vllm_dfloat.integration.seam import compat, slots
 
-# Names of GEMMs in addition to the values of vLLM's --linear-backend.
-BATCH_INVARIANT = "batch_invariant"
+# A name of a GEMM in addition to BATCH_INVARIANT and the values of vLLM's --linear-backend.
 PLAIN = "plain"
 
 Gemm = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
@@ -81,6 +82,7 @@ class Sizes(NamedTuple):
         rows, cols: shape of the weight.
         fused_rows: largest number of rows of x that are multiplied without decoding the weight; 0 for never.
         first_tile, group_tiles: start of the weight in its decoded group, and size of the group, in tiles.
+        in_order_rows: as fused_rows, for products that have the bits of the GEMM; for each it must be proven.
     """
 
     rows: int
@@ -88,6 +90,7 @@ class Sizes(NamedTuple):
     fused_rows: int = 0
     first_tile: int = 0
     group_tiles: int = 0
+    in_order_rows: int = 0
 
 
 def linear(
@@ -109,11 +112,19 @@ def linear(
         gemm: name of the GEMM, for `find_gemm`.
         layout: how the weight is held, a name in layouts.py.
     """
-    rows, cols, fused_rows, first_tile, group_tiles = sizes
+    rows, cols, fused_rows, first_tile, group_tiles, in_order_rows = sizes
     slot, held = slots.slot(x.device), BY_NAME[layout]
     if held.product is not None and 0 < x.numel() <= fused_rows * cols:
         memory = scratch.take(x.device, held.scratch_numel(rows, cols), slot)
         y = held.product.launch(x.reshape(-1, cols), desc, rows, cols, bias, memory)
+        return y.view(*x.shape[:-1], rows)
+    if 0 < x.numel() <= in_order_rows * cols and in_order.is_proven(
+        x, bias, rows, cols, layout, gemm
+    ):
+        kind = None if bias is None else bias.dtype
+        product = InOrderProduct(x.device, rows, cols, layout, gemm, kind)
+        memory = scratch.take(x.device, held.scratch_numel(rows, cols), slot)
+        y = in_order.multiply(x.reshape(-1, cols), desc, bias, product, memory)
         return y.view(*x.shape[:-1], rows)
     if group is None:
         out, status = scratch.take(x.device, held.scratch_numel(rows, cols), slot)

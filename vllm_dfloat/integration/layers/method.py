@@ -8,11 +8,11 @@ import torch
 from vllm_dfloat.device import ops
 from vllm_dfloat.device.scratch import MAIN_SLOT, scratch
 from vllm_dfloat.errors import UnsupportedError
-from vllm_dfloat.integration.layers import layouts, linear_op, room
+from vllm_dfloat.integration.layers import in_order, layouts, linear_op, room
 from vllm_dfloat.integration.layers.layouts import BY_NAME
 from vllm_dfloat.integration.layers.placeholder import HOW, WeightPlaceholder
 from vllm_dfloat.integration.seam import arrivals, compat, layer_kinds, layerwise, offloader, slots
-from vllm_dfloat.integration.seam.options import Options
+from vllm_dfloat.integration.seam.options import FUSED_EXACT, Options
 
 PACKED = "dfloat11"  # the attribute of a compressed layer: name of a parameter -> its PackedWeight
 WEIGHT = "weight"  # the only such parameter of linear layers and embeddings
@@ -86,11 +86,12 @@ class PackedMethod:
         self.mode = options.mode
         self.granularity = options.granularity
         self.fused_rows = 0
+        self.in_order_rows = 0
         self.placeholder: WeightPlaceholder | None = None
         self.place_in_group = 0, 0  # first tile, tiles of the whole group
         self.group_table: torch.Tensor | None = None  # a copy on the host
         self.gemm = (
-            linear_op.BATCH_INVARIANT if compat.is_batch_invariant() else self._backend(config)
+            in_order.BATCH_INVARIANT if compat.is_batch_invariant() else self._backend(config)
         )
         self.slots = slots.slots(config)
         load_config = getattr(config, "load_config", None)
@@ -153,6 +154,15 @@ class PackedMethod:
         # PLAIN: vLLM multiplies the identity by the weight, to get the exact weight
         if self.mode == "fused" and self.gemm != linear_op.PLAIN:
             self.fused_rows = linear_op.fused_rows(self.layout, device, self.rows, self.cols)
+        if self.asks_for_proof():
+            product = in_order.InOrderProduct(
+                device, self.rows, self.cols, self.layout, self.gemm, None
+            )
+            self.in_order_rows = in_order.max_rows(product)
+
+    def asks_for_proof(self) -> bool:
+        """Return whether the layer is multiplied without decoding where that is proven to give equal bits."""
+        return self.mode == FUSED_EXACT and self.gemm != linear_op.PLAIN
 
     def reserve_scratch(self, device: torch.device) -> None:
         """Allocate the scratch buffers of all slots for the largest layer or group required so far."""
@@ -165,7 +175,9 @@ class PackedMethod:
         # Cohere's LM head is its embedding, LoRA's wrapper and all.
         layer = getattr(layer, "base_layer", layer)
         self.check_in_place(layer)
-        sizes = linear_op.Sizes(self.rows, self.cols, self.fused_rows, *self.place_in_group)
+        sizes = linear_op.Sizes(
+            self.rows, self.cols, self.fused_rows, *self.place_in_group, self.in_order_rows
+        )
         group = getattr(layer, GROUP, None)
         return linear_op.op(
             x, layer.dfloat11_desc, bias, group, list(sizes), self.gemm, self.layout

@@ -1,4 +1,4 @@
-"""Proofs of products by slab, kept in vLLM's cache folder: a proof holds for the same device, libraries and shapes.
+"""Proofs of equal products, kept in vLLM's cache folder: a proof holds for the same device, libraries and shapes.
 
 Each is a JSON file of its own, named by the hash of what it holds for, with a hash of its numbers: one digit that was
 changed would be believed otherwise. A file that cannot be read, or that holds anything else, is ignored with a line in
@@ -13,12 +13,11 @@ import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from vllm_dfloat.errors import DFloatError
-from vllm_dfloat.integration.layers.head_proof import SlabProduct
 from vllm_dfloat.integration.seam.names import logger
 from vllm_dfloat.storage.json_file import read_object
 
@@ -46,18 +45,24 @@ _VARIABLES = (
 Proof = tuple[frozenset[int], frozenset[int]]  # numbers of rows: compared, and of these equal
 
 
-def key_of(product: SlabProduct) -> dict[str, Any]:
+class Product(Protocol):
+    """What is compared with vLLM's product."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def facts(self) -> dict[str, Any]:
+        """Return, as JSON, all that its bits depend on beside the device and the libraries."""
+
+
+def key_of(product: Product) -> dict[str, Any]:
     """Return all that the bits of a product may depend on but its values, as JSON."""
     import vllm
 
     device = product.device
     facts: dict[str, Any] = {
         "format": FORMAT,
-        "rows": product.rows,
-        "cols": product.cols,
-        "slab": product.slab,
-        "gemm": product.gemm,
-        "bias": str(product.bias),
+        **product.facts(),
         "vllm": vllm.__version__,
         "torch": torch.__version__,
         "libraries": sorted(_loaded_libraries()),
@@ -105,10 +110,10 @@ def folder() -> Path:
     """Return the folder of all proofs."""
     from vllm import envs
 
-    return Path(envs.VLLM_CACHE_ROOT) / "dfloat11" / "slabs"
+    return Path(envs.VLLM_CACHE_ROOT) / "dfloat11" / "proofs"
 
 
-def load(product: SlabProduct) -> Proof:
+def load(product: Product) -> Proof:
     """Return the proof that is kept for a product; an empty one if there is none."""
     key = key_of(product)
     file = file_of(key)
@@ -128,7 +133,7 @@ def load(product: SlabProduct) -> Proof:
     return compared, equal
 
 
-def save(product: SlabProduct, compared: Collection[int], equal: Collection[int]) -> None:
+def save(product: Product, compared: Collection[int], equal: Collection[int]) -> None:
     """Keep a proof; a folder that cannot be written to only costs the next start the time."""
     key = key_of(product)
     file = file_of(key)

@@ -62,7 +62,7 @@ class _Reporting:
         )
         if model_config.quantization == METHOD:
             from vllm_dfloat.integration.compiling import settings
-            from vllm_dfloat.integration.layers import grouping, heads, tying
+            from vllm_dfloat.integration.layers import grouping, heads, proven_products, tying
             from vllm_dfloat.integration.loading import live_check, report
             from vllm_dfloat.integration.updating import update, worker
 
@@ -70,6 +70,7 @@ class _Reporting:
             grouping.group_layers(model)
             settings.note_layouts(vllm_config, model)
             heads.prepare(model, vllm_config, model_config)
+            proven_products.prepare(model, model_config)
             tying.warn_if_different(model, model_config)
             report.log_summary(model)
             update.keep(model, vllm_config, model_config)
@@ -105,9 +106,10 @@ class _Refusing:
             vllm_config=vllm_config, model_config=model_config, prefix=prefix
         )
         if model_config.quantization == METHOD:
-            from vllm_dfloat.integration.layers import heads
+            from vllm_dfloat.integration.layers import heads, proven_products
 
             heads.prepare(model, vllm_config, model_config)
+            proven_products.prepare(model, model_config)
         return model
 
 

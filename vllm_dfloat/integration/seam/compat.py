@@ -1,5 +1,6 @@
 """Everything that differs between the supported vLLM versions, and every private name of vLLM that we need."""
 
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -153,6 +154,12 @@ def batch_invariant_gemm() -> Callable[..., torch.Tensor]:
     except ImportError:  # older versions have it here
         from vllm.model_executor.layers.batch_invariant import linear_batch_invariant
     return linear_batch_invariant  # type: ignore[no-any-return]
+
+
+@functools.cache
+def adds_bias_to_rounded() -> bool:
+    """Return whether `batch_invariant_gemm` adds the bias after it has rounded the product; 0.28 and 0.30 do."""
+    return "bias=bias" not in inspect.getsource(batch_invariant_gemm())
 
 
 def is_batch_invariant() -> bool:

@@ -9,10 +9,15 @@ from vllm_dfloat.errors import UnsupportedError
 
 LAYOUTS = ("packed", "fast", "dfloat11")  # their functions are in layouts.py
 AUTO = "auto"  # as a layout: fast for some layers, packed for the others
-MODES = ("exact", "fused")
+FUSED_EXACT = "fused-exact"
+MODES = ("exact", "fused", FUSED_EXACT)
 GRANULARITIES = ("auto", "layer", "block")
 # Values of options that only these layouts have kernels for.
-NEEDS = (("mode", "fused", ("packed", "fast", AUTO)), ("granularity", "block", ("packed",)))
+NEEDS = (
+    ("mode", "fused", ("packed", "fast", AUTO)),
+    ("mode", FUSED_EXACT, ("fast", AUTO)),
+    ("granularity", "block", ("packed",)),
+)
 SLABS = ("auto", "off")  # or a number of bytes
 
 
@@ -27,7 +32,8 @@ class Options:
             with fewer instructions; or "dfloat11", the official layout; or "auto": fast for as many layers as leave
             room for `kv_tokens`, packed for the others.
         kv_tokens: tokens of KV cache that layout "auto" leaves room for; None for one request of --max-model-len.
-        mode: "exact" gives the bits of BF16 vLLM; "fused" multiplies small batches directly by compressed weights.
+        mode: "exact" gives the bits of BF16 vLLM; "fused" multiplies small batches directly by compressed weights;
+            "fused-exact" does so only where it was proven, after loading, to give the bits of BF16 vLLM.
         granularity: decode one "layer" per launch, or all linear layers of a transformer "block"; "auto" takes the one
             that was measured to be faster for groups of that size on that GPU (kernels/configs.py).
         slab: an LM head is decoded and multiplied in slabs of at most so many bytes of BF16, where that gives the same

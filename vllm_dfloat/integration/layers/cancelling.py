@@ -1,0 +1,40 @@
+"""Operands on which two products differ in most results if they add in another order.
+
+Values as in a model do not show this: sums of FP32 are rounded to BF16, and a change in their last bits is seen in one
+result of thousands. Here each product of an activation and a weight comes twice, with both signs, far apart. Nothing is
+left of a sum but what was rounded on the way, and that is another number for another order.
+"""
+
+import torch
+
+from vllm_dfloat.codec.slabs import spans
+
+ROWS_AT_ONCE = 4096  # of the weights
+BIAS_SCALE = 2.0**-18  # about what rounding leaves of the sums: a larger bias would hide it
+
+
+def operands(
+    num_x: int, rows: int, cols: int, bias: torch.dtype | None, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Return BF16 activations [num_x, cols] and weights [rows, cols], always the same, and a bias [rows] or None."""
+    half = cols // 2
+    generator = torch.Generator(device).manual_seed(0)  # vLLM's own stays as it is
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device=device)
+
+    order = torch.randperm(cols, generator=generator, device=device)
+    left, right = order[:half], order[half : 2 * half]
+
+    def in_pairs(count: int, sign: int) -> torch.Tensor:
+        """Return BF16 [count, cols] of many magnitudes; the second value of a pair is the first one times sign."""
+        values = (normal(count, half) * torch.exp2(normal(count, half).round())).bfloat16()
+        whole = torch.zeros(count, cols, dtype=torch.bfloat16, device=device)
+        whole[:, left], whole[:, right] = values, sign * values
+        return whole
+
+    x = in_pairs(num_x, 1)
+    weight = torch.empty(rows, cols, dtype=torch.bfloat16, device=device)
+    for first, end in spans(rows, ROWS_AT_ONCE):
+        weight[first:end] = in_pairs(end - first, -1)
+    return x, weight, None if bias is None else (normal(rows) * BIAS_SCALE).to(bias)
