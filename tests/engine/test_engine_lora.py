@@ -48,6 +48,9 @@ def answers(llm: Any, adapters: dict[str, Path]) -> dict[str, Any]:
             found[name] = lora_adapters.ask(llm, *(adapters[one] for one in together))
         except ValueError as error:  # some models' embeddings take no adapter
             found[name] = str(error)
+            # Bug caught: BF16 vLLM keeps the requests of the failed step, and then waits for them without end.
+            engine = llm.llm_engine
+            engine.abort_request([*engine.output_processor.request_states], internal=True)
     return found
 
 
