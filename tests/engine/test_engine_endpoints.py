@@ -27,6 +27,7 @@ VARYING = (
     "request_id",
     "root",
     "permission",
+    "system_fingerprint",  # a hash of the server's options, --quantization among them
 )  # of an answer, or of the server's place
 TEMPLATE = "{% for m in messages %}{{ m.content }} {% endfor %}"
 TEXTS = ["def read(", "return the sum", "import os"]
