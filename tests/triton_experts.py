@@ -3,8 +3,9 @@
     python triton_experts.py CASE FOLDER      # exit status 0 if compressed experts give the bits of BF16 ones
 
 vLLM's CPU build turns Triton off where it imports it, so this must run before. Its kernels for experts, and those for
-LoRA, then run as they do on a GPU, but for rounding. Of vLLM's compiled ops the CPU build lacks two, which sort tokens
-by experts and add what the experts of a token gave; both are written here in PyTorch, for BF16 and compressed alike.
+LoRA, then run as they do on a GPU, but for rounding. Of vLLM's compiled ops the CPU build lacks three: they sort
+tokens by experts (and by adapters), and add what the experts of a token gave. They are written here in PyTorch, for
+BF16 and compressed alike.
 """
 
 import os
@@ -72,6 +73,28 @@ def moe_align_block_size(
     num_padded.fill_(at * block)
 
 
+def moe_lora_align_block_size(
+    ids: torch.Tensor, adapter_of: torch.Tensor, num_experts: int, block: int, max_loras: int, padded: int, blocks: int,
+    sorted_ids: torch.Tensor, expert_ids: torch.Tensor, num_padded: torch.Tensor, enabled: torch.Tensor,
+    adapters: torch.Tensor, expert_map: Any = None,
+) -> None:  # fmt: skip
+    """Sort the tokens of each adapter by experts, as moe_align_block_size, each adapter's in a part of its own."""
+    sorted_ids.fill_(ids.numel())
+    num_padded.zero_()
+    local = torch.arange(num_experts) if expert_map is None else expert_map
+    for adapter in adapters.tolist():
+        if adapter < 0 or not enabled[adapter]:
+            continue
+        mine = (adapter_of[: len(ids)] == adapter)[:, None].expand_as(ids)
+        others = torch.cat(
+            [local, torch.tensor([-1])]
+        )  # those of other adapters have an expert of no rank
+        moe_align_block_size(
+            ids.where(mine, num_experts), num_experts, block, sorted_ids[adapter * padded : (adapter + 1) * padded],
+            expert_ids[adapter * blocks : (adapter + 1) * blocks], num_padded[adapter : adapter + 1], others,
+        )  # fmt: skip
+
+
 class AsOnGPU:
     """vLLM's platform, but for one answer: whether there are kernels for experts that are not gated."""
 
@@ -102,6 +125,7 @@ def on_triton(**parallel: Any) -> Iterator[None]:
         mock.patch.object(config, "current_platform", AsOnGPU()),
         mock.patch.object(ops, "moe_sum", moe_sum),
         mock.patch.object(ops, "moe_align_block_size", moe_align_block_size),
+        mock.patch.object(ops, "moe_lora_align_block_size", moe_lora_align_block_size),
     ):
         yield
 
@@ -210,6 +234,21 @@ def adapters(folder: Path) -> None:
         assert changed.tolist() == [True, True, False, True]
 
 
+def adapters_of_ranks(folder: Path) -> None:
+    """LoRA on the experts of a rank of expert parallelism, with the adapters' parts for these experts."""
+    path = made(folder)
+    settings = dict(enable_lora=True, max_loras=NUM_ADAPTERS, max_lora_rank=RANK)
+    for rank in range(2):
+        with on_triton(
+            ep_size=2, ep_rank=rank, use_ep=True, all2all_backend="allgather_reducescatter"
+        ):
+            without = both(path)
+            found = both(path, prepare=adapt, **settings)
+            changed = (found != without).any(1).tolist()
+            assert any(changed)
+            assert not changed[2]  # the token without an adapter
+
+
 def adapt(model: torch.nn.Module) -> None:
     """Do to the layer of experts what vLLM's manager of adapters does, and say which adapter each token has."""
     from vllm.config import get_current_vllm_config
@@ -224,9 +263,11 @@ def adapt(model: torch.nn.Module) -> None:
     layer.create_lora_weights(NUM_ADAPTERS, config.lora_config, config.model_config.hf_config)
     generator = torch.Generator().manual_seed(5)
     hidden, inner = layer.hidden_size, layer.intermediate_size_per_partition
+    count = layer.local_num_experts
+    own = slice(layer.ep_rank * count, (layer.ep_rank + 1) * count)
 
     def random(*shape: int) -> torch.Tensor:
-        return torch.randn(NUM_EXPERTS, *shape, generator=generator).mul_(0.05).bfloat16()
+        return torch.randn(NUM_EXPERTS, *shape, generator=generator).mul_(0.05).bfloat16()[own]
 
     for index in range(2):
         down = [random(RANK, hidden), random(RANK, inner), random(RANK, hidden)]
@@ -239,7 +280,7 @@ def adapt(model: torch.nn.Module) -> None:
     layer.set_mapping(wrapper)
 
 
-CASES = {case.__name__: case for case in (gated, not_gated, ranks, adapters)}
+CASES = {case.__name__: case for case in (gated, not_gated, ranks, adapters, adapters_of_ranks)}
 
 if __name__ == "__main__":
     CASES[sys.argv[1]](Path(sys.argv[2]))

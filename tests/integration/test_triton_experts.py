@@ -12,7 +12,7 @@ TESTS = Path(__file__).parents[1]
 pytestmark = [pytest.mark.engine, pytest.mark.on_demand]
 
 
-@pytest.mark.parametrize("case", ["gated", "not_gated", "ranks", "adapters"])
+@pytest.mark.parametrize("case", ["gated", "not_gated", "ranks", "adapters", "adapters_of_ranks"])
 def test_compressed_experts_give_the_bits_of_bf16_experts(case: str, tmp_path: Path) -> None:
     paths = [str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
