@@ -155,9 +155,9 @@ def decode(
         prmt: join bytes with PRMT; None: unless Triton interprets. The bits are the same.
     """
     if rows * cols:
-        programs, constants = _how(rows, cols, out.device, prmt)
+        constants = constants_of(rows, cols, out.device, prmt)
         salt = descriptor.salt(desc.data_ptr(), fast_layout.size(rows, cols))
-        _fast_decode_kernel[(programs,)](
+        _fast_decode_kernel[(_num_programs(rows, cols, constants),)](
             desc, out.view(torch.uint16), status, rows, cols, salt, LOW_BYTES, **constants
         )
 
@@ -183,29 +183,33 @@ def decode_run(
         desc, prmt: as for `decode`, which waits and allocates as little.
     """
     if count * cols:
-        programs, constants = _how(count, cols, out.device, prmt)
+        constants = constants_of(count, cols, out.device, prmt)
         salt = descriptor.salt(desc.data_ptr(), fast_layout.size(rows, cols))
-        _fast_decode_run_kernel[(programs,)](
+        _fast_decode_run_kernel[(_num_programs(count, cols, constants),)](
             desc, out.view(torch.uint16), status, rows, cols, first, count, salt, LOW_BYTES, **constants
         )  # fmt: skip
 
 
-def _how(
-    count: int, cols: int, device: torch.device, prmt: bool | None
-) -> tuple[int, dict[str, Any]]:
-    """Return the number of programs that decode `count` rows, and the compile-time sizes of their kernel."""
+def constants_of(
+    count: int, cols: int, device: torch.device, prmt: bool | None = None
+) -> dict[str, Any]:
+    """Return the compile-time sizes, and warps, of a kernel that decodes `count` rows of `cols` columns."""
     config = config_of(device)
     height, width = (
         config.fast_rows_per_program,
         config.fast_tiles_per_program * fast_layout.TILE_COLS,
     )
-    constants = dict(
+    return dict(
         ROWS=height, STEP=config.fast_rows_at_once, TILES=config.fast_tiles_per_program,
         AT_ONCE=config.fast_weights_at_once, COLS_FACTOR=cols_factor(cols),
         WHOLE=count % height == 0 and cols % width == 0, PRMT=has_prmt() if prmt is None else prmt,
         num_warps=config.fast_num_warps,
     )  # fmt: skip
-    return triton.cdiv(count, height) * triton.cdiv(cols, width), constants
+
+
+def _num_programs(count: int, cols: int, constants: dict[str, Any]) -> int:
+    width = constants["TILES"] * fast_layout.TILE_COLS
+    return int(triton.cdiv(count, constants["ROWS"]) * triton.cdiv(cols, width))
 
 
 def has_prmt() -> bool:

@@ -3,7 +3,7 @@
 from compile_specs.spec import CONSTANT, CompileSpec
 
 from vllm_dfloat.codec.fast_layout import TILE_COLS
-from vllm_dfloat.kernels import fast_decode, fast_rows
+from vllm_dfloat.kernels import fast_decode, fast_experts, fast_rows
 from vllm_dfloat.kernels.configs import DEFAULT, FAST_ROWS_NUM_WARPS, FAST_ROWS_TILES_PER_PROGRAM
 
 _ROWS, _TILES = DEFAULT.fast_rows_per_program, DEFAULT.fast_tiles_per_program
@@ -37,6 +37,26 @@ WHOLE = [
         (fast_decode._fast_decode_run_kernel, _RUN, "fast_decode_run", 16, True, True),
         (fast_decode._fast_decode_run_kernel, _RUN, "fast_decode_run_8", 8, False, True),
         (fast_decode._fast_decode_run_kernel, _RUN, "fast_decode_run_1", 1, False, True),
+    )
+]  # fmt: skip
+EXPERTS = [
+    CompileSpec(
+        name=name,
+        fn=fast_experts._fast_chosen_kernel,
+        signature=dict(
+            desc_ptr="*i64", chosen_ptr="*i32", out_ptr="*u16", status_ptr="*i32", num_experts="i32",
+            expert_rows="i32", cols="i32", salt="i64", low_bytes="i32",
+            ROWS=CONSTANT, STEP=CONSTANT, TILES=CONSTANT, AT_ONCE=CONSTANT, COLS_FACTOR=CONSTANT, WHOLE=CONSTANT,
+            PRMT=CONSTANT, EXPERTS=CONSTANT,
+        ),
+        constexprs=_CONSTANTS | dict(COLS_FACTOR=16, WHOLE=whole, PRMT=True, EXPERTS=experts),
+        aligned_args=("desc_ptr", "chosen_ptr", "out_ptr", "status_ptr"),
+        num_warps=DEFAULT.fast_num_warps,
+        weights_per_program=_ROWS * _TILES * TILE_COLS,
+        counts_outer_loops=False,  # a turn of a program
+    )
+    for name, experts, whole in (
+        ("fast_chosen", 128, True), ("fast_chosen_512", 512, True), ("fast_chosen_partial", 128, False)
     )
 ]  # fmt: skip
 ROWS = [

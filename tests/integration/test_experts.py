@@ -82,33 +82,40 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scratch, "take", poison)
 
 
+@pytest.mark.parametrize("layout", ["packed", "fast"])
 @pytest.mark.parametrize("sizes", INTERMEDIATE)
 def test_only_experts_with_tokens_are_decoded_and_the_answer_is_that_of_bf16(
-    sizes: str, models: Models, poisoned: None
+    sizes: str, layout: str, models: Models, poisoned: None
 ) -> None:
     choices = [[0, 1], [7, 3], [2, 5, 6], [0, 1, 4, 5, 7]]
     with loaded(models(sizes)) as model:
         layer = experts_of(model)
         expected, held = [multiply(layer, chosen) for chosen in choices], values(layer)
-    with loaded(models(sizes), **DFLOAT11) as model:
+    options = dict(additional_config={"dfloat11": {"layout": layout}})
+    with loaded(models(sizes), **DFLOAT11, **options) as model:
         layer = experts_of(model)
+        assert layer.quant_method.layout == layout
         assert all(same_bits(*pair) for pair in zip(values(layer), held, strict=True))
         for chosen, answer in zip(choices, expected, strict=True):
             assert same_bits(multiply(layer, chosen), answer)
             if not layer.quant_method.decodes_all:
-                check_scratch(held, set(chosen), sizes)
+                check_scratch(held, set(chosen), sizes, layout)
 
 
-def check_scratch(held: list[torch.Tensor], chosen: set[int], sizes: str) -> None:
+def check_scratch(held: list[torch.Tensor], chosen: set[int], sizes: str, layout: str) -> None:
     """Check that chosen experts lie decoded in the scratch, and that others are poison but for tiles they share."""
     out, status = scratch._buffers[torch.device("cpu"), 0]
     for weight in held:
         num_experts, rows, cols = weight.shape
-        padded = ops.padded_numel(num_experts * rows, cols)
+        padded = layouts.BY_NAME[layout].scratch_numel(num_experts * rows, cols)
         found = out[: weight.numel()].view(weight.shape)
-        tiles = device_experts.count_decoded(status, num_experts, rows, cols)
+        is_written = status[: padded // 2048] != device_experts.STATUS_SKIPPED
+        tiles = int(is_written.sum())
         assert all(same_bits(found[expert], weight[expert]) for expert in chosen)
-        if sizes == "whole tiles":
+        if layout == "fast":  # an expert's rows are those of a whole number of its tiles
+            assert tiles == len(chosen) * rows // 64 * -(-cols // 128)
+            assert all(found[e].isnan().all() for e in set(range(num_experts)) - chosen)
+        elif sizes == "whole tiles":
             assert tiles == len(chosen) * rows * cols // 2048
             assert all(found[e].isnan().all() for e in set(range(num_experts)) - chosen)
         else:
@@ -287,11 +294,43 @@ def test_in_the_official_layout_all_experts_are_decoded_with_a_line(
     assert len([each for each in log_lines if each.startswith(line)]) == 1
 
 
+def spread(shape: torch.Size) -> torch.Tensor:
+    """Return small weights of 50 exponents, which the fast layout cannot shrink and the packed one can."""
+    generator = torch.Generator().manual_seed(1)
+    exponents = torch.randint(-60, -9, shape, generator=generator)
+    return (torch.randn(shape, generator=generator).sign() * 2.0**exponents).bfloat16()
+
+
+@pytest.mark.parametrize("name", ["gate_proj", "down_proj"])
+def test_both_tensors_of_a_layer_are_packed_if_one_would_not_shrink_in_the_fast_layout(
+    name: str, tmp_path: Path, log_lines: list[str]
+) -> None:
+    def widen(tensors: dict[str, torch.Tensor]) -> None:
+        for key in [key for key in tensors if key.endswith(f"{name}.weight") and "experts" in key]:
+            tensors[key] = spread(tensors[key].shape)
+
+    source = expert_layers.save("whole tiles", tmp_path / "m")
+    tiny_models.edit(source, widen)
+    with loaded(source) as model:
+        layer = experts_of(model)
+        answer, held = multiply(layer, [1, 4]), values(layer)
+    options = dict(additional_config={"dfloat11": {"layout": "fast"}})
+    with loaded(source, **DFLOAT11, **options) as model:
+        layer = experts_of(model)
+        assert layer.quant_method.layout == "packed"
+        assert {type(weight) for weight in weights_of(layer).values()} == {ops.PackedWeight}
+        assert all(same_bits(*pair) for pair in zip(values(layer), held, strict=True))
+        assert same_bits(multiply(layer, [1, 4]), answer)
+    told = "held in the packed layout, since in the fast one they would take 14 bits per weight or more: "
+    assert f"dfloat11: {told}model.layers.0.mlp.experts" in log_lines
+
+
 @pytest.mark.parametrize("decodes_all", [False, True])
-def test_experts_op_passes_opcheck(decodes_all: bool, followed_anywhere: None) -> None:
+@pytest.mark.parametrize("layout", ["packed", "fast"])
+def test_experts_op_passes_opcheck(layout: str, decodes_all: bool, followed_anywhere: None) -> None:
     weight = torch.randn(4, 32, 64).mul(0.02).bfloat16()
-    packed = layouts.BY_NAME["packed"].pack(weight.view(128, 64), "w")
+    packed = layouts.BY_NAME[layout].pack(weight.view(128, 64), "w")
     ids = torch.tensor([[0, 1], [2, 3]], dtype=torch.int32)
-    arguments = (packed.desc, ids, None, [4, 32, 64], "packed", decodes_all)
+    arguments = (packed.desc, ids, None, [4, 32, 64], layout, decodes_all)
     torch.library.opcheck(experts_kernel.op, arguments)
     assert same_bits(experts_kernel.op(*arguments), weight)

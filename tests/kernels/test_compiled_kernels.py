@@ -27,8 +27,8 @@ FORMS = (
     "decode", "decode_run", "decode_group", "decode_chosen", "mark_chosen_map", "decode_rows",
     "decode_dfloat11", "decode_dfloat11_resident", "decode_dfloat11_run", "decode_dfloat11_rows",
     "encode_count", "encode_measure", "encode_write", "encode_dfloat11_measure", "encode_dfloat11_write",
-    "encode_dfloat11_split", "gemv_1", "sum_1", "fast_decode", "fast_decode_run", "fast_rows", "fast_gemv_1",
-    "fast_dot_16", "fast_sum",
+    "encode_dfloat11_split", "gemv_1", "sum_1", "fast_decode", "fast_decode_run", "fast_chosen", "fast_rows",
+    "fast_gemv_1", "fast_dot_16", "fast_sum",
 )  # fmt: skip
 
 # Kernels whose threads must wait for each other in every turn of a loop, with any compiler: operands go to the tensor
@@ -110,6 +110,17 @@ def test_decoding_chosen_experts_costs_a_weight_no_more_than_decoding_a_matrix(
         assert row["registers"] <= 64  # as many programs run at once
         assert row["spilled_bytes"] == 0
         assert row["barriers"] == 0  # though each program counts over the flags of all experts
+        assert row["widest_store_bits"] == 128
+
+
+def test_chosen_experts_of_the_fast_layout_are_decoded_with_wide_stores_and_no_spills(
+    report: Rows,
+) -> None:
+    for name in ("fast_chosen", "fast_chosen_512"):
+        row = report[name, "sm_90"]
+        assert row["registers"] <= 96  # 5 programs of 4 warps run at once
+        assert row["spilled_bytes"] == 0
+        assert row["shared_bytes"] <= 64  # sums over the flags of all experts
         assert row["widest_store_bits"] == 128
 
 

@@ -117,7 +117,7 @@ def _encode_on_cpu(
     return None if fast is None else (fast.layout, torch.from_numpy(fast.payload))
 
 
-def _fast_at(desc: torch.Tensor, rows: int, cols: int, name: str = "") -> FastTensor:
+def fast_at(desc: torch.Tensor, rows: int, cols: int, name: str = "") -> FastTensor:
     """Return the matrix that a descriptor in CPU memory points to, without a copy."""
     address, (_, num_entries, base) = follow(desc, size(rows, cols))
     layout = FastLayout(rows, cols, base, num_entries)
@@ -157,7 +157,7 @@ def launch_decode(
         decode_triton(desc, rows, cols, out, status)
         return
     bits = out.view(torch.uint16).numpy()[: rows * cols].reshape(rows, cols)
-    fast_decode.decode_into(_fast_at(desc, rows, cols), bits, status.numpy())
+    fast_decode.decode_into(fast_at(desc, rows, cols), bits, status.numpy())
 
 
 def launch_decode_run(
@@ -186,7 +186,7 @@ def launch_decode_run(
         decode_run(desc, rows, cols, first, count, out, status)
         return
     bits = out.view(torch.uint16).numpy()[: count * cols].reshape(count, cols)
-    fast_decode.decode_into(_fast_at(desc, rows, cols), bits, status.numpy(), first)
+    fast_decode.decode_into(fast_at(desc, rows, cols), bits, status.numpy(), first)
 
 
 def decode_rows(desc: torch.Tensor, ids: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
@@ -205,7 +205,7 @@ def decode_rows(desc: torch.Tensor, ids: torch.Tensor, rows: int, cols: int) -> 
         out = torch.empty(ids.numel(), cols, dtype=torch.bfloat16, device=ids.device)
         decode_rows_triton(desc, ids, rows, cols, out)
         return out
-    bits = fast_decode.decode_rows(_fast_at(desc, rows, cols), ids.long().numpy())
+    bits = fast_decode.decode_rows(fast_at(desc, rows, cols), ids.long().numpy())
     return torch.from_numpy(bits).view(torch.bfloat16)
 
 

@@ -1,8 +1,8 @@
 """The choice of layout "auto": which matrices are held in the fast layout, and which packed.
 
 Those are fast that every step multiplies by, as many as leave room for the KV cache that was asked for. A matrix gains
-in proportion to its size, and so do its bytes; so the order is that of the model, blocks first, then the LM head. An
-embedding that is no head is packed: of it only rows are read. So are routed experts, in either layout.
+in proportion to its size, and so do its bytes; so the order is that of the model, blocks first, then the LM head, then
+routed experts, of which a step decodes only some. An embedding that is no head is packed: of it only rows are read.
 """
 
 from collections.abc import Sequence
@@ -14,29 +14,39 @@ from vllm_dfloat.plan.weights import Weight
 
 @dataclass(frozen=True)
 class Candidate:
-    """A matrix that may be held in the fast layout.
+    """A layer that may be held in the fast layout.
 
     Attributes:
-        name: vLLM's, of its layer.
-        in_block: whether it belongs to a transformer block.
+        name: vLLM's.
+        turn: of layers with a smaller number all are chosen first, if there is room.
         more: bytes that it then takes beyond its packed ones.
     """
 
     name: str
-    in_block: bool
+    turn: int
     more: int
+
+
+def layer_of(weight: Weight) -> str:
+    """Return vLLM's name of the layer that a weight belongs to: both tensors of routed experts have one layout."""
+    return weight.expert_layer or weight.name
+
+
+def turn_of(weight: Weight) -> int:
+    """Return when a weight is chosen: those of transformer blocks first, then heads, then routed experts."""
+    return 2 if weight.expert_layer else int(weight.layer < 0)
 
 
 def is_multiplied(weight: Weight) -> bool:
     """Return whether every step multiplies by a compressed weight: not by an embedding that is no LM head."""
     is_embedding = weight.split == "vocab" and weight.place == "first"
-    return weight.is_compressed and not weight.expert_layer and not is_embedding
+    return weight.is_compressed and not is_embedding
 
 
 def choose(candidates: Sequence[Candidate], room: int) -> frozenset[str]:
     """Return the names of those that are fast, given `room` bytes beyond what all take packed."""
     chosen = []
-    for candidate in sorted(candidates, key=lambda one: not one.in_block):
+    for candidate in sorted(candidates, key=lambda one: one.turn):
         if candidate.more <= room:
             room -= candidate.more
             chosen.append(candidate.name)

@@ -39,10 +39,10 @@ class Codes:
 def size_of(layout: str, weight: Weight, rows: int, cols: int, codes: Codes) -> Packed:
     """Return the size of the part [rows, cols] of a weight that a rank holds.
 
-    A matrix that the fast layout would not make small enough, and routed experts in that layout, are packed.
+    A matrix that the fast layout would not make small enough is packed.
     """
     packed = packed_size(rows, cols, codes.bits(weight))
-    if layout == "fast" and not weight.expert_layer and packed.num_bytes > DESC_BYTES:
+    if layout == "fast" and packed.num_bytes > DESC_BYTES:
         return _fast(rows, cols, codes.escapes(weight)) or packed
     if layout == "dfloat11" and packed.num_bytes > DESC_BYTES:
         return _official(rows, cols, codes.bits(weight), packed)

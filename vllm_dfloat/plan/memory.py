@@ -4,7 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vllm_dfloat.errors import UnsupportedError
-from vllm_dfloat.plan.auto import Candidate, bytes_for, choose, is_multiplied
+from vllm_dfloat.plan.auto import (
+    Candidate,
+    bytes_for,
+    choose,
+    is_multiplied,
+    layer_of,
+    turn_of,
+)
 from vllm_dfloat.plan.byte_sizes import GIB
 from vllm_dfloat.plan.caches import pages_of_rank
 from vllm_dfloat.plan.config import ModelConfig
@@ -229,7 +236,7 @@ def _rank(
 def _layout(settings: Settings, weight: Weight, fast: frozenset[str]) -> str:
     if settings.layout != "auto":
         return settings.layout
-    return "fast" if weight.name in fast else "packed"
+    return "fast" if layer_of(weight) in fast else "packed"
 
 
 def _fast(
@@ -244,11 +251,13 @@ def _fast(
     taken = packed.dfloat11_weights - packed.dfloat11_host + packed.scratch
     taken += packed.unproven_overhead  # the head may be needed whole
     limit = settings.requested if settings.kv_cache_memory is None else settings.gpu_memory
-    candidates = []
+    more: dict[tuple[str, int], int] = {}
     for weight in filter(is_multiplied, held):
-        shape = weight.shape_of_rank(settings.tp, settings.expert_parallel)
+        shape = weight.shape_of_rank(settings.tp, settings.expert_parallel, settings.dp)
         sizes = [size_of(name, weight, *shape, codes).num_bytes for name in ("fast", "packed")]
-        candidates.append(Candidate(weight.name, weight.layer >= 0, max(0, sizes[0] - sizes[1])))
+        layer = layer_of(weight), turn_of(weight)
+        more[layer] = more.get(layer, 0) + max(0, sizes[0] - sizes[1])
+    candidates = [Candidate(*layer, beyond) for layer, beyond in more.items()]
     return choose(candidates, limit - taken - wanted)
 
 

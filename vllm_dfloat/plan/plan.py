@@ -7,6 +7,7 @@ from pathlib import Path
 from vllm_dfloat.checkpoint.folder import CONFIG_FILE
 from vllm_dfloat.errors import FormatError, UnsupportedError
 from vllm_dfloat.plan.architectures import is_known, known_weights
+from vllm_dfloat.plan.auto import layer_of
 from vllm_dfloat.plan.config import ModelConfig, read_model_config
 from vllm_dfloat.plan.guessed import weights_of_files
 from vllm_dfloat.plan.hub import config_file, is_of_hub
@@ -154,10 +155,9 @@ def _auto(ranks: list[Rank], weights: list[Weight], settings: Settings, config: 
         room = f"{settings.kv_cache_memory:,} bytes of KV cache"
     if not fast:
         return f"auto: all matrices packed, since with any of them fast there would be no room for {room}"
-    count = sum(weight.is_compressed for weight in weights)
-    return (
-        f"auto: {len(fast)} of {count} matrices fast, the others packed, which should leave {room}"
-    )
+    compressed = [weight for weight in weights if weight.is_compressed]
+    count = sum(layer_of(weight) in fast for weight in compressed)
+    return f"auto: {count} of {len(compressed)} matrices fast, the others packed, which should leave {room}"
 
 
 def _files(model: str, file: Path, config: ModelConfig) -> tuple[Files | None, list[str]]:

@@ -50,7 +50,7 @@ class DFloat11ExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]  #
         config = compat.current_config()
         self.supports_pre_processed_weights = False
         self.name = name
-        self.asked_layout = self.layout = layouts.of_experts(options.layout)
+        self.asked_layout = self.layout = options.layout
         self.backend = expert_kernels.backend_of_experts(self)
         self.why_all = self._why_all()
         self.placeholders: dict[str, ExpertsPlaceholder] = {}
@@ -69,7 +69,7 @@ class DFloat11ExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]  #
 
     def _why_all(self) -> str:
         """Return why experts without tokens are decoded too, "" if they are not."""
-        if not BY_NAME[self.layout].has_chosen:
+        if BY_NAME[self.layout].decode_chosen is None:
             return f"in the layout {self.layout} no part of a matrix is decoded alone"
         if expert_kernels.routes_by_itself(self):
             return f"vLLM's kernel {self.backend} chooses them itself"
@@ -103,24 +103,34 @@ class DFloat11ExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]  #
         expert_kernels.renew_cpu_kernel(layer)
         super().process_weights_after_loading(layer)
         layerwise.keep_in_place(layer, ("w13_bias", "w2_bias"))
-        w13, w2 = self._pack(layer, W13), self._pack(layer, W2)
+        packed: dict[str, ops.PackedWeight] = {}
+        if not self.placeholders:  # later values keep the layout, which compiled graphs name
+            matrices = {f"{self.name}.{name}": _matrix(layer, name) for name in (W13, W2)}
+            self.layout, packed = layouts.pack_first_of_all(self.asked_layout, matrices)
+            del matrices
+        w13, w2 = self._pack(layer, W13, packed), self._pack(layer, W2, packed)
         experts_loading.settle(layer)
         check = experts_kernel.checked(layer, self.check_in_place)
         self._give(HeldExperts(w13, w2, self.layout, self.decodes_all, check))
         layer.__dict__[method.PROCESSED] = True
 
-    def _pack(self, layer: torch.nn.Module, name: str) -> Tensor3:
-        parameter = layer.get_parameter(name)
+    def _pack(
+        self, layer: torch.nn.Module, name: str, packed: dict[str, ops.PackedWeight]
+    ) -> Tensor3:
+        """Put a compressed tensor in the place of a BF16 one; packed: by full name, those that are compressed."""
+        parameter, full_name = layer.get_parameter(name), f"{self.name}.{name}"
         shape, device = tuple(parameter.shape), parameter.device
-        matrix = parameter.data.view(-1, shape[-1])
-        method.hold(layer, BY_NAME[self.layout].pack(matrix, f"{self.name}.{name}"), name)
+        held = packed.pop(full_name, None)
+        if held is None:
+            held = BY_NAME[self.layout].pack(_matrix(layer, name), full_name)
+        method.hold(layer, held, name)
         delattr(layer, name)
-        del matrix
+        del held
         # Other code may keep the parameter for a while.
         parameter.data = parameter.data.new_empty(0)
         if name not in self.placeholders:
             decode = functools.partial(self._unpack, weakref.ref(layer), name)
-            placeholder = ExpertsPlaceholder(f"{self.name}.{name}", shape, device, decode)
+            placeholder = ExpertsPlaceholder(full_name, shape, device, decode)
             placeholder.layer = weakref.ref(layer)
             self.placeholders[name] = placeholder
         layer.register_parameter(name, self.placeholders[name])
@@ -153,3 +163,9 @@ class DFloat11ExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]  #
         if packed is None:
             raise UnsupportedError(f"{self.name}.{name}: its weights have not been loaded yet.")
         return BY_NAME[self.layout].unpack(packed).view(self.placeholders[name].shape)
+
+
+def _matrix(layer: torch.nn.Module, name: str) -> torch.Tensor:
+    """Return a BF16 tensor of experts as one matrix, all rows of its experts one after the other."""
+    data = layer.get_parameter(name).data
+    return data.view(-1, data.shape[-1])

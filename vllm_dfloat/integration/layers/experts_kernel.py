@@ -116,10 +116,11 @@ def _decode(
     status: torch.Tensor,
 ) -> torch.Tensor:
     num_experts, rows, cols = tensor.sizes
-    if chosen is None:
-        BY_NAME[layout].decode(tensor.desc, num_experts * rows, cols, out, status)
+    held = BY_NAME[layout]
+    if chosen is None or held.decode_chosen is None:
+        held.decode(tensor.desc, num_experts * rows, cols, out, status)
     else:
-        experts.launch_decode_chosen(tensor.desc, num_experts, rows, cols, chosen, out, status)
+        held.decode_chosen(tensor.desc, num_experts, rows, cols, chosen, out, status)
     return out[: tensor.numel].view(tensor.shape)
 
 

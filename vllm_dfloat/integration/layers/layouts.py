@@ -9,7 +9,15 @@ from typing import Any
 
 import torch
 
-from vllm_dfloat.device import fast_fused, fast_ops, fused, ops, unit_resident
+from vllm_dfloat.device import (
+    experts,
+    fast_experts,
+    fast_fused,
+    fast_ops,
+    fused,
+    ops,
+    unit_resident,
+)
 from vllm_dfloat.device.scratch import Buffers
 
 
@@ -57,9 +65,10 @@ class Layout:
         in_order: the same in the order in which a plain kernel of Triton adds; `launch` needs no scratch.
         pack_if_small: (weight, name) -> the same, or None if the matrix would not shrink enough. Without this function
             every matrix is held so.
-        of_experts: the layout in which routed experts are held instead; "" for this one.
+        decode_chosen: (desc, num_experts, rows, cols, chosen, out, status): as `decode`, for a tensor of experts
+            [num_experts, rows, cols], of which it decodes those chosen, each where it lies (experts.py); None if it
+            decodes all or none.
         has_groups: whether groups.py can decode several matrices at once.
-        has_chosen: whether experts.py can decode only some experts of a tensor.
     """
 
     pack: Callable[[torch.Tensor, str], ops.PackedWeight]
@@ -71,9 +80,11 @@ class Layout:
     product: Product | None = None
     in_order: Product | None = None
     pack_if_small: Callable[[torch.Tensor, str], ops.PackedWeight | None] | None = None
-    of_experts: str = ""
+    decode_chosen: (
+        Callable[[torch.Tensor, int, int, int, torch.Tensor, torch.Tensor, torch.Tensor], None]
+        | None
+    ) = None
     has_groups: bool = False
-    has_chosen: bool = False
 
 
 BY_NAME: Mapping[str, Layout] = {
@@ -85,8 +96,8 @@ BY_NAME: Mapping[str, Layout] = {
         ops.padded_numel,
         ops.launch_decode_run,
         Product(fused.max_rows, fused.launch_matmul, fused.variants, fused.partials),
+        decode_chosen=experts.launch_decode_chosen,
         has_groups=True,
-        has_chosen=True,
     ),
     "fast": Layout(
         fast_ops.pack_again,
@@ -106,7 +117,7 @@ BY_NAME: Mapping[str, Layout] = {
             fast_fused.facts_in_order,
         ),
         pack_if_small=fast_ops.pack,
-        of_experts="packed",
+        decode_chosen=fast_experts.launch_decode_chosen,
     ),
     "dfloat11": Layout(
         unit_resident.pack,
@@ -136,6 +147,20 @@ def pack_first(layout: str, weight: torch.Tensor, name: str) -> tuple[str, ops.P
     return layout, packed
 
 
-def of_experts(layout: str) -> str:
-    """Return the layout in which routed experts are held where this one is asked for."""
-    return BY_NAME[layout].of_experts or layout
+def pack_first_of_all(
+    layout: str, weights: Mapping[str, torch.Tensor]
+) -> tuple[str, dict[str, ops.PackedWeight]]:
+    """Return the layout in which matrices that share one are held, and by name those that are compressed already.
+
+    All of them are, or none: where one would not shrink enough, the others are given up.
+    """
+    pack_if_small = BY_NAME[layout].pack_if_small
+    if pack_if_small is None:
+        return layout, {}
+    found: dict[str, ops.PackedWeight] = {}
+    for name, weight in weights.items():
+        packed = pack_if_small(weight, name)
+        if packed is None:
+            return OTHERWISE, {}
+        found[name] = packed
+    return layout, found
