@@ -91,6 +91,32 @@ def packed_experts(device: torch.device) -> None:
         raise RuntimeError(f"chosen {chosen.tolist()}, status words {sorted(shared)}")
 
 
+def fast_experts(device: torch.device) -> None:
+    """Check chosen experts in the fast layout, which share blocks of rows with others; with escapes and a raw tile."""
+    import torch
+    from bench.kernels.fast_decode import pack
+    from bench.kernels.timing import expect_same_bits
+
+    from vllm_dfloat.device import experts, fast_experts, fast_ops
+
+    weight = normal(3 * 90, 650, device, seed=5)
+    weight[192:256, 128:256] = -0.0
+    weight[200, ::7] = 0.0
+    for shape in ((3, 90, 650), (3, 64, 512)):
+        num_experts, rows, cols = shape
+        part = weight[: num_experts * rows, :cols].contiguous()
+        fast = pack(part)
+        out = torch.full((part.numel(),), torch.nan, dtype=torch.bfloat16, device=device)
+        tiles = fast_ops.num_tiles(num_experts * rows, cols)
+        status = torch.full((tiles,), -1, dtype=torch.int32, device=device)
+        chosen = torch.empty(num_experts, dtype=torch.int32, device=device)
+        experts.mark_chosen(torch.tensor([[2, -1, 5], [2, 2, 2]], device=device), None, chosen)
+        fast_experts.launch_decode_chosen(fast.desc, *shape, chosen, out, status)
+        expect_same_bits(out.view(shape)[2], part.view(shape)[2], f"fast_chosen of {shape}")
+        if not out.view(shape)[0].isnan().all() or set(status.tolist()) != {0, -1}:
+            raise RuntimeError(f"fast_chosen of {shape}: experts without tokens were written")
+
+
 def encoder(device: torch.device) -> None:
     from bench.kernels.decode import check_decode, device_encoded
 
@@ -187,7 +213,7 @@ def checks(device: torch.device) -> dict[str, Callable[[], None]]:
     """Return every check by name; those that compile longest come first."""
     parts = (
         packed_group, packed_decode, packed_experts, packed_rows, encoder, official_unit, official_encoder,
-        official_held, fast_held,
+        official_held, fast_held, fast_experts,
     )  # fmt: skip
     return fused_products(device) | {part.__name__: partial(part, device) for part in parts}
 

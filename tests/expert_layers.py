@@ -16,7 +16,8 @@ SMALL = dict(
     vocab_size=64, hidden_size=64, intermediate_size=64, num_attention_heads=2, head_dim=32,
     num_key_value_heads=1, num_hidden_layers=1,
 )  # fmt: skip
-DFLOAT11 = dict(quantization="dfloat11")
+DFLOAT11: dict[str, Any] = dict(quantization="dfloat11")
+FAST: dict[str, Any] = {**DFLOAT11, "additional_config": {"dfloat11": {"layout": "fast"}}}
 
 
 def save(sizes: str, path: Path, **changes: Any) -> Path:

@@ -26,6 +26,8 @@ def held_in(layout: str) -> dict[str, Any]:
         ("qwen3", True),  # tied embeddings
         pytest.param("llama", True, marks=pytest.mark.on_demand),
         pytest.param("qwen3", False, marks=pytest.mark.on_demand),
+        pytest.param("qwen3_moe", True, marks=pytest.mark.on_demand),
+        pytest.param("qwen3_moe", False, marks=pytest.mark.on_demand),
     ],
 )
 def test_engine_with_another_layout_answers_as_bf16_vllm(

@@ -2,12 +2,13 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import expert_layers
 import pytest
 import tiny_models
 import torch
-from expert_layers import DFLOAT11, INTERMEDIATE, NUM_EXPERTS, experts_of, values
+from expert_layers import DFLOAT11, FAST, INTERMEDIATE, NUM_EXPERTS, experts_of, values
 from helpers import same_bits
 from model_loads import loaded
 from safetensors.torch import load_file
@@ -67,8 +68,9 @@ def test_experts_under_lora_take_the_names_of_a_checkpoint(source: Path) -> None
         assert all(same_bits(*pair) for pair in zip(values(layer), expected, strict=True))
 
 
+@pytest.mark.parametrize("options", [DFLOAT11, FAST], ids=["packed", "fast"])
 def test_one_expert_is_replaced_where_the_kernel_keeps_the_form_of_a_checkpoint(
-    source: Path, monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any], source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # As with vLLM's Triton kernel on a GPU: the CPU kernel's own form is left out here.
     from vllm.model_executor.layers.fused_moe.experts import cpu_moe
@@ -77,7 +79,7 @@ def test_one_expert_is_replaced_where_the_kernel_keeps_the_form_of_a_checkpoint(
     monkeypatch.setattr(expert_kernels, "keeps_form_of_experts", lambda _: True)
     prefix = "model.layers.0.mlp.experts.3."
     new = {n: t.neg() for n, t in load_file(source / "model.safetensors").items() if prefix in n}
-    with loaded(source, **DFLOAT11) as model:
+    with loaded(source, **options) as model:
         layer = experts_of(model)
         expected = values(layer)
         model.load_weights([(f"{prefix}up_proj.weight", new[f"{prefix}up_proj.weight"])])

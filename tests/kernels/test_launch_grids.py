@@ -17,6 +17,7 @@ from vllm_dfloat.kernels import (
     expert_decode,
     expert_marks,
     fast_decode,
+    fast_experts,
     fast_rows,
     group_decode,
     packed_decode,
@@ -39,6 +40,7 @@ MODULES = (
     dfloat11_encode,
     packed_matmul,
     fast_decode,
+    fast_experts,
     fast_rows,
 )
 
@@ -118,6 +120,9 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "dot, 60 million rows": lambda: multiply(32, 60_000_000, 2048),
     "dot, tiles that seldom start at the same column": lambda: multiply(32, 1 << 20, (1 << 20) - 8),
     "fast": lambda: fast_decode.decode(desc(), 1 << 26, 1 << 14, bf16(2), words(1)),
+    "fast experts": lambda: fast_experts.decode_chosen(
+        desc(), 512, 1 << 15, 1 << 14, words(512), bf16(2), words(1)
+    ),
     "fast run": lambda: fast_decode.decode_run(
         desc(), 1 << 26, 1 << 14, 0, 1 << 26, bf16(2), words(1)
     ),

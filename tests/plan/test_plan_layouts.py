@@ -103,6 +103,32 @@ def test_auto_takes_blocks_before_the_head_and_never_an_embedding() -> None:
     assert "model.embed_tokens" in tied.ranks[0].fast  # it is the head
 
 
+def of_experts(kv_tokens: int, layout: str = "auto") -> Plan:
+    tokens = kv_tokens if layout == "auto" else None
+    settings = Settings(gpu_memory=64 << 30, max_model_len=8192, layout=layout, kv_tokens=tokens)
+    return make_plan(str(CONFIGS / "Qwen3-30B-A3B.json"), settings)
+
+
+def test_routed_experts_are_fast_if_asked_for_and_with_auto_after_all_other_layers() -> None:
+    (packed,), (fast,) = (of_experts(1, layout).ranks for layout in ("packed", "fast"))
+    assert packed.bits_per_weight == pytest.approx(10.8, abs=0.05)
+    assert fast.bits_per_weight == pytest.approx(12.01, abs=0.01)
+    assert fast.scratch == packed.scratch
+    (all_of_them,) = (rank.fast for rank in of_experts(1).ranks)
+    experts = {f"model.layers.{layer}.mlp.experts" for layer in range(48)}
+    others = {f"model.layers.{i}.self_attn.{n}_proj" for i in range(48) for n in ("qkv", "o")}
+    assert all_of_them == experts | others | {"lm_head"}
+    half = of_experts(160_000)
+    (some,) = (rank.fast for rank in half.ranks)
+    assert others < some
+    assert 0 < len(experts & some) < 48
+    assert half.dfloat11.tokens >= 160_000
+    assert (
+        f"auto: {len(some) + len(experts & some)} of {2 * 48 + len(others) + 2} matrices fast"
+        in half.notes[-1]
+    )
+
+
 def test_auto_chooses_for_each_stage_and_says_so_where_nothing_has_room() -> None:
     first, second = (rank.fast for rank in auto(1, pp=2).ranks)
     assert {name.split(".")[2] for name in first} == {str(layer) for layer in range(16)}

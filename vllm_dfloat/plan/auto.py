@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from vllm_dfloat.plan.kv_cache import KVCache, cdiv
 from vllm_dfloat.plan.weights import Weight
 
+HEAD = "lm_head"
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -37,10 +39,18 @@ def turn_of(weight: Weight) -> int:
     return 2 if weight.expert_layer else int(weight.layer < 0)
 
 
-def is_multiplied(weight: Weight) -> bool:
-    """Return whether every step multiplies by a compressed weight: not by an embedding that is no LM head."""
-    is_embedding = weight.split == "vocab" and weight.place == "first"
-    return weight.is_compressed and not is_embedding
+def multiplied(held: Sequence[Weight]) -> list[Weight]:
+    """Return the compressed weights of a rank but an embedding that is no LM head: of it only rows are looked up."""
+    has_head = any(weight.name.rpartition(".")[2] == HEAD for weight in held)
+    return [
+        weight for weight in held if weight.is_compressed and not _is_looked_up(weight, has_head)
+    ]
+
+
+def _is_looked_up(weight: Weight, has_head: bool) -> bool:
+    if weight.split != "vocab" or weight.name.rpartition(".")[2] == HEAD:
+        return False
+    return weight.place == "first" or (weight.place == "all" and has_head)
 
 
 def choose(candidates: Sequence[Candidate], room: int) -> frozenset[str]:

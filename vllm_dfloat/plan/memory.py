@@ -8,8 +8,8 @@ from vllm_dfloat.plan.auto import (
     Candidate,
     bytes_for,
     choose,
-    is_multiplied,
     layer_of,
+    multiplied,
     turn_of,
 )
 from vllm_dfloat.plan.byte_sizes import GIB
@@ -252,7 +252,7 @@ def _fast(
     taken += packed.unproven_overhead  # the head may be needed whole
     limit = settings.requested if settings.kv_cache_memory is None else settings.gpu_memory
     more: dict[tuple[str, int], int] = {}
-    for weight in filter(is_multiplied, held):
+    for weight in multiplied(held):
         shape = weight.shape_of_rank(settings.tp, settings.expert_parallel, settings.dp)
         sizes = [size_of(name, weight, *shape, codes).num_bytes for name in ("fast", "packed")]
         layer = layer_of(weight), turn_of(weight)
