@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bench.serve import fork as bench_serve_fork
 from bench.serve import launch as bench_serve_launch
 from bench.serve import report
 from bench.serve.engine import tokens
@@ -31,6 +32,7 @@ from bench.serve.model import BenchError
 from bench.serve.options import AS_LARGE_AS, COMPARED, EXACT, VARIANTS, Options, parse
 
 GIB = 1 << 30
+FIRST_BATCHES = 64  # of --decode-first
 BATCHED_TOKENS = 8192  # at least; a prompt whose prefill is timed must run in one step
 
 Json = dict[str, Any]
@@ -49,15 +51,24 @@ class NoTimes(Exception):
     """No time may be reported; the message is the reason."""
 
 
-def points(options: Options) -> list[Json]:
-    """Return the points measured on every engine; cheap and important points come first."""
+def points(options: Options, run: int) -> list[Json]:
+    """Return the points measured on every engine of a run; cheap and important points come first.
+
+    With --decode-first there are two runs, of small batches and of all else.
+    """
     context = options.context
     decode = [{"kind": "decode", "batch": n, "context": context} for n in options.batches]
     capacity = {"kind": "capacity", "context": options.hold}
-    return [*decode, {"kind": "prefill", "tokens": options.prefill}, capacity]
+    others = [{"kind": "prefill", "tokens": options.prefill}, capacity]
+    if not options.decode_first:
+        return [*decode, *others]
+    small = [point for point in decode if point["batch"] <= FIRST_BATCHES]
+    return [*(point for point in decode if point not in small), *others] if run % 2 else small
 
 
-def request(name: str, model: Path, options: Options, results: Json, deadline: float) -> Json:
+def request(
+    name: str, run: int, model: Path, options: Options, results: Json, deadline: float
+) -> Json:
     """Return what engine.measure takes, for the variant `name`."""
     settings = {
         "dtype": "bfloat16",
@@ -80,7 +91,7 @@ def request(name: str, model: Path, options: Options, results: Json, deadline: f
         "engine": settings,
         "expected": first if name in EXACT else None,
         "vocab_size": options.vocab_size,
-        "points": points(options),
+        "points": points(options, run),
         "steps": options.steps,
         "hold": options.hold,
         "point_seconds": options.point_seconds,
@@ -137,8 +148,8 @@ def first_difference(a: list[list[int]], b: list[list[int]]) -> tuple[int, int]:
 
 def rounds(options: Options) -> Iterator[tuple[int, str]]:
     """Yield (run, variant); every second run is in reverse order, so that no variant is always first or warmest."""
-    for run in range(options.runs):
-        for name in options.variants[:: -1 if run % 2 else 1]:
+    for run in range(options.runs * (1 + options.decode_first)):
+        for name in options.variants[:: -1 if run % 2 and not options.decode_first else 1]:
             yield run, name
 
 
@@ -157,8 +168,8 @@ def run_all(options: Options, head: Json, files: Files, launch: Launch, until: f
             if not results[name]:
                 skipped.setdefault(name, str(reason))
             continue
-        say(f"run {run + 1} of {options.runs}: {VARIANTS[name][0]} ...")
-        asked = request(name, files.model, options, results, until)
+        say(f"run {run + 1}: {VARIANTS[name][0]} ...")
+        asked = request(name, run, files.model, options, results, until)
         if name == "fused" and head["machine"]["gpu"] is None:
             asked["environment"] = {"VLLM_DFLOAT_BACKEND": "triton", "TRITON_INTERPRET": "1"}
         results[name].append(
@@ -167,7 +178,7 @@ def run_all(options: Options, head: Json, files: Files, launch: Launch, until: f
         archive(files.logs, options.logs)
         judge(name, run, results)
         say("    " + report.progress(results[name][-1]))
-        if all(results[other] for other in COMPARED):
+        if all(results[other] for other in COMPARED if other in results):
             whole = report.assemble(head, results, skipped)
             report.store(whole, files.output)
     return report.assemble(head, results, skipped)
@@ -208,9 +219,10 @@ def make_folder(folder: Path, argument: str) -> None:
         ) from error
 
 
-def bench(argv: list[str], launch: Launch) -> int:
+def bench(argv: list[str], launch: Launch | None) -> int:
     """Do what the module says and return the exit status."""
     options = parse(argv)
+    launch = launch or (bench_serve_fork if options.fork else bench_serve_launch).launch
     until = time.time() + options.budget
     machine = bench_serve_launch.machine()
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -227,10 +239,13 @@ def bench(argv: list[str], launch: Launch) -> int:
         "weights": "as in the checkpoint" if options.model else "random, N(0, 0.02)",
         "settings": {
             "mode": "eager" if options.eager else "compiled, CUDA graphs",
+            "fork": options.fork,
             **{key: getattr(options, key) for key in ("hold", "context", "prefill", "runs")},
             **{key: getattr(options, key) for key in ("steps", "max_seqs", "gpu_memory")},
         },
     }
+    if options.fork:
+        bench_serve_fork.begin()
     with log_folder(options) as logs:
         if options.model is None:
             say(f"weights: {options.folder} (written first, if they are not there)")
@@ -241,8 +256,8 @@ def bench(argv: list[str], launch: Launch) -> int:
     return 0
 
 
-def main(argv: list[str] | None = None, launch: Launch = bench_serve_launch.launch) -> int:
-    """Run the benchmark with `launch` to start an engine; return the exit status."""
+def main(argv: list[str] | None = None, launch: Launch | None = None) -> int:
+    """Run the benchmark, with `launch` to start engines if it is given; return the exit status."""
     try:
         return bench(sys.argv[1:] if argv is None else argv, launch)
     except NoTimes as reason:

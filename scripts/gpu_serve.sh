@@ -9,8 +9,8 @@
 # Uses the installed vLLM, or one in FOLDER (put on PYTHONPATH; FOLDER/env.sh is sourced if it exists), with this
 # checkout as its plugin. Random weights in the shape of Llama 3.1 8B are written to memory if it has room. vLLM may use
 # 28 GiB of the GPU, as on a smaller card, so that the memory saved decides how many sequences fit. Decode steps run
-# from CUDA graphs, without torch.compile, which would take half a minute more per engine. Results are written after
-# each engine; if the first attention backend gives none, another is tried once. Further arguments go to
+# from CUDA graphs, without torch.compile, which would take half a minute more per engine. Decode
+# steps of up to 64 sequences are measured with every engine before anything else. Results are written after each engine; if the first attention backend gives none, another is tried once. Further arguments go to
 # scripts/bench_serve.py and replace these choices.
 #
 # serve.json, serve.png, logs.tar.gz and serve.log are written to DIR, by default scripts/results/<gpu>/serve-<date>,
@@ -82,7 +82,7 @@ echo "$facts"
 
 if [[ $device == cpu ]]; then
   shape=${shape:-tiny} folder=$work/weights attention=('') graphs=''
-  choices=(--eager --batches 1,2 --context 16 --prefill 64 --hold 128 --steps 4 --point-seconds 2 --max-seqs 4 --variants bf16,exact,fast_exact)
+  choices=(--fork --decode-first --eager --batches 1,2 --context 16 --prefill 64 --hold 128 --steps 4 --point-seconds 2 --max-seqs 4 --variants bf16,exact,fast_exact)
 else
   shape=${shape:-llama-3.1-8b} attention=(FLASH_ATTN TRITON_ATTN) graphs=$GRAPHS folder=$work/weights
   room=$(df -BG --output=avail /dev/shm 2>/dev/null | tail -n 1 | tr -dc 0-9)
@@ -92,19 +92,19 @@ else
   fi
   total=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2>/dev/null | head -n 1 | tr -dc 0-9)
   share=$(awk -v mine="$MEMORY_MIB" -v total="${total:-81559}" 'BEGIN { s = mine / total; printf "%.3f", s < 0.9 ? s : 0.9 }')
-  choices=(--batches 1,4,16,64,256 --prefill 8192 --hold 2048 --steps 60 --point-seconds 4 --max-seqs 256
+  choices=(--fork --decode-first --batches 1,4,16,64,256 --prefill 8192 --hold 2048 --steps 60 --point-seconds 4 --max-seqs 256
     --gpu-memory "$share" --variants bf16,exact,fast_exact,fast_fused,fused)
 fi
 
-# While the GPU makes the weights, vLLM is imported once, so that the engines find its files in the page cache.
-"$PYTHON" scripts/bench_serve_model.py "$shape" "$folder" >"$work/weights.log" 2>&1 &
-writer=$!
-"$PYTHON" -c 'from vllm import LLM; import vllm; print("vLLM", vllm.__version__)' 2>&1 | tail -n 1
-if ! wait "$writer"; then
-  tail -n 3 "$work/weights.log"
-  cannot "the weights could not be written to $folder."
+# While the GPU makes the weights, vLLM is imported, once for all engines (--fork), and the libraries that the first
+# engine would wait for are read into the page cache.
+if [[ $device == cuda ]]; then
+  mapfile -t folders < <("$PYTHON" -c 'import importlib.util as u
+for name in ("torch", "vllm", "nvidia"):
+    spec = u.find_spec(name)
+    print(*(spec.submodule_search_locations or [] if spec else []), sep="\n")')
+  find "${folders[@]}" -name '*.so*' -type f -size +1M -exec cat {} + >/dev/null 2>&1 &
 fi
-echo "== weights in $folder at $SECONDS s"
 
 serve() { # ATTENTION_BACKEND ARGUMENT...
   local backend=$1 budget=$((limit - SECONDS - 25)) engine="{${graphs%, }}"

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -145,9 +146,58 @@ def test_others_go_on_in_alternating_order_when_a_variant_fails_or_the_budget_en
         for point in ("decode 1", "decode 3", "prefill", "capacity")
     ]
     assert failure.startswith("not run: DFloat11 official layout: ")
-    assert "layout: 'no such'; expected one of packed, dfloat11." in failure
+    assert "layout: 'no such'; expected one of packed, fast, dfloat11, auto." in failure
     variants = json.loads(output.read_text())["variants"]
     assert [len(point["median_by_run"]) for point in variants["bf16"]["points"]] == [2] * 4
+
+
+@pytest.mark.engine
+@pytest.mark.on_demand
+def test_small_batches_of_every_variant_come_first_and_exact_need_not_be_among_them(
+    bf16_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    # Bug caught: the budget spent on prefill of the first engines, and nothing known of the last.
+    asked: list[list[str]] = []
+
+    def note(name: str, request: dict[str, Any]) -> None:
+        asked.append([name, *(point["kind"] for point in request["points"])])
+
+    output = tmp_path / "report.json"
+    argv = ["--model", str(bf16_checkpoint("llama")), *SHORT, "--output", str(output)]
+    argv += ["--variants", "fast_exact,bf16", "--decode-first"]
+    assert bench_serve.main(argv, launcher(note, [])) == 0
+    assert asked == [
+        ["bf16-1", "decode", "decode"],
+        ["fast_exact-1", "decode", "decode"],
+        ["bf16-2", "prefill", "capacity"],
+        ["fast_exact-2", "prefill", "capacity"],
+    ]
+    for variant in json.loads(output.read_text())["variants"].values():
+        assert [p["kind"] for p in variant["points"]] == ["decode", "decode", "prefill", "capacity"]
+        assert all(point["ms"] > 0 for point in variant["points"])
+
+
+@pytest.mark.engine
+@pytest.mark.on_demand
+def test_engines_that_are_forks_of_one_process_answer_as_others(
+    bf16_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    output = tmp_path / "report.json"
+    argv = ["--model", str(bf16_checkpoint("llama")), *SHORT, "--variants", "bf16,exact", "--fork"]
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), *argv, "--output", str(output), "--logs", f"{output}.tar.gz"],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **ONE_THREAD},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr
+    exact = json.loads(output.read_text())["variants"]["exact"]
+    assert exact["equal_to_bf16"] == {"of": 256, "tokens": 256, "logprobs": 256}
+    with tarfile.open(f"{output}.tar.gz") as logs:
+        log = logs.extractfile("./exact-1.log")
+        assert log is not None
+        assert b"ForkServerProcess" in log.read()
 
 
 def test_nothing_is_started_after_the_end_of_the_budget(
@@ -194,7 +244,8 @@ REFUSALS = {
     "--batches 1,x": "--batches 1,x: expected whole numbers from 1",
     "--batches 1,1024": "--batches 1,1024: expected at most 512 (--max-seqs)",
     "--variants bf16,fast": "--variants: unknown 'fast'; expected some of bf16, exact, fused",
-    "--variants bf16,fused": "--variants bf16,fused: without exact",
+    "--variants exact,fused": "--variants exact,fused: without bf16",
+    "--variants bf16,offload": "--variants bf16,offload: without exact; expected bf16 and exact",
     "--runs 0": "--runs 0: expected at least 1",
     "--budget -1": "--budget -1.0: expected more than 0 seconds",
     "--gpu-memory 1.5": "--gpu-memory 1.5: expected a share over 0",

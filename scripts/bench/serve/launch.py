@@ -7,9 +7,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench.results import processor
 from bench.serve.model import BenchError
@@ -88,6 +89,16 @@ def weights(options: Options) -> Path:
     return options.folder
 
 
+class Started(NamedTuple):
+    """A running engine: the process that leads its session, and a function that waits for it.
+
+    `wait` takes seconds and returns the exit status, or None if it still runs.
+    """
+
+    pid: int
+    wait: Callable[[float], int | None]
+
+
 def launch(request: Json, folder: Path, name: str) -> Json:
     """Run one engine and return its result; on a failure `error` holds the reason in one line.
 
@@ -96,8 +107,10 @@ def launch(request: Json, folder: Path, name: str) -> Json:
         folder: where its files go: NAME.json, NAME.result.json and NAME.log.
         name: NAME, the name of this run.
     """
-    paths = [folder / f"{name}{ending}" for ending in (".json", ".result.json", ".log")]
-    paths[0].write_text(json.dumps(request))
+    return finish(request, folder, name, lambda paths: _start(request, paths))
+
+
+def _start(request: Json, paths: list[Path]) -> Started:
     # The engine's modules are in scripts/, which need not be the working directory.
     command = [sys.executable, "-P", "-m", "bench.serve.engine", *map(str, paths[:2])]
     environment = {**QUIET, **os.environ, **request["environment"]}
@@ -111,15 +124,30 @@ def launch(request: Json, folder: Path, name: str) -> Json:
             env=environment,
             start_new_session=True,
         )
+
+    def wait(seconds: float) -> int | None:
         try:
-            process.wait(max(0, request["deadline"] - time.time()) + GRACE_SECONDS)
-            ending = f"the engine's process ended with status {process.returncode}"
+            return process.wait(seconds)
         except subprocess.TimeoutExpired:
+            return None
+
+    return Started(process.pid, wait)
+
+
+def finish(request: Json, folder: Path, name: str, start: Callable[[list[Path]], Started]) -> Json:
+    """Start an engine, wait until it has ended or its time is over, and return its result."""
+    paths = [folder / f"{name}{ending}" for ending in (".json", ".result.json", ".log")]
+    paths[0].write_text(json.dumps(request))
+    started = start(paths)
+    try:
+        status = started.wait(max(0, request["deadline"] - time.time()) + GRACE_SECONDS)
+        ending = f"the engine's process ended with status {status}"
+        if status is None:
             ending = f"the budget of {request['budget']:g} s was spent"
-        finally:
-            stop(process)
+    finally:
+        stop(started)
     result: Json = json.loads(paths[1].read_text()) if paths[1].exists() else {"points": []}
-    if process.returncode and "error" not in result:
+    if status != 0 and "error" not in result:
         result["ended"] = ending
         if "answers" not in result:
             result["error"] = f"{ending}{last_words(paths[2], ending)}"
@@ -132,11 +160,11 @@ def last_words(log: Path, ending: str) -> str:
     return f"; it said: {lines[-1][:300]}" if lines and "budget" not in ending else ""
 
 
-def stop(process: subprocess.Popen[bytes]) -> None:
+def stop(started: Started) -> None:
     """End all processes left in the engine's session."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
-            os.killpg(process.pid, number)
-            process.wait(10)
-        except (ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(started.pid, number)
+        except ProcessLookupError:
             continue
+        started.wait(10)

@@ -69,6 +69,8 @@ class Options:
     point_seconds: float
     gpu_memory: float
     eager: bool
+    decode_first: bool
+    fork: bool
     engine: dict[str, Any]
     output: Path | None
     logs: Path | None
@@ -102,6 +104,12 @@ def parser() -> Parser:
     add("--point-seconds", type=float, default=15, help="seconds per point and run")
     add("--gpu-memory", type=float, default=0.9, help="vLLM's gpu_memory_utilization, for all")
     add("--eager", action="store_true", help="no torch.compile, no CUDA graphs")
+    add(
+        "--decode-first",
+        action="store_true",
+        help="decode of every variant (to 64 sequences) before anything else",
+    )
+    add("--fork", action="store_true", help="import vLLM once: engines are forks of one process")
     add("--engine", default="{}", help="JSON: further arguments of LLM(), for all variants")
     add("--output", type=Path, help="FILE.json; the plots go to FILE.png beside it")
     add("--logs", type=Path, help="FILE.tar.gz that keeps the logs of the engines")
@@ -148,23 +156,25 @@ def check(is_good: bool, name: str, value: Any, expected: str) -> None:
 
 
 def variants(given: str | None) -> tuple[str, ...]:
-    """Return the variants asked for, BF16 and exact first: nothing is reported before these two are compared."""
+    """Return the variants asked for, BF16 first, then exact if it is among them: these two are compared first."""
     names = tuple(dict.fromkeys((given or ",".join(DEFAULT_VARIANTS)).split(",")))
     for name in names:
         if name not in VARIANTS:
             raise BenchError(
                 f"--variants: unknown {name!r}; expected some of {', '.join(VARIANTS)}. Correct the name."
             )
-    if missing := [name for name in COMPARED if name not in names]:
+    needed = {"bf16"} | ({"exact"} if any("offload" in name for name in names) else set())
+    if missing := sorted(needed - set(names)):
         raise BenchError(
-            f"--variants {given}: without {missing[0]}; expected bf16 and exact, whose tokens are compared first. "
-            "Add it."
+            f"--variants {given}: without {missing[0]}; expected {' and '.join(sorted(needed))}, with which the others "
+            "are compared. Add it."
         )
     if "offload_more" in names and "exact_offload" not in names[: names.index("offload_more")]:
         raise BenchError(
             f"--variants {given}: offload_more takes the GPU memory of exact_offload; expected that before it. Add it."
         )
-    return COMPARED + tuple(name for name in names if name not in COMPARED)
+    first = tuple(name for name in COMPARED if name in names)
+    return first + tuple(name for name in names if name not in first)
 
 
 def batches(given: str, max_seqs: int) -> tuple[int, ...]:
