@@ -1,26 +1,29 @@
 #!/usr/bin/env bash
 # Check and measure this project's kernels on a GPU in under 6 minutes; the most important results come first.
 #
-#     scripts/gpu_verdict.sh [--out DIR] [--limit SECONDS] [--commit HASH]
+#     scripts/gpu_verdict.sh [--out DIR] [--limit SECONDS] [--commit HASH] [--site FOLDER]
 #     scripts/gpu_verdict.sh --device cpu    # a rehearsal in Triton's interpreter, on tiny sizes
 #
-# Needs an NVIDIA GPU, PyTorch, Triton, numba and pytest; no network, no vLLM, nothing installed. Sections: environment;
+# Needs an NVIDIA GPU, PyTorch, Triton, numba and pytest; no network, no vLLM, nothing installed. For the product with
+# experts alone vLLM is used: the installed one, or one in FOLDER (FOLDER/env.sh is sourced if it exists). Sections: environment;
 # the bits of every kernel on small sizes; times of decode, encode and products, packed and fast, next to a device copy
 # and cuBLAS; the order in which vLLM's batch-invariant GEMM adds; the tests marked `gpu`; times of experts, groups,
 # rows and the official layout; the bits of LM heads in slabs; memcheck; more than 2^31 weights; hardware counters;
 # racecheck; tuning. Each section has its own time limit, and none begins after --limit (345 s) in total. Every row is
 # printed and written as soon as it is known. After wrong bits or failed tests, times are marked and the status is 1.
 #
-# At most 10 files are written to DIR, by default scripts/results/<gpu>/verdict-<date>, for a rehearsal a temporary one.
-# Exit status 0 all good, 1 wrong bits or something failed, 2 it cannot run here. PYTHON names the interpreter.
+# Seven files are written to DIR, by default scripts/results/<gpu>/verdict-<date>, for a rehearsal a temporary one:
+# verdict.log, JSON, and logs.tar.gz, which is whole after every section, also if a signal ends this script.
+# Exit status 0 all good, 1 wrong bits or something failed, 2 it cannot run here, 143 ended by SIGTERM. PYTHON names the
+# interpreter.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 PYTHON=${PYTHON:-python3}
-device=cuda out='' limit=345
+device=cuda out='' limit=345 site=''
 
 usage() {
-  echo "usage: scripts/gpu_verdict.sh [--device cuda|cpu] [--out DIR] [--limit SECONDS] [--commit HASH]" >&2
+  echo "usage: scripts/gpu_verdict.sh [--device cuda|cpu] [--out DIR] [--limit SECONDS] [--commit HASH] [--site FOLDER]" >&2
   exit 2
 }
 
@@ -31,17 +34,24 @@ while (($#)); do
     --out) out=$2 ;;
     --limit) limit=$2 ;;
     --commit) export VLLM_DFLOAT_COMMIT=$2 ;;
+    --site) site=$2 ;;
     *) usage ;;
   esac
   shift 2
 done
 [[ $device == cuda || $device == cpu ]] || usage
+if [[ -n $site && ! -d $site ]]; then
+  echo "--site $site: no such folder; expected one that holds the package vllm" >&2
+  exit 2
+fi
 [[ $limit =~ ^[1-9][0-9]{0,4}$ ]] || usage
 
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 TRITON_INTERPRET=0
 [[ $device == cuda ]] || export TRITON_INTERPRET=1
 problems=()
 notes=()
+starter=() # put before the command of run_times
+child='' # the running section's process
 
 verdict() { # STATUS SENTENCE
   echo "verdict: $2"
@@ -69,9 +79,26 @@ section() { # NAME MOST_SECONDS LOG COMMAND...
     return
   fi
   echo "== $name (at $SECONDS s, at most $most s)"
-  timeout --signal="${stop_signal:-TERM}" --kill-after=8 "$most" "$@" >>"$log" 2>&1 || status=$?
+  # In the background, so that a signal to this script is handled at once; there a shell ignores SIGINT.
+  timeout --signal="${stop_signal:-TERM}" --kill-after=8 "$most" env --default-signal=INT "$@" >>"$log" 2>&1 &
+  child=$!
+  wait "$child" || status=$?
+  child=''
+  keep_logs
   echo "== $name: status $status after $((SECONDS - begun)) s"
   ! ended_by_time || notes+=("$name was ended after $most s")
+}
+
+# Put the logs so far into one archive.
+keep_logs() {
+  tar -czf "$out/.logs.part" -C "$logs" . && mv "$out/.logs.part" "$out/logs.tar.gz"
+}
+
+ended_by_signal() {
+  trap '' TERM
+  [[ -z $child ]] || kill -TERM "$child" 2>/dev/null || true
+  keep_logs
+  verdict 143 "ended by a signal after $SECONDS s; the results so far are in $out."
 }
 
 # Print what the last section wrote into its log.
@@ -82,7 +109,7 @@ ended_by_time() { ((status == 124 || status == 137)); }
 # Run a section; a status other than success or timeout is a problem.
 checked_section() {
   section "$@"
-  ((status == 0)) || ended_by_time || problem "$1 ended with status $status; see $3"
+  ((status == 0)) || ended_by_time || problem "$1 ended with status $status; see ${3##*/}"
 }
 
 # Compare the bits of every kernel; many processes compile at the same time.
@@ -98,18 +125,18 @@ export -f small_checks
 
 run_bits() {
   local wrong
-  section bits 110 "$out/bits.log" bash -c small_checks
+  section bits 110 "$logs/bits.log" bash -c small_checks
   printed | grep -E '^(right bits|WRONG):' | sort -r | cut -c1-170 || true
-  wrong=$(grep -c '^WRONG:' "$out/bits.log" || true)
-  ((wrong == 0)) || problem "$wrong small checks of kernels failed; see $out/bits.log"
-  grep -q '^right bits:' "$out/bits.log" || problem "no kernel's bits were found right; see $out/bits.log"
+  wrong=$(grep -c '^WRONG:' "$logs/bits.log" || true)
+  ((wrong == 0)) || problem "$wrong small checks of kernels failed; see bits.log"
+  grep -q '^right bits:' "$logs/bits.log" || problem "no kernel's bits were found right; see bits.log"
 }
 
 run_times() { # NAME MOST_SECONDS FILE SECTION...
   local name=$1 most=$2 file=$3 grace=20
   shift 3
   [[ $device == cuda ]] || most=$((4 * most)) # the interpreter is slow
-  checked_section "$name" "$most" "$out/times.log" "$PYTHON" scripts/bench_kernels.py --device "$device" \
+  checked_section "$name" "$most" "$logs/times.log" "${starter[@]}" "$PYTHON" scripts/bench_kernels.py --device "$device" \
     --seconds $((most - grace)) --only "$@" --output "$out/$file"
   printed | grep -vE '^(Traceback|  )' | cut -c1-170 || true
 }
@@ -123,34 +150,34 @@ run_tests() { # NAME MOST_SECONDS EXPRESSION OPTION...
     export VLLM_DFLOAT_GPU_REHEARSAL=1
   fi
   # On SIGINT, as from the keyboard, pytest still reports what has failed so far.
-  stop_signal=INT section "$name" "$most" "$out/tests.log" "$PYTHON" -m pytest -v -m gpu -k "$which" \
+  stop_signal=INT section "$name" "$most" "$logs/tests.log" "$PYTHON" -m pytest -v -m gpu -k "$which" \
     -p no:cacheprovider --tb=short --durations=8 "$@" "${files[@]}"
   printed | grep -E '^(FAILED|ERROR)|passed|failed|no tests ran' | cut -c1-200 | tail -n 12 || true
-  ((status == 0 || status == 5)) || ended_by_time || problem "$name ended with status $status; see $out/tests.log"
-  ! printed | grep -E '^(FAILED|ERROR) ' >/dev/null || problem "$name: some failed; see $out/tests.log"
+  ((status == 0 || status == 5)) || ended_by_time || problem "$name ended with status $status; see tests.log"
+  ! printed | grep -E '^(FAILED|ERROR) ' >/dev/null || problem "$name: some failed; see tests.log"
 }
 
 sanitize() { # TOOL MOST_SECONDS CHECK...
   local tool=$1 most=$2
   shift 2
-  section "$tool" "$most" "$out/sanitizer.log" compute-sanitizer --tool "$tool" --error-exitcode 9 \
+  section "$tool" "$most" "$logs/sanitizer.log" compute-sanitizer --tool "$tool" --error-exitcode 9 \
     "$PYTHON" scripts/sanitize_kernels.py "$@"
   printed | grep -E '^=+ (ERROR SUMMARY|RACECHECK SUMMARY|Invalid|Error)|^(right bits|WRONG):' |
     cut -c1-160 | tail -n 12 || true
   if printed | grep 'Device not supported' >/dev/null; then
     notes+=("compute-sanitizer does not support this device")
   elif printed | grep -E '^=+ +(Invalid|Error:|RACECHECK SUMMARY: [1-9]|.* hazard detected)|^WRONG:' >/dev/null || { ((status)) && ! ended_by_time; }; then
-    problem "$tool of compute-sanitizer found errors; see $out/sanitizer.log"
+    problem "$tool of compute-sanitizer found errors; see sanitizer.log"
   fi
 }
 
 # Profile one launch of a decode kernel, with its stall reasons.
 run_counters() {
-  section counters 45 "$out/counters.txt" ncu --clock-control none --target-processes all \
+  section counters 45 "$logs/counters.txt" ncu --clock-control none --target-processes all \
     -k regex:_decode_kernel -s 4 -c 1 --section SpeedOfLight --section MemoryWorkloadAnalysis \
     --section WarpStateStats --section Occupancy "$PYTHON" scripts/launch_decode.py
   printed | grep -E 'Throughput|Duration|Hit Rate|Registers|Occupancy' | head -n 20 || true
-  ((status == 0)) || ended_by_time || notes+=("ncu ended with status $status; see $out/counters.txt")
+  ((status == 0)) || ended_by_time || notes+=("ncu ended with status $status; see counters.txt")
 }
 
 on_gpu_only() {
@@ -164,7 +191,7 @@ on_gpu_only() {
   run_tests "tests of over 2^31 weights" 90 two_billion
   if command -v ncu >/dev/null; then run_counters; else notes+=("ncu is not installed"); fi
   ! command -v compute-sanitizer >/dev/null || sanitize racecheck 35 encoder official_held packed_decode
-  section tuning 70 "$out/times.log" "$PYTHON" scripts/tune_kernels.py --seconds 50 \
+  section tuning 70 "$logs/times.log" "$PYTHON" scripts/tune_kernels.py --seconds 50 \
     --only decode_tiles_per_program chosen_programs fused_gemv_tiles_per_program
   printed | sed -n '/^section  *case/,$p' | tail -n 18 | cut -c1-130
 }
@@ -178,9 +205,11 @@ fi
 out=${out:-$(mktemp -d)}
 mkdir -p "$out"
 # No file of an earlier run may be mistaken for this run's.
-rm -f "$out"/{verdict.log,bits.log,times.log,tests.log,sanitizer.log,counters.txt,times1.json,times2.json}
-rm -f "$out"/{slabs.json,order.json}
-exec > >(tee "$out/verdict.log")
+rm -f "$out"/{verdict.log,logs.tar.gz,times1.json,times2.json,experts.json,slabs.json,order.json}
+logs=$(mktemp -d)
+trap 'rm -rf "$logs"' EXIT
+trap ended_by_signal TERM HUP
+exec > >(trap '' TERM HUP; tee "$out/verdict.log")
 
 echo "$facts"
 nvidia-smi --query-gpu=clocks.sm,clocks.mem,temperature.gpu,memory.total --format=csv 2>/dev/null || true
@@ -188,12 +217,16 @@ echo "$(nproc) cores, $(free -g | sed -n 's/^Mem: *\([0-9]*\).*/\1/p') GiB"
 export PYTHON device
 run_bits
 run_times "times of decode, encode, products" 130 times1.json decode fast fast_fused encode fused
-checked_section order 25 "$out/times.log" "$PYTHON" scripts/probe_order.py --device "$device" --output "$out/order.json"
+checked_section order 25 "$logs/times.log" "$PYTHON" scripts/probe_order.py --device "$device" --output "$out/order.json"
 printed | tail -n 20 | cut -c1-170 || true
 workers=()
-if [[ $device == cuda ]] && "$PYTHON" -c 'import xdist' 2>/dev/null; then workers=(-n 6); fi
+if [[ $device == cuda ]] && "$PYTHON" -c 'import xdist' 2>/dev/null; then workers=(-n 8); fi
 run_tests "tests marked gpu" 90 "not two_billion" "${workers[@]}"
-run_times "times of experts, blocks, rows, layouts" 75 times2.json experts block decode_rows layouts
+starter=(bash -c '[[ ! -f $1/env.sh ]] || . "$1/env.sh"; PYTHONPATH=$PYTHONPATH:$1; shift; exec "$@"' site "$site")
+[[ -n $site ]] || starter=()
+run_times "times of experts" 55 experts.json experts
+starter=()
+run_times "times of blocks, rows, layouts" 45 times2.json block decode_rows layouts
 run_times "LM heads in slabs" 45 slabs.json slabs
 [[ $device == cpu ]] || on_gpu_only
 

@@ -18,8 +18,9 @@ def gaussian(rows: int, cols: int, seed: int = 0, std: float = 0.02) -> Bits:
 
 def unlike(bits: Bits) -> int:
     """Return a 16-bit word that `bits` does not contain, to poison an output with."""
-    absent = np.setdiff1d(np.arange(1 << 16), bits)
-    return int(absent[0]) if absent.size else 0x7FC1
+    is_there = np.zeros(1 << 16, dtype=np.bool_)
+    is_there[bits] = True  # not sorted: on a GPU host matrices have 500 million weights
+    return 0x7FC1 if is_there.all() else int(is_there.argmin())
 
 
 def to_torch(bits: Bits) -> torch.Tensor:

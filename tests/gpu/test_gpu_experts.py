@@ -10,9 +10,9 @@ from vllm_dfloat.device import experts, ops
 
 pytestmark = NEEDS_GPU
 
-# Experts, rows and columns: w13 and w2 of Qwen3-30B-A3B, of Qwen3-235B-A22B at TP 8; experts that share tiles.
+# Experts, rows and columns: w13 and w2 of Qwen3-30B-A3B at TP 4, of Qwen3-235B-A22B at TP 8; experts that share tiles.
 SHAPES = of_size(
-    [(128, 1536, 2048), (128, 2048, 768), (128, 384, 4096), (16, 333, 77)],
+    [(128, 384, 2048), (128, 2048, 192), (128, 384, 4096), (16, 333, 77)],
     [(8, 8, 512), (4, 33, 77)],
 )
 
@@ -58,11 +58,11 @@ def test_gpu_decodes_the_experts_that_got_tokens_and_no_others(
 @no_rehearsal
 def test_a_cuda_graph_decodes_what_the_router_chooses_at_each_replay() -> None:
     # Bug caught: a grid, or a list of experts, of the capture.
-    shape = 128, 1536, 2048
-    bits = gaussian(128 * 1536, 2048)
+    shape = 128, 384, 2048
+    bits = gaussian(128 * 384, 2048)
     weight = to_torch(bits).to(DEVICE)
     packed = ops.pack(weight, "w13")
-    tiles = ops.num_tiles(128 * 1536, 2048)
+    tiles = ops.num_tiles(128 * 384, 2048)
     out, status = buffers(tiles, tiles * TILE_WEIGHTS, unlike(bits))
     ids = ids_of(128, 4, seed=0)
     chosen = torch.empty(128, dtype=torch.int32, device=DEVICE)

@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,30 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
     command = [ROOT / "scripts/gpu_verdict.sh", *arguments]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
+
+
+def logs_of(folder: Path) -> set[str]:
+    with tarfile.open(folder / "logs.tar.gz") as archive:
+        return {Path(name).name for name in archive.getnames() if name.endswith((".log", ".txt"))}
+
+
+@pytest.mark.on_demand
+def test_a_run_that_is_told_to_end_leaves_its_results_and_logs_in_few_files(tmp_path: Path) -> None:
+    # Bug caught: more files than a GPU host gives back, and none of the logs of an ended run.
+    env = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
+    command = [ROOT / "scripts/gpu_verdict.sh", "--device", "cpu", "--out", str(tmp_path)]
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as running:
+        assert running.stdout is not None
+        for line in running.stdout:
+            if line.startswith("== bits (at "):
+                running.send_signal(signal.SIGTERM)
+                break
+        printed = running.stdout.read()
+        assert running.wait(60) == 143
+    assert "verdict: ended by a signal after" in printed
+    assert printed.splitlines()[-1] == (tmp_path / "verdict.log").read_text().splitlines()[-1]
+    assert logs_of(tmp_path) == {"bits.log"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["logs.tar.gz", "verdict.log"]
 
 
 @pytest.mark.on_demand  # minutes: before a GPU is used, and in the nightly run
@@ -35,7 +61,7 @@ def test_rehearsal_goes_through_its_parts_and_leaves_results_only_where_it_was_t
     tested = next(i for i, line in enumerate(lines) if " passed" in line)
     assert compared < timed < tested
     sections = set()
-    for name in ("times1.json", "times2.json", "slabs.json"):
+    for name in ("times1.json", "times2.json", "experts.json", "slabs.json"):
         found = json.loads((tmp_path / name).read_text())
         assert "interpreter" in found["environment"]["device"]
         assert found["environment"]["commit"] == "0123abcd"
@@ -47,15 +73,9 @@ def test_rehearsal_goes_through_its_parts_and_leaves_results_only_where_it_was_t
     }  # fmt: skip
     files = sorted(path.name for path in tmp_path.iterdir())
     assert files == [
-        "bits.log",
-        "order.json",
-        "slabs.json",
-        "tests.log",
-        "times.log",
-        "times1.json",
-        "times2.json",
-        "verdict.log",
-    ]
+        "experts.json", "logs.tar.gz", "order.json", "slabs.json", "times1.json", "times2.json", "verdict.log",
+    ]  # fmt: skip
+    assert logs_of(tmp_path) == {"bits.log", "tests.log", "times.log"}
     assert sorted(RESULTS.rglob("*")) == before
 
 
@@ -74,12 +94,19 @@ def test_without_a_gpu_it_says_in_a_sentence_that_it_cannot_run() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [("--device",), ("--device", "tpu"), ("--fast", "yes"), ("--limit", "soon")]
+    "arguments",
+    [("--device",), ("--device", "tpu"), ("--fast", "yes"), ("--limit", "soon"), ("--site",)],
 )
 def test_arguments_that_it_does_not_know_are_refused(arguments: tuple[str, ...]) -> None:
     result = run(*arguments)
     assert result.returncode == 2
     assert result.stderr.startswith("usage: ")
+
+
+def test_a_folder_for_vllm_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    result = run("--site", str(tmp_path / "nowhere"))
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"--site {tmp_path}/nowhere: no such folder")
 
 
 ONE_TEST = """
