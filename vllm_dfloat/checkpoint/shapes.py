@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vllm_dfloat.checkpoint import expert_shapes
 from vllm_dfloat.checkpoint.folder import CONFIG_KEY, is_dfloat11
 from vllm_dfloat.checkpoint.listing import weight_files
 from vllm_dfloat.checkpoint.locate import check_original
@@ -21,6 +22,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 def model_shapes(model: str | Path | Any, advice: str = "") -> dict[str, tuple[int, ...]]:
     """Return module path -> (out_features, in_features) of every module with a 2-D weight, from the model class.
 
+    Experts that the class holds together count one by one.
+
     The Hugging Face model is built on the meta device, so nothing of its size is allocated. Code of a checkpoint is
     never run.
 
@@ -31,13 +34,15 @@ def model_shapes(model: str | Path | Any, advice: str = "") -> dict[str, tuple[i
     Raises:
         UnsupportedError: transformers does not know the model, or it is not installed.
     """
-    modules = meta_model(model, advice).named_modules()
-    weights = {name: getattr(module, "weight", None) for name, module in modules}
-    return {
+    made = meta_model(model, advice)
+    weights = {name: getattr(module, "weight", None) for name, module in made.named_modules()}
+    found = {
         name: (int(weight.shape[0]), int(weight.shape[1]))
         for name, weight in weights.items()
         if weight is not None and getattr(weight, "ndim", 0) == 2
     }
+    parameters = {name: tuple(parameter.shape) for name, parameter in made.named_parameters()}
+    return {**expert_shapes.of_single_experts(parameters), **found}
 
 
 def original_shapes(original: Path) -> dict[str, tuple[int, ...]]:
