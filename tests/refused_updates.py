@@ -65,6 +65,11 @@ REFUSED: dict[str, Refused] = {
         UnsupportedError,
         f"only a part of it was given, .* {AS_BEFORE}",
     ),
+    "reload, values that are no tensor, as over HTTP": (
+        lambda s: s.iterate([*s.some("layers.1."), (NORM, [1.0, 2.0])]),
+        UnsupportedError,
+        rf"{NORM}: list; expected a torch.Tensor. {AS_BEFORE}.*weights_path",
+    ),
     "reload, the source raises": (
         lambda s: s.iterate(fails_after(s.some("layers.0."))),
         OSError,
@@ -206,7 +211,7 @@ REFUSED: dict[str, Refused] = {
     "save_sharded_state": (
         lambda s: s.llm.collective_rpc("save_sharded_state", kwargs={"path": str(s.second / "sharded")}),
         UnsupportedError,
-        f"untyped_storage on its weight, which is {HOW}",
+        "save_sharded_state: .* Nothing was written. .*vllm-dfloat compress",
     ),
     "reset_weights": (
         lambda s: s.llm.collective_rpc("reset_weights"),

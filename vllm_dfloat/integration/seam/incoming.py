@@ -48,6 +48,11 @@ class Incoming(Iterator[tuple[str, torch.Tensor]]):
         except BaseException as error:
             self.error = error
             raise
+        if not isinstance(tensor, torch.Tensor):
+            raise UnsupportedError(
+                f"{name}: {type(tensor).__name__}; expected a torch.Tensor. {AS_BEFORE} Give pairs of a name and a "
+                "tensor; a request over HTTP can carry none, so there give a folder as weights_path."
+            )
         self._name, self._shape = name, f" {list(tensor.shape)}"
         if name in self._seen:
             raise UnsupportedError(

@@ -43,6 +43,8 @@ def install() -> None:
     _wrap(_PROCESS, "worker_busy_loop", calls.counting)
     _wrap(_WORKER, "reset_weights", _reset_weights)
     _wrap(_WORKER, "compute_weight_checksums", _checksums)
+    for name in ("save_sharded_state", "save_tensorized_model"):
+        _wrap(_WORKER, name, _save)
 
 
 def _wrap(place: tuple[str, str], name: str, guard: Callable[..., Any]) -> None:
@@ -121,6 +123,16 @@ def _reset_weights(worker: Any, method: Method) -> Any:
 def _checksums(worker: Any, method: Method) -> Any:
     with decoded_by_detach():
         return method(worker)
+
+
+def _save(worker: Any, method: Method, *args: Any, **kwargs: Any) -> Any:
+    if updates_of(worker.model_runner.get_model()) is not None:
+        raise UnsupportedError(
+            f"{method.__name__}: it writes parameters as they lie in memory, and those of compressed layers have no "
+            "values; expected an engine without compressed layers. Nothing was written. To write a compressed model, "
+            "give its checkpoint to `vllm-dfloat compress`; serve without dfloat11 to save this form."
+        )
+    return method(worker, *args, **kwargs)
 
 
 def _receiver(worker: Any) -> Updates | None:
