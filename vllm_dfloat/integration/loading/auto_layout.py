@@ -46,5 +46,8 @@ def choose(config: Any, kv_tokens: int | None) -> tuple[frozenset[str], str]:
     )
     try:
         return fast_layers(str(config.model_config.model), settings)
-    except DFloatError as error:
-        return frozenset(), f"auto: all layers are packed, since the plan is not known: {error}"
+    except (DFloatError, OSError) as error:
+        return frozenset(), (
+            f"auto: all layers are packed, since the plan is not known: {error} "
+            'Or choose the layout yourself, "fast" or "packed".'
+        )
