@@ -1,6 +1,8 @@
 """The proof that slabs give the bits of the whole head, and the folder that keeps it."""
 
 import json
+import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -175,3 +177,18 @@ def test_a_proof_that_cannot_be_put_into_its_place_leaves_no_file_behind(
     place.mkdir()
     proof_cache.save(product, {1}, {1})
     assert [*tmp_path.iterdir()] == [place]
+
+
+def test_what_a_killed_save_left_is_removed_and_one_at_work_stays(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # Bug caught: one folder for ever per killed start.
+    monkeypatch.setattr(proof_cache, "folder", lambda: tmp_path)
+    for name, age in (("killed", 7200), ("at-work", 0)):
+        left = tmp_path / f"saving-{name}"
+        left.mkdir()
+        (left / "x.json").write_text("{}")
+        os.utime(left, (time.time() - age,) * 2)
+    proof_cache.save(SlabProduct(CPU, ROWS, COLS, 512, "auto"), {1}, {1})
+    assert [left.name for left in tmp_path.glob("saving-*")] == ["saving-at-work"]
+    assert len([*tmp_path.glob("*.json")]) == 1

@@ -9,7 +9,9 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import tempfile
+import time
 from collections.abc import Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -24,6 +26,7 @@ from vllm_dfloat.storage.json_file import read_object
 FORMAT = 2
 MAX_BYTES = 1 << 20
 MAX_COUNT = 1 << 20
+_SAVING, _OLD = "saving-", 3600.0  # prefix of a folder that is there during a save; seconds
 _LIBRARIES = re.compile(r"/(lib(cublas|cublasLt|dnnl|mkl\w*|torch_cpu|torch_cuda)|_C)\b[^/]*$")
 PROCESSOR_FILE = Path("/proc/cpuinfo")
 # Its lines that matter. A virtual machine may have the name of a processor, and not its AMX.
@@ -141,11 +144,20 @@ def save(product: Product, compared: Collection[int], equal: Collection[int]) ->
     text = json.dumps({**content, "digest": _digest(content)})
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=file.parent) as beside:
+        _remove_old(file.parent)
+        with tempfile.TemporaryDirectory(prefix=_SAVING, dir=file.parent) as beside:
             Path(beside, file.name).write_text(text)
             os.replace(Path(beside, file.name), file)
     except OSError as error:
         logger.info("dfloat11: %s was not written: %s", file, error)
+
+
+def _remove_old(proofs: Path) -> None:
+    """Remove what saves left behind that were killed; those of other processes that are at work stay."""
+    for left in proofs.glob(f"{_SAVING}*"):
+        with suppress(OSError):
+            if left.stat().st_mtime < time.time() - _OLD:
+                shutil.rmtree(left)
 
 
 def _ranges(counts: Collection[int]) -> list[list[int]]:
