@@ -22,6 +22,24 @@ def test_register_twice_equals_register_once() -> None:
     assert parsers["hf"] is first
 
 
+def test_a_plugin_that_took_the_name_first_is_named(
+    monkeypatch: pytest.MonkeyPatch, log_lines: list[str]
+) -> None:
+    # Bug caught: --quantization dfloat11 was another plugin's, and nothing said so.
+    from vllm.model_executor.layers import quantization
+
+    class Other:
+        pass
+
+    plugin.register()
+    assert log_lines == []
+    monkeypatch.setitem(quantization._CUSTOMIZED_METHOD_TO_QUANT_CONFIG, "dfloat11", Other)
+    plugin.register()
+    (line,) = log_lines
+    assert Other.__qualname__ in line
+    assert "VLLM_PLUGINS" in line
+
+
 def test_register_never_raises_but_says_why(
     monkeypatch: pytest.MonkeyPatch, log_lines: list[str]
 ) -> None:

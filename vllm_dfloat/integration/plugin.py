@@ -32,6 +32,21 @@ def _register() -> None:
     if METHOD not in QUANTIZATION_METHODS:
         register_quantization_config(METHOD)(DFloat11Config)
         compat.warn_if_untested_version()
+    _warn_if_replaced(DFloat11Config)
     autodetect.install()
     unfinished.install()
     compat.let_numba_be_scanned()
+
+
+def _warn_if_replaced(own: type) -> None:
+    """Log one line if another plugin has registered the name, which then stands for what that plugin does."""
+    from vllm.model_executor.layers import quantization
+
+    registered = getattr(quantization, "_CUSTOMIZED_METHOD_TO_QUANT_CONFIG", {}).get(METHOD, own)
+    if registered is not own:
+        logger.warning(
+            "dfloat11: another plugin has registered this name, %s.%s, so --quantization dfloat11 is that plugin's; "
+            "uninstall one of the two, or list in VLLM_PLUGINS the plugins to load",
+            registered.__module__,
+            registered.__qualname__,
+        )
