@@ -21,7 +21,7 @@ def of_single_experts(parameters: Mapping[str, Shape]) -> dict[str, Shape]:
         parameters: name -> shape of all parameters of a model. Experts whose matrices the class has turned around, as
             gpt-oss and Llama 4 have, are left out: their checkpoints hold them in two tensors too.
     """
-    found = {}
+    found: dict[str, Shape] = {}
     for name, shape in parameters.items():
         experts, _, leaf = name.rpartition(".")
         down = parameters.get(f"{experts}.{_DOWN}", ())
