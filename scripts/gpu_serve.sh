@@ -2,6 +2,7 @@
 # A real vLLM end to end on a GPU, in under 6 minutes: BF16 against DFloat11 exact and fused, packed and in the fast layout.
 #
 #     scripts/gpu_serve.sh [--out DIR] [--limit SECONDS] [--commit HASH] [--site FOLDER] [--shape SHAPE] [BENCH_SERVE ARGUMENT...]
+#     scripts/gpu_serve.sh --protocol [...] [BENCH_ONLINE ARGUMENT...]    # `vllm bench serve` against `vllm serve`
 #     scripts/gpu_serve.sh --device cpu      # a rehearsal with vLLM's CPU build, on a tiny model
 #
 # Weights in host memory, BF16 and compressed in the same GPU memory: --variants bf16,exact,offload,exact_offload,offload_more
@@ -11,9 +12,11 @@
 # 28 GiB of the GPU, as on a smaller card, so that the memory saved decides how many sequences fit. Decode steps run
 # from CUDA graphs, without torch.compile, which would take half a minute more per engine. Decode
 # steps of up to 64 sequences are measured with every engine before anything else. Results are written after each engine; if the first attention backend gives none, another is tried once. Further arguments go to
-# scripts/bench_serve.py and replace these choices.
+# scripts/bench_serve.py and replace these choices. With --protocol, the first argument, requests go to servers
+# instead, by the protocol that others publish (scripts/bench_online.py, to which further arguments go); that takes about
+# 100 s an engine.
 #
-# serve.json, serve.png, logs.tar.gz and serve.log are written to DIR, by default scripts/results/<gpu>/serve-<date>,
+# serve.json, serve.png (not with --protocol), logs.tar.gz and serve.log are written to DIR, by default scripts/results/<gpu>/serve-<date>,
 # for a rehearsal a temporary folder. Exit status 0 measured, 1 other tokens than BF16's or an engine that did not run,
 # 2 it cannot run here. PYTHON names the interpreter.
 set -euo pipefail
@@ -25,10 +28,15 @@ MEMORY_MIB=28672
 GRAPHS='"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 4, 16, 64, 256]}, '
 
 usage() {
-  echo "usage: scripts/gpu_serve.sh [--device cuda|cpu] [--out DIR] [--limit SECONDS] [--commit HASH] [--site FOLDER] [--shape SHAPE] [BENCH_SERVE ARGUMENT...]" >&2
+  echo "usage: scripts/gpu_serve.sh [--protocol] [--device cuda|cpu] [--out DIR] [--limit SECONDS] [--commit HASH] [--site FOLDER] [--shape SHAPE] [BENCH_SERVE ARGUMENT...]" >&2
   exit 2
 }
 
+protocol=''
+if [[ ${1:-} == --protocol ]]; then
+  protocol=1
+  shift
+fi
 while (($#)); do
   case $1 in
     -h | --help) usage ;;
@@ -122,6 +130,28 @@ serve() { # ATTENTION_BACKEND ARGUMENT...
   return "$status"
 }
 
+# As `serve`, with the protocol that others publish.
+serve_online() { # ATTENTION_BACKEND ARGUMENT...
+  local backend=$1 engine="{${graphs%, }}" online=(--variants bf16,exact,fast_exact,fast_fused)
+  shift
+  [[ -z $backend ]] || engine="{$graphs\"attention_backend\": \"$backend\", \"gpu_memory_utilization\": $share}"
+  [[ $device == cuda ]] || online=(--variants exact --rates 4,inf --seconds 2 --prompts 6 --input-len 32 --output-len 8)
+  [[ $device == cuda ]] || engine='{"enforce_eager": true, "max_num_seqs": 8}'
+  status=0
+  timeout --kill-after=30 $((limit - SECONDS)) "$PYTHON" scripts/bench_online.py --shape "$shape" --folder "$folder" \
+    --budget $((limit - SECONDS - 20)) --engine "$engine" --logs "$work/logs" --output "$out/serve.json" \
+    "${online[@]}" "$@" || status=$?
+  tar -czf "$out/logs.tar.gz" -C "$work" logs
+  echo "== bench_online${backend:+ with $backend}: status $status at $SECONDS s"
+}
+
+if [[ -n $protocol ]]; then
+  serve_online "${attention[0]}" "$@"
+  echo "results: $out"
+  ((status == 0)) || echo "verdict: not good: scripts/bench_online.py ended with status $status; see above and $out/logs.tar.gz."
+  ((status != 0)) || echo "verdict: measured; the times are in the table above."
+  exit "$status"
+fi
 if ! serve "${attention[0]}" "$@" && [[ ! -s $out/serve.json ]] && ((${#attention[@]} > 1)); then
   serve "${attention[1]}" "$@" || true
 fi

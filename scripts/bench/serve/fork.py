@@ -4,6 +4,7 @@ That process makes no CUDA call. Engines are forks of it, with sessions, logs an
 """
 
 import os
+import sys
 from multiprocessing import forkserver, get_context
 from pathlib import Path
 
@@ -31,6 +32,10 @@ def serve(request: str, result: str, log: str) -> None:
     with Path(log).open("wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    import torch
+
+    if torch.cuda._is_in_bad_fork():  # an import has made a CUDA call after all: start afresh
+        os.execv(sys.executable, [sys.executable, "-P", "-m", engine.__name__, request, result])
     engine.main(request, result)
 
 
