@@ -1,6 +1,5 @@
 """What of a loaded model is not held compressed: names, with the numbers of blocks left out, and bytes."""
 
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
@@ -27,7 +26,10 @@ def plain_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor
             layer = model.get_submodule(name.removesuffix(".weight"))
             shape = layer_kinds.shape_of_linear(layer)
             if shape is not None:
-                yield name, parameter.new_empty(shape, device="meta"), 2 * math.prod(shape)
+                emptied = parameter.new_empty(
+                    shape, device="meta"
+                )  # routers are float32 in some models
+                yield name, emptied, emptied.nbytes
             continue
         storage = parameter.untyped_storage()
         if storage.data_ptr() not in seen:
