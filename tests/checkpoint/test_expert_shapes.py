@@ -1,5 +1,6 @@
 """Shapes of experts from a model class that holds all experts of a layer in two parameters."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import transformers
 from vllm_dfloat.checkpoint.expert_shapes import of_single_experts
 from vllm_dfloat.checkpoint.manifest import MANIFEST_FILE
 from vllm_dfloat.checkpoint.reader import open_checkpoint
-from vllm_dfloat.checkpoint.shapes import model_shapes
+from vllm_dfloat.checkpoint.shapes import model_shapes, resolve_shape
 from vllm_dfloat.checkpoint.weights import weights
 from vllm_dfloat.convert.compress import compress
 from vllm_dfloat.convert.source import open_source
@@ -42,3 +43,23 @@ def test_matrices_that_the_class_has_turned_around_get_no_shape() -> None:
     turned = {"x.experts.gate_up_proj": (4, 64, 192), "x.experts.down_proj": (4, 96, 64)}
     assert of_single_experts(turned) == {}
     assert of_single_experts({"x.experts.gate_up_proj": (4, 192, 64)}) == {}
+
+
+def test_modules_are_gone_through_once_however_many_experts_have_other_prefixes() -> None:
+    # Bug caught: every expert was compared with all others, for an hour with 62 layers of 256.
+    class Counted(dict[str, tuple[int, ...]]):
+        times = 0
+
+        def __iter__(self) -> Iterator[str]:
+            self.times += 1
+            return super().__iter__()
+
+    shapes = Counted(
+        of_single_experts(
+            {"a.mlp.experts.gate_up_proj": (8, 12, 4), "a.mlp.experts.down_proj": (8, 4, 6)}
+        )
+    )
+    paths = [f"b.moe.experts.{k}.{name}" for k in range(8) for name in ("w1", "w2")]
+    found = [resolve_shape(path, 24, shapes, "f") for path in paths]
+    assert found == [(6, 4), (4, 6)] * 8
+    assert shapes.times == 1

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -120,13 +124,13 @@ def resolve_shape(path: str, numel: int, shapes: Shapes, where: str) -> tuple[in
                 "the manifest, original or config.json that gives their shapes belong to different models."
             )
         return tuple(shapes[path])
-    tails = {name: tail for name in shapes if (tail := _equal_tail(path, name))}
-    fits = {name: tail for name, tail in tails.items() if math.prod(shapes[name]) == numel}
-    best = [name for name in fits if fits[name] == max(fits.values())]
+    index, parts = _by_end(_Same(shapes)), path.split(".")
+    ends = [index[end] for start in range(len(parts)) if (end := ".".join(parts[start:])) in index]
+    fits = ([name for name in end if math.prod(shapes[name]) == numel] for end in ends)
+    best = next(filter(None, fits), [])
     if not best:
-        near = [
-            f"{name} {list(shapes[name])}" for name in sorted(tails, key=lambda n: -tails[n])[:3]
-        ]
+        names = dict.fromkeys(name for end in ends for name in end)
+        near = [f"{name} {list(shapes[name])}" for name in islice(names, 3)]
         raise FormatError(
             f"{where}: {path} has {numel} weights in the file, and the model has no module of that "
             f"name and size; nearest: {', '.join(near) or 'none'}."
@@ -140,11 +144,28 @@ def resolve_shape(path: str, numel: int, shapes: Shapes, where: str) -> tuple[in
     return tuple(shapes[best[0]])
 
 
-def _equal_tail(left: str, right: str) -> int:
-    """Return how many dotted components the two paths have in common at the end."""
-    count = 0
-    for a, b in zip(reversed(left.split(".")), reversed(right.split(".")), strict=False):
-        if a != b:
-            break
-        count += 1
-    return count
+@dataclass(frozen=True, eq=False)
+class _Same:
+    """A mapping as the key of a cache: equal to itself alone, and kept alive, so that no other has its id."""
+
+    shapes: Shapes
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.shapes is other.shapes
+
+    def __hash__(self) -> int:
+        return hash((id(self.shapes), len(self.shapes)))
+
+
+@lru_cache(maxsize=1)
+def _by_end(same: _Same) -> dict[str, list[str]]:
+    """Return every end of a module's path, in whole components -> the modules that have it, in their order.
+
+    Comparing each of 50,000 experts with every other would take an hour.
+    """
+    index: dict[str, list[str]] = defaultdict(list)
+    for name in same.shapes:
+        parts = name.split(".")
+        for start in range(len(parts)):
+            index[".".join(parts[start:])].append(name)
+    return dict(index)
