@@ -7,7 +7,7 @@ from gpu_helpers import DEVICE, NEEDS_GPU, captured, gaussian, nan_memory, no_re
 from helpers import Bits, poisoned, same_bits, to_torch, unlike
 
 from vllm_dfloat.codec.fast_encode import encode
-from vllm_dfloat.device import fast_ops
+from vllm_dfloat.device import experts, fast_experts, fast_ops
 from vllm_dfloat.kernels import fast_decode, fast_rows
 
 pytestmark = NEEDS_GPU
@@ -50,6 +50,61 @@ def test_gpu_decodes_every_hard_matrix_in_both_forms(name: str, prmt: bool) -> N
 @pytest.mark.parametrize(("shape", "prmt"), REAL_FORMS)
 def test_gpu_decodes_layers_of_real_size(shape: tuple[int, int], prmt: bool) -> None:
     assert_decodes(gaussian(*shape), prmt)
+
+
+@pytest.mark.parametrize("prmt", FORMS)
+@pytest.mark.parametrize("shape", of_size([(128_256, 4096), (4097, 1023)], [(200, 300)]))
+def test_gpu_decodes_runs_of_rows_and_nothing_beyond_them(
+    shape: tuple[int, int], prmt: bool
+) -> None:
+    bits = gaussian(*shape)
+    (rows, cols), expected, fast = shape, to_torch(bits).to(DEVICE), packed(bits)
+    slab = -(-rows // 3 // 64) * 64
+    for first in range(0, rows, slab):
+        count = min(slab, rows - first)
+        out = poisoned((slab * cols + 8,), unlike(bits), DEVICE)
+        tiles = fast_ops.num_tiles(count, cols)
+        status = torch.full((tiles + 1,), -1, dtype=torch.int32, device=DEVICE)
+        fast_decode.decode_run(fast.desc, rows, cols, first, count, out, status, prmt=prmt)
+        found, rest = out[: count * cols].view(count, cols), out[count * cols :]
+        assert same_bits(found, expected[first : first + count])
+        assert same_bits(rest, poisoned(tuple(rest.shape), unlike(bits), DEVICE))
+        assert status[-1] == -1
+        assert not status[:-1].any()
+
+
+# w13 and w2 of Qwen3-30B-A3B; experts that share blocks of rows.
+@pytest.mark.parametrize(
+    "shape", of_size([(128, 1536, 2048), (128, 2048, 768), (16, 333, 77)], [(4, 64, 77)])
+)
+@pytest.mark.parametrize("is_in_graph", of_size([False, True], [False]))
+def test_gpu_decodes_the_experts_that_got_tokens_and_no_other_blocks(
+    shape: tuple[int, int, int], is_in_graph: bool
+) -> None:
+    num_experts, rows, cols = shape
+    bits = gaussian(num_experts * rows, cols)
+    fast, weight = packed(bits), to_torch(bits).to(DEVICE).view(shape)
+    out = poisoned((bits.size,), unlike(bits), DEVICE)
+    tiles = fast_ops.num_tiles(fast.rows, cols)
+    status = torch.empty(tiles, dtype=torch.int32, device=DEVICE)
+    chosen = torch.empty(num_experts, dtype=torch.int32, device=DEVICE)
+    ids = torch.zeros(2, dtype=torch.int32, device=DEVICE)
+
+    def work() -> None:
+        experts.mark_chosen(ids, None, chosen)
+        fast_experts.launch_decode_chosen(fast.desc, *shape, chosen, out, status)
+
+    replay = captured(work).replay if is_in_graph else work
+    last = num_experts - 1
+    for picked in ([1, 1], [last, 0], [last, last]):
+        out.copy_(poisoned((bits.size,), unlike(bits), DEVICE))
+        ids.copy_(torch.tensor(picked, dtype=torch.int32))
+        replay()
+        for expert in picked:
+            assert same_bits(out.view(shape)[expert], weight[expert])
+        far = last if picked == [1, 1] else 2  # in no tile with a chosen one
+        rest = out.view(shape)[far]
+        assert same_bits(rest, poisoned(tuple(rest.shape), unlike(bits), DEVICE))
 
 
 @pytest.mark.parametrize("name", NAMES)
