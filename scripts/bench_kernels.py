@@ -36,6 +36,7 @@ SECTIONS = {  # the most important come first: time may run out
     "decode_rows": ("bench.kernels.decode", "run_rows"),
     "layouts": ("bench.kernels.units", "run"),
     "slabs": ("bench.kernels.slabs", "run"),
+    "in_order": ("bench.kernels.in_order", "run"),
 }
 SHARES = {
     "decode": 2,

@@ -6,6 +6,7 @@
 #     scripts/gpu_serve.sh --device cpu      # a rehearsal with vLLM's CPU build, on a tiny model
 #
 # Weights in host memory, BF16 and compressed in the same GPU memory: --variants bf16,exact,offload,exact_offload,offload_more
+# Fused where its bits are those of batch-invariant vLLM: VLLM_BATCH_INVARIANT=1 scripts/gpu_serve.sh --variants bf16,fast_fused_exact
 # A mixture of experts: --shape qwen3-30b-a3b-12 --variants bf16,exact
 # Uses the installed vLLM, or one in FOLDER (put on PYTHONPATH; FOLDER/env.sh is sourced if it exists), with this
 # checkout as its plugin. Random weights in the shape of Llama 3.1 8B are written to memory if it has room. vLLM may use

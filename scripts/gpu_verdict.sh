@@ -8,7 +8,7 @@
 # experts alone vLLM is used: the installed one, or one in FOLDER (FOLDER/env.sh is sourced if it exists). Sections: environment;
 # the bits of every kernel on small sizes; times of decode, encode and products, packed and fast, next to a device copy
 # and cuBLAS; the order in which vLLM's batch-invariant GEMM adds; the tests marked `gpu`; times of experts, groups,
-# rows and the official layout; the bits of LM heads in slabs; memcheck; more than 2^31 weights; hardware counters;
+# rows and the official layout; the bits of LM heads in slabs and of products in order; memcheck; more than 2^31 weights; hardware counters;
 # racecheck; tuning. Each section has its own time limit, and none begins after --limit (345 s) in total. Every row is
 # printed and written as soon as it is known. After wrong bits or failed tests, times are marked and the status is 1.
 #
@@ -227,7 +227,7 @@ starter=(bash -c '[[ ! -f $1/env.sh ]] || . "$1/env.sh"; PYTHONPATH=$PYTHONPATH:
 run_times "times of experts" 55 experts.json experts
 starter=()
 run_times "times of blocks, rows, layouts" 45 times2.json block decode_rows layouts
-run_times "LM heads in slabs" 45 slabs.json slabs
+run_times "LM heads in slabs, products in order" 60 slabs.json slabs in_order
 [[ $device == cpu ]] || on_gpu_only
 
 for note in "${notes[@]}"; do

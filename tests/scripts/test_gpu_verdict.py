@@ -69,7 +69,7 @@ def test_rehearsal_goes_through_its_parts_and_leaves_results_only_where_it_was_t
         sections |= {row["section"] for row in found["rows"]}
     assert sections == {
         "decode", "fused", "fast", "fast_fused", "experts", "layouts", "block", "overlap", "encode", "decode_rows",
-        "slabs",
+        "slabs", "in_order",
     }  # fmt: skip
     files = sorted(path.name for path in tmp_path.iterdir())
     assert files == [

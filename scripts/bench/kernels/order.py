@@ -114,7 +114,7 @@ def compare(
             ):  # rows of zeros take more than 14 bits
                 mixed = weight[:, order].contiguous(), x[:, order].contiguous()
                 found |= {"fused": fused(*mixed), "fused, own order": fused(weight, x)}
-            unequal = {name: _unequal(blas[: len(out)], out) for name, out in found.items()}
+            unequal = {name: unequal(blas[: len(out)], out) for name, out in found.items()}
             yield {
                 "kind": kind,
                 "rows": rows,
@@ -125,5 +125,5 @@ def compare(
             }
 
 
-def _unequal(a: torch.Tensor, b: torch.Tensor) -> int:
+def unequal(a: torch.Tensor, b: torch.Tensor) -> int:
     return int((a.view(torch.int16) != b.view(torch.int16)).sum())

@@ -34,6 +34,13 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "DFloat11 fused, fast layout",
         {**COMPRESSED, "additional_config": {"dfloat11": {"layout": "fast", "mode": "fused"}}},
     ),
+    "fast_fused_exact": (
+        "DFloat11 fused where exact, fast layout",
+        {
+            **COMPRESSED,
+            "additional_config": {"dfloat11": {"layout": "fast", "mode": "fused-exact"}},
+        },
+    ),
     "block": (
         "DFloat11 exact, by block",
         {**COMPRESSED, "additional_config": {"dfloat11": {"granularity": "block"}}},
@@ -41,7 +48,12 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 DEFAULT_VARIANTS = ("bf16", "exact", "fused", "offload")
 COMPARED = ("bf16", "exact")
-EXACT = (*COMPARED, "exact_offload", "fast_exact")  # their tokens must be those of BF16
+EXACT = (
+    *COMPARED,
+    "exact_offload",
+    "fast_exact",
+    "fast_fused_exact",
+)  # their tokens must be those of BF16
 # BF16 with CPU offload -> the variant whose GPU memory it gets
 AS_LARGE_AS = {"offload": "exact", "offload_more": "exact_offload"}
 # Set by the variants or by other arguments: in --engine they would make labels and points wrong.
