@@ -148,17 +148,17 @@ CONFIGS: dict[str | tuple[int, int], LaunchConfig] = {
 }
 
 
-def config_for(device_name: str, capability: tuple[int, int]) -> LaunchConfig:
+def config_for(device_name: str, capability: tuple[int, int] | None) -> LaunchConfig:
     """Return the launch parameters for a device.
 
     Args:
         device_name: the driver's name for the device, such as "NVIDIA H100 80GB HBM3".
-        capability: its compute capability, such as (9, 0).
+        capability: its compute capability, such as (9, 0); None for an AMD GPU, whose numbers mean other things.
     """
     names = [key for key in CONFIGS if isinstance(key, str) and key in device_name]
     if names:
         return CONFIGS[max(names, key=len)]
-    return CONFIGS.get(capability, DEFAULT)
+    return DEFAULT if capability is None else CONFIGS.get(capability, DEFAULT)
 
 
 _overriding: list[LaunchConfig] = []
@@ -183,4 +183,6 @@ def config_of(device: torch.device) -> LaunchConfig:
 def _config_of(device: torch.device) -> LaunchConfig:
     if device.type != "cuda":
         return INTERPRETED
-    return config_for(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
+    is_amd = torch.version.hip is not None
+    capability = None if is_amd else torch.cuda.get_device_capability(device)
+    return config_for(torch.cuda.get_device_name(device), capability)

@@ -152,7 +152,7 @@ def decode(
         rows, cols: shape of the matrix.
         out: BF16, flat, contiguous, at least `rows * cols` elements, aligned to 16 bytes.
         status: int32, at least the tiles of the layout; 0 per tile, or a STATUS_* bit.
-        prmt: join bytes with PRMT; None: unless Triton interprets. The bits are the same.
+        prmt: join bytes with PRMT; None: unless Triton interprets, or on an AMD GPU. The bits are the same.
     """
     if rows * cols:
         constants = constants_of(rows, cols, out.device, prmt)
@@ -213,5 +213,5 @@ def _num_programs(count: int, cols: int, constants: dict[str, Any]) -> int:
 
 
 def has_prmt() -> bool:
-    """Return whether kernels are compiled, and not interpreted."""
-    return isinstance(_fast_decode_kernel, triton.runtime.JITFunction)
+    """Return whether kernels are compiled for an NVIDIA GPU, and not interpreted."""
+    return torch.version.hip is None and isinstance(_fast_decode_kernel, triton.runtime.JITFunction)

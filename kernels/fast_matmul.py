@@ -99,14 +99,14 @@ def matmul(
         out: BF16 [num_x, rows], contiguous.
         partials: FP32, at least `num_partials(rows, num_x, shape)` elements; overwritten.
         shape: how the kernel is launched.
-        form: PLAIN, PATCHED or PERMUTED; None for PERMUTED on a GPU, PLAIN in the interpreter.
+        form: PLAIN, PATCHED or PERMUTED; None for PERMUTED on an NVIDIA GPU, else PLAIN.
     """
     num_x, rows = out.shape
     if not out.numel():
         return
     is_gpu = x.is_cuda
     if form is None:
-        form = PERMUTED if is_gpu else PLAIN
+        form = PERMUTED if is_gpu and torch.version.hip is None else PLAIN
     compiled = compiled_rows(num_x, shape)
     bits = out.view(torch.uint16)
     target = bits if shape.parts == 1 else partials

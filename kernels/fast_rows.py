@@ -86,7 +86,7 @@ def decode_rows(
         ids: int64 or int32 [n], the rows.
         rows, cols: shape of the matrix.
         out: BF16 [n, cols], contiguous, aligned to 16 bytes.
-        prmt: join bytes with PRMT; None: unless Triton interprets. The bits are the same.
+        prmt: join bytes with PRMT; None: unless Triton interprets, or on an AMD GPU. The bits are the same.
     """
     if out.numel():
         tiles = FAST_ROWS_TILES_PER_PROGRAM

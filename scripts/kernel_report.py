@@ -8,6 +8,9 @@ executed instructions per weight. For the last, instructions in loops count as o
 on both sides of a branch; the sum is multiplied by the threads of a program and divided by its weights. The same number
 is given for each loop alone, in code order: the loop over packed weights, then the one over weights held as BF16. In
 the official layout loops run as often as the data requires, so each is counted once: the number is the code size.
+
+For AMD GPUs (gfx942, gfx950), whose waves have 64 threads, it reports vector registers per thread, bytes spilled to
+memory, scalar registers spilled to vector registers, shared memory, and counts of the whole code.
 """
 
 import argparse
@@ -27,7 +30,7 @@ os.environ.pop("TRITON_INTERPRET", None)  # interpreted functions cannot be comp
 
 import triton
 from compile_specs import decode, encode, fast, fast_matmul, matmul
-from compile_specs.spec import TARGETS, CompileSpec
+from compile_specs.spec import AMD, TARGETS, CompileSpec
 
 TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 INSTRUCTION = re.compile(
@@ -73,9 +76,43 @@ def contains(loop: tuple[int, int], other: tuple[int, int]) -> bool:
     return loop != other and loop[0] <= other[0] and other[1] <= loop[1]
 
 
-def measure(spec: CompileSpec, capability: int) -> dict[str, Any]:
+AMD_INSTRUCTION = re.compile(
+    r"^\s+(?:(s_barrier)|((?:s|v|ds|global|flat|buffer|scratch)_\w+))", re.M
+)
+
+
+def measure_amd(spec: CompileSpec, target: str) -> dict[str, Any]:
+    """Return one row for an AMD GPU; code is counted once, whatever loops do."""
+    compiled = spec.compile(target)
+    code = compiled.asm["amdgcn"]
+
+    def number(name: str) -> int:
+        found = re.search(rf"\.{name}:\s+(\d+)", code)
+        assert found
+        return int(found[1])
+
+    names = [barrier or other for barrier, other in AMD_INSTRUCTION.findall(code)]
+    widest = max(
+        (int(n) for n in re.findall(r"(?:global|flat|buffer)_store_dwordx(\d)", code)), default=1
+    )
+    return {
+        "kernel": spec.name,
+        "target": target,
+        "registers": number("vgpr_count"),
+        "spilled_bytes": number("private_segment_fixed_size"),
+        "spilled_scalars": number("sgpr_spill_count"),
+        "shared_bytes": int(compiled.metadata.shared),
+        "barriers": names.count("s_barrier"),
+        "instructions": len(names),
+        "widest_store_bits": 32 * widest,
+    }
+
+
+def measure(spec: CompileSpec, target: str) -> dict[str, Any]:
     """Return one row of the report."""
-    compiled = spec.compile(capability)
+    if target in AMD:
+        return measure_amd(spec, target)
+    compiled = spec.compile(target)
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(compiled.asm["cubin"])
@@ -91,7 +128,7 @@ def measure(spec: CompileSpec, capability: int) -> dict[str, Any]:
     per_weight = 32 * spec.num_warps / spec.weights_per_program
     return {
         "kernel": spec.name,
-        "target": f"sm_{capability}",
+        "target": target,
         "registers": int(resources["REG"]),
         "spilled_bytes": int(resources["STACK"]) + int(resources["LOCAL"]),
         "spills_in_loops": sum(
@@ -111,15 +148,15 @@ def measure(spec: CompileSpec, capability: int) -> dict[str, Any]:
     }
 
 
-def measure_by_index(index: int, capability: int) -> dict[str, Any]:
+def measure_by_index(index: int, target: str) -> dict[str, Any]:
     """Return the row of one kernel, given by its index in `specs()`, because specs cannot be sent between processes."""
-    return measure(specs()[index], capability)
+    return measure(specs()[index], target)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--target", type=int, action="append", choices=TARGETS, help="default: all")
+    parser.add_argument("--target", action="append", choices=TARGETS, help="default: all")
     names = [spec.name for spec in specs()]
     parser.add_argument("--kernel", action="append", choices=names, help="default: all")
     args = parser.parse_args()
@@ -133,7 +170,8 @@ def main() -> int:
     if args.json:
         json.dump({"triton": triton.__version__, "kernels": rows}, sys.stdout, indent=1)
         return 0
-    heads = list(rows[0])
+    heads = list(dict.fromkeys(head for row in rows for head in row))
+    rows = [{head: row.get(head, "") for head in heads} for row in rows]
     widths = [max(len(head), *(len(str(row[head])) for row in rows)) for head in heads]
     for line in [heads, *([str(row[head]) for head in heads] for row in rows)]:
         print(

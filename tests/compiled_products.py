@@ -65,7 +65,7 @@ def run(compiled: Any, memory: Bits, parameters: list[int], blocks: int, num_x: 
 
 
 def of_vllm(
-    kernel: Any, target: int, num_x: int, blocks: Mapping[str, int], num_warps: int, stages: int
+    kernel: Any, target: str, num_x: int, blocks: Mapping[str, int], num_warps: int, stages: int
 ) -> Bits:
     x, weight, bias = operands(num_x)
     given = vllm_matmul.sizes(kernel, num_x, ROWS, COLS, True, blocks)
@@ -85,7 +85,7 @@ def of_vllm(
     return run(spec.compile(target, num_stages=stages), filled, parameters, tiles, num_x)
 
 
-def of_ours(name: str, target: int, num_x: int, **changes: Any) -> Bits:
+def of_ours(name: str, target: str, num_x: int, **changes: Any) -> Bits:
     (spec,) = [spec for spec in specs.IN_ORDER if spec.name == name]
     spec.constexprs.update(changes)
     x, weight, bias = operands(num_x)
@@ -109,21 +109,21 @@ def main() -> int:
     default = vllm_matmul.BLOCKS, vllm_matmul.NUM_WARPS, vllm_matmul.NUM_STAGES
     tuned = TUNED, 4, 5
     for target, num_x, blocks in (
-        (80, 3, default),
-        (80, 16, default),
-        (89, 5, default),
-        (90, 16, tuned),
+        ("sm_80", 3, default),
+        ("sm_80", 16, default),
+        ("sm_89", 5, default),
+        ("sm_90", 16, tuned),
     ):
         expected = of_vllm(kernel, target, num_x, *blocks)
         found = of_ours("fast_in_order_16_32x2x4", target, num_x)
-        unequal[f"sm_{target}, {num_x} rows"] = int((found != expected).sum())
-    expected = of_vllm(kernel, 80, 16, *default)
+        unequal[f"{target}, {num_x} rows"] = int((found != expected).sum())
+    expected = of_vllm(kernel, "sm_80", 16, *default)
     for what, changed in {
         "16 columns of every 64": {"IN_ORDER": False},
         "columns of two steps mixed": {"WIDTH": 2},
     }.items():
         found = of_ours(
-            "fast_in_order_16_32x2x4", 80, 16, **{"IN_ORDER": True, "WIDTH": 4} | changed
+            "fast_in_order_16_32x2x4", "sm_80", 16, **{"IN_ORDER": True, "WIDTH": 4} | changed
         )
         unequal[what] = int((found != expected).sum())
     json.dump({"of": ROWS * 16, "unequal": unequal}, sys.stdout)

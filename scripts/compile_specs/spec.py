@@ -14,7 +14,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-TARGETS = (80, 89, 90, 100)  # compute capability times ten
+from vllm_dfloat.kernels.fast_escapes import PLAIN
+
+NVIDIA = ("sm_80", "sm_89", "sm_90", "sm_100")
+AMD = ("gfx942", "gfx950")  # MI300 and MI350; their waves have 64 threads
+TARGETS = (*NVIDIA, *AMD)
+# Forms of inline PTX, for which a launcher takes the plain one on an AMD GPU.
+_PLAIN = {"PRMT": False, "FORM": PLAIN}
 CONSTANT = "constexpr"
 _ALIGNMENT = 16  # bytes; Triton's launcher specialises on pointers and sizes divisible by it
 
@@ -45,14 +51,17 @@ class CompileSpec:
     loop_runs: int = 1
     counts_outer_loops: bool = True
 
-    def compile(self, capability: int, **options: Any) -> Any:
-        """Return Triton's compiled kernel for a capability such as 90 (sm_90); needs no GPU."""
+    def compile(self, target: str, **options: Any) -> Any:
+        """Return Triton's compiled kernel for one of TARGETS; needs no GPU."""
         attrs = {
             (self.fn.arg_names.index(arg),): [["tt.divisibility", _ALIGNMENT]]
             for arg in self.aligned_args
         }
-        source = ASTSource(self.fn, self.signature, self.constexprs, attrs)
-        target = GPUTarget("cuda", capability, 32)
-        return triton.compile(
-            source, target=target, options={"num_warps": self.num_warps, **options}
-        )
+        constexprs = dict(self.constexprs)
+        if target in AMD:
+            constexprs |= {name: form for name, form in _PLAIN.items() if name in constexprs}
+            gpu = GPUTarget("hip", target, 64)
+        else:
+            gpu = GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
+        source = ASTSource(self.fn, self.signature, constexprs, attrs)
+        return triton.compile(source, target=gpu, options={"num_warps": self.num_warps, **options})

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import triton
 from guard_pages import run_python
 from helpers import gaussian, same_bits, to_torch
 
@@ -168,9 +169,23 @@ def test_a_gpu_that_is_too_old_is_refused_by_its_name(
         checks.check_device(torch.device("cuda"))
 
 
+def test_an_amd_gpu_is_taken_whatever_its_number_and_gets_no_instructions_of_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Bug caught: an MI100-like number, taken for an NVIDIA GPU older than Ampere; PTX for an AMD GPU.
+    from vllm_dfloat.kernels import fast_decode
+
+    monkeypatch.setattr(fast_decode, "_fast_decode_kernel", triton.runtime.JITFunction(by_decode))
+    assert fast_decode.has_prmt()
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    checks.check_device(torch.device("cuda"))
+    assert not fast_decode.has_prmt()
+
+
 def test_other_devices_and_other_backends_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
-        DeviceError, match=r"^device mps: dfloat11 decodes on CPUs and on NVIDIA GPUs"
+        DeviceError, match=r"^device mps: dfloat11 decodes on CPUs, NVIDIA and AMD GPUs"
     ):
         checks.check_device(torch.device("mps"))
     monkeypatch.setenv("VLLM_DFLOAT_BACKEND", "numba")

@@ -42,7 +42,7 @@ def with_score(tensors: dict[str, torch.Tensor]) -> None:
 def test_lm_head_that_is_left_out_is_not_compressed(
     convert: str, is_compressed: bool, tmp_path: Path
 ) -> None:
-    # Bug caught: "device meta: dfloat11 decodes on CPUs and on NVIDIA GPUs only".
+    # Bug caught: "device meta: dfloat11 decodes on CPUs, NVIDIA and AMD GPUs only".
     model = tiny_models.save("llama", tmp_path / "m", **SMALL)
     if convert == "classify":
         tiny_models.edit(model, with_score)

@@ -52,6 +52,20 @@ def test_a_name_goes_before_a_capability_and_a_longer_name_before_a_shorter_one(
     assert config_for("NVIDIA of tomorrow", (12, 3)) is DEFAULT
 
 
+def test_an_amd_gpu_is_not_taken_for_an_nvidia_gpu_of_the_same_number(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Bug caught: an MI250, whose capability is (9, 0) in PyTorch, launched as a Hopper.
+    table = {(9, 0): replace(DEFAULT, fused_max_rows=3)}
+    monkeypatch.setattr(configs, "CONFIGS", table)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "AMD Instinct MI250X")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert configs._config_of.__wrapped__(torch.device("cuda")) is DEFAULT
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert configs._config_of.__wrapped__(torch.device("cuda")) is table[9, 0]
+
+
 def test_a_device_that_is_not_cuda_gets_what_suits_the_interpreter() -> None:
     assert config_of(torch.device("cpu")) is INTERPRETED
     assert config_of(torch.device("meta")) is INTERPRETED

@@ -17,10 +17,11 @@ def check_device(device: torch.device) -> None:
     """Raise DeviceError, in one sentence, if weights on `device` could not be decoded."""
     if device.type == "cpu":
         return
-    if device.type != "cuda" or torch.version.hip is not None:
-        raise DeviceError(f"device {device}: dfloat11 decodes on CPUs and on NVIDIA GPUs only")
+    if device.type != "cuda":
+        raise DeviceError(f"device {device}: dfloat11 decodes on CPUs, NVIDIA and AMD GPUs only")
     capability = torch.cuda.get_device_capability(device)
-    if capability < MIN_CAPABILITY:
+    # ROCm counts otherwise: 9.4 is an MI300.
+    if torch.version.hip is None and capability < MIN_CAPABILITY:
         raise DeviceError(
             f"{torch.cuda.get_device_name(device)}: compute capability {capability[0]}.{capability[1]}; "
             "dfloat11 needs 8.0 (Ampere) or newer"

@@ -64,7 +64,7 @@ def pack(weight: torch.Tensor, name: str = "", *, must_be_small: bool = True) ->
     """Encode a BF16 matrix on its device; the result holds no reference to the matrix.
 
     Args:
-        weight: BF16 [rows, cols] on a CPU or an NVIDIA GPU.
+        weight: BF16 [rows, cols] on a CPU or a GPU.
         name: the tensor's name, for messages.
         must_be_small: if not, only a matrix without elements, or with too many entries for 32 bits, gives None.
 

@@ -46,7 +46,7 @@ def pack(weight: torch.Tensor, name: str = "") -> PackedWeight:
     """Encode a BF16 matrix on its device; the result holds no reference to the matrix.
 
     Args:
-        weight: BF16 [rows, cols] on a CPU or an NVIDIA GPU.
+        weight: BF16 [rows, cols] on a CPU or a GPU.
         name: the tensor's name, for messages.
 
     Raises:

@@ -39,7 +39,7 @@ def pack(weight: torch.Tensor, name: str = "") -> UnitWeight:
     stream byte per weight; the kernel's launch relies on this.
 
     Args:
-        weight: BF16 [rows, cols] on a CPU or an NVIDIA GPU.
+        weight: BF16 [rows, cols] on a CPU or a GPU.
         name: the tensor's name, for messages.
 
     Raises:

@@ -27,7 +27,9 @@ FORMAT = 2
 MAX_BYTES = 1 << 20
 MAX_COUNT = 1 << 20
 _SAVING, _OLD = "saving-", 3600.0  # prefix of a folder that is there during a save; seconds
-_LIBRARIES = re.compile(r"/(lib(cublas|cublasLt|dnnl|mkl\w*|torch_cpu|torch_cuda)|_C)\b[^/]*$")
+_LIBRARIES = re.compile(
+    r"/(lib(cublas|cublasLt|hipblas|hipblaslt|rocblas|dnnl|mkl\w*|torch_cpu|torch_cuda|torch_hip)|_C)\b[^/]*$"
+)
 PROCESSOR_FILE = Path("/proc/cpuinfo")
 # Its lines that matter. A virtual machine may have the name of a processor, and not its AMX.
 _PROCESSOR = re.compile(
@@ -36,6 +38,8 @@ _PROCESSOR = re.compile(
 _VARIABLES = (
     "CUBLAS",
     "NVIDIA_TF32",
+    "HIPBLASLT_",
+    "ROCBLAS_",
     "TORCH_",
     "PYTORCH_",
     "ONEDNN_",
@@ -77,7 +81,7 @@ def key_of(product: Product) -> dict[str, Any]:
     matmul = torch.backends.cuda.matmul
     return facts | {
         "device": [found.name, found.major, found.minor, found.multi_processor_count],
-        "cuda": torch.version.cuda,
+        "cuda": torch.version.cuda or f"ROCm {torch.version.hip}",
         "reduced": str(matmul.allow_bf16_reduced_precision_reduction),
         "blas": str(torch.backends.cuda.preferred_blas_library()),
     }
