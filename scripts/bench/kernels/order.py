@@ -114,14 +114,14 @@ def compare(
             ):  # rows of zeros take more than 14 bits
                 mixed = weight[:, order].contiguous(), x[:, order].contiguous()
                 found |= {"fused": fused(*mixed), "fused, own order": fused(weight, x)}
-            unequal = {name: unequal(blas[: len(out)], out) for name, out in found.items()}
+            differing = {name: unequal(blas[: len(out)], out) for name, out in found.items()}
             yield {
                 "kind": kind,
                 "rows": rows,
                 "cols": cols,
                 "num_x": count,
                 "of": blas.numel(),
-                **unequal,
+                **differing,
             }
 
 
