@@ -122,9 +122,12 @@ def test_a_tied_embedding_is_looked_up_and_multiplied_by() -> None:
     assert not config.slab
 
 
-@pytest.mark.parametrize("value", ["some", 0, -1, True, 1.5, None, [1]])
+def test_a_slab_may_be_given_in_bytes_or_as_a_size() -> None:
+    assert Options().updated({"slab": "64MiB"}, "options").slab == 64 << 20
+    assert Options().updated({"slab": 4096}, "options").slab == 4096
+
+
+@pytest.mark.parametrize("value", ["some", "64", "0MiB", 0, -1, True, 1.5, None, [1]])
 def test_a_wrong_value_of_the_option_is_refused(value: Any) -> None:
-    with pytest.raises(
-        UnsupportedError, match=r"slab: .*; expected one of auto, off, or a positive"
-    ):
+    with pytest.raises(UnsupportedError, match=r"slab: .*; expected one of auto, off, a positive"):
         Options().updated({"slab": value}, "options")

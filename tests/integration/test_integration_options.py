@@ -46,17 +46,23 @@ def test_every_layout_that_can_be_asked_for_has_its_functions() -> None:
         ),
         (
             {"mode": "fused", "layout": "dfloat11"},
-            "it needs layout 'packed' or 'fast' or 'auto'. Remove one",
+            "it needs layout 'packed' or 'fast' or 'auto'. Set layout to one of these, or leave mode out.",
         ),
         ({"granularity": "block", "layout": "dfloat11"}, "here: granularity 'block' with layout"),
         (
             {"kv_tokens": 5, "layout": "fast"},
-            "kv_tokens 5 with layout 'fast'; it needs layout 'auto'",
+            "kv_tokens 5 with layout 'fast'; it needs layout 'auto'. Set layout to 'auto', or leave kv_tokens out.",
         ),
         ({"kv_tokens": 0, "layout": "auto"}, "here: kv_tokens: 0; expected a number of tokens"),
         ({"kv_tokens": "all", "layout": "auto"}, "here: kv_tokens: 'all'; expected a number"),
-        ({"granularity": "block", "layout": "auto"}, "layout 'auto'; it needs layout 'packed'. Re"),
-        ({"granularity": "block", "layout": "fast"}, "layout 'fast'; it needs layout 'packed'. Re"),
+        (
+            {"granularity": "block", "layout": "auto"},
+            "layout 'auto'; it needs layout 'packed'. Set",
+        ),
+        (
+            {"granularity": "block", "layout": "fast"},
+            "layout 'fast'; it needs layout 'packed'. Set",
+        ),
     ],
 )
 def test_wrong_options_are_refused_with_their_place(given: dict[str, Any], message: str) -> None:

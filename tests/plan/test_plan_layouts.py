@@ -146,7 +146,10 @@ def test_auto_chooses_for_each_stage_and_says_so_where_nothing_has_room() -> Non
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--layout", "packed"], "--kv-tokens 100 with --layout packed: it needs --layout auto."),
+        (
+            ["--layout", "packed"],
+            "--kv-tokens 100 with --layout packed: it needs --layout auto. Give",
+        ),
         (["--layout", "all"], "--kv-tokens 100 with --layout all: it needs --layout auto."),
         (
             ["--layout", "auto", "--kv-cache-memory", "1GiB"],
@@ -161,3 +164,12 @@ def test_tokens_that_nothing_is_chosen_by_are_refused(
     model = str(CONFIGS / "Llama-3.1-8B.json")
     assert main(["plan", model, "--gpu-memory", "24GiB", "--kv-tokens", "100", *options]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_slab_may_be_given_in_bytes_or_as_a_size(capsys: pytest.CaptureFixture[str]) -> None:
+    printed = []
+    for slab in ("67108864", "64MiB"):
+        model = str(CONFIGS / "Llama-3.1-8B.json")
+        assert main(["plan", model, "--gpu-memory", "24GiB", "--slab", slab]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]

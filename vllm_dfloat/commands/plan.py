@@ -87,7 +87,7 @@ def add_plan(commands: Any) -> argparse.ArgumentParser:
         "--kv-tokens", type=int, help="that --layout auto leaves room for (default: one request of --max-model-len)"
     )  # fmt: skip
     parser.add_argument(
-        "--slab", metavar="SIZE", help="of the LM head, as the option `slab`: auto, off, or as 64MiB (default: auto)"
+        "--slab", metavar="SIZE", help="of the LM head, as the option `slab`: auto (default), off, bytes, 64MiB"
     )  # fmt: skip
     parser.add_argument(
         "--code-bits", type=float, help="bits per exponent (default: measured, or 2.7 assumed)"
@@ -156,9 +156,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _slab(given: str | None) -> int | None:
     """Return the bytes of a slab, 0 for "off", None for "auto"."""
-    if given in (None, "auto"):
+    if given is None or given == "auto":
         return None
-    return 0 if given == "off" else parse_size(str(given), "--slab")
+    if given == "off":
+        return 0
+    return int(given) if given.isdecimal() else parse_size(given, "--slab")
 
 
 def _ranks(args: argparse.Namespace) -> int:
@@ -202,7 +204,8 @@ def _check(args: argparse.Namespace) -> None:
         )
     if args.kv_tokens and args.layout != "auto":
         raise UnsupportedError(
-            f"--kv-tokens {args.kv_tokens} with --layout {args.layout}: it needs --layout auto. Remove one of the two."
+            f"--kv-tokens {args.kv_tokens} with --layout {args.layout}: it needs --layout auto. "
+            "Give --layout auto, or leave --kv-tokens out."
         )
     if args.kv_tokens and args.kv_cache_memory:
         raise UnsupportedError(

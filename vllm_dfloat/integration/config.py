@@ -194,7 +194,7 @@ class DFloat11Config(QuantizationConfig):  # type: ignore[misc]  # vLLM is untyp
         if self.options.mode == "fused" and compat.is_batch_invariant():
             raise UnsupportedError(
                 "mode 'fused' with VLLM_BATCH_INVARIANT: it gives small batches other bits than large ones; expected "
-                "mode 'exact'. Remove one of the two."
+                "mode 'exact' or 'fused-exact'. Leave out mode, or the variable."
             )
         if reason := refusal(config):
             raise UnsupportedError(f"dfloat11 does not work with {reason}")

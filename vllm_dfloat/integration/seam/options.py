@@ -2,10 +2,12 @@
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from vllm_dfloat.errors import UnsupportedError
+from vllm_dfloat.plan.byte_sizes import parse_size
 
 LAYOUTS = ("packed", "fast", "dfloat11")  # their functions are in layouts.py
 AUTO = "auto"  # as a layout: fast for some layers, packed for the others
@@ -18,7 +20,7 @@ NEEDS = (
     ("mode", FUSED_EXACT, ("fast", AUTO)),
     ("granularity", "block", ("packed",)),
 )
-SLABS = ("auto", "off")  # or a number of bytes
+SLABS = ("auto", "off")  # or a number of bytes, or a size such as "64MiB"
 
 
 @dataclass(frozen=True)
@@ -76,12 +78,12 @@ class Options:
             if options.layout not in layouts and getattr(options, name) == value:
                 raise UnsupportedError(
                     f"{where}: {name} {value!r} with layout {options.layout!r}; it needs layout "
-                    f"{' or '.join(map(repr, layouts))}. Remove one of the two."
+                    f"{' or '.join(map(repr, layouts))}. Set layout to one of these, or leave {name} out."
                 )
         if options.kv_tokens is not None and options.layout != AUTO:
             raise UnsupportedError(
                 f"{where}: kv_tokens {options.kv_tokens} with layout {options.layout!r}; it needs layout {AUTO!r}. "
-                "Remove one of the two."
+                f"Set layout to {AUTO!r}, or leave kv_tokens out."
             )
         return options
 
@@ -103,8 +105,11 @@ def _slab(value: Any, where: str) -> str | int:
         return value
     if value in SLABS:
         return str(value)
+    with suppress(UnsupportedError):
+        if isinstance(value, str) and (size := parse_size(value, where)):
+            return size
     raise UnsupportedError(
-        f"{where}: {value!r}; expected one of {', '.join(SLABS)}, or a positive number of bytes."
+        f"{where}: {value!r}; expected one of {', '.join(SLABS)}, a positive number of bytes, or as '64MiB'."
     )
 
 
