@@ -216,7 +216,15 @@ def main(argv: list[str] | None = None) -> int:
     until = time.time() + args.budget
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     command = shlex.join(["python", "scripts/bench_online.py", *(argv or sys.argv[1:])])
-    whole: Json = {"date": date, "command": command, "machine": launch.machine(), "results": []}
+    machine = launch.machine()
+    is_rehearsal = machine.get("gpu") is None
+    whole: Json = {
+        "date": date,
+        "command": command,
+        "machine": machine,
+        "is_rehearsal": is_rehearsal,
+        "results": [],
+    }
     with tempfile.TemporaryDirectory() as scratch:
         logs = args.logs or Path(scratch)
         logs.mkdir(parents=True, exist_ok=True)
@@ -231,6 +239,8 @@ def main(argv: list[str] | None = None) -> int:
                 )
             if args.output:
                 args.output.write_text(json.dumps(whole, indent=1) + "\n")
+    if is_rehearsal:
+        print("REHEARSAL ON A CPU: these times say nothing about a GPU.")
     print(table(whole["results"]))
     return int(any("error" in result for result in whole["results"]))
 

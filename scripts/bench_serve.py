@@ -238,7 +238,7 @@ def bench(argv: list[str], launch: Launch | None) -> int:
         "model": options.shape,
         "weights": "as in the checkpoint" if options.model else "random, N(0, 0.02)",
         "settings": {
-            "mode": "eager" if options.eager else "compiled, CUDA graphs",
+            "mode": _mode(options),
             "fork": options.fork,
             **{key: getattr(options, key) for key in ("hold", "context", "prefill", "runs")},
             **{key: getattr(options, key) for key in ("steps", "max_seqs", "gpu_memory")},
@@ -254,6 +254,14 @@ def bench(argv: list[str], launch: Launch | None) -> int:
     report.store(whole, output, say)
     print(report.table(whole))
     return 0
+
+
+def _mode(options: Options) -> str:
+    """Return in words how the engines run models."""
+    if options.eager:
+        return "eager"
+    compiled = options.engine.get("compilation_config", {}).get("mode", 1) != 0
+    return f"{'' if compiled else 'not '}compiled, CUDA graphs"
 
 
 def main(argv: list[str] | None = None, launch: Launch | None = None) -> int:

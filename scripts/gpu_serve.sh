@@ -11,20 +11,20 @@
 # Uses the installed vLLM, or one in FOLDER (put on PYTHONPATH; FOLDER/env.sh is sourced if it exists), with this
 # checkout as its plugin. Random weights in the shape of Llama 3.1 8B are written to memory if it has room. vLLM may use
 # 28 GiB of the GPU, as on a smaller card, so that the memory saved decides how many sequences fit. Decode steps run
-# from CUDA graphs, without torch.compile, which would take half a minute more per engine. Decode
-# steps of up to 64 sequences are measured with every engine before anything else. Results are written after each engine; if the first attention backend gives none, another is tried once. Further arguments go to
-# scripts/bench_serve.py and replace these choices. With --protocol, the first argument, requests go to servers
-# instead, by the protocol that others publish (scripts/bench_online.py, to which further arguments go); that takes about
-# 100 s an engine.
+# from CUDA graphs, without torch.compile, which would take half a minute more per engine. Decode steps of up to 64
+# sequences are measured with every engine before anything else. Results are written after each engine; if the first
+# attention backend gives none, another is tried once. Further arguments go to scripts/bench_serve.py and replace these
+# choices. With --protocol, requests go to servers instead, by the protocol that others publish (scripts/bench_online.py,
+# to which further arguments go); that takes about 100 s an engine, and --limit is 900 s if not given.
 #
-# serve.json, serve.png (not with --protocol), logs.tar.gz and serve.log are written to DIR, by default scripts/results/<gpu>/serve-<date>,
-# for a rehearsal a temporary folder. Exit status 0 measured, 1 other tokens than BF16's or an engine that did not run,
+# serve.json, serve.png (not with --protocol), logs.tar.gz and serve.log are written to DIR, by default
+# scripts/results/<gpu>/serve-<date>, for a rehearsal a temporary folder. Exit status 0 measured, 1 other tokens than BF16's or an engine that did not run,
 # 2 it cannot run here. PYTHON names the interpreter.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 PYTHON=${PYTHON:-python3}
-device=cuda out='' limit=345 site='' shape=''
+device=cuda out='' limit='' site='' shape=''
 MEMORY_MIB=28672
 GRAPHS='"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 4, 16, 64, 256]}, '
 
@@ -34,13 +34,14 @@ usage() {
 }
 
 protocol=''
-if [[ ${1:-} == --protocol ]]; then
-  protocol=1
-  shift
-fi
 while (($#)); do
   case $1 in
     -h | --help) usage ;;
+    --protocol)
+      protocol=1
+      shift
+      continue
+      ;;
     --device | --out | --limit | --commit | --site | --shape) (($# > 1)) || usage ;;&
     --device) device=$2 ;;
     --out) out=$2 ;;
@@ -53,6 +54,7 @@ while (($#)); do
   shift 2
 done
 [[ $device == cuda || $device == cpu ]] || usage
+limit=${limit:-$([[ -n $protocol ]] && echo 900 || echo 345)}
 [[ $limit =~ ^[1-9][0-9]{0,4}$ ]] || usage
 
 cannot() {
@@ -76,7 +78,7 @@ printf '[vllm.general_plugins]\ndfloat11 = vllm_dfloat.integration.plugin:regist
 export PYTHONPATH=$PWD:$work/plugin${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 
 "$PYTHON" -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("vllm"))' ||
-  cannot "$PYTHON has no package vllm. Install it, or name a folder that holds it with --site."
+  cannot "$PYTHON has no package vllm. Name an interpreter that has it, as PYTHON=.venv/bin/python, or with --site a folder that holds it."
 status=0
 facts=$("$PYTHON" scripts/bench_setup.py --device "$device") || status=$?
 ((status == 0)) || cannot "scripts/bench_setup.py ended with status $status and says why."
@@ -151,7 +153,7 @@ if [[ -n $protocol ]]; then
   echo "results: $out"
   ((status == 0)) || echo "verdict: not good: scripts/bench_online.py ended with status $status; see above and $out/logs.tar.gz."
   ((status != 0)) || echo "verdict: measured; the times are in the table above."
-  exit "$status"
+  exit $((status == 2 ? 2 : status != 0))
 fi
 if ! serve "${attention[0]}" "$@" && [[ ! -s $out/serve.json ]] && ((${#attention[@]} > 1)); then
   serve "${attention[1]}" "$@" || true

@@ -109,6 +109,11 @@ def serving(model: str, max_len: int, options: list[str], log: Path) -> Iterator
     if Path(model).is_dir():
         environment["HF_HUB_OFFLINE"] = "1"
     print("$", " ".join([*command[:3], *options]), file=sys.stderr, flush=True)
+    print(
+        f"  (its log until the end: {log}; a start takes a minute or two)",
+        file=sys.stderr,
+        flush=True,
+    )
     with log.open("wb") as output:
         server = subprocess.Popen(
             command,
