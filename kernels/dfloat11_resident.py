@@ -111,6 +111,29 @@ def _decode_resident_kernel(
             tl.store(status_ptr + program, 0)
 
 
+@triton.jit
+def _decode_span(is_sound, payload, kind, sizes, out_ptr, num_weights, first, end, part):
+    """Decode the part-th block that the weights first to end - 1 touch; weight i of the matrix goes to out_ptr + i."""
+    if (kind != 0) | ~is_sound:
+        at = first + part * _ROW_PART + tl.arange(0, _ROW_PART)
+        inside = at < end
+        raw, is_there = _section(payload, 0, tl.int16), inside & _everywhere(at, is_sound)
+        tl.store(out_ptr + at, tl.load(raw + at, mask=is_there, other=_NAN), mask=inside)
+    else:
+        num_bytes = sizes & 0xFFFFFFFF
+        num_tables = (sizes >> 32).to(tl.int32)
+        stream, sign_mantissa, tables, positions, gaps, num_blocks = _sections(
+            payload, num_weights, num_bytes, num_tables
+        )
+        block = _block_at(positions, num_blocks, num_weights, first) + part
+        begin = tl.load(positions + block, mask=block < num_blocks, other=num_weights)
+        if begin < end:
+            decode_block(
+                stream, sign_mantissa, tables, positions, gaps, out_ptr, None,
+                num_bytes, num_weights, num_blocks, num_tables, block, first, end,
+            )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["num_weights", "first", "end", "salt"])
 def _decode_resident_run_kernel(
     desc_ptr,  # int64[4]                       see above
@@ -128,24 +151,7 @@ def _decode_resident_run_kernel(
     program = tl.program_id(0).to(tl.int64)
     num_weights, first, end = num_weights.to(tl.int64), first.to(tl.int64), end.to(tl.int64)
     out_ptr -= first  # weight i of the matrix goes to out_ptr + i
-    if (kind != 0) | ~is_sound:
-        at = first + program * _ROW_PART + tl.arange(0, _ROW_PART)
-        inside = at < end
-        raw, is_there = _section(payload, 0, tl.int16), inside & _everywhere(at, is_sound)
-        tl.store(out_ptr + at, tl.load(raw + at, mask=is_there, other=_NAN), mask=inside)
-    else:
-        num_bytes = sizes & 0xFFFFFFFF
-        num_tables = (sizes >> 32).to(tl.int32)
-        stream, sign_mantissa, tables, positions, gaps, num_blocks = _sections(
-            payload, num_weights, num_bytes, num_tables
-        )
-        block = _block_at(positions, num_blocks, num_weights, first) + program
-        begin = tl.load(positions + block, mask=block < num_blocks, other=num_weights)
-        if begin < end:
-            decode_block(
-                stream, sign_mantissa, tables, positions, gaps, out_ptr, None,
-                num_bytes, num_weights, num_blocks, num_tables, block, first, end,
-            )  # fmt: skip
+    _decode_span(is_sound, payload, kind, sizes, out_ptr, num_weights, first, end, program)
 
 
 @triton.jit(do_not_specialize=["rows", "cols", "parts", "salt"])
@@ -171,25 +177,8 @@ def _decode_resident_rows_kernel(
     end = first + cols
     # Where weight 0 of the matrix would be in the output, so that weight i of the matrix goes to out_ptr + i.
     out_ptr += number.to(tl.int64) * cols - first
-    if (kind != 0) | ~is_sound:
-        at = first + part * _ROW_PART + tl.arange(0, _ROW_PART)
-        inside = at < end
-        raw, is_there = _section(payload, 0, tl.int16), inside & _everywhere(at, is_sound)
-        tl.store(out_ptr + at, tl.load(raw + at, mask=is_there, other=_NAN), mask=inside)
-    else:
-        num_weights = rows.to(tl.int64) * cols
-        num_bytes = sizes & 0xFFFFFFFF
-        num_tables = (sizes >> 32).to(tl.int32)
-        stream, sign_mantissa, tables, positions, gaps, num_blocks = _sections(
-            payload, num_weights, num_bytes, num_tables
-        )
-        block = _block_at(positions, num_blocks, num_weights, first) + part
-        begin = tl.load(positions + block, mask=block < num_blocks, other=num_weights)
-        if begin < end:
-            decode_block(
-                stream, sign_mantissa, tables, positions, gaps, out_ptr, None,
-                num_bytes, num_weights, num_blocks, num_tables, block, first, end,
-            )  # fmt: skip
+    num_weights = rows.to(tl.int64) * cols
+    _decode_span(is_sound, payload, kind, sizes, out_ptr, num_weights, first, end, part)
 
 
 def decode_resident(
