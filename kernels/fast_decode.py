@@ -157,7 +157,7 @@ def decode(
     if rows * cols:
         constants = constants_of(rows, cols, out.device, prmt)
         salt = descriptor.salt(desc.data_ptr(), fast_layout.size(rows, cols))
-        _fast_decode_kernel[(_num_programs(rows, cols, constants),)](
+        _fast_decode_kernel[(num_programs(rows, cols, constants),)](
             desc, out.view(torch.uint16), status, rows, cols, salt, LOW_BYTES, **constants
         )
 
@@ -185,7 +185,7 @@ def decode_run(
     if count * cols:
         constants = constants_of(count, cols, out.device, prmt)
         salt = descriptor.salt(desc.data_ptr(), fast_layout.size(rows, cols))
-        _fast_decode_run_kernel[(_num_programs(count, cols, constants),)](
+        _fast_decode_run_kernel[(num_programs(count, cols, constants),)](
             desc, out.view(torch.uint16), status, rows, cols, first, count, salt, LOW_BYTES, **constants
         )  # fmt: skip
 
@@ -207,7 +207,8 @@ def constants_of(
     )  # fmt: skip
 
 
-def _num_programs(count: int, cols: int, constants: dict[str, Any]) -> int:
+def num_programs(count: int, cols: int, constants: dict[str, Any]) -> int:
+    """Return the programs that decode `count` rows of `cols` columns."""
     width = constants["TILES"] * fast_layout.TILE_COLS
     return int(triton.cdiv(count, constants["ROWS"]) * triton.cdiv(cols, width))
 

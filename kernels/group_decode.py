@@ -1,15 +1,6 @@
-"""Decode a group of matrices in one launch, one after the other in the output.
+"""Decode a group of matrices of the packed layout in one launch, one after the other in the output.
 
-A table describes the group; its size and content do not change when the weights do:
-
-    table  int64[num_members + 1, 4]  per matrix: address of its descriptor, its first tile in the output, the salt of
-                                      its descriptor, seal of the row; in the last row: 0, number of tiles, 0, seal
-
-The addresses are those of descriptors (kernels/tiles.py), not of payloads. A reload rewrites descriptors in place, so a
-CUDA graph captured before it sees the new weights.
-
-Every program checks the seals of all rows before it follows an address: one wrong first tile would move the other
-matrices. If a seal is wrong, the whole output becomes NaN.
+Of the table (group_table.py), the word of a member is the salt of its descriptor. Its tiles are those of the output.
 """
 
 import torch
@@ -18,47 +9,23 @@ import triton.language as tl
 
 from vllm_dfloat.codec import descriptor
 from vllm_dfloat.kernels.configs import config_of
+from vllm_dfloat.kernels.group_table import WORDS, _member_of_program, _open_table
 from vllm_dfloat.kernels.packed_decode import _decode_tiles
-from vllm_dfloat.kernels.tiles import (
-    ADDRESS_FACTOR,
-    KIND_FACTOR,
-    ROW_FACTOR,
-    SIZES_FACTOR,
-    TILE_WEIGHTS,
-    num_warps,
-)
-
-_WORDS = tl.constexpr(descriptor.ROW_WORDS)
-_ROWS = tl.constexpr(2 * descriptor.MAX_MEMBERS)  # a power of two, with room for the last row
+from vllm_dfloat.kernels.tiles import TILE_WEIGHTS, num_warps
 
 
 @triton.jit
-def _member_of_program(table_ptr, num_members, num_tiles, salt, TILES: tl.constexpr):
+def _tiles_of_program(table_ptr, num_members, num_tiles, salt, TILES: tl.constexpr):
     """Return whether the table is sound, and this program's member: its number, the address of its descriptor, its
     first tile and number of tiles, and the program's index within it.
 
-    A program works for one member, so each member gets whole programs. Surplus programs get number num_members.
     If the table is not sound, the whole output is one member, with the table in place of a descriptor.
     """
-    index = tl.arange(0, _ROWS)
-    row = table_ptr + index * _WORDS
-    is_member = index < num_members
-    is_row = index <= num_members
-    address = tl.load(row, mask=is_row, other=0)
-    first = tl.load(row + 1, mask=is_row, other=0)
-    of_desc = tl.load(row + 2, mask=is_row, other=0)
-    seal = tl.load(row + 3, mask=is_row, other=0)
-    found = address * ADDRESS_FACTOR + first * KIND_FACTOR + of_desc * SIZES_FACTOR
-    found += index.to(tl.int64) * ROW_FACTOR + salt
-    is_sound = tl.max((is_row & (found != seal)).to(tl.int32), axis=0) == 0
-    first = first.to(tl.int32)
-    after = tl.load(row + (_WORDS + 1), mask=is_member, other=0).to(tl.int32)
+    is_sound, index, is_member, address, first, after, _word = _open_table(
+        table_ptr, num_members, salt
+    )
     programs = (after - first + (TILES - 1)) // TILES
-    ends = tl.cumsum(programs, axis=0)
-    pid = tl.program_id(0)
-    is_before = is_member & (ends <= pid)
-    member = tl.sum(is_before.to(tl.int32), axis=0)
-    place = pid - tl.sum(tl.where(is_before, programs, 0), axis=0)
+    member, place = _member_of_program(programs, is_member)
     is_it = index == member
     first_tile = tl.sum(tl.where(is_it, first, 0), axis=0)
     tiles = tl.sum(tl.where(is_it, after - first, 0), axis=0)
@@ -67,12 +34,14 @@ def _member_of_program(table_ptr, num_members, num_tiles, salt, TILES: tl.conste
     member = tl.where(is_sound, member, 0)
     first_tile = tl.where(is_sound, first_tile, 0)
     tiles = tl.where(is_sound, tiles, num_tiles)
-    return is_sound, member, desc, first_tile, tiles, tl.where(is_sound, place, pid)
+    return (
+        is_sound, member, desc, first_tile, tiles, tl.where(is_sound, place, tl.program_id(0))
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_members", "num_tiles", "salt"])
 def _decode_group_kernel(
-    table_ptr,  # int64[num_members + 1, 4]       see above
+    table_ptr,  # int64[num_members + 1, 4]       see group_table.py
     out_ptr,  # uint32[num_tiles * 1024]        pairs of BF16, whole tiles
     status_ptr,  # int32[num_tiles]               0, or a sum of STATUS_* bits
     num_members,  # int32
@@ -81,7 +50,7 @@ def _decode_group_kernel(
     TILES: tl.constexpr,
 ):
     """Decode TILES tiles of one member per program. Grid (at least the sum of ceil(member's tiles / TILES),)."""
-    is_sound, member, desc, first_tile, tiles, place = _member_of_program(
+    is_sound, member, desc, first_tile, tiles, place = _tiles_of_program(
         table_ptr, num_members, num_tiles, salt, TILES
     )
     if member < num_members:
@@ -89,7 +58,7 @@ def _decode_group_kernel(
         tile = tl.minimum(tile, tiles - 1).to(tl.int64)  # times 2048 it passes 2**31
         start = first_tile.to(tl.int64)
         _decode_tiles(
-            desc.to(tl.pointer_type(tl.int64)), tl.load(table_ptr + member * _WORDS + 2), tile,
+            desc.to(tl.pointer_type(tl.int64)), tl.load(table_ptr + member * WORDS + 2), tile,
             tiles.to(tl.int64),
             out_ptr + start * (TILE_WEIGHTS // 2), status_ptr + start,
             TILES, is_sound,
@@ -106,7 +75,8 @@ def decode_group(
     """Decode the matrices that `table` lists into `out`; allocates nothing and does not wait for the device.
 
     Args:
-        table: int64 [members + 1, 4] on the device, see above; at most MAX_MEMBERS members (descriptor.py), none empty.
+        table: int64 [members + 1, 4] on the device, see group_table.py; at most MAX_MEMBERS members (descriptor.py),
+            none empty.
         num_tiles: tiles in all, as in the table's last row.
         out: BF16, flat, contiguous, at least `num_tiles * 2048` elements, aligned to 16 bytes.
         status: int32 [>= num_tiles]; 0 per tile, or a sum of STATUS_* bits.

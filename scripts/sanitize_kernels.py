@@ -69,6 +69,20 @@ def packed_group(device: torch.device) -> None:
     Group([normal(*shape, device, seed=i) for i, shape in enumerate(shapes)]).check("decode_group")
 
 
+def fast_group(device: torch.device) -> None:
+    """Check a group with members of every factor of columns, escapes and a raw tile; and one of whole blocks."""
+    from bench.kernels.groups import FastGroup
+
+    shapes = [(200, 650), (1, 1), (70, 328), (64, 512)]
+    weights = [normal(*shape, device, seed=i) for i, shape in enumerate(shapes)]
+    weights[0][64:128, 640:] = -0.0
+    weights[2][5, ::7] = 0.0
+    FastGroup(weights).check("fast_group")
+    FastGroup([normal(64, cols, device, seed=cols) for cols in (512, 1024)]).check(
+        "fast_group of whole blocks"
+    )
+
+
 def packed_experts(device: torch.device) -> None:
     """Check chosen experts, which share tiles with others: marked from ids on the device, then decoded."""
     import torch
@@ -213,7 +227,7 @@ def checks(device: torch.device) -> dict[str, Callable[[], None]]:
     """Return every check by name; those that compile longest come first."""
     parts = (
         packed_group, packed_decode, packed_experts, packed_rows, encoder, official_unit, official_encoder,
-        official_held, fast_held, fast_experts,
+        official_held, fast_held, fast_experts, fast_group,
     )  # fmt: skip
     return fused_products(device) | {part.__name__: partial(part, device) for part in parts}
 

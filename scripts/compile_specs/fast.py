@@ -3,7 +3,7 @@
 from compile_specs.spec import CONSTANT, CompileSpec
 
 from vllm_dfloat.codec.fast_layout import TILE_COLS
-from vllm_dfloat.kernels import fast_decode, fast_experts, fast_rows
+from vllm_dfloat.kernels import fast_decode, fast_experts, fast_group, fast_rows
 from vllm_dfloat.kernels.configs import DEFAULT, FAST_ROWS_NUM_WARPS, FAST_ROWS_TILES_PER_PROGRAM
 
 _ROWS, _TILES = DEFAULT.fast_rows_per_program, DEFAULT.fast_tiles_per_program
@@ -57,6 +57,29 @@ EXPERTS = [
     )
     for name, experts, whole in (
         ("fast_chosen", 128, True), ("fast_chosen_512", 512, True), ("fast_chosen_partial", 128, False)
+    )
+]  # fmt: skip
+GROUPS = [
+    CompileSpec(
+        name=name,
+        fn=fast_group._fast_group_kernel,
+        signature=dict(
+            table_ptr="*i64", out_ptr="*u16", status_ptr="*i32", num_members="i32", num_tiles="i32", salt="i64",
+            base_salt="i64", low_bytes="i32",
+            ROWS=CONSTANT, STEP=CONSTANT, TILES=CONSTANT, AT_ONCE=CONSTANT, COLS_FACTOR=CONSTANT, WHOLE=CONSTANT,
+            PRMT=CONSTANT,
+        ),
+        constexprs=_CONSTANTS | dict(COLS_FACTOR=factor, WHOLE=whole, PRMT=prmt),
+        aligned_args=("table_ptr", "out_ptr", "status_ptr"),
+        num_warps=DEFAULT.fast_num_warps,
+        weights_per_program=_ROWS * _TILES * TILE_COLS,
+    )
+    for name, factor, whole, prmt in (
+        ("fast_group", 16, True, True),
+        ("fast_group_plain", 16, True, False),
+        ("fast_group_partial", 16, False, True),
+        ("fast_group_8", 8, False, True),
+        ("fast_group_1", 1, False, True),
     )
 ]  # fmt: skip
 ROWS = [

@@ -46,6 +46,27 @@ def test_slots_hold_groups_of_their_own() -> None:
     assert decodes(arena, [("a", 1)]) == [False]
 
 
+def test_groups_of_a_block_lie_beside_each_other() -> None:
+    # Bug caught: a block with matrices in two layouts decodes one of its groups twice a pass.
+    arena = ScratchArena()
+    one_pass = [("block", 0, 0), ("block", 2, 2), ("block", 3, 2), ("block", 1, 0)]
+    for _ in range(3):
+        found = [arena.take_for_group(CPU, 4096, b, m, "main", g)[1] for b, m, g in one_pass]
+        assert found == [True, True, False, False]
+
+
+def test_a_matrix_used_without_decoding_begins_a_pass_as_well() -> None:
+    # Bug caught: the only block of a model, of which few rows are multiplied without decoding. The first matrix that
+    # was decoded in the last pass is another one, so this one seemed to be new in that pass, and kept old weights.
+    arena = ScratchArena()
+    arena.take(CPU, 2048, "main")  # partial sums
+    arena.note_call(CPU, "a", 0, "main")
+    assert decodes(arena, [("a", 1), ("a", 2)]) == [True, False]
+    assert decodes(arena, [("a", 0), ("a", 1)]) == [True, False]
+    arena.note_call(CPU, "a", 2, "main")  # without scratch
+    assert decodes(arena, [("a", 0)]) == [True]
+
+
 def test_what_one_slot_needs_does_not_enlarge_the_others() -> None:
     # Bug caught: a layer of experts, never decoded on the aux stream, would have taken its room there too.
     arena = ScratchArena()

@@ -42,9 +42,21 @@ def spread(weight: torch.Tensor) -> torch.Tensor:
     return (torch.randn(weight.shape, generator=generator).sign() * 2.0**exponents).bfloat16()
 
 
-@pytest.mark.parametrize("enforce_eager", [True, pytest.param(False, marks=pytest.mark.on_demand)])
+@pytest.mark.parametrize(
+    ("enforce_eager", "granularity"),
+    [
+        (True, "block"),
+        pytest.param(True, "auto", marks=pytest.mark.on_demand),
+        pytest.param(False, "auto", marks=pytest.mark.on_demand),
+        pytest.param(False, "block", marks=pytest.mark.on_demand),
+    ],
+)
 def test_matrix_that_would_not_shrink_is_packed_and_stays_so_when_reloaded(
-    enforce_eager: bool, tmp_path: Path, log_lines: list[str], monkeypatch: pytest.MonkeyPatch
+    enforce_eager: bool,
+    granularity: str,
+    tmp_path: Path,
+    log_lines: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if not enforce_eager:
         monkeypatch.setenv("VLLM_CPU_CI_ENV", "1")
@@ -60,7 +72,7 @@ def test_matrix_that_would_not_shrink_is_packed_and_stays_so_when_reloaded(
     )
     mode = dict(enforce_eager=enforce_eager)
     expected = [bf16_answers(model, **mode) for model in (first, second)]
-    with engine(first, **fast(), **mode) as llm:
+    with engine(first, **fast(granularity=granularity), **mode) as llm:
         assert ask(llm) == expected[0]
         llm.collective_rpc("reload_weights", kwargs={"weights_path": str(second)})
         # Bug caught: graphs that name one layout, and a reloaded layer that has another.

@@ -60,7 +60,7 @@ def test_every_pass_decodes_every_block_once(
         monkeypatch.setattr(scratch, "take_for_group", watched)
         ask(llm, num_tokens=3)
         model = llm.llm_engine.model_executor.driver_worker.get_model()
-        held = [getattr(layer, method.GROUP, None) for layer in model.modules()]
+        held = [getattr(layer, method.TABLES, None) for layer in model.modules()]
         tables = {id(table) for table in held if table is not None}
     assert len(tables) == 2  # the layers of a transformer block share a table
     assert decoded == [True, False, False, False] * (len(decoded) // 4)

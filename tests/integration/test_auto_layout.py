@@ -8,6 +8,7 @@ import pytest
 from conftest import Checkpoint
 
 from vllm_dfloat.integration.loading.auto_layout import choose
+from vllm_dfloat.integration.seam.options import Options
 
 
 def settings(model: Path, **cache: Any) -> Any:
@@ -26,7 +27,7 @@ def settings(model: Path, **cache: Any) -> Any:
 
 
 def test_with_a_plan_some_layers_are_fast(bf16_checkpoint: Checkpoint) -> None:
-    layers, _ = choose(settings(bf16_checkpoint("llama")), None)
+    layers, _ = choose(settings(bf16_checkpoint("llama")), Options())
     assert layers
 
 
@@ -36,9 +37,9 @@ def test_without_a_plan_all_are_packed_and_the_line_has_advice_for_an_engine(
 ) -> None:
     # Bugs caught: the only advice was to give another dtype; a traceback of the name that is too long.
     if case.startswith("another"):
-        layers, line = choose(settings(bf16_checkpoint("llama"), cache_dtype="nvfp4"), None)
+        layers, line = choose(settings(bf16_checkpoint("llama"), cache_dtype="nvfp4"), Options())
     else:
-        layers, line = choose(settings(Path("x" * 5000)), None)
+        layers, line = choose(settings(Path("x" * 5000)), Options())
     assert not layers
     assert line.startswith("auto: all layers are packed, since the plan is not known: ")
     assert line.endswith('Or choose the layout yourself, "fast" or "packed".')

@@ -19,6 +19,8 @@ aten = torch.ops.aten
 Linear = Callable[[torch.Tensor], torch.Tensor]
 Model = Callable[[Linear, torch.Tensor, torch.Tensor], Any]
 NUM_TOKENS, COLS, ROWS = 16, 64, 32
+SIZES = [ROWS, COLS, 0, 0]
+SIZES_IN_BLOCK = [*SIZES, *linear_op.Place(3, 5, 2, 3, 2), 8, 64, ROWS, COLS]
 
 
 def norm(x: torch.Tensor) -> torch.Tensor:
@@ -100,7 +102,7 @@ def test_inductor_takes_additions_into_compressed_layers_where_it_does_so_in_bf1
             return torch.nn.functional.linear(x, weight)
 
         def compressed(x: torch.Tensor) -> torch.Tensor:
-            sizes = [ROWS, COLS, 0, 3, 5]
+            sizes = SIZES_IN_BLOCK if in_group else SIZES
             return linear_op.op(x, desc, None, group, sizes, linear_op.PLAIN, "packed")
 
         expected = nodes_after_inductor(model, plain, mode, "cuda")
@@ -109,7 +111,7 @@ def test_inductor_takes_additions_into_compressed_layers_where_it_does_so_in_bf1
     assert len(taken_in) == num_taken_in
     assert len([node for node in expected if node.target is aten.addmm.default]) == num_taken_in
     for node in taken_in:
-        assert node.args[4:] == ([ROWS, COLS, 0, 3, 5], linear_op.PLAIN, "packed")
+        assert node.args[4:] == (SIZES_IN_BLOCK if in_group else SIZES, linear_op.PLAIN, "packed")
         assert (node.args[3] is not None) == in_group
         assert node.meta["val"].shape == (NUM_TOKENS, ROWS)
     added = [node for node in nodes if node.target is aten.add.Tensor]
@@ -125,7 +127,7 @@ def test_inductor_leaves_additions_where_bf16_has_another_gemm(name: str) -> Non
         desc = torch.empty(8, dtype=torch.int64, device="cuda")
 
         def compressed(x: torch.Tensor) -> torch.Tensor:
-            return linear_op.op(x, desc, None, None, [ROWS, COLS, 0, 0, 0], name, "packed")
+            return linear_op.op(x, desc, None, None, SIZES, name, "packed")
 
         nodes = nodes_after_inductor(residual_first, compressed, mode, "cuda")
     assert [node.target for node in nodes] == [linear_op.op, aten.add.Tensor]

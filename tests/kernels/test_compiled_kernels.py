@@ -29,7 +29,7 @@ FORMS = (
     "decode_dfloat11", "decode_dfloat11_resident", "decode_dfloat11_run", "decode_dfloat11_rows",
     "encode_count", "encode_measure", "encode_write", "encode_dfloat11_measure", "encode_dfloat11_write",
     "encode_dfloat11_split", "gemv_1", "sum_1", "fast_decode", "fast_decode_run", "fast_chosen", "fast_rows",
-    "fast_gemv_1", "fast_dot_16", "fast_sum",
+    "fast_group", "fast_gemv_1", "fast_dot_16", "fast_sum",
 )  # fmt: skip
 
 # Kernels whose threads must wait for each other in every turn of a loop, with any compiler: operands go to the tensor

@@ -18,6 +18,7 @@ from vllm_dfloat.kernels import (
     expert_marks,
     fast_decode,
     fast_experts,
+    fast_group,
     fast_rows,
     group_decode,
     packed_decode,
@@ -41,6 +42,7 @@ MODULES = (
     packed_matmul,
     fast_decode,
     fast_experts,
+    fast_group,
     fast_rows,
 )
 
@@ -83,6 +85,9 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "run": lambda: packed_decode.decode_run(desc(), HUGE, 0, HUGE, bf16(2), words(1), 1),
     "decode_group": lambda: group_decode.decode_group(
         meta(torch.int64, 17, 4), HUGE - 16, bf16(2), words(1), 1
+    ),
+    "fast_group": lambda: fast_group.decode_group(
+        meta(torch.int64, 17, 4), HUGE, [(1 << 21, 1 << 12)] * 16, bf16(2), words(1)
     ),
     "experts": lambda: expert_decode.decode_chosen(
         desc(), 512, HUGE * 4, words(512), bf16(2), words(1), 1, HUGE

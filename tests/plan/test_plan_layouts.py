@@ -71,11 +71,24 @@ def test_layouts_stand_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
     assert bits == pytest.approx([10.81, 12.01, 10.92], abs=0.01)
 
 
-def test_groups_are_of_packed_weights_only(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("layout", ["dfloat11", "all"])
+def test_the_official_layout_has_no_groups(layout: str, capsys: pytest.CaptureFixture[str]) -> None:
     model = str(CONFIGS / "Llama-3.1-8B.json")
-    options = ["--gpu-memory", "24GiB", "--layout", "fast", "--granularity", "block"]
+    options = ["--gpu-memory", "24GiB", "--layout", layout, "--granularity", "block"]
     assert main(["plan", model, *options]) == 2
-    assert "--granularity block with --layout fast: only packed" in capsys.readouterr().err
+    assert f"--granularity block with --layout {layout}: weights" in capsys.readouterr().err
+
+
+def test_a_group_needs_the_same_scratch_in_every_layout_that_has_groups() -> None:
+    found = {
+        layout: make_plan(
+            str(CONFIGS / "Llama-3.1-8B.json"),
+            Settings(gpu_memory=24 << 30, layout=layout, granularity="block"),
+        )
+        for layout in ("packed", "fast", "auto")
+    }
+    block = 4096 * (6144 + 4096 + 3 * 14336)
+    assert {plan.ranks[0].scratch for plan in found.values()} == {2 * block + 4 * block // 2048}
 
 
 def auto(kv_tokens: int, **others: object) -> Plan:

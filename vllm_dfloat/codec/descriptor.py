@@ -26,7 +26,7 @@ KIND_PACKED, KIND_RAW, KIND_FAST = 0, 1, 2
 ADDRESS_FACTOR, KIND_FACTOR, SIZES_FACTOR = 0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35
 ROW_FACTOR = 0x27D4EB2F  # tells the rows of a group's table apart
 MAX_MEMBERS, ROW_WORDS = 16, 4  # matrices that such a table lists, and words of a row
-_PLACE_FACTOR, _SIZE_FACTOR = 0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93
+PLACE_FACTOR, SIZE_FACTOR = 0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93
 
 Fields = tuple[int, int, int]
 
@@ -50,7 +50,7 @@ def salt(place: int, size: int) -> int:
         size: of the matrix: its tiles in the packed layout; in the official one minus the number of its weights; in
             the fast one both its sides.
     """
-    return signed(_secret() + place * _PLACE_FACTOR + size * _SIZE_FACTOR)
+    return signed(_secret() + place * PLACE_FACTOR + size * SIZE_FACTOR)
 
 
 def seal(address: int, kind: int, sizes: int, salt: int) -> int:

@@ -1,6 +1,5 @@
-"""The bridge for groups: decode several matrices in one launch, one after the other."""
+"""The bridge for groups of the packed layout: decode several matrices in one launch, one after the other."""
 
-import ctypes
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
@@ -8,54 +7,36 @@ import torch
 
 from vllm_dfloat.codec import descriptor, layout
 from vllm_dfloat.codec.decode import check_status
-from vllm_dfloat.codec.descriptor import MAX_MEMBERS, ROW_WORDS
 from vllm_dfloat.device import ops
 from vllm_dfloat.device.checks import check_tensor
-from vllm_dfloat.device.packed_weight import name_at
-from vllm_dfloat.errors import FormatError, UnsupportedError
+from vllm_dfloat.device.group_tables import (
+    Rows,
+    Shape,
+    check_table,
+    desc_at,
+    make_table,
+    sealed_rows,
+    sound_rows,
+)
 
 
-def first_tiles(shapes: Sequence[tuple[int, int]]) -> list[int]:
+def first_tiles(shapes: Sequence[Shape]) -> list[int]:
     """Return the first tile of each matrix of a group in the decoded output, then the number of tiles of the group."""
     return list(accumulate((ops.num_tiles(*shape) for shape in shapes), initial=0))
 
 
-def group_table(descs: Sequence[torch.Tensor], shapes: Sequence[tuple[int, int]]) -> torch.Tensor:
-    """Return the table that `decode_group` reads: int64 [members + 1, ROW_WORDS] on the device of the descriptors.
-
-    It holds the addresses of the descriptors. They must stay at these addresses as long as the table is used; their
-    content may change. Each row has a seal, as a descriptor has.
-
-    Raises:
-        UnsupportedError: no members, too many, or an empty one.
-    """
-    if not 1 <= len(descs) <= MAX_MEMBERS or not all(rows * cols for rows, cols in shapes):
-        raise UnsupportedError(
-            f"group of {len(descs)} matrices {list(shapes)[:20]}; expected 1 to {MAX_MEMBERS}, none of them empty. "
-            "Decode them one by one."
-        )
-    shape = len(descs) + 1, ROW_WORDS
-    table = torch.empty(shape, dtype=torch.int64, device=descs[0].device)
-    rows = table_rows(table, descs, shapes)
-    return table.copy_(torch.tensor(rows, dtype=torch.int64, device="cpu"))
+def group_table(descs: Sequence[torch.Tensor], shapes: Sequence[Shape]) -> torch.Tensor:
+    """Return the table that `decode_group` reads, on the device of the descriptors; see `make_table`."""
+    return make_table(descs, shapes, table_rows)
 
 
-def table_rows(
-    table: torch.Tensor, descs: Sequence[torch.Tensor], shapes: Sequence[tuple[int, int]]
-) -> list[list[int]]:
+def table_rows(table: torch.Tensor, descs: Sequence[torch.Tensor], shapes: Sequence[Shape]) -> Rows:
     """Return the rows that a table of these members must hold (kernels/group_decode.py)."""
-    starts = first_tiles(shapes)
     salts = [
         descriptor.salt(desc.data_ptr(), ops.num_tiles(*shape))
         for desc, shape in zip(descs, shapes, strict=True)
     ]
-    addresses = [desc.data_ptr() for desc in descs]
-    rows = zip([*addresses, 0], starts, [*salts, 0], strict=True)
-    salt = descriptor.salt(table.data_ptr(), starts[-1])
-    return [
-        [address, first, of_desc, _seal(number, address, first, of_desc, salt)]
-        for number, (address, first, of_desc) in enumerate(rows)
-    ]
+    return sealed_rows(table.data_ptr(), descs, first_tiles(shapes), salts)
 
 
 def max_numel(device: torch.device) -> int:
@@ -85,11 +66,7 @@ def decode_group(
         UnsupportedError: a tensor of another dtype, size, device or alignment.
         FormatError: on a CPU, the table or a descriptor was changed.
     """
-    if table.dtype != torch.int64 or table.dim() != 2 or table.shape[1] != ROW_WORDS:
-        raise UnsupportedError(
-            f"decode_group: table {table.dtype} {list(table.shape)}; expected torch.int64 [members + 1, {ROW_WORDS}]. "
-            "Make it with group_table."
-        )
+    check_table("decode_group", table)
     numel = num_tiles * layout.TILE_WEIGHTS
     check_tensor("decode_group: out", out, torch.bfloat16, numel, table.device, 16)
     check_tensor("decode_group: status", status, torch.int32, num_tiles, table.device)
@@ -105,33 +82,11 @@ def launch_decode_group(
 
         decode_group_triton(table, num_tiles, out, status)
         return
-    for (address, first, *_), (_, after, *_) in pairwise(_sound_rows(table, num_tiles)):
-        words = (ctypes.c_int64 * ops.DESC_LENGTH).from_address(address)
-        desc = torch.frombuffer(words, dtype=torch.int64)  # no copy: the seal covers the address
+    for (address, first, *_), (_, after, *_) in pairwise(sound_rows(table, num_tiles)):
         # Packed memory is tile by tile: a matrix of the same tiles, each one row, has the same bytes as the member.
         shape = after - first, layout.TILE_WEIGHTS
-        ops.launch_decode(desc, *shape, out[first * layout.TILE_WEIGHTS :], status[first:])
-
-
-def _seal(number: int, address: int, first: int, of_desc: int, salt: int) -> int:
-    return descriptor.seal(address, first, of_desc, salt + number * descriptor.ROW_FACTOR)
-
-
-def _sound_rows(table: torch.Tensor, num_tiles: int) -> list[list[int]]:
-    """Return the rows of a table in CPU memory.
-
-    Raises:
-        FormatError: the seal of a row is wrong.
-    """
-    rows, salt = table.tolist(), descriptor.salt(table.data_ptr(), num_tiles)
-    for number, (address, first, of_desc, seal) in enumerate(rows):
-        if _seal(number, address, first, of_desc, salt) != seal:
-            names = [name for name in map(name_at, (row[0] for row in rows)) if name]
-            raise FormatError(
-                f"group of {', '.join(names) or 'matrices'}: row {number} of its table is {rows[number]}; expected one "
-                "with the right seal. It was changed after loading; load the model again."
-            )
-    return rows
+        at = out[first * layout.TILE_WEIGHTS :]
+        ops.launch_decode(desc_at(address), *shape, at, status[first:])
 
 
 def unpack(members: Sequence[ops.PackedWeight]) -> list[torch.Tensor]:

@@ -6,6 +6,7 @@ a slot.
 """
 
 from collections.abc import Hashable, Iterable
+from dataclasses import dataclass, field
 
 import torch
 
@@ -18,13 +19,28 @@ ALL_SLOTS = "all"
 Buffers = tuple[torch.Tensor, torch.Tensor]
 
 
+@dataclass
+class _Pass:
+    """What a forward pass has done with a block of matrices that are decoded together.
+
+    Attributes:
+        block: its key.
+        called: the matrices that were used.
+        decoded: the groups that the buffer holds.
+    """
+
+    block: Hashable
+    called: set[int] = field(default_factory=set)
+    decoded: set[int] = field(default_factory=set)
+
+
 class ScratchArena:
     """Buffers that every compressed layer of a process shares, one per device and slot."""
 
     def __init__(self) -> None:
         self._needed: dict[tuple[torch.device, Hashable], int] = {}
         self._buffers: dict[tuple[torch.device, Hashable], Buffers] = {}
-        self._groups: dict[tuple[torch.device, Hashable], tuple[Hashable, set[int]]] = {}
+        self._passes: dict[tuple[torch.device, Hashable], _Pass] = {}
 
     def require(
         self, device: torch.device, numel: int, slots: Iterable[Hashable] = (ALL_SLOTS,)
@@ -70,8 +86,12 @@ class ScratchArena:
         Raises:
             DeviceError: the buffer would have to grow while a CUDA graph is captured.
         """
+        if now := self._passes.get((device, slot)):
+            now.decoded.clear()
+        return self._take(device, numel, slot)
+
+    def _take(self, device: torch.device, numel: int, slot: Hashable) -> Buffers:
         key = device, slot
-        self._groups.pop(key, None)
         held = self._buffers.get(key)
         if held is not None and held[0].numel() >= numel:
             return held
@@ -92,34 +112,53 @@ class ScratchArena:
         self,
         device: torch.device,
         numel: int,
-        group: Hashable,
+        block: Hashable,
         member: int,
         slot: Hashable = MAIN_SLOT,
+        group: int = 0,
     ) -> tuple[Buffers, bool]:
-        """Return a slot's buffer for a group of matrices, and whether the group must be decoded into it first.
+        """Return a slot's buffer for a block of matrices, and whether a group of them must be decoded into it first.
 
-        Decode if another group is held, the buffer is new, or `member` was already used. The last case means a new
-        forward pass, and weights may have changed since the previous one. Every pass calls the layers in the same
-        order, so a decision made while a CUDA graph is captured is right when the graph is replayed.
+        The groups of a block lie beside each other in the buffer. Decode if the group is not held, the buffer is new,
+        or `member` was already called. The last case means a new forward pass, and weights may have changed since the
+        previous one. Every pass calls the layers in the same order, so a decision made while a CUDA graph is captured
+        is right when the graph is replayed.
 
         Args:
             device, slot: as for `take`.
-            numel: BF16 elements of the whole group, whole tiles.
-            group: a key that differs between groups.
-            member: the matrix wanted, a number that differs within the group.
+            numel: BF16 elements of the whole block, whole tiles.
+            block: a key that differs between blocks.
+            member: the matrix wanted, a number that differs within the block.
+            group: a number for the matrices that are decoded together with it.
         """
         key = device, slot
-        held, used = self._groups.get(key, (None, set()))
         before = self._buffers.get(key)
-        buffers = self.take(device, numel, slot)
-        is_stale = held != group or member in used or buffers is not before
-        self._groups[key] = group, {member} if is_stale else used | {member}
+        buffers = self._take(device, numel, slot)
+        now = self._pass(key, block, member)
+        if buffers is not before:
+            now.decoded.clear()
+        is_stale = group not in now.decoded
+        now.decoded.add(group)
         return buffers, is_stale
+
+    def note_call(
+        self, device: torch.device, block: Hashable, member: int, slot: Hashable = MAIN_SLOT
+    ) -> None:
+        """Note that a matrix of a block was used without being decoded: the next pass begins with it, too."""
+        self._pass((device, slot), block, member)
+
+    def _pass(self, key: tuple[torch.device, Hashable], block: Hashable, member: int) -> _Pass:
+        """Return the pass that a call of a matrix belongs to, with the call noted."""
+        now = self._passes.get(key)
+        if now is None or now.block != block or member in now.called:
+            now = self._passes[key] = _Pass(block)
+        now.called.add(member)
+        return now
 
     def release(self) -> None:
         """Drop all buffers and noted sizes, for example when an engine shuts down and its process goes on."""
         self._buffers.clear()
-        self._groups.clear()
+        self._passes.clear()
         self._needed.clear()
 
 

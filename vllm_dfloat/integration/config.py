@@ -203,7 +203,7 @@ class DFloat11Config(QuantizationConfig):  # type: ignore[misc]  # vLLM is untyp
         if self.options.layout == AUTO:
             from vllm_dfloat.integration.loading import auto_layout
 
-            self._fast_layers, line = auto_layout.choose(config, self.options.kv_tokens)
+            self._fast_layers, line = auto_layout.choose(config, self.options)
             self._log_once(line)
         self._started = True
 

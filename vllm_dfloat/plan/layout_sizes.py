@@ -84,8 +84,8 @@ def share_of_escapes(counts: I64Array) -> float:
 
 def check(layout: str, granularity: str) -> None:
     """Raise UnsupportedError for a combination that is refused when serving too."""
-    if granularity == "block" and layout != "packed":
+    if granularity == "block" and layout in ("dfloat11", "all"):
         raise UnsupportedError(
-            f"--granularity block with --layout {layout}: only packed weights are decoded in groups. Remove one of the "
-            "two."
+            f"--granularity block with --layout {layout}: weights in the official layout are not decoded in groups. "
+            "Remove one of the two."
         )

@@ -15,7 +15,7 @@ from bench_setup import normal, poisoned
 from torch.nn import functional
 
 from vllm_dfloat.codec import layout
-from vllm_dfloat.device import groups, ops
+from vllm_dfloat.device import fast_groups, fast_ops, groups, ops
 
 NUM_X = [1, 16, 512]
 Work = Callable[[], object]
@@ -43,6 +43,31 @@ def captured(work: Work) -> torch.cuda.CUDAGraph:
     with torch.cuda.graph(graph):
         work()
     return graph
+
+
+class FastGroup:
+    """As `Group`, in the fast layout."""
+
+    def __init__(self, weights: Sequence[torch.Tensor]) -> None:
+        self._weights, device = weights, weights[0].device
+        self._packed = [fast_ops.pack_again(weight, "w") for weight in weights]
+        self._shapes = [(one.rows, one.cols) for one in self._packed]
+        self._starts = fast_groups.first_tiles(self._shapes)
+        self._out = poisoned(self._starts[-1] * layout.TILE_WEIGHTS, device)
+        self._status = torch.zeros(self._starts[-1], dtype=torch.int32, device=device)
+        self._table = fast_groups.group_table([one.desc for one in self._packed], self._shapes)
+
+    def at_once(self) -> None:
+        fast_groups.decode_group(self._table, self._shapes, self._out, self._status)
+
+    def check(self, what: str, work: Work | None = None) -> None:
+        """Raise WrongBitsError unless `work`, by default `at_once`, fills memory of NaN with the weights."""
+        self._out.view(torch.int16).fill_(-1)  # a NaN
+        (work or self.at_once)()
+        expect_no_status(self._status, what)
+        for weight, start in zip(self._weights, self._starts, strict=False):
+            found = self._out[start * layout.TILE_WEIGHTS :][: weight.numel()]
+            expect_same_bits(found, weight, what)
 
 
 class Group:

@@ -37,7 +37,7 @@ def _install() -> None:
     from torch._inductor.pattern_matcher import CallFunction, KeywordArg, register_graph_pattern
 
     no_bias = None
-    rest = map(KeywordArg, ("group", "sizes", "gemm", "layout"))
+    rest = map(KeywordArg, ("tables", "sizes", "gemm", "layout"))
     product = CallFunction(linear_op.op, KeywordArg("x"), KeywordArg("desc"), no_bias, *rest)
     for operands in ((product, KeywordArg("inp")), (KeywordArg("inp"), product)):
         register_graph_pattern(
@@ -54,15 +54,16 @@ def _is_taken_in(match: Any) -> bool:
     from torch._prims_common import is_expandable_to
 
     given = match.kwargs
-    inp, x, sizes = given["inp"], given["x"].meta["val"], linear_op.Sizes(*given["sizes"])
+    inp, x = given["inp"], given["x"].meta["val"]
+    rows, _, fused_rows, *_ = given["sizes"]
     value = inp.meta.get("val") if isinstance(inp, torch.fx.Node) else None
     return bool(
         isinstance(value, torch.Tensor)
         and is_gpu(value.device.type)
         and value.dtype == x.dtype
         and x.dim() == 2
-        and is_expandable_to(value.shape, (x.shape[0], sizes.rows))
-        and sizes.fused_rows == 0
+        and is_expandable_to(value.shape, (x.shape[0], rows))
+        and fused_rows == 0
         and linear_op.is_traced_as_matmul(given["gemm"])
         and not post_grad.should_prefer_unfused_addmm(match)  # type: ignore[no-untyped-call]
     )
@@ -71,12 +72,12 @@ def _is_taken_in(match: Any) -> bool:
 def _take_in(match: Any, **given: Any) -> None:
     """Replace the two nodes by one op with the addend as its bias, which is equal to addmm."""
     literals = [given[name] for name in ("sizes", "gemm", "layout")]
-    tensors = [given[name] for name in ("inp", "x", "desc", "group") if given[name] is not None]
+    tensors = [given[name] for name in ("inp", "x", "desc", "tables") if given[name] is not None]
 
     def alone(inp: Any, x: Any, desc: Any) -> Any:
         return linear_op.op(x, desc, inp, None, *literals)
 
-    def in_group(inp: Any, x: Any, desc: Any, group: Any) -> Any:
-        return linear_op.op(x, desc, inp, group, *literals)
+    def in_group(inp: Any, x: Any, desc: Any, tables: Any) -> Any:
+        return linear_op.op(x, desc, inp, tables, *literals)
 
     match.replace_by_example(alone if len(tensors) == 3 else in_group, tensors)

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from vllm_dfloat.device.scratch import Buffers
 from vllm_dfloat.integration.layers.layouts import BY_NAME
 from vllm_dfloat.integration.seam import compat
 
@@ -86,11 +85,12 @@ def multiply(
     desc: torch.Tensor,
     bias: torch.Tensor | None,
     product: InOrderProduct,
-    memory: Buffers,
 ) -> torch.Tensor:
     """Return x @ weight.T + bias for x [num_x, cols], without decoding; the bias is added where vLLM adds it."""
     of = BY_NAME[product.layout].in_order
     assert of is not None  # or nothing is proven
+    nothing = torch.empty(0, dtype=torch.int32, device=x.device)
+    memory = nothing.view(torch.bfloat16), nothing  # no scratch
     if bias is not None and product.gemm == BATCH_INVARIANT and compat.adds_bias_to_rounded():
         return of.launch(x, desc, product.rows, product.cols, None, memory) + bias
     return of.launch(x, desc, product.rows, product.cols, bias, memory)

@@ -3,7 +3,7 @@
 No other code knows which layout a weight is in, or what it can do.
 """
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +13,14 @@ from vllm_dfloat.device import (
     experts,
     fast_experts,
     fast_fused,
+    fast_groups,
     fast_ops,
     fused,
+    groups,
     ops,
     unit_resident,
 )
+from vllm_dfloat.device.group_tables import Rows, Shape
 from vllm_dfloat.device.scratch import Buffers
 
 
@@ -48,6 +51,26 @@ class Product:
 
 
 @dataclass(frozen=True)
+class Groups:
+    """How a layout decodes several matrices in one launch, one after the other.
+
+    Each takes as many whole tiles of the output as `Layout.scratch_numel` says.
+
+    Attributes:
+        table_rows: (table, descs, shapes) -> what the table that `launch` reads must hold, int64 [members + 1,
+            ROW_WORDS] on the device of the descriptors; it depends on where it lies.
+        launch: (table, num_tiles, shapes, out, status): all of them into the scratch; called inside
+            `vllm_dfloat::linear`. num_tiles: of all together.
+        max_numel: (device) -> the largest group, in weights, for which one launch was measured to beat one per matrix;
+            0 if never.
+    """
+
+    table_rows: Callable[[torch.Tensor, Sequence[torch.Tensor], Sequence[Shape]], Rows]
+    launch: Callable[[torch.Tensor, int, Sequence[Shape], torch.Tensor, torch.Tensor], None]
+    max_numel: Callable[[torch.device], int] = lambda device: 0
+
+
+@dataclass(frozen=True)
 class Layout:
     """What linear layers, embeddings and experts use. Every layout's descriptors are int64 [ops.DESC_LENGTH].
 
@@ -68,7 +91,7 @@ class Layout:
         decode_chosen: (desc, num_experts, rows, cols, chosen, out, status): as `decode`, for a tensor of experts
             [num_experts, rows, cols], of which it decodes those chosen, each where it lies (experts.py); None if it
             decodes all or none.
-        has_groups: whether groups.py can decode several matrices at once.
+        groups: how it decodes several matrices at once; None if it cannot.
     """
 
     pack: Callable[[torch.Tensor, str], ops.PackedWeight]
@@ -84,7 +107,7 @@ class Layout:
         Callable[[torch.Tensor, int, int, int, torch.Tensor, torch.Tensor, torch.Tensor], None]
         | None
     ) = None
-    has_groups: bool = False
+    groups: Groups | None = None
 
 
 BY_NAME: Mapping[str, Layout] = {
@@ -97,7 +120,13 @@ BY_NAME: Mapping[str, Layout] = {
         ops.launch_decode_run,
         Product(fused.max_rows, fused.launch_matmul, fused.variants, fused.partials),
         decode_chosen=experts.launch_decode_chosen,
-        has_groups=True,
+        groups=Groups(
+            groups.table_rows,
+            lambda table, num_tiles, shapes, out, status: groups.launch_decode_group(
+                table, num_tiles, out, status
+            ),
+            groups.max_numel,
+        ),
     ),
     "fast": Layout(
         fast_ops.pack_again,
@@ -118,6 +147,7 @@ BY_NAME: Mapping[str, Layout] = {
         ),
         pack_if_small=fast_ops.pack,
         decode_chosen=fast_experts.launch_decode_chosen,
+        groups=Groups(fast_groups.table_rows, fast_groups.launch_decode_group),
     ),
     "dfloat11": Layout(
         unit_resident.pack,

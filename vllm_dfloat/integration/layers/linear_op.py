@@ -7,18 +7,18 @@ small batch directly by the compressed weight.
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 
 from vllm_dfloat.codec.layout import TILE_WEIGHTS
-from vllm_dfloat.device import groups, ops
+from vllm_dfloat.device import ops
 from vllm_dfloat.device.scratch import Buffers, scratch
 from vllm_dfloat.integration.layers import in_order
 from vllm_dfloat.integration.layers.in_order import BATCH_INVARIANT, InOrderProduct
-from vllm_dfloat.integration.layers.layouts import BY_NAME
+from vllm_dfloat.integration.layers.layouts import BY_NAME, Layout
 from vllm_dfloat.integration.layers.registration import register
 from vllm_dfloat.integration.seam import compat, slots
 
@@ -75,29 +75,27 @@ def settle_bias(layer: torch.nn.Module) -> None:
         _packed_for_cpu(layer.get_parameter("weight").data, bias)
 
 
-class Sizes(NamedTuple):
-    """The numbers that `linear` needs; none depends on the weight's values, so a traced graph may keep them.
+class Place(NamedTuple):
+    """Where a weight lies in its decoded block, and with which others it is decoded; all in tiles of 2048 weights.
 
     Attributes:
-        rows, cols: shape of the weight.
-        fused_rows: largest number of rows of x that are multiplied without decoding the weight; 0 for never.
-        first_tile, group_tiles: start of the weight in its decoded group, and size of the group, in tiles.
-        in_order_rows: as fused_rows, for products that have the bits of the GEMM; for each it must be proven.
+        first_tile, block_tiles: its start, and the size of the block.
+        group_tile, group_tiles: start and size of those that one launch decodes.
+        group_row: the first row of the table of these.
     """
 
-    rows: int
-    cols: int
-    fused_rows: int = 0
-    first_tile: int = 0
-    group_tiles: int = 0
-    in_order_rows: int = 0
+    first_tile: int
+    block_tiles: int
+    group_tile: int
+    group_tiles: int
+    group_row: int
 
 
 def linear(
     x: torch.Tensor,
     desc: torch.Tensor,
     bias: torch.Tensor | None,
-    group: torch.Tensor | None,
+    tables: torch.Tensor | None,
     sizes: Sequence[int],
     gemm: str,
     layout: str,
@@ -107,44 +105,62 @@ def linear(
     Does not wait for the device. Once the scratch is reserved, allocates only the result and what the GEMM needs.
 
     Args:
-        group: table of the layer's group (groups.py), or None if the layer is decoded alone.
-        sizes: the numbers of a `Sizes`.
+        tables: of the groups of the layer's block (grouping.py), or None if the layer is decoded alone.
+        sizes: rows and cols of the weight; the largest number of rows of x that are multiplied without decoding it, 0
+            for never; the same for products that have the bits of the GEMM, for each of which it must be proven. With
+            tables, then, the numbers of a `Place`, and rows and cols of each weight that is decoded with this one. None
+            of them depends on the weights' values, so a traced graph may keep them.
         gemm: name of the GEMM, for `find_gemm`.
         layout: how the weight is held, a name in layouts.py.
     """
-    rows, cols, fused_rows, first_tile, group_tiles, in_order_rows = sizes
+    rows, cols, fused_rows, in_order_rows, *place = sizes
     slot, held = slots.slot(x.device), BY_NAME[layout]
     if held.product is not None and 0 < x.numel() <= fused_rows * cols:
         memory = scratch.take(x.device, held.scratch_numel(rows, cols), slot)
         y = held.product.launch(x.reshape(-1, cols), desc, rows, cols, bias, memory)
+        if tables is not None:
+            scratch.note_call(x.device, tables.data_ptr(), place[0], slot)
         return y.view(*x.shape[:-1], rows)
     if 0 < x.numel() <= in_order_rows * cols and in_order.is_proven(
         x, bias, rows, cols, layout, gemm
     ):
         kind = None if bias is None else bias.dtype
         product = InOrderProduct(x.device, rows, cols, layout, gemm, kind)
-        memory = scratch.take(x.device, held.scratch_numel(rows, cols), slot)
-        y = in_order.multiply(x.reshape(-1, cols), desc, bias, product, memory)
+        y = in_order.multiply(x.reshape(-1, cols), desc, bias, product)
+        if tables is not None:
+            scratch.note_call(x.device, tables.data_ptr(), place[0], slot)
         return y.view(*x.shape[:-1], rows)
-    if group is None:
+    if tables is None:
         out, status = scratch.take(x.device, held.scratch_numel(rows, cols), slot)
         held.decode(desc, rows, cols, out, status)
     else:
-        numel = group_tiles * TILE_WEIGHTS
-        (out, status), is_stale = scratch.take_for_group(
-            x.device, numel, group.data_ptr(), first_tile, slot
-        )
-        if is_stale:
-            groups.launch_decode_group(group, group_tiles, out, status)
-        out = out[first_tile * TILE_WEIGHTS :]
+        out = _decoded_in_block(tables, place, slot, held)
     return find_gemm(gemm)(x, out[: rows * cols].view(rows, cols), bias)
+
+
+def _decoded_in_block(
+    tables: torch.Tensor, place: Sequence[int], slot: Hashable, held: Layout
+) -> torch.Tensor:
+    """Return scratch that begins with the weight; decode its group into its block if that was not done yet."""
+    count = len(Place._fields)
+    of = Place(*place[:count])
+    (out, status), is_stale = scratch.take_for_group(
+        tables.device, of.block_tiles * TILE_WEIGHTS, tables.data_ptr(), of.first_tile, slot, of.group_tile
+    )  # fmt: skip
+    if is_stale:
+        shapes = list(zip(place[count::2], place[count + 1 :: 2], strict=True))
+        table = tables[of.group_row :][: len(shapes) + 1]
+        at = out[of.group_tile * TILE_WEIGHTS :]
+        assert held.groups is not None  # or it has no table
+        held.groups.launch(table, of.group_tiles, shapes, at, status[of.group_tile :])
+    return out[of.first_tile * TILE_WEIGHTS :]
 
 
 def _linear_fake(
     x: torch.Tensor,
     desc: torch.Tensor,
     bias: torch.Tensor | None,
-    group: torch.Tensor | None,
+    tables: torch.Tensor | None,
     sizes: Sequence[int],
     gemm: str,
     layout: str,
@@ -153,7 +169,7 @@ def _linear_fake(
 
 
 op: Callable[..., torch.Tensor] = register(
-    "linear(Tensor x, Tensor desc, Tensor? bias, Tensor? group, int[] sizes, str gemm, str layout) -> Tensor",
+    "linear(Tensor x, Tensor desc, Tensor? bias, Tensor? tables, int[] sizes, str gemm, str layout) -> Tensor",
     linear,
     _linear_fake,
 )

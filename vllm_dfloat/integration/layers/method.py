@@ -17,7 +17,7 @@ from vllm_dfloat.integration.seam.options import FUSED_EXACT, Options
 PACKED = "dfloat11"  # the attribute of a compressed layer: name of a parameter -> its PackedWeight
 WEIGHT = "weight"  # the only such parameter of linear layers and embeddings
 DESC = "dfloat11_desc"  # its descriptor; not a parameter or buffer, which other code could write
-GROUP = "dfloat11_group"  # the table of the layer's group
+TABLES = "dfloat11_tables"  # of the groups of the layer's block
 PROCESSED = "_already_called_process_weights_after_loading"  # vLLM's flag; it deletes it on reload
 
 
@@ -88,8 +88,8 @@ class PackedMethod:
         self.fused_rows = 0
         self.in_order_rows = 0
         self.placeholder: WeightPlaceholder | None = None
-        self.place_in_group = 0, 0  # first tile, tiles of the whole group
-        self.group_table: torch.Tensor | None = None  # a copy on the host
+        self.place_in_block: tuple[int, ...] = ()  # what `linear` gets as sizes beside these
+        self.group_tables: torch.Tensor | None = None  # a copy on the host
         self.gemm = (
             in_order.BATCH_INVARIANT if compat.is_batch_invariant() else self._backend(config)
         )
@@ -137,8 +137,8 @@ class PackedMethod:
             decode = functools.partial(self.dequantize_weight, layer)
             self.placeholder = WeightPlaceholder(self.name, (self.rows, self.cols), device, decode)
         layer.register_parameter("weight", self.placeholder)
-        if self.group_table is not None:  # sleep level 2 discards the table on the GPU
-            layer.__dict__[GROUP].copy_(self.group_table)
+        if self.group_tables is not None:  # sleep level 2 discards the tables on the GPU
+            layer.__dict__[TABLES].copy_(self.group_tables)
         layer.__dict__[PROCESSED] = True
 
     def _finish(self, layer: torch.nn.Module) -> None:
@@ -175,12 +175,16 @@ class PackedMethod:
         # Cohere's LM head is its embedding, LoRA's wrapper and all.
         layer = getattr(layer, "base_layer", layer)
         self.check_in_place(layer)
-        sizes = linear_op.Sizes(
-            self.rows, self.cols, self.fused_rows, *self.place_in_group, self.in_order_rows
-        )
-        group = getattr(layer, GROUP, None)
+        sizes = self.rows, self.cols, self.fused_rows, self.in_order_rows
+        tables = getattr(layer, TABLES, None)
         return linear_op.op(
-            x, layer.dfloat11_desc, bias, group, list(sizes), self.gemm, self.layout
+            x,
+            layer.dfloat11_desc,
+            bias,
+            tables,
+            [*sizes, *self.place_in_block],
+            self.gemm,
+            self.layout,
         )
 
     def check_in_place(self, layer: torch.nn.Module) -> None:

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 import torch
 
 from vllm_dfloat.device.packed_weight import PackedWeight
-from vllm_dfloat.device.scratch import Buffers
 from vllm_dfloat.integration.layers import cancelling, in_order
 from vllm_dfloat.integration.layers.head_proof import is_out_of_memory
 from vllm_dfloat.integration.layers.in_order import InOrderProduct
@@ -48,11 +47,5 @@ def _differs(
 ) -> torch.Tensor:
     """Return whether any bit differs, as a tensor that nothing waits for."""
     expected = find_gemm(product.gemm)(x, weight, bias)
-    found = in_order.multiply(x, packed.desc, bias, product, no_scratch(x.device))
+    found = in_order.multiply(x, packed.desc, bias, product)
     return (found.view(torch.int16) != expected.view(torch.int16)).any()
-
-
-def no_scratch(device: torch.device) -> Buffers:
-    """Return scratch memory without any, which is what the products need."""
-    nothing = torch.empty(0, dtype=torch.int32, device=device)
-    return nothing.view(torch.bfloat16), nothing

@@ -111,4 +111,4 @@ def _launch_once(product: InOrderProduct, num_x: int, desc: torch.Tensor) -> Non
         if product.bias is None
         else torch.zeros(product.rows, dtype=product.bias, device=device)
     )
-    in_order.multiply(x, desc, bias, product, product_proof.no_scratch(device))
+    in_order.multiply(x, desc, bias, product)

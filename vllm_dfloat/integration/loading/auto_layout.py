@@ -3,9 +3,10 @@
 from typing import Any
 
 from vllm_dfloat.errors import DFloatError
+from vllm_dfloat.integration.seam.options import Options
 
 
-def choose(config: Any, kv_tokens: int | None) -> tuple[frozenset[str], str]:
+def choose(config: Any, options: Options) -> tuple[frozenset[str], str]:
     """Return the layers to hold in the fast layout, and a line that says how many, or why none.
 
     It is the choice of `vllm-dfloat plan --layout auto`: from config.json and the headers of the files, before anything
@@ -13,7 +14,7 @@ def choose(config: Any, kv_tokens: int | None) -> tuple[frozenset[str], str]:
 
     Args:
         config: vLLM's, whose memory, parallelism and lengths count.
-        kv_tokens: that must find room; None for one request of --max-model-len.
+        options: of dfloat11. Its kv_tokens must find room; None for one request of --max-model-len.
     """
     from vllm.platforms import current_platform
 
@@ -38,11 +39,15 @@ def choose(config: Any, kv_tokens: int | None) -> tuple[frozenset[str], str]:
         mamba_ssm_cache_dtype=str(cache.mamba_ssm_cache_dtype),
         max_num_batched_tokens=scheduler.max_num_batched_tokens,
         max_num_seqs=scheduler.max_num_seqs,
-        kv_cache_memory=None if kv_tokens else cache.kv_cache_memory_bytes,
+        kv_cache_memory=None if options.kv_tokens else cache.kv_cache_memory_bytes,
         cpu_offload=int(GIB * getattr(offload, "cpu_offload_gb", 0)),
         expert_parallel=parallel.enable_expert_parallel,
         layout="auto",
-        kv_tokens=kv_tokens,
+        kv_tokens=options.kv_tokens,
+        granularity="block" if options.granularity == "block" else "layer",
+        slab=options.slab
+        if isinstance(options.slab, int)
+        else {"auto": None, "off": 0}[options.slab],
     )
     try:
         return fast_layers(str(config.model_config.model), settings)

@@ -18,7 +18,7 @@ GRANULARITIES = ("auto", "layer", "block")
 NEEDS = (
     ("mode", "fused", ("packed", "fast", AUTO)),
     ("mode", FUSED_EXACT, ("fast", AUTO)),
-    ("granularity", "block", ("packed",)),
+    ("granularity", "block", ("packed", "fast", AUTO)),
 )
 SLABS = ("auto", "off")  # or a number of bytes, or a size such as "64MiB"
 
