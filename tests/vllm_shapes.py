@@ -7,12 +7,15 @@ Nothing is loaded or computed, so a model of 671 billion parameters takes second
 import importlib.abc
 import importlib.machinery
 import json
+import math
 import os
 import sys
 import types
 from pathlib import Path
 from typing import Any
 
+import cached_models
+import gpu_only_models
 import torch
 
 if __name__ == "__main__":  # not for the tests that import a constant from here
@@ -54,6 +57,8 @@ def start(folder: Path) -> None:
     # In this process: another one would not have the settings above.
     info = registry._ModelInfo.from_model_cls
     registry._LazyRegisteredModel.inspect_model_cls = lambda model: info(model.load_model_cls())
+    gpu_only_models.start()
+    cached_models.register()
     parallel_state.init_distributed_environment(1, 0, f"file://{folder}/ranks", 0, backend="gloo")
 
 
@@ -62,8 +67,9 @@ def held(model: str, tp: int, pp: int, stage: int, room: int = 0) -> dict[str, A
 
     Returns:
         weights: vLLM's name -> [shape, bytes per number, whether it is compressed]; tables: bytes of rotary tables;
-        caches: layer -> [bytes per token, tokens in its window, whether the window is a chunk]; context: in tokens;
-        tokens: how many fit into `room` bytes of cache, by vLLM (one pipeline stage only).
+        caches: layer -> [bytes per token, tokens in its window, whether the window is a chunk]; states: layer -> bytes
+        of its state, without what pads it; context: in tokens;
+        tokens: how many fit into `room` bytes of cache, by vLLM (one pipeline stage only); block_size: in tokens.
     """
     from vllm.config import get_layers_from_vllm_config, set_current_vllm_config
     from vllm.distributed import parallel_state
@@ -71,6 +77,7 @@ def held(model: str, tp: int, pp: int, stage: int, room: int = 0) -> dict[str, A
     from vllm.model_executor.layers import rotary_embedding
     from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
     from vllm.model_executor.model_loader.utils import initialize_model
+    from vllm.platforms import current_platform
     from vllm.utils.torch_utils import set_default_torch_dtype
 
     settings: dict[str, Any] = dict(load_format="dummy", dtype="bfloat16", enforce_eager=True)
@@ -91,6 +98,8 @@ def held(model: str, tp: int, pp: int, stage: int, room: int = 0) -> dict[str, A
             group.ranks = list(range(size))
         with set_default_torch_dtype(torch.bfloat16), torch.device("meta"):
             built = initialize_model(vllm_config=config, prefix="")
+        if config.model_config.is_hybrid:
+            current_platform.update_block_size_for_backend(config)  # an executor calls it
         layers = get_layers_from_vllm_config(config, AttentionLayerBase)
         specs = {name: layer.get_kv_cache_spec(config) for name, layer in layers.items()}
         tokens = _tokens(config, specs, room) if room else None
@@ -99,8 +108,10 @@ def held(model: str, tp: int, pp: int, stage: int, room: int = 0) -> dict[str, A
         "weights": {name: _entry(built, name, value) for name, value in built.named_parameters()},
         "tables": sum(table.nbytes for table in tables),
         "caches": {name: _cache(spec) for name, spec in specs.items()},
+        "states": {name: _state(spec) for name, spec in specs.items() if hasattr(spec, "shapes")},
         "context": config.model_config.max_model_len,
         "tokens": tokens,
+        "block_size": config.cache_config.block_size,
     }
 
 
@@ -132,6 +143,11 @@ def _cache(spec: Any) -> list[Any]:
     window = getattr(spec, "sliding_window", None) or getattr(spec, "attention_chunk_size", None)
     is_chunk = type(spec).__name__ == "ChunkedLocalAttentionSpec"
     return [spec.page_size_bytes // spec.block_size, window, is_chunk]
+
+
+def _state(spec: Any) -> int:
+    shapes = zip(spec.shapes, spec.dtypes, strict=True)
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes)
 
 
 def main(runs: str, result: str) -> None:

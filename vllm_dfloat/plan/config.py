@@ -8,21 +8,19 @@ from typing import Any
 from vllm_dfloat.checkpoint.quantized import refuse_quantized_config
 from vllm_dfloat.checkpoint.tied import TIED_KEY, tying_config
 from vllm_dfloat.errors import FormatError, UnsupportedError, shown
-from vllm_dfloat.plan.caches import Cached, Keys, latent_width, layer_caches
+from vllm_dfloat.plan.caches import Cached, layer_caches
 from vllm_dfloat.plan.defaults import with_defaults
-from vllm_dfloat.plan.hybrids import HYBRIDS
+from vllm_dfloat.plan.keys import Keys
 from vllm_dfloat.plan.kv_cache import EVERYTHING, Reach
+from vllm_dfloat.plan.latent_caches import is_sparse, latent_width
 from vllm_dfloat.plan.names import with_common_names
 from vllm_dfloat.plan.reaches import layer_reaches
+from vllm_dfloat.plan.refusals import refuse_other_caches, refuse_unserved
 from vllm_dfloat.plan.sizes import Sizes
 from vllm_dfloat.storage.json_file import MAX_CONFIG_BYTES, read_object
 
 MAX_LAYERS = 1 << 12
 DTYPES = ("bfloat16", "float16", "float32")
-OTHER_STATES = (  # prefixes of entries that models with other kinds of layers have
-    "mamba", "ssm_", "state_size", "linear_num_", "linear_attn", "attn_layer_", "hybrid_", "attn_type_list",
-    "full_attention_interval",
-)  # fmt: skip
 _SCALED_ALREADY = ("su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling")
 
 
@@ -85,14 +83,14 @@ def read_model_config(file: Path) -> ModelConfig:
     if not found:
         raise FormatError(f"{where}: is empty; expected a model's config.")
     architecture = _architecture(found, where)
+    refuse_unserved(architecture, where)
     refuse_quantized_config(found, where)
     whole = Sizes(where, found)
     own = whole.part("text_config").entries or found
     model_type = Sizes(where, own).text("model_type", whole.text("model_type"))
     named = with_common_names(own, model_type)
     text = Sizes(where, with_defaults(named, model_type, is_part=own is not found))
-    if model_type not in HYBRIDS:
-        _refuse_other_states(text)
+    refuse_other_caches(text, model_type)
     num_layers = text.size("num_hidden_layers")
     if num_layers > MAX_LAYERS:
         raise FormatError(f"{where}: num_hidden_layers is {num_layers}; at most {MAX_LAYERS}.")
@@ -101,6 +99,7 @@ def read_model_config(file: Path) -> ModelConfig:
     head_dim = text.size("head_dim", max(1, hidden // heads))
     latent = latent_width(text, model_type)
     reaches = layer_reaches(text, model_type, num_layers)
+    keys = Keys(kv_heads, head_dim, latent, is_sparse=is_sparse(text, model_type))
     return ModelConfig(
         where=where,
         entries=text.entries,
@@ -116,7 +115,7 @@ def read_model_config(file: Path) -> ModelConfig:
         context=_context(text, model_type),
         tied=(whole if tying_config(found) is found else text).flag(TIED_KEY),
         reaches=reaches,
-        caches=layer_caches(text, model_type, Keys(kv_heads, head_dim, latent), reaches),
+        caches=layer_caches(text, model_type, keys, reaches),
     )
 
 
@@ -131,21 +130,6 @@ def _architecture(found: Mapping[str, Any], where: str) -> str:
             f"{where}: `architectures` begins with {shown(architectures[0])}; expected the name of a class."
         )
     return architectures[0]
-
-
-def _refuse_other_states(text: Sizes) -> None:
-    """Refuse models that do not have a cache of keys and values in every layer."""
-    entries = text.entries
-    found = next(
-        (name for name in entries if name.startswith(OTHER_STATES) and entries[name]), None
-    )
-    if text.flag("is_encoder_decoder"):
-        found = "is_encoder_decoder"
-    if found:
-        raise UnsupportedError(
-            f"{text.where}: {found} says that not every layer has a cache of keys and values, and plan knows no other. "
-            "Start vLLM to see what fits."
-        )  # fmt: skip
 
 
 def _dtype(found: Mapping[str, Any], own: Mapping[str, Any], where: str) -> str:

@@ -1,11 +1,12 @@
-"""Families of models with states: which layers have one, and how large it is, from the entries of their configs."""
+"""Families of models with states: which of their layers have one."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from vllm_dfloat.errors import FormatError, UnsupportedError, shown
+from vllm_dfloat.plan import family_states
 from vllm_dfloat.plan.sizes import Sizes
-from vllm_dfloat.plan.states import ITEMSIZE, STATE_DTYPES, State
+from vllm_dfloat.plan.states import State
 
 FULL_INTERVAL = (
     4  # every fourth layer of Qwen3-Next is one of attention, unless its config says otherwise
@@ -61,81 +62,20 @@ class Hybrid:
         return word
 
 
-def _mamba2(text: Sizes, inner: int, heads: str, names: tuple[str, str, str, str]) -> State:
-    """Return the state of a Mamba-2 layer; names: of the entries for groups, head dim, state and convolution."""
-    groups, head_dim, width, kernel = (text.size(name) for name in names)
-    numbers = text.size(heads) * head_dim * width
-    return State(inner, kernel - 1, groups, 2 * width, numbers)
+def _kimi_layers(text: Sizes, num_layers: int) -> Sequence[object]:
+    layers = text.part("linear_attn_config").integers("kda_layers")  # counted from 1
+    return ["linear_attention" if i + 1 in layers else "attention" for i in range(num_layers)]
 
 
-_NAMES = ("mamba_n_groups", "mamba_d_head", "mamba_d_state", "mamba_d_conv")
-
-
-def _falcon_h1(text: Sizes) -> State:
-    inner = text.count("mamba_d_ssm") or text.size("mamba_expand", 2) * text.size("hidden_size")
-    return _mamba2(text, inner, "mamba_n_heads", _NAMES)
-
-
-def _granite(text: Sizes) -> State:
-    return _expanded(text, "mamba_n_groups")
-
-
-def _zamba2(text: Sizes) -> State:
-    return _expanded(text, "mamba_ngroups")
-
-
-def _expanded(text: Sizes, groups: str) -> State:
-    """Return the state of a Mamba-2 layer whose heads make up its whole width."""
-    inner, width = (
-        text.size("mamba_expand", 2) * text.size("hidden_size"),
-        text.size("mamba_d_state"),
-    )
-    return State(
-        inner, text.size("mamba_d_conv") - 1, text.size(groups, 1), 2 * width, inner * width
-    )
-
-
-def _nemotron_h(text: Sizes) -> State:
-    heads, head_dim = text.size("mamba_num_heads"), text.size("mamba_head_dim")
-    width = text.size("ssm_state_size")
-    dtype = text.text("mamba_ssm_cache_dtype", "float32")
-    return State(
-        heads * head_dim, text.size("conv_kernel") - 1, text.size("n_groups"), 2 * width, heads * head_dim * width,
-        STATE_DTYPES.get(dtype) or ITEMSIZE,
-    )  # fmt: skip
-
-
-def _of_mamba2(text: Sizes) -> State:
-    inner = text.size("expand", 2) * text.size("hidden_size")
-    return _mamba2(text, inner, "num_heads", ("n_groups", "head_dim", "state_size", "conv_kernel"))
-
-
-def _of_mamba(text: Sizes) -> State:
-    inner = text.size("intermediate_size", text.size("expand", 2) * text.size("hidden_size"))
-    return State(
-        inner, text.size("conv_kernel", 4) - 1, numbers=inner * text.size("state_size", 16)
-    )
-
-
-def _jamba(text: Sizes) -> State:
-    inner = text.size("mamba_expand", 2) * text.size("hidden_size")
-    return State(
-        inner, text.size("mamba_d_conv", 4) - 1, numbers=inner * text.size("mamba_d_state", 16)
-    )
-
-
-def _lfm2(text: Sizes) -> State:
-    return State(text.size("conv_dim", text.size("hidden_size")), text.size("conv_L_cache") - 1)
-
-
-def _delta_net(text: Sizes) -> State:
-    keys = text.size("linear_num_key_heads") * text.size("linear_key_head_dim")
-    values = text.size("linear_num_value_heads") * text.size("linear_value_head_dim")
-    dtype = text.text("mamba_ssm_dtype")
-    return State(
-        2 * keys + values, text.size("linear_conv_kernel_dim", 4) - 1,
-        numbers=values * text.size("linear_key_head_dim"), itemsize=STATE_DTYPES.get(dtype) or ITEMSIZE,
-    )  # fmt: skip
+def _bailing_layers(text: Sizes, num_layers: int) -> Sequence[object]:
+    every = text.size("layer_group_size", 1)
+    whole = num_layers
+    if text.count("short_conv_kernel_size"):
+        whole = num_layers // every * every  # what is left over has attention
+    return [
+        "linear_attention" if (i + 1) % every and i < whole else "attention"
+        for i in range(num_layers)
+    ]
 
 
 def _listed(text: Sizes, num_layers: int) -> Sequence[object]:
@@ -157,19 +97,22 @@ def _listed(text: Sizes, num_layers: int) -> Sequence[object]:
     return ["mamba" if (i + 1) % every else "attention" for i in range(num_layers)]
 
 
-_DELTA_NET = Hybrid(_delta_net, _listed)
+_DELTA_NET = Hybrid(family_states.delta_net, _listed)
 HYBRIDS: dict[str, Hybrid] = {
-    "falcon_h1": Hybrid(_falcon_h1, all_layers="hybrid"),
-    "falcon_mamba": Hybrid(_of_mamba, all_layers="mamba", has_rotary=False),
-    "granitemoehybrid": Hybrid(_granite, _listed),
-    "jamba": Hybrid(_jamba, _listed, has_rotary=False),
-    "lfm2": Hybrid(_lfm2, _listed),
-    "lfm2_moe": Hybrid(_lfm2, _listed),
-    "mamba": Hybrid(_of_mamba, all_layers="mamba", has_rotary=False),
-    "mamba2": Hybrid(_of_mamba2, all_layers="mamba", has_rotary=False),
-    "nemotron_h": Hybrid(_nemotron_h, _listed, has_rotary=False),
+    "bailing_hybrid": Hybrid(family_states.bailing, _bailing_layers),
+    "falcon_h1": Hybrid(family_states.falcon_h1, all_layers="hybrid"),
+    "falcon_mamba": Hybrid(family_states.of_mamba, all_layers="mamba", has_rotary=False),
+    "granitemoehybrid": Hybrid(family_states.granite, _listed),
+    "jamba": Hybrid(family_states.jamba, _listed, has_rotary=False),
+    "kimi_linear": Hybrid(family_states.kimi_linear, _kimi_layers, has_rotary=False),
+    "lfm2": Hybrid(family_states.lfm2, _listed),
+    "lfm2_moe": Hybrid(family_states.lfm2, _listed),
+    "mamba": Hybrid(family_states.of_mamba, all_layers="mamba", has_rotary=False),
+    "mamba2": Hybrid(family_states.of_mamba2, all_layers="mamba", has_rotary=False),
+    "nemotron_h": Hybrid(family_states.nemotron_h, _listed, has_rotary=False),
+    "olmo_hybrid": _DELTA_NET,
     "qwen3_5_moe_text": _DELTA_NET,
     "qwen3_5_text": _DELTA_NET,
     "qwen3_next": _DELTA_NET,
-    "zamba2": Hybrid(_zamba2, _listed),
+    "zamba2": Hybrid(family_states.zamba2, _listed),
 }  # by model_type

@@ -151,8 +151,8 @@ def _largest(limit: int, fits: Callable[[int], bool]) -> int:
     return low
 
 
-def page_bytes(kv_heads: int, head_dim: int, tp: int, block_size: int, dtype: str) -> int:
-    """Return the bytes of one block of one layer on one rank, with keys and values per head.
+def page_bytes(kv_heads: int, width: int, tp: int, block_size: int, dtype: str) -> int:
+    """Return the bytes of one block of one layer on one rank; a key and a value of a head have `width` numbers.
 
     Raises:
         UnsupportedError: a dtype that is not one number per element, or heads that the ranks cannot share.
@@ -163,7 +163,7 @@ def page_bytes(kv_heads: int, head_dim: int, tp: int, block_size: int, dtype: st
             f"--tp {tp}: {kv_heads} KV heads, which that many ranks cannot share evenly. "
             "Give another --tp, and --pp for the rest of the GPUs."
         )
-    return block_size * heads * 2 * head_dim * _itemsize(dtype)
+    return block_size * heads * width * _itemsize(dtype)
 
 
 def latent_page_bytes(width: int, block_size: int, dtype: str) -> int:

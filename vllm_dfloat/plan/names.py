@@ -32,4 +32,7 @@ def with_common_names(entries: Mapping[str, Any], model_type: str) -> dict[str, 
     layers = named.get("layers_block_type", named.get("hybrid_override_pattern"))
     if named.get("num_hidden_layers") is None and isinstance(layers, (list, str)):
         named["num_hidden_layers"] = len(layers)  # Nemotron-H
+    if model_type == "longcat_flash" and named.get("num_layers") is not None:
+        # num_hidden_layers counts its attentions, two per transformer block
+        named["num_hidden_layers"] = named["num_layers"]
     return named

@@ -22,6 +22,8 @@ def layer_reaches(text: Sizes, model_type: str, num_layers: int) -> tuple[Reach,
         return (EVERYTHING,) * num_layers
     if model_type == "llama4_text":
         return _llama4(text, num_layers)
+    if model_type.startswith("mimo_v2"):
+        return _mimo_v2(text, num_layers)
     types = text.entries.get("layer_types")
     if isinstance(types, list):
         _check_types(types, text.where)
@@ -55,6 +57,16 @@ def _check_types(types: list[object], where: str) -> None:
                 f"{where}: layer_types has {shown(kind)}; plan knows layers with a cache of keys and values only. "
                 "Start vLLM to see what fits."
             )
+
+
+def _mimo_v2(text: Sizes, num_layers: int) -> tuple[Reach, ...]:
+    pattern = text.integers("hybrid_layer_pattern")  # 1 for layers with a window
+    if len(pattern) < num_layers:
+        raise FormatError(
+            f"{text.where}: hybrid_layer_pattern is no list of {num_layers} entries, one per layer."
+        )
+    window = Reach(text.size("sliding_window_size", text.count("sliding_window") or None))
+    return tuple(window if one == 1 else EVERYTHING for one in pattern[:num_layers])
 
 
 def _llama4(text: Sizes, num_layers: int) -> tuple[Reach, ...]:

@@ -18,6 +18,8 @@ class State:
         groups, group_channels: further channels; where the ranks cannot share the groups, some hold copies.
         numbers: of the recurrence; ranks share them.
         itemsize: bytes of one of these unless --mamba-ssm-cache-dtype says otherwise.
+        dtypes: of --mamba-ssm-cache-dtype that vLLM takes for it.
+        is_fixed: whether --mamba-ssm-cache-dtype changes nothing.
     """
 
     channels: int
@@ -26,6 +28,8 @@ class State:
     group_channels: int = 0
     numbers: int = 0
     itemsize: int = ITEMSIZE
+    dtypes: tuple[str, ...] = tuple(STATE_DTYPES)
+    is_fixed: bool = False
 
     def num_bytes(self, tp: int, dtype: str) -> int:
         """Return the bytes on each of `tp` ranks; dtype: of STATE_DTYPES.
@@ -33,9 +37,9 @@ class State:
         Raises:
             UnsupportedError: the ranks cannot share it, or another dtype.
         """
-        if dtype not in STATE_DTYPES:
+        if dtype not in self.dtypes:
             raise UnsupportedError(
-                f"--mamba-ssm-cache-dtype {dtype}: plan knows {', '.join(STATE_DTYPES)}. Give one of them."
+                f"--mamba-ssm-cache-dtype {dtype}: plan knows {', '.join(self.dtypes)}. Give one of them."
             )
         groups = self.groups + (tp - self.groups if self.groups % tp else 0)
         channels = self.channels + groups * self.group_channels
@@ -44,5 +48,6 @@ class State:
                 f"--tp {tp}: a layer's state has {channels} channels and {self.numbers} numbers, which that many "
                 "ranks cannot share evenly. Give another --tp, and --pp for the rest of the GPUs."
             )
-        numbers = self.numbers // tp * (STATE_DTYPES[dtype] or self.itemsize)
+        given = 0 if self.is_fixed else STATE_DTYPES[dtype]
+        numbers = self.numbers // tp * (given or self.itemsize)
         return channels // tp * self.length * ITEMSIZE + numbers
