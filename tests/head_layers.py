@@ -15,7 +15,15 @@ from vllm.model_executor.layers import vocab_parallel_embedding as vllm_embeddin
 
 from vllm_dfloat.device.scratch import scratch
 from vllm_dfloat.integration.config import DFloat11Config
-from vllm_dfloat.integration.layers import head_op, head_proof, heads, proof_cache
+from vllm_dfloat.integration.layers import (
+    head_op,
+    head_proof,
+    heads,
+    linear_op,
+    product_proof,
+    proof_cache,
+    proven_products,
+)
 from vllm_dfloat.integration.seam import compat
 from vllm_dfloat.integration.seam.options import Options
 
@@ -77,6 +85,7 @@ def loaded(bias: bool = False, **options: Any) -> Tiny:
 
 def prepared(bias: bool = False, vllm: Any = None, **options: Any) -> Tiny:
     model = loaded(bias, **options)
+    proven_products.prepare(model, None)
     heads.prepare(model, vllm or settings(), None)
     return model
 
@@ -111,7 +120,7 @@ def shape_dependent(differs: Callable[[int], bool]) -> Any:
 
 
 def use(monkeypatch: pytest.MonkeyPatch, gemm: Any) -> None:
-    for module in (head_op, head_proof):
+    for module in (head_op, head_proof, linear_op, product_proof):
         monkeypatch.setattr(module, "find_gemm", gemm)
 
 

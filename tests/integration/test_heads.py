@@ -1,8 +1,9 @@
 """Products with an LM head that is larger than the scratch: slabs where proven, or else the whole head."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from helpers import same_bits
 from vllm_dfloat.device import fast_fused, fast_ops, fused, ops
 from vllm_dfloat.device.scratch import MAIN_SLOT, scratch
 from vllm_dfloat.errors import DeviceError
-from vllm_dfloat.integration.layers import head_op, linear_op
+from vllm_dfloat.integration.layers import head_op, in_order, layouts, linear_op
 
 
 @pytest.fixture(autouse=True)
@@ -149,9 +150,78 @@ def test_a_few_rows_are_multiplied_from_packed_weights_in_the_scratch_of_a_slab(
     monkeypatch.setenv("VLLM_DFLOAT_BACKEND", "triton")
     weight, x = normal(ROWS, 1024, std=0.02), normal(1, 1024)
     packed = pack(weight, "head")
-    found = head_op.op(x, packed.desc, None, [ROWS, 1024, 1, 128], linear_op.PLAIN, layout)
+    found = head_op.op(x, packed.desc, None, [ROWS, 1024, 1, 0, 128], linear_op.PLAIN, layout)
     assert same_bits(found, matmul(x, packed.desc, ROWS, 1024))
     assert scratch.numel(CPU, MAIN_SLOT) < ROWS * 1024 // 4
+
+
+def without_decoding(monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:
+    """Let the fast layout multiply up to `most` rows in the order of the test's GEMM; return for how many it did."""
+    multiplied: list[int] = []
+
+    def launch(x: torch.Tensor, desc: torch.Tensor, *of: Any) -> torch.Tensor:
+        multiplied.append(len(x))
+        rows, cols, bias, _ = of
+        out = torch.empty(rows * cols, dtype=torch.bfloat16)
+        status = torch.empty(ROWS, dtype=torch.int32)
+        fast_ops.decode(desc, rows, cols, out, status)
+        return shape_dependent(lambda num_x: True)("any")(x, out.view(rows, cols), bias)
+
+    held = layouts.BY_NAME["fast"]
+    assert held.in_order is not None
+    product = replace(
+        held.in_order, launch=launch, max_rows=lambda *of: most, variants=lambda *of: {}
+    )
+    by_name = cast(dict[str, layouts.Layout], layouts.BY_NAME)
+    monkeypatch.setitem(by_name, "fast", replace(held, in_order=product))
+    monkeypatch.setattr(in_order, "known", {})
+    return multiplied
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_head_in_slabs_is_not_decoded_at_numbers_of_rows_at_which_that_is_proven(
+    bias: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    use(monkeypatch, shape_dependent(lambda num_x: num_x <= 4))
+    multiplied, decoded = without_decoding(monkeypatch, 4), counting(monkeypatch)
+    model = prepared(bias, layout="fast", mode="fused-exact")
+    # Slabs are equal from 5 rows on; so the whole head is not needed, and not counted.
+    assert known() == head_op.Known(frozenset(range(5, 41)), False)
+    assert "equal bits at 36 of the 40 numbers of rows that were compared" in caplog.text
+    assert caplog.text.splitlines()[-1].endswith("; not decoded at 4 numbers of rows")
+    multiplied.clear()
+    for num_x in (1, 4, 5, 40):
+        x = normal(num_x, COLS)
+        assert same_bits(logits(model, x), expected(model, x))
+    assert multiplied == [1, 4]
+    assert not decoded
+    assert scratch.numel(CPU, MAIN_SLOT) < ROWS * COLS
+
+
+def test_other_activations_of_a_head_that_is_not_decoded_get_the_whole_head(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    use(monkeypatch, shape_dependent(lambda num_x: True))
+    multiplied, decoded = without_decoding(monkeypatch, 6), counting(monkeypatch)
+    model = prepared(layout="fast", mode="fused-exact")
+    multiplied.clear()
+    logits(model, normal(3, COLS))  # the first one takes the memory that more rows may need
+    assert (multiplied, decoded) == ([3], [3])
+    x = normal(3, 2 * COLS)[:, :COLS]
+    assert same_bits(logits(model, x), expected(model, x))
+    assert (multiplied, decoded) == ([3], [3, 3])
+
+
+def test_a_head_whose_product_without_decoding_has_other_bits_is_decoded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    use(monkeypatch, lambda name: torch.nn.functional.linear)
+    multiplied = without_decoding(monkeypatch, 4)
+    model = prepared(layout="fast", mode="fused-exact")
+    multiplied.clear()
+    x = normal(2, COLS)
+    assert same_bits(logits(model, x), expected(model, x))
+    assert not multiplied
 
 
 @pytest.mark.parametrize("most", [1, 4, 5, 64])

@@ -6,7 +6,7 @@ vLLM's product is its own kernel for VLLM_BATCH_INVARIANT, interpreted, on tenso
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -17,9 +17,13 @@ from model_loads import group_of_one
 from tensor_cores import interpret_with_them
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers import linear as vllm_linear
+from vllm.model_executor.layers import vocab_parallel_embedding as vllm_embedding
 
 from vllm_dfloat.integration.config import DFloat11Config
 from vllm_dfloat.integration.layers import (
+    head_op,
+    head_proof,
+    heads,
     in_order,
     linear_op,
     product_proof,
@@ -126,6 +130,35 @@ def test_proven_products_are_not_decoded_and_have_the_bits_of_vllm(
     x = activations(MOST + 1)
     assert same_bits(layer(x)[0], vllm_gemm(x, WEIGHT, bias))
     assert decoded == [1]
+
+
+def test_a_head_in_slabs_is_multiplied_without_decoding_to_the_bits_of_vllm(
+    vllm_gemm: Gemm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(monkeypatch, vllm_gemm)
+    for user in (head_op, head_proof):
+        monkeypatch.setattr(user, "find_gemm", lambda name: vllm_gemm)
+    monkeypatch.setattr(head_op, "known", {})
+    monkeypatch.setattr(compat, "is_last_stage", lambda: True)
+    rows, slab = 256, 128
+    config = DFloat11Config(Options(layout="fast", mode="fused-exact", slab=2 * slab * COLS))
+    head = vllm_embedding.ParallelLMHead(rows, COLS, quant_config=config, prefix="lm_head")
+    weight = to_torch(gaussian(rows, COLS))
+    head.weight.weight_loader(head.weight, weight)
+    head.quant_method.process_weights_after_loading(head)
+    head.quant_method.process_weights_after_loading(head)  # as vLLM does after the last layer
+    model = torch.nn.ModuleList([head])
+    scheduler = SimpleNamespace(max_num_seqs=2, max_num_batched_tokens=2)
+    proven_products.prepare(model, None)
+    heads.prepare(model, SimpleNamespace(scheduler_config=scheduler), None)
+    assert head.quant_method.slab == slab
+    held, decoded = BY_NAME["fast"], []
+    watched = replace(held, decode_run=lambda *of: decoded.append(of) or held.decode_run(*of))
+    monkeypatch.setitem(cast(dict[str, Layout], BY_NAME), "fast", watched)
+    for num_x in (1, 2):
+        x = activations(num_x)
+        assert same_bits(head.quant_method.apply(head, x), vllm_gemm(x, weight, None))
+    assert not decoded
 
 
 def test_products_that_are_not_equal_are_decoded(

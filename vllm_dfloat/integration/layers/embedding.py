@@ -64,7 +64,7 @@ class DFloat11EmbeddingMethod(PackedMethod, QuantizeMethodBase):  # type: ignore
             return self.multiply(layer, x, bias)
         layer = getattr(layer, "base_layer", layer)  # as in `multiply`
         self.check_in_place(layer)
-        sizes = [self.rows, self.cols, self.fused_rows, self.slab]
+        sizes = [self.rows, self.cols, self.fused_rows, self.in_order_rows, self.slab]
         return head_op.op(x, layer.dfloat11_desc, bias, sizes, self.gemm, self.layout)
 
     def _require_scratch(self, device: torch.device) -> None:

@@ -1,9 +1,9 @@
 """The op `vllm_dfloat::head`: multiply by an LM head that is larger than the scratch, to the bits of BF16 vLLM.
 
-Where that was proven to give the same bits (head_proof.py), the head is decoded slab by slab into the scratch, and each
-slab is multiplied into its columns of the result. Otherwise the whole head is decoded into memory that is allocated for
-this product alone. vLLM's profile run calls the op before there is a KV cache; its first call takes that memory
-once, so that vLLM counts it among the activations.
+Where that was proven to give the same bits, it is multiplied without decoding (in_order.py), or decoded slab by slab
+into the scratch, each of which is multiplied into its columns of the result (head_proof.py). Otherwise the whole head
+is decoded into memory that is allocated for this product alone. vLLM's profile run calls the op before there is a KV
+cache; its first call takes that memory once, so that vLLM counts it among the activations.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +17,9 @@ from vllm_dfloat.device import ops
 from vllm_dfloat.device.packed_weight import name_at
 from vllm_dfloat.device.scratch import Buffers, scratch
 from vllm_dfloat.errors import DeviceError
+from vllm_dfloat.integration.layers import in_order
 from vllm_dfloat.integration.layers.head_proof import ALIGNMENT, SlabProduct
+from vllm_dfloat.integration.layers.in_order import InOrderProduct
 from vllm_dfloat.integration.layers.layouts import BY_NAME
 from vllm_dfloat.integration.layers.linear_op import find_gemm
 from vllm_dfloat.integration.layers.registration import register
@@ -52,22 +54,27 @@ def head(
 
     Args:
         sizes: rows and cols of the weight; the largest number of rows of x that are multiplied without decoding, 0 for
-            never; rows of a slab.
+            never; the same for products that have the bits of the GEMM, for each of which it must be proven; rows of a
+            slab.
         gemm: name of the GEMM, for `find_gemm`.
         layout: how the weight is held, a name in layouts.py.
 
     Raises:
         DeviceError: no memory for the whole head, or it would be needed while a CUDA graph is captured.
     """
-    rows, cols, fused_rows, slab = sizes
-    num_x = x.numel() // cols
-    product = SlabProduct(x.device, rows, cols, slab, gemm, None if bias is None else bias.dtype)
+    rows, cols, fused_rows, in_order_rows, slab = sizes
+    num_x, kind = x.numel() // cols, None if bias is None else bias.dtype
+    product = SlabProduct(x.device, rows, cols, slab, gemm, kind)
     found = known.get(product)
     if found is not None and found.is_to_be_counted and not _is_capturing(x.device):
         found.is_to_be_counted = False
         whole_buffers(desc, rows, cols, layout, num_x)
     if 0 < num_x <= fused_rows:
         return _multiply_packed(x, desc, bias, rows, cols, layout)
+    if 0 < num_x <= in_order_rows and in_order.is_proven(x, bias, rows, cols, layout, gemm):
+        without = InOrderProduct(x.device, rows, cols, layout, gemm, kind)
+        y = in_order.multiply(x.reshape(-1, cols), desc, bias, without)
+        return y.view(*x.shape[:-1], rows)
     if found is not None and num_x in found.equal and _is_as_proven(x):
         return _by_slab(x, desc, bias, product, layout)
     out, status = whole_buffers(desc, rows, cols, layout, num_x)

@@ -13,9 +13,10 @@ import torch
 from vllm_dfloat.codec.slabs import slab_rows, spans
 from vllm_dfloat.device import slabs
 from vllm_dfloat.device.scratch import MAIN_SLOT, Buffers, scratch
-from vllm_dfloat.integration.layers import head_op, linear_op, proof_cache
+from vllm_dfloat.integration.layers import head_op, in_order, linear_op, proof_cache
 from vllm_dfloat.integration.layers.embedding import DFloat11EmbeddingMethod
 from vllm_dfloat.integration.layers.head_proof import SlabProduct, affordable, compare
+from vllm_dfloat.integration.layers.in_order import InOrderProduct
 from vllm_dfloat.integration.layers.layouts import BY_NAME
 from vllm_dfloat.integration.layers.method import packed_of
 from vllm_dfloat.integration.layers.tying import is_tied
@@ -102,21 +103,33 @@ def _by_slab(layer: Any, vllm_config: Any, free: int) -> tuple[SlabProduct | Non
         equal: frozenset[int] = frozenset()  # not worth the time: memory is not short there
     else:
         equal = _proven(product, to_compare)
+    without = _without_decoding(layer)
+    covered = equal | without
     what = f"LM head [{rows}, {cols}]"
-    if not equal.issuperset(range(1, sampled + 1)) and (
+    if not covered.issuperset(range(1, sampled + 1)) and (
         (is_auto and device.type == "cpu") or row_counts.captures_heads(vllm_config)
     ):
         return (
             None,
             f"{what}: the scratch holds all of it; slabs are not proven equal for every number of rows",
         )
-    head_op.known[product] = head_op.Known(equal, not equal.issuperset(range(1, most + 1)))
+    head_op.known[product] = head_op.Known(equal, not covered.issuperset(range(1, most + 1)))
     return product, (
         f"{what} in {-(-rows // slab)} slabs of {slab} rows, {2 * slab * cols / GIB:.3f} GiB of scratch instead of "
         f"{2 * whole / GIB:.3f}: equal bits at {len(equal)} of the {len(to_compare)} numbers of rows that were "
         f"compared, in {time.perf_counter() - started:.1f} s"
-        f"{_of_the_rest(len(equal), most, 2 * whole)}"
+        f"{f'; not decoded at {len(without)} numbers of rows' if without else ''}"
+        f"{_of_the_rest(len(covered), most, 2 * whole)}"
     )  # fmt: skip
+
+
+def _without_decoding(layer: Any) -> frozenset[int]:
+    """Return the numbers of rows at which a head is multiplied without decoding (proven_products.py)."""
+    method, bias = layer.quant_method, getattr(layer, "bias", None)
+    kind = None if bias is None else bias.dtype
+    shape = layer.weight.device, method.rows, method.cols, method.layout, method.gemm
+    found = in_order.known.get(InOrderProduct(*shape, kind), frozenset())
+    return frozenset(count for count in found if count <= method.in_order_rows)
 
 
 def _of_the_rest(num_equal: int, most: int, num_bytes: int) -> str:

@@ -27,12 +27,14 @@ def prepare(model: torch.nn.Module, model_config: Any) -> None:
 
 
 def _layers(model: torch.nn.Module, model_config: Any) -> Iterator[Any]:
-    """Yield the layers that ask for a proof, without embeddings that are only looked up, and heads in slabs."""
-    whole = [layer for layer in heads.heads_of(model, model_config) if not layer.quant_method.slab]
+    """Yield the layers that ask for a proof, without embeddings that are only looked up."""
+    multiplied = list(heads.heads_of(model, model_config))
     for layer in model.modules():
         method: Any = getattr(layer, "quant_method", None)
         is_ours = isinstance(method, PackedMethod) and packed_of(layer) is not None
-        multiplies = not layer_kinds.is_vocabulary(layer) or any(layer is head for head in whole)
+        multiplies = not layer_kinds.is_vocabulary(layer) or any(
+            layer is head for head in multiplied
+        )
         if is_ours and multiplies and method.asks_for_proof():
             yield layer
 

@@ -69,8 +69,8 @@ class _Reporting:
             live_check.install()
             grouping.group_layers(model)
             settings.note_layouts(vllm_config, model)
-            heads.prepare(model, vllm_config, model_config)
             proven_products.prepare(model, model_config)
+            heads.prepare(model, vllm_config, model_config)
             tying.warn_if_different(model, model_config)
             report.log_summary(model)
             update.keep(model, vllm_config, model_config)
@@ -108,8 +108,8 @@ class _Refusing:
         if model_config.quantization == METHOD:
             from vllm_dfloat.integration.layers import heads, proven_products
 
-            heads.prepare(model, vllm_config, model_config)
             proven_products.prepare(model, model_config)
+            heads.prepare(model, vllm_config, model_config)
         return model
 
 
