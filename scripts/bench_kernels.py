@@ -35,6 +35,7 @@ SECTIONS = {  # the most important come first: time may run out
     "block": ("bench.kernels.groups", "run"),
     "decode_rows": ("bench.kernels.decode", "run_rows"),
     "layouts": ("bench.kernels.units", "run"),
+    "runs": ("bench.kernels.runs", "run"),
     "slabs": ("bench.kernels.slabs", "run"),
     "in_order": ("bench.kernels.in_order", "run"),
 }

@@ -5,14 +5,15 @@
 #     scripts/gpu_verdict.sh --device cpu    # a rehearsal in Triton's interpreter, on tiny sizes
 #
 # Needs an NVIDIA GPU, PyTorch, Triton, numba and pytest; no network, no vLLM, nothing installed. For the product with
-# experts alone vLLM is used: the installed one, or one in FOLDER (FOLDER/env.sh is sourced if it exists). Sections: environment;
-# the bits of every kernel on small sizes; times of decode, encode and products, packed and fast, next to a device copy
-# and cuBLAS; the order in which vLLM's batch-invariant GEMM adds; the tests marked `gpu`; times of experts, groups,
-# rows and the official layout; the bits of LM heads in slabs and of products in order; memcheck; more than 2^31 weights; hardware counters;
-# racecheck; tuning. Each section has its own time limit, and none begins after --limit (345 s) in total. Every row is
+# experts alone vLLM is used: the installed one, or one in FOLDER (FOLDER/env.sh is sourced if it exists). Sections:
+# environment; the bits of every kernel on small sizes; products in order, their bits beside cuBLAS's, and runs of rows; experts;
+# the tests marked `gpu`; times of decode, encode and products, packed and fast, next to a device copy and cuBLAS; the
+# order in which vLLM's batch-invariant GEMM adds; times of groups, rows and the official layout; the bits of LM heads in
+# slabs; memcheck; more than 2^31 weights; hardware counters; racecheck; tuning. So what no GPU has run yet comes first.
+# Each section has its own time limit, and none begins after --limit (345 s) in total. Every row is
 # printed and written as soon as it is known. After wrong bits or failed tests, times are marked and the status is 1.
 #
-# Seven files are written to DIR, by default scripts/results/<gpu>/verdict-<date>, for a rehearsal a temporary one:
+# Eight files are written to DIR, by default scripts/results/<gpu>/verdict-<date>, for a rehearsal a temporary one:
 # verdict.log, JSON, and logs.tar.gz, which is whole after every section, also if a signal ends this script.
 # Exit status 0 all good, 1 wrong bits or something failed, 2 it cannot run here, 143 ended by SIGTERM. PYTHON names the
 # interpreter.
@@ -183,16 +184,16 @@ run_counters() {
 on_gpu_only() {
   if command -v compute-sanitizer >/dev/null; then
     # Without PyTorch's memory pool: within the pool, a read past a tensor's end would not be detected.
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 sanitize memcheck 50 packed_decode encoder packed_rows official_held \
-      packed_group packed_experts official_encoder official_unit
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 sanitize memcheck 50 fast_group fast_chosen fast_run fast_in_order official_run packed_run \
+      official_held packed_decode encoder packed_rows packed_group packed_experts official_encoder official_unit
   else
     notes+=("compute-sanitizer is not installed")
   fi
   run_tests "tests of over 2^31 weights" 90 two_billion
   if command -v ncu >/dev/null; then run_counters; else notes+=("ncu is not installed"); fi
-  ! command -v compute-sanitizer >/dev/null || sanitize racecheck 35 encoder official_held packed_decode
+  ! command -v compute-sanitizer >/dev/null || sanitize racecheck 35 official_run official_held fast_chosen encoder packed_decode
   section tuning 70 "$logs/times.log" "$PYTHON" scripts/tune_kernels.py --seconds 50 \
-    --only decode_tiles_per_program chosen_programs fused_gemv_tiles_per_program
+    --only fast_rows_per_program fast_tiles_per_program chosen_programs
   printed | sed -n '/^section  *case/,$p' | tail -n 18 | cut -c1-130
 }
 
@@ -205,7 +206,7 @@ fi
 out=${out:-$(mktemp -d)}
 mkdir -p "$out"
 # No file of an earlier run may be mistaken for this run's.
-rm -f "$out"/{verdict.log,logs.tar.gz,times1.json,times2.json,experts.json,slabs.json,order.json}
+rm -f "$out"/{verdict.log,logs.tar.gz,times1.json,times2.json,experts.json,in_order.json,slabs.json,order.json}
 logs=$(mktemp -d)
 trap 'rm -rf "$logs"' EXIT
 trap ended_by_signal TERM HUP
@@ -216,18 +217,19 @@ nvidia-smi --query-gpu=clocks.sm,clocks.mem,temperature.gpu,memory.total --forma
 echo "$(nproc) cores, $(free -g | sed -n 's/^Mem: *\([0-9]*\).*/\1/p') GiB"
 export PYTHON device
 run_bits
-run_times "times of decode, encode, products" 130 times1.json decode fast fast_fused encode fused
-checked_section order 25 "$logs/times.log" "$PYTHON" scripts/probe_order.py --device "$device" --output "$out/order.json"
-printed | tail -n 20 | cut -c1-170 || true
+run_times "products in order, runs of rows" 65 in_order.json in_order runs
+starter=(bash -c '[[ ! -f $1/env.sh ]] || . "$1/env.sh"; PYTHONPATH=$PYTHONPATH:$1; shift; exec "$@"' site "$site")
+[[ -n $site ]] || starter=()
+run_times "times of experts" 60 experts.json experts
+starter=()
 workers=()
 if [[ $device == cuda ]] && "$PYTHON" -c 'import xdist' 2>/dev/null; then workers=(-n 8); fi
 run_tests "tests marked gpu" 90 "not two_billion" "${workers[@]}"
-starter=(bash -c '[[ ! -f $1/env.sh ]] || . "$1/env.sh"; PYTHONPATH=$PYTHONPATH:$1; shift; exec "$@"' site "$site")
-[[ -n $site ]] || starter=()
-run_times "times of experts" 55 experts.json experts
-starter=()
+run_times "times of decode, encode, products" 110 times1.json decode fast fast_fused encode fused
+checked_section order 25 "$logs/times.log" "$PYTHON" scripts/probe_order.py --device "$device" --output "$out/order.json"
+printed | tail -n 20 | cut -c1-170 || true
 run_times "times of blocks, rows, layouts" 45 times2.json block decode_rows layouts
-run_times "LM heads in slabs, products in order" 60 slabs.json slabs in_order
+run_times "LM heads in slabs" 50 slabs.json slabs
 [[ $device == cpu ]] || on_gpu_only
 
 for note in "${notes[@]}"; do

@@ -4,7 +4,8 @@
     python scripts/tune_kernels.py --device cpu    # a rehearsal in Triton's interpreter; its choice means nothing
 
 Parameters are tried one after the other, each with the best values of those before it; later ones have the values of
-configs.py. A candidate replaces the current value only if it is more than 2 % faster. Exit status 0; 1 wrong bits, and
+configs.py. A candidate replaces the current value only if it is more than 2 % faster, on average over what the
+parameter is used for. Exit status 0; 1 wrong bits, and
 then no choice is printed; 2 it cannot run here.
 """
 
@@ -20,18 +21,23 @@ from typing import TYPE_CHECKING, Any
 from bench_setup import CannotRunError, environment, prepare
 
 if TYPE_CHECKING:
-    from bench.kernels.timing import Bench
+    from bench.kernels.timing import Bench, Call
     from bench.kernels.tune_cases import Case
 
 WORTH = 0.98  # a candidate must take less than this part of the current value's time
 CANDIDATES: dict[str, tuple[int, ...]] = {  # Triton takes powers of two
     "decode_tiles_per_program": (1, 2, 4, 8, 16),
+    "fast_rows_per_program": (8, 16, 32, 64),
+    "fast_rows_at_once": (2, 4, 8, 16),
+    "fast_tiles_per_program": (1, 2, 4, 8),
+    "fast_weights_at_once": (8, 16),
+    "fast_num_warps": (2, 4, 8),
     "chosen_programs": (1024, 2048, 4096, 8192, 16_384, 32_768, 65_536),
     "dfloat11_num_warps": (2, 4, 8, 16),
     "fused_gemv_tiles_per_program": (1, 2, 4, 8),
 }
 DERIVED = ("fused_max_rows", "group_decode_max_numel")
-NOT_TUNED = (  # of the encoders, which see a weight once; of the fast layout, tried together on an H100; of LM heads
+NOT_TUNED = (  # of LM heads; of the encoders, which see a weight once
     "slab_bytes",
     "slab_proof_work",
     "count_window_tiles_per_program",
@@ -41,49 +47,60 @@ NOT_TUNED = (  # of the encoders, which see a weight once; of the fast layout, t
     "dfloat11_encode_tiles_per_program",
     "dfloat11_encode_num_warps",
     "dfloat11_split_weights",
-    "fast_rows_per_program",
-    "fast_rows_at_once",
-    "fast_tiles_per_program",
-    "fast_weights_at_once",
-    "fast_num_warps",
     "fast_product",  # its shapes are compared by bench_kernels.py --only fast_fused
 )
 
 
-def best_of(bench: Bench, field: str, case: Case, config: Any) -> Any:
-    """Return `config` with the best value of a field.
+def best_of(bench: Bench, field: str, cases: Sequence[Case], config: Any) -> Any:
+    """Return `config` with the value of a field that is best on average over the cases.
 
     Raises:
         WrongBitsError: a kernel gave wrong results with a candidate.
     """
+    present = getattr(config, field)
+    variants = {}
+    for value in [present, *(value for value in CANDIDATES[field] if value != present)]:
+        variant = replace(config, **{field: value})
+        if variant.fast_rows_per_program % variant.fast_rows_at_once:
+            continue
+        reason = why_not(cases, variant)
+        if reason is None:
+            variants[str(value)] = variant
+        else:
+            bench.skip(field, cases[0].name, str(value), reason)
+    ratios: dict[str, list[float]] = {name: [] for name in variants}
+    for case in cases:
+        calls = {name: call_with(variant, case) for name, variant in variants.items()}
+        first = len(bench.rows)
+        bench.measure(field, case.name, calls, case.num_sets)
+        for row in bench.rows[first:]:
+            ratios[row["name"]].append(row["ratio"])
+    fastest = min(ratios, key=lambda name: sum(ratios[name]))
+    is_better = str(present) not in variants or sum(ratios[fastest]) < WORTH * len(cases)
+    return variants[fastest] if is_better else config
+
+
+def why_not(cases: Sequence[Case], config: Any) -> str | None:
+    """Return why kernels cannot be launched with these parameters, or None; raise WrongBitsError for wrong bits."""
     from vllm_dfloat.kernels import configs
 
-    present = getattr(config, field)
-    values = [present, *(value for value in CANDIDATES[field] if value != present)]
-    variants = {}
-    for value in values:
-        variant = replace(config, **{field: value})
+    for case in cases:
         try:
-            with configs.override(variant):
+            with configs.override(config):
                 case.check()
         except case.cannot_launch as error:
-            bench.skip(field, case.name, str(value), f"{type(error).__name__}: {error}")
-            continue
-        variants[str(value)] = variant
+            return f"{type(error).__name__}: {error}"
+    return None
 
-    def call_of(variant: Any) -> Any:
-        def call(i: int) -> None:
-            with configs.override(variant):
-                case.call(i)
 
-        return call
+def call_with(config: Any, case: Case) -> Call:
+    from vllm_dfloat.kernels import configs
 
-    calls = {name: call_of(variant) for name, variant in variants.items()}
-    first = len(bench.rows)
-    bench.measure(field, case.name, calls, case.num_sets)
-    fastest = min(bench.rows[first:], key=lambda row: row["ratio"])
-    is_better = str(present) not in variants or fastest["ratio"] < WORTH
-    return variants[fastest["name"]] if is_better else config
+    def call(i: int) -> None:
+        with configs.override(config):
+            case.call(i)
+
+    return call
 
 
 def tune(bench: Bench, names: Sequence[str]) -> Any:
@@ -95,7 +112,7 @@ def tune(bench: Bench, names: Sequence[str]) -> Any:
     config = configs.config_of(bench.device)
     for field in CANDIDATES:
         if field in names and bench.begin(field, "all"):
-            config = best_of(bench, field, tune_cases.case_for(bench, field), config)
+            config = best_of(bench, field, tune_cases.cases_for(bench, field), config)
     with configs.override(config):
         if "fused_max_rows" in names and bench.begin("fused_max_rows", "all"):
             config = replace(config, fused_max_rows=tune_cases.fused_max_rows(bench))

@@ -69,7 +69,9 @@ def test_chosen_experts_are_measured_beside_all_and_a_missing_peer_is_named(
     found = measure(tmp_path / "found.json", monkeypatch)
     rows = {row["name"]: row for row in found["rows"]}
     assert rows["vLLM's product with BF16 experts"]["not_measured"] == "needs a GPU"
-    assert (rows["chosen experts"]["experts"], rows["all experts"]["experts"]) == (1, 4)
+    for ending in ("", ", fast layout"):
+        assert rows[f"chosen experts{ending}"]["experts"] == 1
+        assert rows[f"all experts{ending}"]["experts"] == 4
     assert all("wrong_bits" not in row for row in found["rows"])
 
 
@@ -81,8 +83,11 @@ def test_a_product_on_decoded_experts_is_compared_with_that_on_bf16(
     assert names == [
         "all experts",
         "chosen experts",
+        "all experts, fast layout",
+        "chosen experts, fast layout",
         "vLLM's product with BF16 experts",
         "chosen experts, then the product",
+        "chosen experts, fast layout, then the product",
     ]
 
 
@@ -90,9 +95,10 @@ def test_a_kernel_that_reads_experts_without_tokens_marks_the_times(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = measure(tmp_path / "found.json", monkeypatch, reading_all)
-    (sentence,) = found["environment"]["wrong_bits"]
-    assert sentence.startswith("product, tiny, 1 token: ")
-    assert all(row["wrong_bits"] == sentence for row in found["rows"])
+    sentences = found["environment"]["wrong_bits"]
+    assert len(sentences) == 2  # packed, and in the fast layout
+    assert all(sentence.startswith("product, tiny, 1 token: ") for sentence in sentences)
+    assert all(row["wrong_bits"] == "; ".join(sentences) for row in found["rows"])
 
 
 @pytest.mark.on_demand
@@ -105,7 +111,8 @@ def test_tiles_decoded_in_vain_mark_the_times(
     monkeypatch.setattr(experts, "mark_chosen", all_marked)
     found = measure(tmp_path / "found.json", monkeypatch)
     assert found["environment"]["wrong_bits"] == [
-        "chosen experts, tiny, 1 token: 8 tiles decoded; expected 2"
+        "chosen experts, tiny, 1 token: 8 tiles decoded; expected 2",
+        "chosen experts, fast layout, tiny, 1 token: 2 tiles decoded; expected 1",
     ]
 
 
@@ -124,10 +131,12 @@ def test_a_token_takes_no_expert_twice_and_single_tokens_take_turns(
         assert torch.cat(sets).unique().tolist() == list(range(128))
 
 
-def test_the_case_for_tuning_decodes_single_choices_and_many() -> None:
+def test_the_cases_for_tuning_decode_single_choices_and_many_in_both_layouts() -> None:
     from bench.kernels import tune_cases
     from bench.kernels.timing import Bench
 
-    case = tune_cases.case_for(Bench(CPU, 1, time.monotonic() + 60), "chosen_programs")
-    case.check()
-    case.call(0)
+    cases = tune_cases.cases_for(Bench(CPU, 1, time.monotonic() + 60), "chosen_programs")
+    assert [case.name.split(", ")[1] for case in cases] == ["packed", "fast"]
+    for case in cases:
+        case.check()
+        case.call(0)

@@ -56,12 +56,16 @@ def test_rehearsal_goes_through_its_parts_and_leaves_results_only_where_it_was_t
     assert result.returncode == 0, result.stdout + result.stderr
     lines = result.stdout.splitlines()
     assert lines[-1] == "verdict: the rehearsal went well; nothing was measured."
+    begun = [line.split(" (at")[0].removeprefix("== ") for line in lines if " (at" in line]
+    assert begun[:4] == [
+        "bits", "products in order, runs of rows", "times of experts", "tests marked gpu"
+    ]  # fmt: skip
     compared = next(i for i, line in enumerate(lines) if line.startswith("right bits: encoder"))
     timed = next(i for i, line in enumerate(lines) if line.startswith("section "))
     tested = next(i for i, line in enumerate(lines) if " passed" in line)
     assert compared < timed < tested
     sections = set()
-    for name in ("times1.json", "times2.json", "experts.json", "slabs.json"):
+    for name in ("times1.json", "times2.json", "experts.json", "in_order.json", "slabs.json"):
         found = json.loads((tmp_path / name).read_text())
         assert "interpreter" in found["environment"]["device"]
         assert found["environment"]["commit"] == "0123abcd"
@@ -69,11 +73,12 @@ def test_rehearsal_goes_through_its_parts_and_leaves_results_only_where_it_was_t
         sections |= {row["section"] for row in found["rows"]}
     assert sections == {
         "decode", "fused", "fast", "fast_fused", "experts", "layouts", "block", "overlap", "encode", "decode_rows",
-        "slabs", "in_order",
+        "slabs", "in_order", "runs",
     }  # fmt: skip
     files = sorted(path.name for path in tmp_path.iterdir())
     assert files == [
-        "experts.json", "logs.tar.gz", "order.json", "slabs.json", "times1.json", "times2.json", "verdict.log",
+        "experts.json", "in_order.json", "logs.tar.gz", "order.json", "slabs.json", "times1.json",
+        "times2.json", "verdict.log",
     ]  # fmt: skip
     assert logs_of(tmp_path) == {"bits.log", "tests.log", "times.log"}
     assert sorted(RESULTS.rglob("*")) == before

@@ -157,7 +157,7 @@ def _matrix(rows: int, cols: int, device: torch.device) -> tuple[FastWeight, tor
     return pack(weight), weight
 
 
-def _hard(device: torch.device) -> torch.Tensor:
+def hard(device: torch.device) -> torch.Tensor:
     _, weight = _matrix(HARD_ROWS, HARD_COLS, device)
     weight[1] = 0
     weight[64, 0] = weight[65, 127] = weight[69, 255] = weight[-1, -1] = 1e-30
@@ -190,10 +190,10 @@ def _check(
         checked[kernel] = False
         return False
     checked[kernel] = True
-    weight = _hard(bench.device)
+    weight = hard(bench.device)
     matrix = pack(weight)
     x = torch.randn(kernel.num_x, HARD_COLS, device=bench.device).bfloat16()
-    bench.compare(_compare, x, matrix, weight, kernel)
+    bench.compare(check_product, x, matrix, weight, kernel)
     if kernel.form != PERMUTED:
         twin = kernel._replace(form=PERMUTED)
         found, expected = _product(x, matrix, kernel), _product(x, matrix, twin)
@@ -201,7 +201,9 @@ def _check(
     return True
 
 
-def _compare(x: torch.Tensor, matrix: FastWeight, weight: torch.Tensor, kernel: Kernel) -> None:
+def check_product(
+    x: torch.Tensor, matrix: FastWeight, weight: torch.Tensor, kernel: Kernel
+) -> None:
     """Raise WrongBitsError unless two products are equal and within the bound of kernels/fast_matmul.py."""
     out = _product(x, matrix, kernel)
     exact = x.double() @ weight.double().T
@@ -237,7 +239,7 @@ def _measure(
     if bench.is_gpu:
         calls["decode, then cuBLAS"] = _decode_call(x, held, rows, cols)
     for kernel in tried:
-        bench.compare(_compare, x, held[0], weights[0], kernel)
+        bench.compare(check_product, x, held[0], weights[0], kernel)
         calls[_name(kernel)] = _call(x, held, out, partials, kernel)
     case = f"{name} {rows} x {cols}, {num_x} rows"
     bench.measure("fast_fused", case, calls, len(held), 2 * rows * cols)

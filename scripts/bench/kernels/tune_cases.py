@@ -6,10 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from bench.kernels.decode import buffers, check_decode
-from bench.kernels.experts import LAYERS, TINY, Held, choices
+from bench.kernels.decode import TABLE, buffers, check_decode
 from bench.kernels.fused import LLAMA_8B, check_fused, scratch_for
 from bench.kernels.groups import Group, captured, ignoring
+from bench.kernels.held_experts import LAYERS, TINY, Held, choices, weights_of
+from bench.kernels.runs import InRuns
 from bench.kernels.timing import Bench, Call
 from bench_setup import copy_of, normal
 from torch.nn import functional
@@ -17,6 +18,7 @@ from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from vllm_dfloat.codec import layout
+from vllm_dfloat.codec.slabs import slab_rows
 from vllm_dfloat.device import fused, ops, unit_resident
 from vllm_dfloat.kernels.packed_matmul import MAX_ROWS
 
@@ -41,12 +43,15 @@ class Case:
     cannot_launch: tuple[type[Exception], ...] = (OutOfResources, CompilationError, PTXASError)
 
 
-def case_for(bench: Bench, field: str) -> Case:
+def cases_for(bench: Bench, field: str) -> list[Case]:
+    """Return what the parameter is used for."""
     if field in NUM_X:
-        return _fused(bench, NUM_X[field])
+        return [_fused(bench, NUM_X[field])]
     if field == "chosen_programs":
-        return _experts(bench)
-    return _decode(bench, is_official=field == "dfloat11_num_warps")
+        return [_experts(bench, "packed"), _experts(bench, "fast")]
+    if field.startswith("fast_"):
+        return [_fast_decode(bench), _fast_runs(bench), _experts(bench, "fast", only_single=True)]
+    return [_decode(bench, is_official=field == "dfloat11_num_warps")]
 
 
 def _decode(bench: Bench, is_official: bool) -> Case:
@@ -67,22 +72,43 @@ def _decode(bench: Bench, is_official: bool) -> Case:
     )
 
 
-def _experts(bench: Bench) -> Case:
-    """Decode the experts of single tokens, and then nearly all: each has about half of the time."""
+def _fast_decode(bench: Bench) -> Case:
+    rows, cols = bench.pick((14_336, 4096), (8, 300))
+    weight = normal(rows, cols, bench.device)
+    num_sets = bench.num_sets(weight.numel() * 7 // 2)
+    held = [InRuns("fast", weight) for _ in range(num_sets)]
+    name = f"fast decode {rows} x {cols}"
+    return Case(
+        name, lambda i: held[i].whole(), lambda: held[0].check(weight, rows, name), num_sets
+    )
+
+
+def _fast_runs(bench: Bench) -> Case:
+    """Decode an LM head as slabs of 64 MiB are."""
+    rows, cols = bench.pick(TABLE, (256, 128))
+    weight = normal(rows, cols, bench.device)
+    held, step = InRuns("fast", weight), slab_rows(rows, cols, bench.pick(64 << 20, 1 << 15))
+    name = f"{-(-rows // step)} runs of {step} x {cols}, fast layout"
+    return Case(name, lambda i: held.runs(step), lambda: held.check(weight, step, name), 1)
+
+
+def _experts(bench: Bench, layout: str, only_single: bool = False) -> Case:
+    """Decode the experts of single tokens, then nearly all unless `only_single`: each has about half of the time."""
     name, shape = next(iter(bench.pick(LAYERS, TINY).items()))
-    held = Held(shape, bench.device)
+    held = Held(layout, weights_of(shape, bench.device))
     single = choices(bench, shape, 1, bench.pick(16, 1))
-    (many,) = choices(bench, shape, bench.pick(64, 2), 1)
+    many = [] if only_single else choices(bench, shape, bench.pick(64, 2), 1)
+    case = f"chosen experts, {layout}, {name}"
 
     def call(i: int) -> None:
-        for ids in (*single, many):
+        for ids in (*single, *many):
             held.decode_chosen(ids)
 
     def check() -> None:
-        for ids in (single[0], many):
-            held.check_chosen(ids, f"chosen experts, {name}")
+        for ids in (single[0], *many):
+            held.check_chosen(ids, case)
 
-    return Case(f"chosen experts, {name}", call, check, 1)
+    return Case(case, call, check, 1)
 
 
 def _fused(bench: Bench, num_x: int) -> Case:

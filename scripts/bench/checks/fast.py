@@ -1,0 +1,82 @@
+"""Small checks of the kernels of the fast layout."""
+
+from __future__ import annotations
+
+import torch
+from bench.checks.sizes import some_rows
+from bench.kernels.fast_decode import check_decode, check_rows, check_run, pack
+from bench.kernels.fast_fused import Kernel, check_product, hard
+from bench.kernels.groups import FastGroup
+from bench.kernels.timing import expect_same_bits
+from bench_setup import normal
+
+from vllm_dfloat.device import experts, fast_experts, fast_ops
+from vllm_dfloat.kernels.configs import config_of
+from vllm_dfloat.kernels.fast_escapes import PERMUTED, PLAIN
+
+
+def _hard_edges(device: torch.device) -> torch.Tensor:
+    weight = normal(200, 650, device, seed=3)
+    weight[64:128, 640:] = -0.0
+    weight[5, ::7] = 0.0
+    return weight
+
+
+def fast_in_order(device: torch.device) -> None:
+    """Check the product in order: within its bound, and the same every time. For its order: bench.kernels.in_order."""
+    weight, is_gpu = hard(device), device.type == "cuda"
+    matrix, product = pack(weight), config_of(device).fast_product
+    for shape in {product.in_order_shape(rows, is_gpu) for rows in (28_672, 4096)}:
+        for num_x in (1, 17) if is_gpu else (1,):
+            x = normal(num_x, matrix.cols, device, seed=num_x) * 50
+            kernel = Kernel(shape, PERMUTED if is_gpu else PLAIN, num_x)
+            check_product(x, matrix, weight, kernel)
+
+
+def fast_run(device: torch.device) -> None:
+    """Check runs of rows, with escapes, a raw tile and rows that end within a group of 16; and of whole tiles."""
+    weight = _hard_edges(device)
+    fast = pack(weight)
+    for first, count in ((0, 64), (64, 128), (128, 72)):
+        check_run(fast, weight, first, count, f"fast_decode_run of {count} rows")
+    whole = normal(192, 512, device, seed=4)
+    check_run(pack(whole), whole, 64, 128, "fast_decode_run of whole tiles")
+
+
+def fast_chosen(device: torch.device) -> None:
+    """Check chosen experts in the fast layout, which share blocks of rows with others; with escapes and a raw tile."""
+    weight = normal(3 * 90, 650, device, seed=5)
+    weight[192:256, 128:256] = -0.0
+    weight[200, ::7] = 0.0
+    for shape in ((3, 90, 650), (3, 64, 512)):
+        num_experts, rows, cols = shape
+        part = weight[: num_experts * rows, :cols].contiguous()
+        fast = pack(part)
+        out = torch.full((part.numel(),), torch.nan, dtype=torch.bfloat16, device=device)
+        tiles = fast_ops.num_tiles(num_experts * rows, cols)
+        status = torch.full((tiles,), -1, dtype=torch.int32, device=device)
+        chosen = torch.empty(num_experts, dtype=torch.int32, device=device)
+        experts.mark_chosen(torch.tensor([[2, -1, 5], [2, 2, 2]], device=device), None, chosen)
+        fast_experts.launch_decode_chosen(fast.desc, *shape, chosen, out, status)
+        expect_same_bits(out.view(shape)[2], part.view(shape)[2], f"fast_chosen of {shape}")
+        if not out.view(shape)[0].isnan().all() or set(status.tolist()) != {0, -1}:
+            raise RuntimeError(f"fast_chosen of {shape}: experts without tokens were written")
+
+
+def fast_group(device: torch.device) -> None:
+    """Check a group with members of every factor of columns, escapes and a raw tile; and one of whole blocks."""
+    shapes = [(200, 650), (1, 1), (70, 328), (64, 512)]
+    weights = [normal(*shape, device, seed=i) for i, shape in enumerate(shapes)]
+    weights[0][64:128, 640:] = -0.0
+    weights[2][5, ::7] = 0.0
+    FastGroup(weights).check("fast_group")
+    whole = [normal(64, cols, device, seed=cols) for cols in (512, 1024)]
+    FastGroup(whole).check("fast_group of whole blocks")
+
+
+def fast_held(device: torch.device) -> None:
+    """Check the fast layout with escapes, a raw tile, and rows that end within a group of 16."""
+    weight = _hard_edges(device)
+    fast = pack(weight)
+    check_decode(fast, weight, "fast_decode")
+    check_rows(fast, weight, some_rows(weight), "fast_rows")
