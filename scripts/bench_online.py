@@ -24,7 +24,7 @@ from typing import Any
 
 from bench.online.server import Server, ServerError, write_tokenizer
 from bench.online.watch import Watch
-from bench.serve import launch
+from bench.serve import half_fast, launch
 from bench.serve.model import SHAPES, BenchError, read_config
 from bench.serve.options import VARIANTS
 
@@ -103,6 +103,9 @@ def measure(name: str, model: Path, args: argparse.Namespace, logs: Path, until:
     begun = time.monotonic()
     log = logs / f"{len(list(logs.iterdir()))}-{name}.log"
     try:
+        if half_fast.is_wanted(engine):
+            engine, result["choice"] = half_fast.with_half_fast(model, engine)
+            begun = time.monotonic()
         with Server(model, engine, log) as server:
             server.wait_until_ready(until)
             result |= {

@@ -5,14 +5,16 @@
     python scripts/bench_serve.py --variants bf16,exact,offload,exact_offload,offload_more     # weights in host memory
     python scripts/bench_serve.py --shape tiny --eager --output FILE.json      # a rehearsal, also on a CPU
 
-Variants: BF16; DFloat11 exact; DFloat11 fused; BF16 with as many bytes of weights in pinned host memory as DFloat11
-saves (offload); DFloat11 exact with as many there (exact_offload), and BF16 in the same GPU memory as that
-(offload_more). Each engine is its own process; whole runs are repeated in alternating order. The result is a table, a
-JSON file and a PNG, under scripts/results/<gpu>/ or at --output. Exit status: 0 measured; 1 the tokens of an exact
-variant differ from those of BF16, or exact or BF16 did not run; 2 bad input.
+Variants, among others (--help): BF16; DFloat11 exact; DFloat11 fused; BF16 with as many bytes of weights in pinned host
+memory as DFloat11 saves (offload); DFloat11 exact with as many there (exact_offload), and BF16 in the same GPU memory
+as that (offload_more). Each engine is its own process, in which VLLM_BATCH_INVARIANT and the like count; whole runs are
+repeated in alternating order. The result is a table, a JSON file and a PNG, under scripts/results/<gpu>/ or at
+--output. Exit status: 0 measured; 1 the tokens of an exact variant differ from those of BF16, or exact or BF16 did not
+run; 2 bad input.
 """
 
 import datetime
+import os
 import shlex
 import signal
 import sys
@@ -173,7 +175,7 @@ def run_all(options: Options, head: Json, files: Files, launch: Launch, until: f
         if name == "fused" and head["machine"]["gpu"] is None:
             asked["environment"] = {"VLLM_DFLOAT_BACKEND": "triton", "TRITON_INTERPRET": "1"}
         results[name].append(
-            {**launch(asked, files.logs, f"{name}-{run + 1}"), "engine": asked["engine"]}
+            {"engine": asked["engine"], **launch(asked, files.logs, f"{name}-{run + 1}")}
         )
         archive(files.logs, options.logs)
         judge(name, run, results)
@@ -258,10 +260,11 @@ def bench(argv: list[str], launch: Launch | None) -> int:
 
 def _mode(options: Options) -> str:
     """Return in words how the engines run models."""
+    invariant = ", batch-invariant" if os.environ.get("VLLM_BATCH_INVARIANT", "0") == "1" else ""
     if options.eager:
-        return "eager"
+        return f"eager{invariant}"
     compiled = options.engine.get("compilation_config", {}).get("mode", 1) != 0
-    return f"{'' if compiled else 'not '}compiled, CUDA graphs"
+    return f"{'' if compiled else 'not '}compiled, CUDA graphs{invariant}"
 
 
 def main(argv: list[str] | None = None, launch: Launch | None = None) -> int:

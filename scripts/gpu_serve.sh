@@ -2,11 +2,12 @@
 # A real vLLM end to end on a GPU, in under 6 minutes: BF16 against DFloat11 exact and fused, packed and in the fast layout.
 #
 #     scripts/gpu_serve.sh [--out DIR] [--limit SECONDS] [--commit HASH] [--site FOLDER] [--shape SHAPE] [BENCH_SERVE ARGUMENT...]
+#     scripts/gpu_serve.sh --invariant [...]    # under VLLM_BATCH_INVARIANT: BF16 against exact, and fused where exact
 #     scripts/gpu_serve.sh --protocol [...] [BENCH_ONLINE ARGUMENT...]    # `vllm bench serve` against `vllm serve`
 #     scripts/gpu_serve.sh --device cpu      # a rehearsal with vLLM's CPU build, on a tiny model
 #
 # Weights in host memory, BF16 and compressed in the same GPU memory: --variants bf16,exact,offload,exact_offload,offload_more
-# Fused where its bits are those of batch-invariant vLLM: VLLM_BATCH_INVARIANT=1 scripts/gpu_serve.sh --variants bf16,fast_fused_exact
+# About half of the matrices in the fast layout, by a wish for KV cache that leaves room for so many: --variants bf16,exact,auto,fast_exact
 # A mixture of experts: --shape qwen3-30b-a3b-12 --variants bf16,exact
 # Uses the installed vLLM, or one in FOLDER (put on PYTHONPATH; FOLDER/env.sh is sourced if it exists), with this
 # checkout as its plugin. Random weights in the shape of Llama 3.1 8B are written to memory if it has room. vLLM may use
@@ -29,16 +30,21 @@ MEMORY_MIB=28672
 GRAPHS='"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 4, 16, 64, 256]}, '
 
 usage() {
-  echo "usage: scripts/gpu_serve.sh [--protocol] [--device cuda|cpu] [--out DIR] [--limit SECONDS] [--commit HASH] [--site FOLDER] [--shape SHAPE] [BENCH_SERVE ARGUMENT...]" >&2
+  echo "usage: scripts/gpu_serve.sh [--invariant] [--protocol] [--device cuda|cpu] [--out DIR] [--limit SECONDS] [--commit HASH] [--site FOLDER] [--shape SHAPE] [BENCH_SERVE ARGUMENT...]" >&2
   exit 2
 }
 
-protocol=''
+protocol='' invariant=''
 while (($#)); do
   case $1 in
     -h | --help) usage ;;
     --protocol)
       protocol=1
+      shift
+      continue
+      ;;
+    --invariant)
+      invariant=1
       shift
       continue
       ;;
@@ -62,6 +68,8 @@ cannot() {
   exit 2
 }
 
+[[ -z $invariant || $device == cuda ]] ||
+  cannot "--invariant --device cpu: vLLM's CPU build does not start under VLLM_BATCH_INVARIANT. Leave --invariant out."
 if [[ -n $site ]]; then
   [[ -d $site ]] || cannot "--site $site: no such folder; expected one that holds the package vllm."
   export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
@@ -93,7 +101,7 @@ echo "$facts"
 
 if [[ $device == cpu ]]; then
   shape=${shape:-tiny} folder=$work/weights attention=('') graphs=''
-  choices=(--fork --decode-first --eager --batches 1,2 --context 16 --prefill 64 --hold 128 --steps 4 --point-seconds 2 --max-seqs 4 --variants bf16,exact,fast_exact)
+  choices=(--fork --decode-first --eager --batches 1,2 --context 16 --prefill 64 --hold 128 --steps 4 --point-seconds 2 --max-seqs 4 --variants bf16,exact,fast_exact,auto,fast_fused_exact)
 else
   shape=${shape:-llama-3.1-8b} attention=(FLASH_ATTN TRITON_ATTN) graphs=$GRAPHS folder=$work/weights
   room=$(df -BG --output=avail /dev/shm 2>/dev/null | tail -n 1 | tr -dc 0-9)
@@ -105,6 +113,10 @@ else
   share=$(awk -v mine="$MEMORY_MIB" -v total="${total:-81559}" 'BEGIN { s = mine / total; printf "%.3f", s < 0.9 ? s : 0.9 }')
   choices=(--fork --decode-first --batches 1,4,16,64,256 --prefill 8192 --hold 2048 --steps 60 --point-seconds 4 --max-seqs 256
     --gpu-memory "$share" --variants bf16,exact,fast_exact,fast_fused,fused)
+fi
+if [[ -n $invariant ]]; then # mode fused is refused then
+  export VLLM_BATCH_INVARIANT=1
+  choices+=(--variants bf16,fast_fused_exact,fast_exact)
 fi
 
 # While the GPU makes the weights, vLLM is imported, once for all engines (--fork), and the libraries that the first
@@ -135,7 +147,7 @@ serve() { # ATTENTION_BACKEND ARGUMENT...
 
 # As `serve`, with the protocol that others publish.
 serve_online() { # ATTENTION_BACKEND ARGUMENT...
-  local backend=$1 engine="{${graphs%, }}" online=(--variants bf16,exact,fast_exact,fast_fused)
+  local backend=$1 engine="{${graphs%, }}" online=(--variants "bf16,exact,fast_exact,fast_fused${invariant:+_exact}")
   shift
   [[ -z $backend ]] || engine="{$graphs\"attention_backend\": \"$backend\", \"gpu_memory_utilization\": $share}"
   [[ $device == cuda ]] || online=(--variants exact --rates 4,inf --seconds 2 --prompts 6 --input-len 32 --output-len 8)

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from bench.serve import model
+from bench.serve import half_fast, model
+from bench.serve.options import VARIANTS
+from bench.serve.plot import COLOURS, MARKERS
 from bench.serve.report import RESULTS, default_output, merge
 from safetensors.torch import load_file
 
@@ -82,3 +84,36 @@ def test_results_of_a_gpu_never_overwrite_each_other(
         assert path.name == expected
         path.parent.mkdir(exist_ok=True)
         path.touch()
+
+
+def test_every_variant_has_a_colour_and_a_mark_of_its_own() -> None:
+    # Bug caught: an hour of results, and no table, because a new variant could not be drawn.
+    assert set(COLOURS) == set(VARIANTS)
+    assert len(set(COLOURS.values())) == len(set(MARKERS.values())) == len(VARIANTS)
+
+
+@pytest.mark.parametrize(("layers", "room"), [(225, 100_000), (10, 18_900_000), (1, 500), (2, 3)])
+def test_as_many_tokens_are_asked_for_as_make_half_of_the_layers_fast(
+    layers: int, room: int
+) -> None:
+    def choose(tokens: int) -> half_fast.Choice:
+        fast = min(layers, max(0, (room - tokens) // 50))
+        return frozenset(map(str, range(fast))), f"{fast} fast with {tokens} tokens"
+
+    if not choose(1)[0]:
+        with pytest.raises(ValueError, match="0 fast with 1 tokens"):
+            half_fast.halving(choose)
+        return
+    tokens, told = half_fast.halving(choose)
+    assert told == f"{layers // 2} fast with {tokens} tokens"
+    assert 2 * len(choose(tokens - 1)[0]) > layers
+
+
+def test_tokens_are_chosen_only_for_layout_auto_that_has_none() -> None:
+    def wanted(**options: Any) -> bool:
+        return half_fast.is_wanted({"additional_config": {"dfloat11": options}})
+
+    assert wanted(layout="auto")
+    assert not wanted(layout="auto", kv_tokens=5)
+    assert not wanted(layout="fast")
+    assert not half_fast.is_wanted({})

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -39,7 +40,10 @@ def test_rehearsal_serves_every_variant_and_leaves_four_files(tmp_path: Path) ->
     assert found["machine"]["commit"] == "0123abcd"
     with tarfile.open(tmp_path / "logs.tar.gz") as logs:
         names = {Path(name).name for name in logs.getnames()}
-    assert {f"{variant}-1.log" for variant in ("bf16", "exact", "fast_exact")} <= names
+    assert {f"{variant}-1.log" for variant in found["variants"]} <= names
+    counts = re.match(r"auto: (\d+) of (\d+) matrices fast", found["variants"]["auto"]["choice"])
+    assert counts is not None
+    assert 0.3 * int(counts[2]) <= int(counts[1]) <= 0.5 * int(counts[2])
 
 
 def test_without_a_gpu_it_says_that_it_cannot_run() -> None:
@@ -47,6 +51,12 @@ def test_without_a_gpu_it_says_that_it_cannot_run() -> None:
     assert result.returncode == 2
     assert "no CUDA device is available" in result.stderr
     assert result.stdout.splitlines()[-1].startswith("verdict: it cannot run here")
+
+
+def test_batch_invariant_rehearsal_is_refused_since_vllm_for_cpus_does_not_start_so() -> None:
+    result = run("--invariant", "--device", "cpu")
+    assert result.returncode == 2
+    assert result.stdout.startswith("verdict: it cannot run here: --invariant --device cpu: ")
 
 
 def test_site_that_does_not_exist_is_named(tmp_path: Path) -> None:

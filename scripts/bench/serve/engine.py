@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bench.serve import half_fast
 from bench.serve.points import Json, one_line, prompts, run_point, sampling
 
 COMPARED_PROMPTS = 8
@@ -25,7 +26,8 @@ def measure(request: Json, save: Save) -> Json:
 
     Returns:
         device, start_seconds, memory, kv_cache_tokens, answers, points; after a failure the ones so far, and error, in
-        one line.
+        one line. Of layout "auto" choice too, the plan's sentence on it, and engine, the arguments of vLLM with the
+        KV cache that was asked for.
     """
     result: Json = {"points": []}
     started = time.monotonic()
@@ -33,7 +35,12 @@ def measure(request: Json, save: Save) -> Json:
     try:
         from vllm import LLM
 
-        llm = LLM(request["model"], **request["engine"])
+        settings = request["engine"]
+        if half_fast.is_wanted(settings):
+            settings, result["choice"] = half_fast.with_half_fast(request["model"], settings)
+            result["engine"] = settings
+            started = time.monotonic()
+        llm = LLM(request["model"], **settings)
         result["start_seconds"] = round(time.monotonic() - started, 1)
         result |= describe(llm)
         result["answers"] = answer(llm, request["vocab_size"])

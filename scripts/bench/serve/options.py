@@ -41,6 +41,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             "additional_config": {"dfloat11": {"layout": "fast", "mode": "fused-exact"}},
         },
     ),
+    # With as many tokens of KV cache to leave room for as make about half of the matrices fast (half_fast.py).
+    "auto": (
+        "DFloat11 exact, half fast",
+        {**COMPRESSED, "additional_config": {"dfloat11": {"layout": "auto"}}},
+    ),
     "block": (
         "DFloat11 exact, by block",
         {**COMPRESSED, "additional_config": {"dfloat11": {"granularity": "block"}}},
@@ -53,6 +58,7 @@ EXACT = (
     "exact_offload",
     "fast_exact",
     "fast_fused_exact",
+    "auto",
 )  # their tokens must be those of BF16
 # BF16 with CPU offload -> the variant whose GPU memory it gets
 AS_LARGE_AS = {"offload": "exact", "offload_more": "exact_offload"}

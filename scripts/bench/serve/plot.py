@@ -18,8 +18,10 @@ COLOURS = {
     "block": "#56B4E9",
     "fast_exact": "#882255",
     "fast_fused": "#44AA99",
+    "fast_fused_exact": "#DDCC77",
+    "auto": "#332288",
 }
-MARKERS = dict(zip(COLOURS, "osD^<>vPX*", strict=True))
+MARKERS = dict(zip(COLOURS, "osD^<>vPX*hp", strict=True))
 
 Json = dict[str, Any]
 

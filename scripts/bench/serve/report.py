@@ -52,6 +52,7 @@ def variant(name: str, runs: list[Json], expected: list[Json], skipped: str | No
     return {
         "label": label,
         **{key: good[0][key] for key in kept},
+        **{key: good[0][key] for key in ("choice",) if key in good[0]},
         "equal_to_bf16": equality(good[0]["answers"], expected),
         "start_seconds": [run["start_seconds"] for run in good],
         "trouble": trouble,
@@ -140,7 +141,7 @@ def store(whole: Json, output: Path | None, say: Callable[[str], None] | None = 
 
 
 def table(whole: Json) -> str:
-    """Return the report as text: one column per variant, then the reasons for missing values."""
+    """Return the report as text: one column per variant, then what was chosen, and the reasons for missing values."""
     variants = whole["variants"]
     rows = [["", *(v["label"] for v in variants.values())]]
     for title, cell in lines(variants):
@@ -150,7 +151,8 @@ def table(whole: Json) -> str:
     for row in rows:
         cells = [c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)]
         text.append("  ".join([row[0].ljust(widths[0]), *cells]).rstrip())
-    gaps = [f"not run: {gap}" for v in variants.values() for gap in gaps_of(v)]
+    gaps = [f"{v['label']}: {v['choice']}" for v in variants.values() if "choice" in v]
+    gaps += [f"not run: {gap}" for v in variants.values() for gap in gaps_of(v)]
     return "\n".join([*text, *([""] if gaps else []), *gaps])
 
 
