@@ -8,11 +8,13 @@ from conftest import Checkpoint
 from engine_pairs import TRACED
 from engines import answers, ask, bf16_answers, engine
 
+from vllm_dfloat.device.host_arena import HostArena
 from vllm_dfloat.errors import DeviceError
 from vllm_dfloat.integration.layers.method import packed_of, weights_of
 from vllm_dfloat.integration.loading.live_check import METHOD_NAME
 from vllm_dfloat.integration.loading.report import summarize
-from vllm_dfloat.integration.seam.offloader import HostArena, is_on_host, offloader
+from vllm_dfloat.integration.seam.offloader import offloader
+from vllm_dfloat.integration.seam.places import is_on_host
 
 pytestmark = pytest.mark.engine
 

@@ -120,7 +120,6 @@ def test_half_ignored_fused_layer_is_refused(bf16_checkpoint: Checkpoint) -> Non
         (options(ignore="lm_head"), "ignore is 'lm_head'; expected a list"),
         (options(ignore=["re:("]), "no regular expression"),
         (options(mode="fast"), "mode: 'fast'; expected one of exact"),
-        (dict(quantization="dfloat11", offload_group_size=2), "prefetch .*Use --cpu-offload-gb"),
         (dict(quantization="dfloat11", load_format="sharded_state"), "--load-format sharded_state"),
     ],
 )

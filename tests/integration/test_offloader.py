@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from vllm.model_executor.offloader import get_offloader, set_offloader
+from vllm.config.offload import OffloadConfig, PrefetchOffloadConfig, UVAOffloadConfig
+from vllm.model_executor.offloader import create_offloader, get_offloader, set_offloader
 from vllm.model_executor.offloader.uva import UVAOffloader
 from vllm.platforms import current_platform
+from vllm.v1.worker.cpu_model_runner import _torch_cuda_wrapper
 
 from vllm_dfloat.device import ops
 from vllm_dfloat.device.host_arena import KEPT_FREE, HostArena
@@ -12,7 +14,9 @@ from vllm_dfloat.errors import DeviceError, UnsupportedError
 from vllm_dfloat.integration.layers import method
 from vllm_dfloat.integration.loading.offload import listed
 from vllm_dfloat.integration.seam import offloader as seam
-from vllm_dfloat.integration.seam.offloader import PackedOffloader, is_on_host
+from vllm_dfloat.integration.seam.places import is_on_host
+from vllm_dfloat.integration.seam.prefetcher import PackedPrefetcher
+from vllm_dfloat.integration.seam.uva_offloader import PackedOffloader
 
 ROWS, COLS = 64, 512
 NORMAL, FLAT = 0.0, 40.0  # how many powers of two the weights spread over: FLAT ones hardly shrink
@@ -200,26 +204,36 @@ def test_layers_are_listed_in_few_words() -> None:
 
 
 SWITCHES = ("VLLM_WEIGHT_OFFLOADING_DISABLE_UVA", "VLLM_WEIGHT_OFFLOADING_DISABLE_PIN_MEMORY")
+PREFETCH = OffloadConfig(prefetch=PrefetchOffloadConfig(offload_group_size=2))
 
 
 @pytest.mark.parametrize("switch", [None, *SWITCHES])
+@pytest.mark.parametrize(
+    ("config", "ours"),
+    [
+        (OffloadConfig(uva=UVAOffloadConfig(cpu_offload_gb=1)), PackedOffloader),
+        (PREFETCH, PackedPrefetcher),
+    ],
+)
 def test_switched_off_uva_or_pinned_memory_is_refused_on_a_gpu(
-    switch: str | None, monkeypatch: pytest.MonkeyPatch
+    config: OffloadConfig, ours: type, switch: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
     monkeypatch.setattr("vllm.model_executor.offloader.uva.is_uva_available", lambda: True)
+    monkeypatch.setattr(seam, "is_uva_available", lambda: True)
     monkeypatch.setattr("vllm.model_executor.offloader.base.is_pin_memory_available", lambda: True)
     if switch:
         monkeypatch.setenv(switch, "1")
     before = get_offloader()
-    set_offloader(UVAOffloader(1 << 30))
+    with _torch_cuda_wrapper():
+        set_offloader(vllms := create_offloader(config))
     try:
         if switch is None:
             seam.install()
-            assert type(get_offloader()) is PackedOffloader
+            assert type(get_offloader()) is ours
             return
         with pytest.raises(UnsupportedError, match=f"switched off .* Unset .*{switch}"):
             seam.install()
-        assert type(get_offloader()) is UVAOffloader  # nothing has begun
+        assert get_offloader() is vllms  # nothing has begun
     finally:
         set_offloader(before)

@@ -20,6 +20,9 @@ import functools
 import secrets
 
 DESC_LENGTH = 4
+NOWHERE = [
+    0
+] * DESC_LENGTH  # in place of a descriptor: no payload lies there now; its seal is wrong
 KIND_PACKED, KIND_RAW, KIND_FAST = 0, 1, 2
 
 # Odd, without a pattern, and of 32 bits: on a GPU a product with 64 bits is two instructions then.

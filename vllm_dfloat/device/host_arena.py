@@ -9,6 +9,7 @@ arrive, PyTorch's allocator of pinned memory takes powers of two, and new weight
 import mmap
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +21,19 @@ KEPT_FREE = 256 << 20  # host memory that is left to everything else
 _ADVICE = "Offload less, or give the host more memory."
 
 View = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class HostMemory:
+    """Memory of the host.
+
+    Attributes:
+        host: uint8 [n], on the CPU.
+        shown: the same memory as a tensor of the device that reads it, as long as which it lives; on a CPU `host`.
+    """
+
+    host: torch.Tensor
+    shown: torch.Tensor
 
 
 class HostArena:
@@ -70,17 +84,29 @@ class HostArena:
         Raises:
             DeviceError: the host has no room, or the GPU's driver refuses to pin the memory.
         """
-        size = payload.nbytes
-        self.check_room(size, name or "a packed tensor")
-        host = _pages(size)
+        memory = self.allocate(payload.nbytes, name)
+        memory.host.copy_(payload)
+        return memory.shown
+
+    def allocate(self, num_bytes: int, name: str = "") -> HostMemory:
+        """Return new memory of the host.
+
+        Args:
+            num_bytes: at least one.
+            name: the tensor that it is for, for messages.
+
+        Raises:
+            DeviceError: the host has no room, or the GPU's driver refuses to pin the memory.
+        """
+        self.check_room(num_bytes, name or "a packed tensor")
+        host = _pages(num_bytes)
         held = self._shown_to_gpu(host, name)
         address = held.data_ptr()
-        self._sizes[address] = size
-        self.num_bytes += size
+        self._sizes[address] = num_bytes
+        self.num_bytes += num_bytes
         ending = weakref.finalize(held, self._release, address, host if held is not host else None)
         ending.atexit = False  # the process's end frees everything; the driver may be gone by then
-        host.copy_(payload)
-        return held
+        return HostMemory(host, held)
 
     def _shown_to_gpu(self, host: torch.Tensor, name: str) -> torch.Tensor:
         """Pin pages and return the GPU's tensor of them; on a CPU return them."""

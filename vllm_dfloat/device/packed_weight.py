@@ -37,6 +37,8 @@ class PackedWeight:
         fields: kind (0 packed, 1 raw BF16), number of words, longest code; on the host.
         checksum: of the payload at encoding.
         room: uint8, memory of this weight alone that the payload begins; None where that is not known.
+        staged: uint8 like `payload`, the memory into which the payload is copied ahead of use. The descriptor tells of
+            it, and is that of no payload while other bytes lie there. None: readers follow `payload` itself.
     """
 
     def __post_init__(self) -> None:
@@ -50,6 +52,7 @@ class PackedWeight:
     fields: Fields
     checksum: int
     room: torch.Tensor | None = None
+    staged: torch.Tensor | None = None
 
     @property
     def is_raw(self) -> bool:
@@ -71,7 +74,8 @@ class PackedWeight:
     def words(self) -> list[int]:
         """The words that the descriptor must hold."""
         salt = descriptor.salt(self.desc.data_ptr(), self.size)
-        return descriptor.words(self.payload.data_ptr(), self.fields, salt)
+        read = self.payload if self.staged is None else self.staged
+        return descriptor.words(read.data_ptr(), self.fields, salt)
 
     def described_in(self, desc: torch.Tensor) -> Self:
         """Overwrite `desc`, the descriptor of another weight, with this weight's, and return this weight with `desc`.
@@ -91,10 +95,25 @@ class PackedWeight:
         return PackedLayout(self.rows, self.cols, words, code_bits).num_bytes
 
     def to(self, device: torch.device | str) -> Self:
-        """Return the weight on a device, with its own descriptor; a payload already there is not copied."""
-        payload = self.payload.to(device)
+        """Return the weight on a device, with its own descriptor.
+
+        A payload already there is not copied, unless it is staged: an update overwrites that in place.
+        """
+        payload = self.payload.to(device, copy=self.staged is not None)
         desc = make_descriptor(payload, self.fields, self.size, self.name)
-        return replace(self, payload=payload, desc=desc, room=None)
+        return replace(self, payload=payload, desc=desc, room=None, staged=None)
+
+    def at_rest(self) -> Self:
+        """Return the weight for readers out of turn: with a descriptor of the payload itself, if it is staged.
+
+        Raises:
+            FormatError: the payload or the descriptor of a staged weight was changed.
+        """
+        if self.staged is None:
+            return self
+        self.check_descriptor()
+        desc = make_descriptor(self.payload, self.fields, self.size, self.name)
+        return replace(self, desc=desc, staged=None)
 
     def check_descriptor(self) -> None:
         """Check payload and descriptor before a kernel follows the descriptor; waits for the device.
@@ -110,6 +129,8 @@ class PackedWeight:
             )
         _check_alignment(payload, where)
         found, expected = desc.tolist(), self.words
+        if self.staged is not None and found == descriptor.NOWHERE:
+            found = expected  # not its turn
         if found != expected or desc.dtype != torch.int64 or desc.device != payload.device:
             raise FormatError(
                 f"{where}: descriptor {desc.dtype} {found} on {desc.device}; expected torch.int64 {expected} "
@@ -182,6 +203,11 @@ def follow(desc: torch.Tensor, size: int) -> tuple[int, Fields]:
         return found[0], descriptor.fields_of(found)
     owner = owner or _owner(found)
     name = (owner and owner.name) or "packed tensor"
+    if owner is not None and owner.staged is not None and found == descriptor.NOWHERE:
+        raise FormatError(
+            f"{name}: another layer's payload lies where its own was to be copied ahead of use; expected layers that "
+            "run in order, each once per pass. Use --cpu-offload-gb in place of --offload-group-size."
+        )
     expected = owner.words if owner else "one made in this process, for this place and shape"
     raise FormatError(f"{name}: descriptor {found}; expected {expected}. {_DAMAGED}")
 

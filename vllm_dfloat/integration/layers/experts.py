@@ -162,7 +162,7 @@ class DFloat11ExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]  #
         packed: ops.PackedWeight | None = method.weights_of(layer()).get(name)
         if packed is None:
             raise UnsupportedError(f"{self.name}.{name}: its weights have not been loaded yet.")
-        return BY_NAME[self.layout].unpack(packed).view(self.placeholders[name].shape)
+        return BY_NAME[self.layout].unpack(packed.at_rest()).view(self.placeholders[name].shape)
 
 
 def _matrix(layer: torch.nn.Module, name: str) -> torch.Tensor:

@@ -11,7 +11,7 @@ from vllm_dfloat.errors import UnsupportedError
 from vllm_dfloat.integration.layers import in_order, layouts, linear_op, room
 from vllm_dfloat.integration.layers.layouts import BY_NAME
 from vllm_dfloat.integration.layers.placeholder import HOW, WeightPlaceholder
-from vllm_dfloat.integration.seam import arrivals, compat, layer_kinds, layerwise, offloader, slots
+from vllm_dfloat.integration.seam import arrivals, compat, layer_kinds, layerwise, places, slots
 from vllm_dfloat.integration.seam.options import FUSED_EXACT, Options
 
 PACKED = "dfloat11"  # the attribute of a compressed layer: name of a parameter -> its PackedWeight
@@ -41,15 +41,21 @@ def hold(layer: torch.nn.Module, packed: ops.PackedWeight, parameter: str = WEIG
     """Give a layer a compressed weight; the layer keeps the descriptor tensor of its first one, with new values.
 
     Compiled graphs, captured CUDA graphs and group tables hold the address of that tensor. The payload goes to host
-    memory if vLLM's --cpu-offload-gb says so.
+    memory if vLLM's options for offload say so.
     """
     before = weights_of(layer).get(parameter)
-    packed = offloader.placed(layer, packed, parameter)
-    if not offloader.is_on_host(layer, parameter):
+    packed = places.placed(layer, packed, parameter)
+    if not places.is_on_host(layer, parameter):
         packed = room.in_room(packed, before)
     desc = layer.__dict__.setdefault(desc_name(parameter), packed.desc)
     if desc is not packed.desc:
         packed = packed.described_in(desc)
+    give = functools.partial(_give, layer, parameter)
+    give(packed)
+    places.settle(layer, packed, parameter, give)
+
+
+def _give(layer: torch.nn.Module, parameter: str, packed: ops.PackedWeight) -> None:
     layer.__dict__[PACKED] = {**weights_of(layer), parameter: packed}
 
 
@@ -202,4 +208,4 @@ class PackedMethod:
         packed = packed_of(layer)
         if packed is None:
             raise UnsupportedError(f"{self.name}: its weights have not been loaded yet.")
-        return BY_NAME[self.layout].unpack(packed)
+        return BY_NAME[self.layout].unpack(packed.at_rest())

@@ -64,6 +64,7 @@ class _Reporting:
             from vllm_dfloat.integration.compiling import settings
             from vllm_dfloat.integration.layers import grouping, heads, proven_products, tying
             from vllm_dfloat.integration.loading import live_check, report
+            from vllm_dfloat.integration.seam import offloader
             from vllm_dfloat.integration.updating import update, worker
 
             live_check.install()
@@ -75,6 +76,7 @@ class _Reporting:
             report.log_summary(model)
             update.keep(model, vllm_config, model_config)
             worker.install()
+            offloader.finish_on_cpu()
             if not layer_kinds.is_draft(
                 model_config
             ):  # the options name the target's layers; a draft may have others

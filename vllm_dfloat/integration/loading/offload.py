@@ -1,38 +1,41 @@
-"""The log line of --cpu-offload-gb: how many GiB of which layers lie in host memory."""
+"""The log line of vLLM's offload: how many GiB of which layers lie in host memory."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from vllm_dfloat.checkpoint.names import innermost_block
 from vllm_dfloat.integration.seam.names import logger
-from vllm_dfloat.integration.seam.offloader import GIB, offloader
+from vllm_dfloat.integration.seam.offloader import offloader
+from vllm_dfloat.integration.seam.prefetcher import PackedPrefetcher
+from vllm_dfloat.integration.seam.uva_offloader import GIB
 
 
-def log_offloaded(host_bytes: int, names: Sequence[str]) -> None:
+def log_offloaded(host_bytes: int, names: Sequence[str], buffer_bytes: int) -> None:
     """Log what lies in host memory, if vLLM's options ask for offload.
 
     Args:
         host_bytes: all of it, BF16 matrices included.
         names: the layers whose weights are there.
+        buffer_bytes: of the device, into which they are copied ahead of use.
     """
     found = offloader()
     if found is None:
         return
-    given = f"--cpu-offload-gb {found.cpu_offload_max_bytes / GIB:.4g}"
     if not found.num_named:
-        segments = " ".join(sorted(found.cpu_offload_params))
-        chosen = f" with --cpu-offload-params {segments}" if segments else ""
         logger.warning(
             "dfloat11: %s: vLLM's rule names no weight of this model%s; all are on the device",
-            given,
-            chosen,
+            found.given,
+            f" with {found.segments}" if found.segments else "",
         )
         return
+    how = f"{found.given} counts compressed bytes"
+    if isinstance(found, PackedPrefetcher):
+        how = f"{found.given}; copied ahead of use into {buffer_bytes} bytes of the device"
     logger.info(
-        "dfloat11: %.3f GiB of weights in host memory (%d bytes; %s counts compressed bytes): %s",
+        "dfloat11: %.3f GiB of weights in host memory (%d bytes; %s): %s",
         host_bytes / GIB,
         host_bytes,
-        given,
+        how,
         listed(names) or "nothing",
     )
 

@@ -13,7 +13,7 @@ from vllm_dfloat.integration.layers.layouts import OTHERWISE
 from vllm_dfloat.integration.layers.method import weights_of
 from vllm_dfloat.integration.loading import offload
 from vllm_dfloat.integration.loading.uncompressed import plain_parameters, uncompressed
-from vllm_dfloat.integration.seam import layer_kinds, offloader
+from vllm_dfloat.integration.seam import layer_kinds, offloader, places
 from vllm_dfloat.integration.seam.names import logger
 from vllm_dfloat.integration.seam.options import Options
 
@@ -40,8 +40,9 @@ class Summary:
         num_experts: layers of routed experts that are held compressed.
         experts_bf16_bytes, experts_bytes: their bytes in BF16 and as held.
         scratch_bytes: bytes of the scratch buffers of all slots.
-        host_bytes: those of `held_bytes` that --cpu-offload-gb holds in host memory.
+        host_bytes: those of `held_bytes` that lie in host memory.
         host_names: the layers whose weights are there.
+        buffer_bytes: bytes of the device into which they are copied ahead of use.
         uncompressed: name -> bytes of everything else, the largest first.
     """
 
@@ -62,6 +63,7 @@ class Summary:
     scratch_bytes: int
     host_bytes: int
     host_names: tuple[str, ...]
+    buffer_bytes: int
     uncompressed: Mapping[str, int]
 
     @property
@@ -73,7 +75,7 @@ class Summary:
     def freed_bytes(self) -> int:
         """Bytes freed for the KV cache; 0 for a small model whose scratch buffers take more than compression saves."""
         on_device = self.held_bytes - self.host_bytes
-        return max(0, self.bf16_bytes - on_device - self.scratch_bytes)
+        return max(0, self.bf16_bytes - on_device - self.scratch_bytes - self.buffer_bytes)
 
     def __str__(self) -> str:
         bits = 8 * self.packed_bytes / self.weights if self.weights else 16.0
@@ -124,7 +126,7 @@ def summarize(model: torch.nn.Module) -> Summary:
         weight
         for layer in compressed
         for name, weight in weights_of(layer).items()
-        if offloader.is_on_host(layer, name)
+        if places.is_on_host(layer, name)
     ]
     packed = [weight for weight in held if not weight.is_raw]
     plain_bytes = sum(num_bytes for _, _, num_bytes in plain_parameters(model))
@@ -157,6 +159,7 @@ def summarize(model: torch.nn.Module) -> Summary:
         host_bytes=sum({id(w.payload): w.payload.nbytes for w in on_host}.values())
         + sum(moved.values()),
         host_names=(*(weight.name for weight in on_host), *moved),
+        buffer_bytes=offloader.buffer_bytes() if on_host else 0,
         uncompressed=uncompressed(model),
     )
 
@@ -206,6 +209,6 @@ def log_summary(model: torch.nn.Module) -> None:
             OTHERWISE,
             ", ".join(summary.other_names),
         )
-    offload.log_offloaded(summary.host_bytes, summary.host_names)
+    offload.log_offloaded(summary.host_bytes, summary.host_names, summary.buffer_bytes)
     if summary.raw_names:
         logger.info("dfloat11: held as BF16, would not shrink: %s", ", ".join(summary.raw_names))

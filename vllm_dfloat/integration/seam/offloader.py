@@ -1,194 +1,61 @@
-"""vLLM's options for CPU offload (--cpu-offload-gb, --cpu-offload-params), with weights that are compressed.
+"""vLLM's offload of weights to host memory, when they are compressed: what takes the place of its offloader."""
 
-vLLM's UVA offloader moves parameters to the host while the model is built. A compressed layer has no values then, and
-its size is not known. So the offloader here only notes which of them vLLM's rule names; when such a layer's payload is
-made, it goes to host memory as long as the budget has room. The first that does not fit ends this, as in vLLM. An
-update leaves every payload where it is, host or device.
-
-Matrices that stay BF16 (ignored layers, routers) go as vLLM would take them, while the model is built, and
-count too. Norms and biases stay on the device: read in every pass, and of no size.
-"""
-
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import vllm.envs as envs
 from vllm.model_executor.offloader import get_offloader, set_offloader
 from vllm.model_executor.offloader.base import should_pin_memory
+from vllm.model_executor.offloader.prefetch import PrefetchOffloader
 from vllm.model_executor.offloader.uva import UVAOffloader
+from vllm.utils.platform_utils import is_uva_available
 
-from vllm_dfloat.device.host_arena import HostArena, View
-from vllm_dfloat.device.packed_weight import PackedWeight
+from vllm_dfloat.device.host_arena import View
 from vllm_dfloat.errors import UnsupportedError
-from vllm_dfloat.integration.seam import layer_kinds
-from vllm_dfloat.integration.seam.names import logger
-
-PLACE = "dfloat11_place"  # the attribute of a layer that vLLM's rule names: its Place
-MOVED = "_vllm_is_uva_offloaded"  # vLLM's mark of a parameter in host memory
-GIB = 1 << 30
-GROWTH_SHARE = 64  # one part of so many of the budget is left for weights that grow in an update
-# Of a BF16 matrix, the least that its payload takes: of trained weights it takes 0.66 to 0.68.
-LEAST_SHARE = 0.6
+from vllm_dfloat.integration.seam.prefetcher import PackedPrefetcher
+from vllm_dfloat.integration.seam.uva_offloader import MOVED, PackedOffloader
 
 
-@dataclass
-class Place:
-    """Where the payloads of a layer lie.
-
-    Attributes:
-        names: the parameters that vLLM's rule names.
-        held: for each that has a payload, its bytes in host memory; 0 if it has outgrown the budget, and comes back
-            when it fits; None if it was not chosen.
-    """
-
-    offloader: "PackedOffloader"
-    names: set[str] = field(default_factory=set)
-    held: dict[str, int | None] = field(default_factory=dict)
-
-
-class PackedOffloader(UVAOffloader):  # type: ignore[misc]  # vLLM is untyped
-    """Takes the place of vLLM's UVA offloader, with the same options.
-
-    `cpu_offload_bytes`, vLLM's count of what lies on the host, counts compressed bytes.
-
-    Attributes:
-        num_named: parameters that vLLM's rule names.
-    """
-
-    def __init__(self, before: UVAOffloader, view: View | None) -> None:
-        super().__init__(before.cpu_offload_max_bytes, before.cpu_offload_params)
-        self.cpu_offload_bytes = before.cpu_offload_bytes
-        self.arena = HostArena(view)
-        self._view = view
-        self._is_spent = False
-        self._named_bytes = 0  # of the named compressed parameters, in BF16
-        self.num_named = 0
-
-    def wrap_modules(
-        self, modules_generator: Iterable[torch.nn.Module], prefix: str = ""
-    ) -> list[torch.nn.Module]:
-        """Note what vLLM's rule names in the modules, and return them."""
-        before = f"{prefix}." if prefix else ""
-        modules = []
-        for module in modules_generator:
-            modules.append(module)
-            for name, parameter in list(module.named_parameters()):
-                if self._names(before + name):
-                    self._note(module, name, parameter)
-        return modules
-
-    def _names(self, name: str) -> bool:
-        wanted = self.cpu_offload_params
-        return not wanted or any(f".{segment}." in f".{name}." for segment in wanted)
-
-    def _note(self, module: torch.nn.Module, path: str, parameter: torch.Tensor) -> None:
-        owner, _, name = path.rpartition(".")
-        layer = module.get_submodule(owner)
-        # An embedding may get its method later; until then it is a BF16 matrix.
-        if parameter.is_meta or layer_kinds.is_vocabulary(layer):
-            place = layer.__dict__.setdefault(PLACE, Place(self))
-            if name not in place.names:
-                place.names.add(name)
-                self.num_named += 1
-                self._named_bytes += 2 * parameter.numel()
-        elif parameter.dim() > 1 and self._view is not None:
-            self.num_named += 1
-            self._move(parameter, path, self._view)
-
-    def _move(self, parameter: torch.Tensor, name: str, view: View) -> None:
-        """Move a BF16 matrix to host memory, as vLLM does, if the budget has room."""
-        size = parameter.nbytes
-        is_there = getattr(parameter, MOVED, False)
-        if is_there or self.cpu_offload_bytes + size > self.cpu_offload_max_bytes:
-            return
-        self.arena.check_room(size, name)
-        parameter.data = view(parameter.data.to("cpu").pin_memory())
-        setattr(parameter, MOVED, True)
-        self.cpu_offload_bytes += size
-
-    def check_host_memory(self, num_ranks: int) -> None:
-        """Before anything arrives: check that the host has room for the least that will be put there.
-
-        Args:
-            num_ranks: ranks of this host, which need as much each.
-
-        Raises:
-            DeviceError: it has not.
-        """
-        room = self.cpu_offload_max_bytes - self.cpu_offload_bytes
-        least = min(room, int(LEAST_SHARE * self._named_bytes))
-        self._named_bytes = 0  # a draft model comes next
-        ranks = f", for {num_ranks} ranks" if num_ranks > 1 else ""
-        if least > 0:
-            self.arena.check_room(
-                num_ranks * least, f"--cpu-offload-gb {self.cpu_offload_max_bytes / GIB:.4g}{ranks}"
-            )
-
-    def take(self, place: Place, name: str, packed: PackedWeight) -> PackedWeight:
-        """Return a new payload's weight as it is to be held: in host memory, or unchanged."""
-        size, before = packed.payload.nbytes, place.held.get(name)
-        used = self.cpu_offload_bytes - (before or 0)
-        if self.arena.holds(packed.payload):  # an update was undone
-            place.held[name], self.cpu_offload_bytes = size, used + size
-            return packed
-        is_chosen = self._chooses(size) if name not in place.held else before is not None
-        if not is_chosen or used + size > self.cpu_offload_max_bytes:
-            if before:
-                self._tell_that_it_grew(packed)
-            place.held[name] = 0 if is_chosen else None
-            self.cpu_offload_bytes = used
-            return packed
-        moved = replace(packed, payload=self.arena.put(packed.payload, packed.name))
-        place.held[name], self.cpu_offload_bytes = size, used + size
-        return moved.described_in(packed.desc)
-
-    def _chooses(self, size: int) -> bool:
-        """Return whether the first payload of a parameter goes to host memory."""
-        limit = self.cpu_offload_max_bytes - self.cpu_offload_max_bytes // GROWTH_SHARE
-        self._is_spent |= self.cpu_offload_bytes + size > limit
-        return size > 0 and not self._is_spent
-
-    def _tell_that_it_grew(self, packed: PackedWeight) -> None:
-        logger.warning(
-            "dfloat11: %s grew to %d bytes, for which --cpu-offload-gb %.4g has no room; it is on the device now",
-            packed.name,
-            packed.payload.nbytes,
-            self.cpu_offload_max_bytes / GIB,
-        )
-
-
-def placed(layer: torch.nn.Module, packed: PackedWeight, name: str = "weight") -> PackedWeight:
-    """Return a layer's new compressed weight as it is to be held: its payload may go to host memory.
-
-    Args:
-        name: the parameter whose weight it is.
+def install() -> None:
+    """Before a model is built: take the place of the offloader that vLLM has made from its options.
 
     Raises:
-        DeviceError: the host's memory is too small.
+        UnsupportedError: on a GPU, UVA or pinned memory is switched off or not there.
     """
-    place = layer.__dict__.get(PLACE)
-    if place is None or name not in place.names:
-        return packed
-    moved: PackedWeight = place.offloader.take(place, name, packed)
-    return moved
+    before = get_offloader()
+    if type(before) is UVAOffloader and before.cpu_offload_max_bytes:
+        set_offloader(PackedOffloader(before, _view("--cpu-offload-gb")))
+    elif type(before) is PrefetchOffloader and not before.module_offloaders:
+        set_offloader(PackedPrefetcher(before, _view("--offload-group-size")))
 
 
-def is_on_host(layer: torch.nn.Module, name: str = "weight") -> bool:
-    """Return whether --cpu-offload-gb holds the payload of a layer's parameter in host memory."""
-    place = layer.__dict__.get(PLACE)
-    return place is not None and bool(place.held.get(name))
+def _view(option: str) -> View | None:
+    """Return what makes a GPU's tensor of pinned host memory; None on a CPU.
+
+    Raises:
+        UnsupportedError: UVA or pinned memory is switched off or not there.
+    """
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        return None
+    from vllm.utils.torch_utils import get_accelerator_view_from_cpu_tensor
+
+    has_uva = is_uva_available() and not envs.VLLM_WEIGHT_OFFLOADING_DISABLE_UVA
+    if not (has_uva and should_pin_memory()):
+        raise UnsupportedError(
+            f"{option}: compressed weights are read from pinned host memory through UVA, which is switched off or "
+            "missing here; expected both. Unset VLLM_WEIGHT_OFFLOADING_DISABLE_UVA and "
+            "VLLM_WEIGHT_OFFLOADING_DISABLE_PIN_MEMORY, or remove the option."
+        )
+    view: View = get_accelerator_view_from_cpu_tensor
+    return view
 
 
-def is_moved(parameter: torch.Tensor) -> bool:
-    """Return whether a BF16 parameter lies in host memory."""
-    return bool(getattr(parameter, MOVED, False))
-
-
-def offloader() -> PackedOffloader | None:
+def offloader() -> PackedOffloader | PackedPrefetcher | None:
     """Return the offloader of the model in this process, if vLLM's options ask for offload."""
     found = get_offloader()
-    return found if isinstance(found, PackedOffloader) else None
+    return found if isinstance(found, PackedOffloader | PackedPrefetcher) else None
 
 
 def check_host_memory(vllm_config: Any) -> None:
@@ -202,26 +69,19 @@ def check_host_memory(vllm_config: Any) -> None:
         found.check_host_memory(vllm_config.parallel_config.local_world_size)
 
 
-def install() -> None:
-    """Before a model is built: take the place of the offloader that vLLM has made from its options.
+def finish_on_cpu() -> None:
+    """When a model is loaded on a CPU: let a prefetching offloader make its buffers, as vLLM does on a GPU only."""
+    found = offloader()
+    if isinstance(found, PackedPrefetcher) and not (found.on_gpu or found.has_buffers):
+        found.post_init()
 
-    Raises:
-        UnsupportedError: on a GPU, UVA or pinned memory is switched off or not there.
-    """
-    from vllm.platforms import current_platform
 
-    before = get_offloader()
-    if type(before) is not UVAOffloader or not before.cpu_offload_max_bytes:
-        return
-    view: View | None = None
-    if not current_platform.is_cpu():
-        from vllm.utils.torch_utils import get_accelerator_view_from_cpu_tensor
+def buffer_bytes() -> int:
+    """Return the bytes of the device into which payloads are copied from host memory ahead of use."""
+    found = offloader()
+    return found.buffer_bytes if isinstance(found, PackedPrefetcher) else 0
 
-        view = get_accelerator_view_from_cpu_tensor
-        if not (before.uva_offloading and should_pin_memory()):
-            raise UnsupportedError(
-                "--cpu-offload-gb: compressed weights are read from pinned host memory through UVA, which is "
-                "switched off or missing here; expected both. Unset VLLM_WEIGHT_OFFLOADING_DISABLE_UVA and "
-                "VLLM_WEIGHT_OFFLOADING_DISABLE_PIN_MEMORY, or remove the option."
-            )
-    set_offloader(PackedOffloader(before, view))
+
+def is_moved(parameter: torch.Tensor) -> bool:
+    """Return whether a BF16 parameter lies in host memory."""
+    return bool(getattr(parameter, MOVED, False))

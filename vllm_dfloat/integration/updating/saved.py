@@ -7,7 +7,7 @@ import torch
 from vllm_dfloat.device.ops import PackedWeight
 from vllm_dfloat.integration.layers import method
 from vllm_dfloat.integration.layers.placeholder import WeightPlaceholder
-from vllm_dfloat.integration.seam import expert_kernels, layer_kinds, layerwise, offloader
+from vllm_dfloat.integration.seam import expert_kernels, layer_kinds, layerwise, places
 
 # Attributes of a module that are restored in another way, or never change.
 _OTHERS = frozenset(
@@ -26,7 +26,7 @@ class SavedWeights:
     """Old values of changed weights, kept on the host: a GPU has no room for two models.
 
     On a CPU, and where --cpu-offload-gb holds it on the host, a compressed weight is kept by reference, and only while
-    the update lasts.
+    the update lasts; not one that is copied to the device ahead of use, whose place is written to.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -51,7 +51,9 @@ class SavedWeights:
             return
         held = method.weights_of(layer)
         self._packed[layer] = {
-            name: packed if offloader.is_on_host(layer, name) else packed.to("cpu")
+            name: packed
+            if places.is_on_host(layer, name) and packed.staged is None
+            else packed.to("cpu")
             for name, packed in held.items()
         }
         if layer_kinds.is_experts(layer):
