@@ -135,7 +135,8 @@ class PackedPrefetcher(prefetch.PrefetchOffloader):  # type: ignore[misc]  # vLL
     def buffer_bytes(self) -> int:
         """Bytes of the device that all buffers take, as soon as the payloads are known."""
         paths = {path for module in self.module_offloaders for path in module.stages}
-        return self.prefetch_step * sum(map(self.largest, paths))
+        slots: int = self.prefetch_step
+        return slots * sum(map(self.largest, paths))
 
     # The ring.
 
