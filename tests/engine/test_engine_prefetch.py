@@ -41,7 +41,6 @@ MORE = [
     ("llama", dict(offload_group_size=2)),
     ("qwen3_moe", {**TWO_SLOTS, **EXPERTS}),
     ("qwen3_moe", {**ALL, **EXPERTS, **options(layout="fast"), "enforce_eager": False, **TRACED}),
-    ("deepseek_v2", ALL),
     ("phi3", {**ALL, **DOWN, **options(layout="dfloat11")}),
     ("qwen2", {**TWO_SLOTS, **options(layout="fast")}),
     ("qwen3", {**ALL, **options(layout="auto", kv_tokens=64)}),
