@@ -45,7 +45,7 @@ def compiled_rows(num_x: int, shape: DotShape | GemvShape) -> int:
     padded = 1 << (num_x - 1).bit_length()
     if isinstance(shape, GemvShape):
         return padded
-    return max(padded, 8 if shape.width == 4 else 16)
+    return max(padded, 8 if shape.width == 4 and shape.rows > 8 else 16)
 
 
 def num_partials(rows: int, num_x: int, shape: DotShape | GemvShape) -> int:
@@ -117,7 +117,8 @@ def matmul(
     if isinstance(shape, DotShape) and shape.stages == 1:
         _ahead_kernel[(triton.cdiv(rows, shape.rows), shape.parts)](
             desc, x.view(torch.uint32), *rest,
-            shape.rows, shape.parts > 1, form, bias is not None, tl.bfloat16 if is_gpu else tl.float32, num_warps=1,
+            shape.rows, shape.parts > 1, shape.in_order, form, bias is not None, tl.bfloat16 if is_gpu else tl.float32,
+            num_warps=1,
         )  # fmt: skip
     elif isinstance(shape, DotShape):
         _dot_kernel[(triton.cdiv(rows, shape.rows), shape.parts)](

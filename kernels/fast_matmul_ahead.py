@@ -9,8 +9,11 @@ import triton
 import triton.language as tl
 
 from vllm_dfloat.codec import fast_layout
-from vllm_dfloat.kernels.fast_escapes import PERMUTED, _bounded, _patch, _round, _split_four
-from vllm_dfloat.kernels.fast_matmul_dot import _operand, _words
+from vllm_dfloat.kernels.fast_escapes import PERMUTED, _bounded, _round, _split_four
+from vllm_dfloat.kernels.fast_exchange import _operand_in_order
+from vllm_dfloat.kernels.fast_lane_escapes import _fetch, _patch_by_lane
+from vllm_dfloat.kernels.fast_matmul_dot import _activations as _columns
+from vllm_dfloat.kernels.fast_matmul_dot import _as, _operand, _words
 from vllm_dfloat.kernels.fast_planes import _eight_weights, _open
 
 _GROUP = tl.constexpr(fast_layout.GROUP)
@@ -22,14 +25,9 @@ _BLOCKS = tl.constexpr(fast_layout.TILE_COLS // 64)
 
 
 @triton.jit
-def _turn(low, high, starts, step, IS_GPU: tl.constexpr):
-    """Load what turn `step` needs: bytes, nibbles, the bounds of the tile's entries."""
-    return (
-        _words(low, step * 32, IS_GPU),
-        _words(high, step * 16, IS_GPU),
-        tl.load(starts + step),
-        tl.load(starts + step + 1),
-    )
+def _turn(low, high, step, IS_GPU: tl.constexpr):
+    """Load the bytes and nibbles of turn `step`."""
+    return _words(low, step * 32, IS_GPU), _words(high, step * 16, IS_GPU)
 
 
 @triton.jit
@@ -40,6 +38,38 @@ def _activations(left, right, ROWS: tl.constexpr):
     pairs = tl.reshape(pairs, [_BLOCKS, ROWS, 4, 2, 2, 2, 2])
     pairs = tl.permute(pairs, (0, 5, 3, 2, 4, 6, 1))
     return tl.reshape(pairs, [_BLOCKS * 64, ROWS])
+
+
+@triton.jit
+def _multiply(
+    acc, a, b, c, d, e, f, g, h, x_ptr, cols, m, step,
+    BN: tl.constexpr, IN_ORDER: tl.constexpr, FORM: tl.constexpr, OPERAND: tl.constexpr,
+):  # fmt: skip
+    """Add the products of the words of each group with rows `m` of x to acc; x comes from a cache.
+
+    acc: FP32 [BN, ROWS], or [ROWS, BN] if BN is 8.
+    """
+    ROWS: tl.constexpr = m.shape[0]
+    if IN_ORDER:
+        weights = _operand_in_order(a, b, c, d, e, f, g, h, BN, FORM, BN == 8)
+    else:
+        weights = _operand(a, b, c, d, e, f, g, h, BN, _TILE_COLS, 1, 4)
+    if IN_ORDER:
+        place = m[:, None] * cols + step * _TILE_COLS + tl.arange(0, _TILE_COLS)[None, :]
+        xs = tl.load(x_ptr.to(tl.pointer_type(tl.bfloat16)) + place)
+        xs = _columns(xs, _TILE_COLS, ROWS, 4, True)
+    else:
+        group = tl.arange(0, _BLOCKS)[:, None, None] * 4 + tl.arange(0, 4)[None, None, :]
+        place = (m[None, :, None] * (cols // 2) + group * 8)[:, :, :, None]
+        place += tl.arange(0, 4)[None, None, None, :]
+        is_gpu: tl.constexpr = OPERAND != tl.float32  # noqa: SIM300
+        left = _words(x_ptr + place, step * 64, is_gpu)
+        right = _words(x_ptr + place, step * 64 + 4, is_gpu)
+        xs = _activations(left, right, ROWS)
+    if BN == 8:
+        return tl.dot(tl.trans(_as(xs, OPERAND)), _as(weights, OPERAND), acc)
+    else:
+        return tl.dot(_as(weights, OPERAND), _as(xs, OPERAND), acc)
 
 
 @triton.jit(do_not_specialize=["salt", "low_bytes", "rows", "num_x"])
@@ -54,8 +84,9 @@ def _ahead_kernel(
     cols,  # int32, a multiple of 128
     num_x,  # int32, 1 to ROWS
     ROWS: tl.constexpr,
-    BN: tl.constexpr,  # 16, 32 or 64
+    BN: tl.constexpr,  # 16; or 8, if in order, for ROWS of at least 16
     HAS_PARTS: tl.constexpr,
+    IN_ORDER: tl.constexpr,
     FORM: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     OPERAND: tl.constexpr,  # bfloat16; float32 in the interpreter, which cannot multiply BF16
@@ -76,8 +107,7 @@ def _ahead_kernel(
     word = tl.arange(0, 4)[None, None, None, :]
     low = low.to(tl.pointer_type(tl.uint32)) + (at * 4)[:, :, :, None] + word
     high += (at * 2)[:, :, :, None] + tl.arange(0, 2)[None, None, None, :]
-    m = tl.minimum(tl.arange(0, ROWS), num_x - 1)[None, :, None]
-    x = x_ptr + (m * (cols // 2) + group * 8)[:, :, :, None] + word
+    m = tl.minimum(tl.arange(0, ROWS), num_x - 1)
     steps = cols // _TILE_COLS
     starts = starts_ptr + first // _TILE_ROWS * steps
     in_tile = (first % _TILE_ROWS + row) * _ROW_GROUPS + group
@@ -85,27 +115,34 @@ def _ahead_kernel(
     begin = part * per_part
     end = tl.where(is_sound, tl.minimum(begin + per_part, steps), begin)
     # Without a sound descriptor nothing is added to NaN.
-    acc = tl.zeros([BN, ROWS], tl.float32) + tl.where(is_sound, 0.0, float("nan"))
+    shape: tl.constexpr = [ROWS, BN] if BN == 8 else [BN, ROWS]
+    acc = tl.zeros(shape, tl.float32) + tl.where(is_sound, 0.0, float("nan"))
     if begin < end:
-        low_words, codes, entry, stop = _turn(low, high, starts, begin, is_gpu)
+        low_words, codes = _turn(low, high, begin, is_gpu)
+        entry = tl.load(starts + begin)
+        stop = tl.load(starts + begin + 1)
+        beyond = tl.load(starts + tl.minimum(begin + 2, steps))
+        entry, stop = _bounded(entry, stop, num_entries)
+        fetched = _fetch(entry, stop, entries_ptr, FORM)
         for step in tl.range(begin, end, num_stages=1):
-            # The last turn loads its own words once more, which are not used.
-            following = _turn(low, high, starts, tl.minimum(step + 1, end - 1), is_gpu)
-            # Mostly in the L1 or L2 cache; they arrive while weights are decoded.
-            left = _words(x, step * 64, is_gpu)
-            right = _words(x, step * 64 + 4, is_gpu)
+            # What the last turn loads ahead is not used.
+            following = _turn(low, high, tl.minimum(step + 1, end - 1), is_gpu)
             low0, low1, low2, low3 = _split_four(low_words)
             codes0, codes1 = tl.split(codes)
             a, b, c, d = _eight_weights(low0, low1, codes0, base4, low_bytes, prmt)
             e, f, g, h = _eight_weights(low2, low3, codes1, base4, low_bytes, prmt)
-            entry, stop = _bounded(entry, stop, num_entries)
-            if stop > entry:
-                a, b, c, d, e, f, g, h = _patch(
-                    a, b, c, d, e, f, g, h, in_tile, entry, stop, entries_ptr, FORM, 4
-                )
-            weights = _operand(a, b, c, d, e, f, g, h, BN, _TILE_COLS, 1, 4).to(OPERAND)
-            acc = tl.dot(weights, _activations(left, right, ROWS).to(OPERAND), acc)
-            low_words, codes, entry, stop = following
+            a, b, c, d, e, f, g, h = _patch_by_lane(
+                a, b, c, d, e, f, g, h, in_tile, entry, stop, fetched, entries_ptr, BN, FORM
+            )
+            entry, stop = _bounded(stop.to(tl.uint32), beyond, num_entries)
+            fetched = _fetch(entry, stop, entries_ptr, FORM)
+            beyond = tl.load(starts + tl.minimum(step + 3, steps))
+            acc = _multiply(
+                acc, a, b, c, d, e, f, g, h, x_ptr, cols, m, step, BN, IN_ORDER, FORM, OPERAND
+            )
+            low_words, codes = following
+    if BN == 8:
+        acc = tl.trans(acc)
     n = tl.arange(0, BN)[:, None]
     out_row = first + n
     m = tl.arange(0, ROWS)[None, :]

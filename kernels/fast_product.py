@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 from vllm_dfloat.codec import fast_layout
 
 MAX_PARTS = 8
-IN_ORDER_PROGRAMS = 128  # about as many as multiprocessors; nothing else was tried
+MAX_AHEAD_ROWS = 32  # of activations, for the kernel that has one stage
+# Of kernels that add in order: about as many as multiprocessors, and four times as many; no GPU has tried others.
+IN_ORDER_PROGRAMS, IN_ORDER_WARPS = 128, 512
 
 
 @dataclass(frozen=True)
@@ -19,14 +21,14 @@ class DotShape:
         rows: rows of w per program, 16, 32, 64 or 128; 16 * warps divides it.
         cols: columns at a time, 128 or 256.
         stages: how many times as many columns are in shared memory; 1 for fast_matmul_ahead.py, which has the next ones
-            in registers: for 16 or 32 rows, 128 columns, 1 warp, width 4, and up to 32 rows of activations.
+            in registers: for 16 rows, or 8 if in order, 128 columns, 1 warp, width 4, and up to MAX_AHEAD_ROWS rows of
+            activations.
         warps: 4, or 8 for 128 rows, for the tensor cores of a warp group, which Hopper has; 1 or 2 for those of a warp.
         parts: parts of the columns.
         width: neighbouring columns that a thread holds of the operands: 2 for the tensor cores of a warp group, 4 for
             those of a warp. With the wrong one the result is as good, but weights are exchanged between threads.
-        in_order: each step of the tensor cores takes the next 16 columns, each at its place in the step; not with 1
-            stage. With one part, and the right width, this is the order of a plain product of Triton. Weights are
-            exchanged between threads.
+        in_order: each step of the tensor cores takes the next 16 columns, each at its place in the step. With one part,
+            and the right width, this is the order of a plain product of Triton. Weights are exchanged between threads.
     """
 
     rows: int = 64
@@ -125,16 +127,19 @@ class FastProduct:
             parts *= 2
         return replace(shape, parts=parts)
 
-    def in_order_shape(self, rows: int, is_gpu: bool) -> DotShape:
-        """Return how to launch the kernel that adds in order, for any number of rows of activations.
+    def in_order_shape(self, rows: int, num_x: int, is_gpu: bool) -> DotShape:
+        """Return how to launch the kernel that adds in order, for `num_x` rows of activations.
 
-        The columns are not cut. Where that would leave multiprocessors idle, programs have fewer rows, for the tensor
-        cores of a warp; where the table has no shape for those of a warp group, always.
+        The columns are not cut. Up to MAX_AHEAD_ROWS it loads ahead. Beyond, it uses the tensor cores of a warp group
+        if the table has a shape for them. Where few programs would leave multiprocessors idle, they have fewer rows.
         """
         if not is_gpu:
             return DotShape(
                 in_order=True
             )  # no tensor cores, and so no columns that these put elsewhere
+        if num_x <= MAX_AHEAD_ROWS:
+            few = -(-rows // 16) < IN_ORDER_WARPS
+            return DotShape(rows=8 if few else 16, stages=1, warps=1, width=4, in_order=True)
         shapes = [choice.shape for choice in self.choices]
         has_groups = any(isinstance(shape, DotShape) and shape.width == 2 for shape in shapes)
         if has_groups and -(-rows // DotShape().rows) >= IN_ORDER_PROGRAMS:

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from vllm_dfloat.kernels.fast_planes import LOW_BYTES
 
 ROWS, COLS = 96, 384
 X, WEIGHT, BIAS, OUT, DESC, PAYLOAD = (0x10000 * i for i in (1, 2, 6, 7, 9, 10))  # addresses
+DOT = "fast_in_order_64_32x2x4"  # beyond 32 rows
 TUNED = {"BLOCK_SIZE_M": 16, "BLOCK_SIZE_N": 128, "BLOCK_SIZE_K": 128, "GROUP_SIZE_M": 8}
 
 Bits = np.ndarray
@@ -86,8 +88,8 @@ def of_vllm(
 
 
 def of_ours(name: str, target: str, num_x: int, **changes: Any) -> Bits:
-    (spec,) = [spec for spec in specs.IN_ORDER if spec.name == name]
-    spec.constexprs.update(changes)
+    (spec,) = [spec for spec in specs.IN_ORDER + specs.AHEAD if spec.name == name]
+    spec = replace(spec, constexprs=spec.constexprs | changes)
     x, weight, bias = operands(num_x)
     held = encode(weight.view(torch.uint16).numpy(), must_be_small=False)
     assert held is not None
@@ -98,7 +100,7 @@ def of_ours(name: str, target: str, num_x: int, **changes: Any) -> Bits:
     desc = np.array([descriptor.signed(word) for word in words]).view(np.uint8)
     filled = memory(X=x, BIAS=bias, DESC=desc, PAYLOAD=held.payload)
     sizes = [salt % (1 << 64), LOW_BYTES, ROWS, COLS, num_x]
-    compiled = spec.compile(target, num_stages=spec.constexprs["STAGES"])
+    compiled = spec.compile(target, num_stages=spec.constexprs.get("STAGES", 1))
     blocks = -(-ROWS // spec.constexprs["BN"])
     return run(compiled, filled, [DESC, X, BIAS, OUT, *sizes, 0, 0], blocks, num_x)
 
@@ -108,23 +110,20 @@ def main() -> int:
     unequal: dict[str, int] = {}
     default = vllm_matmul.BLOCKS, vllm_matmul.NUM_WARPS, vllm_matmul.NUM_STAGES
     tuned = TUNED, 4, 5
-    for target, num_x, blocks in (
-        ("sm_80", 3, default),
-        ("sm_80", 16, default),
-        ("sm_89", 5, default),
-        ("sm_90", 16, tuned),
+    for target, num_x, name, blocks in (
+        ("sm_80", 3, "fast_ahead_in_order_8", default),
+        ("sm_80", 16, "fast_ahead_in_order_16", default),
+        ("sm_89", 5, "fast_ahead_in_order_16_8", default),
+        ("sm_90", 16, "fast_ahead_in_order_16", tuned),
+        ("sm_80", 33, DOT, default),
     ):
         expected = of_vllm(kernel, target, num_x, *blocks)
-        found = of_ours("fast_in_order_16_32x2x4", target, num_x)
-        unequal[f"{target}, {num_x} rows"] = int((found != expected).sum())
+        unequal[f"{target}, {num_x} rows"] = int((of_ours(name, target, num_x) != expected).sum())
     expected = of_vllm(kernel, "sm_80", 16, *default)
-    for what, changed in {
-        "16 columns of every 64": {"IN_ORDER": False},
-        "columns of two steps mixed": {"WIDTH": 2},
+    for what, found in {
+        "16 columns of every 64": of_ours("fast_ahead_in_order_16", "sm_80", 16, IN_ORDER=False),
+        "columns of two steps mixed": of_ours(DOT, "sm_80", 16, ROWS=16, WIDTH=2),
     }.items():
-        found = of_ours(
-            "fast_in_order_16_32x2x4", "sm_80", 16, **{"IN_ORDER": True, "WIDTH": 4} | changed
-        )
         unequal[what] = int((found != expected).sum())
     json.dump({"of": ROWS * 16, "unequal": unequal}, sys.stdout)
     return 0

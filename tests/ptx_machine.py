@@ -166,6 +166,7 @@ class Machine:
         safe = np.where(self.active, address, 0)
         assert safe.min() >= 0
         assert safe.max() + size <= len(memory)
+        assert not (safe % size).any(), "an address that no GPU reads"
         found = memory[safe[:, None] + np.arange(size)]
         return np.ascontiguousarray(found).view(f"<u{size}")[:, 0].astype(U64)
 
@@ -196,11 +197,16 @@ class Machine:
         elif base in ("ldmatrix", "stmatrix"):
             self._move_matrices(base, one.operands)
         elif base == "shfl":
-            assert kinds[1] == "idx"
             lane = self._read(one.operands[2]).astype(np.int64)
+            if kinds[1] == "bfly":
+                lane ^= self.tid % 32
+            else:
+                assert kinds[1] == "idx"
             self._write(
                 one.operands[0], self._read(one.operands[1])[self.tid // 32 * 32 + lane], 32
             )
+        elif base == "vote":
+            self._vote(one.operands)
         elif base == "mma":
             self._multiply(one.operands)
         else:
@@ -244,6 +250,14 @@ class Machine:
                 self._write(register, self._load(self.shared, row, 4), 32)
             else:
                 self._store(self.shared, row, self._read(register), 4)
+
+    def _vote(self, operands: list[Operand]) -> None:
+        """Give each thread of a warp a bit for each of its threads where the predicate holds."""
+        assert self.active.all(), "a vote without all threads"
+        bits = (self._read(operands[1]) != 0).reshape(-1, 32).astype(U64) << np.arange(
+            32, dtype=U64
+        )
+        self._write(operands[0], np.repeat(bits.sum(1), 32), 32)
 
     def _multiply(self, operands: list[Operand]) -> None:
         assert self.active.all(), "a step of the tensor cores without all threads"
@@ -301,6 +315,13 @@ class Machine:
             self._write(operands[0], _permuted(*values), 32)
         elif base == "shf":
             self._write(operands[0], _funnel(kinds[0], *values), 32)
+        elif base == "brev":
+            bits_of = (values[0][:, None] >> np.arange(32, dtype=U64)) & U64(1)
+            self._write(operands[0], (bits_of << np.arange(31, -1, -1, dtype=U64)).sum(1), 32)
+        elif base == "bfind":
+            assert kinds[0] == "shiftamt"
+            assert values[0].all()
+            self._write(operands[0], 31 - np.log2(values[0]).astype(np.int64), 32)
         elif base == "bfe":
             value = values[0] >> values[1]
             length = int(values[2][0])

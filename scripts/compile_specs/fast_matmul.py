@@ -91,28 +91,30 @@ DOT = [
 ]  # fmt: skip
 # What mode "fused-exact" launches for matrices of many rows and of few.
 IN_ORDER = [
-    _dot(rows, False, PERMUTED, DEFAULT.fast_product.in_order_shape(of, is_gpu=True))
-    for rows in (16, 64)
+    _dot(64, False, PERMUTED, DEFAULT.fast_product.in_order_shape(of, 64, is_gpu=True))
     for of in (28_672, 4096)
 ]
-# Without shared memory; no table chooses it yet.
+# The first three are in no table yet; the others are what mode "fused-exact" launches for up to 32 rows of activations.
 AHEAD = [
     CompileSpec(
-        name=_name("ahead", rows, has_parts, PERMUTED) + ("_32" if block == 32 else ""),
+        name=_name("ahead_in_order" if in_order else "ahead", rows, has_parts, PERMUTED) + "_8" * (block == 8),
         fn=fast_matmul_ahead._ahead_kernel,
         signature=dict(
             desc_ptr="*i64", x_ptr="*u32", bias_ptr="*bf16", out_ptr="*fp32" if has_parts else "*u16", **_SIZES,
-            BN=CONSTANT, HAS_PARTS=CONSTANT, FORM=CONSTANT, HAS_BIAS=CONSTANT, OPERAND=CONSTANT,
+            BN=CONSTANT, HAS_PARTS=CONSTANT, IN_ORDER=CONSTANT, FORM=CONSTANT, HAS_BIAS=CONSTANT, OPERAND=CONSTANT,
         ),
         constexprs={
-            "ROWS": rows, "BN": block, "HAS_PARTS": has_parts, "FORM": PERMUTED, "HAS_BIAS": True,
+            "ROWS": rows, "BN": block, "HAS_PARTS": has_parts, "IN_ORDER": in_order, "FORM": PERMUTED, "HAS_BIAS": True,
             "OPERAND": tl.bfloat16,
         },
         aligned_args=_ALIGNED,
         num_warps=1,
         weights_per_program=block * fast_layout.TILE_COLS,
     )
-    for rows, block, has_parts in ((8, 16, False), (8, 16, True), (16, 16, False), (32, 16, False), (8, 32, False))
+    for rows, block, has_parts, in_order in (
+        (8, 16, False, False), (8, 16, True, False), (16, 16, False, False),
+        (8, 16, False, True), (16, 16, False, True), (32, 16, False, True), (16, 8, False, True), (32, 8, False, True),
+    )
 ]  # fmt: skip
 SUM = [
     CompileSpec(

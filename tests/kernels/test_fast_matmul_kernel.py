@@ -28,8 +28,10 @@ SHAPES: list[tuple[Shape, int]] = [
     (DotShape(cols=256), 64),
     (DotShape(rows=32, warps=2, width=4), 7),
     (DotShape(rows=32, warps=1, width=4, parts=2), 9),
-    (DotShape(rows=32, stages=1, warps=1, width=4), 5),
+    (DotShape(rows=16, stages=1, warps=1, width=4), 5),
     (DotShape(rows=16, stages=1, warps=1, width=4, parts=2), 9),
+    (DotShape(rows=16, stages=1, warps=1, width=4, in_order=True), 20),
+    (DotShape(rows=8, stages=1, warps=1, width=4, in_order=True), 3),
 ]
 AHEAD = DotShape(rows=16, stages=1, warps=1, width=4)
 SHARES = [SHAPES[i] for i in (2, 3, 7, 10, 12)]

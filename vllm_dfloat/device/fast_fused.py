@@ -146,7 +146,7 @@ def launch_in_order(
     from vllm_dfloat.kernels import fast_matmul as kernels
 
     out = torch.empty(x.shape[0], rows, dtype=torch.bfloat16, device=x.device)
-    shape = _in_order_shape(x.device, rows)
+    shape = _in_order_shape(x.device, rows, x.shape[0])
     kernels.matmul(aligned(x), desc, cols, bias, out, scratch[0].view(torch.float32), shape)
     return out
 
@@ -155,8 +155,11 @@ def variants_in_order(device: torch.device, rows: int, cols: int, most: int) -> 
     """Return what `variants` does, for `launch_in_order`."""
     from vllm_dfloat.kernels import fast_matmul as kernels
 
-    shape = _in_order_shape(device, rows)
-    return {(shape, kernels.compiled_rows(num_x, shape)): num_x for num_x in range(1, most + 1)}
+    found: dict[Hashable, int] = {}
+    for num_x in range(1, most + 1):
+        shape = _in_order_shape(device, rows, num_x)
+        found[shape, kernels.compiled_rows(num_x, shape)] = num_x
+    return found
 
 
 def facts_in_order(device: torch.device, rows: int, cols: int) -> dict[str, Any]:
@@ -168,7 +171,9 @@ def facts_in_order(device: torch.device, rows: int, cols: int) -> dict[str, Any]
         "triton": fast_matmul.TRITON_VERSION,
         "of triton": {k: v for k, v in sorted(variables.items()) if not k.endswith("_DIR")},
         "kernels": _digest_of_kernels(),
-        "launched": repr(_in_order_shape(device, rows)),
+        "launched": repr(
+            [_in_order_shape(device, rows, num_x) for num_x in (1, fast_matmul.MAX_ROWS)]
+        ),
     }
 
 
@@ -177,12 +182,15 @@ def _digest_of_kernels() -> str:
     from vllm_dfloat.kernels import fast_matmul
 
     folder = Path(fast_matmul.__file__).parent
-    names = ("fast_matmul", "fast_matmul_dot", "fast_escapes", "fast_planes", "tiles")
+    names = (
+        "fast_matmul", "fast_matmul_dot", "fast_matmul_ahead", "fast_exchange", "fast_escapes", "fast_lane_escapes",
+        "fast_planes", "tiles",
+    )  # fmt: skip
     texts = [(folder / f"{name}.py").read_bytes() for name in names]
     return hashlib.sha256(b"".join(texts)).hexdigest()[:32]
 
 
-def _in_order_shape(device: torch.device, rows: int) -> "DotShape":
+def _in_order_shape(device: torch.device, rows: int, num_x: int) -> "DotShape":
     from vllm_dfloat.kernels.configs import config_of
 
-    return config_of(device).fast_product.in_order_shape(rows, device.type == "cuda")
+    return config_of(device).fast_product.in_order_shape(rows, num_x, device.type == "cuda")

@@ -33,16 +33,15 @@ NAMES = {PLAIN: "plain", PATCHED: "patched", PERMUTED: "prmt"}
 WARPS_2 = DotShape(rows=32, warps=2, width=4)
 WARPS_1 = DotShape(rows=32, warps=1, width=4)
 AHEAD = DotShape(rows=16, stages=1, warps=1, width=4)
-AHEAD_32 = replace(AHEAD, rows=32)
 # Rows of activations, the most important first, and what is compared for them: what a table chooses or might choose.
 TRIED: dict[int, tuple[DotShape | GemvShape, ...]] = {
-    8: (WARPS_2, AHEAD, AHEAD_32),
-    16: (WARPS_1, AHEAD, DotShape()),
-    1: (GemvShape(), GemvShape(warps=8)),
+    8: (AHEAD, WARPS_2),
+    16: (AHEAD, WARPS_1),
+    1: (AHEAD, GemvShape()),
     64: (DotShape(), DotShape(cols=256)),
-    4: (GemvShape(), WARPS_2, AHEAD),
-    32: (DotShape(), AHEAD, WARPS_1),
-    2: (GemvShape(),),
+    4: (AHEAD, GemvShape()),
+    32: (AHEAD, DotShape()),
+    2: (AHEAD, GemvShape()),
 }
 MOST_TRIED = 4  # of the shapes above with different numbers of parts, per case
 WARPS = (768, 1536)  # columns are cut until so many warps run

@@ -1,0 +1,113 @@
+"""Compile the fast product that loads ahead for a GPU, run it without one, and compare with exact sums.
+
+    python tests/compiled_ahead.py
+
+For a process of its own, since TRITON_INTERPRET makes functions that cannot be compiled. Every sum of these operands is
+an FP32 number whatever the order, so each result has one right answer. Prints, as JSON, for each case how many of the
+results differ.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ.pop("TRITON_INTERPRET", None)
+sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "scripts")]
+
+import numpy as np
+import torch
+from compile_specs import fast_matmul as specs
+from ptx_machine import Machine, Program
+
+from vllm_dfloat.codec import descriptor, fast_layout
+from vllm_dfloat.codec.descriptor import KIND_FAST
+from vllm_dfloat.codec.fast_encode import encode
+from vllm_dfloat.kernels.fast_planes import LOW_BYTES
+
+ROWS, COLS = 90, 640
+X, BIAS, OUT, DESC, PAYLOAD = (0x10000 * i for i in (1, 3, 4, 6, 7))  # addresses
+POISON = 0x7FC1
+
+Bits = np.ndarray
+
+
+def weights() -> torch.Tensor:
+    """Return [ROWS, COLS]: tiles with no, a few, more than 32 escapes, and one that is held raw."""
+    rng = torch.Generator().manual_seed(3)
+
+    def powers(first: int, last: int, *shape: int) -> torch.Tensor:
+        return torch.exp2(torch.randint(first, last + 1, shape, generator=rng).float())
+
+    def chosen(share: float, *shape: int) -> torch.Tensor:
+        return torch.rand(shape, generator=rng) < share
+
+    sign = torch.sign(torch.randn(ROWS, COLS, generator=rng))
+    weight = torch.randint(1, 4, (ROWS, COLS), generator=rng).float() * sign
+    few = chosen(0.004, ROWS, COLS)
+    few[:, COLS - 128 :] = False
+    weight[few] *= powers(-8, 4, ROWS, COLS)[few]
+    weight[:64, 128:256] = powers(-13, 4, 64, 128) * sign[:64, 128:256]
+    many = chosen(0.05, ROWS - 64, 128)
+    weight[64:, 256:384][many] *= 2**-12
+    weight[70] *= ~chosen(0.2, COLS)
+    return weight.bfloat16()
+
+
+def products(name: str, target: str, num_x: int) -> tuple[Bits, Bits]:
+    """Return the results of a compiled kernel, and the right ones."""
+    (spec,) = [spec for spec in specs.AHEAD if spec.name == name]
+    rng = torch.Generator().manual_seed(num_x)
+    weight = weights()
+    x = torch.randint(-1, 2, (num_x, COLS), generator=rng).bfloat16()
+    bias = torch.randint(-9, 10, (ROWS,), generator=rng).bfloat16()
+    held = encode(weight.view(torch.uint16).numpy(), must_be_small=False)
+    assert held is not None
+    entries = np.diff(held.starts)
+    assert entries.min() == 0
+    assert entries.max() == fast_layout.RAW_ENTRIES
+    assert ((entries > 32) & (entries <= fast_layout.MAX_ESCAPES)).any()
+
+    salt = descriptor.salt(DESC, fast_layout.size(ROWS, COLS))
+    words = descriptor.words(PAYLOAD, (KIND_FAST, held.layout.num_entries, held.layout.base), salt)
+    desc = np.array([descriptor.signed(word) for word in words])
+    memory = np.zeros(1 << 20, np.uint8)
+    given = {
+        X: x.view(torch.uint8),
+        BIAS: bias.view(torch.uint8),
+        DESC: desc,
+        PAYLOAD: held.payload,
+    }
+    for place, values in given.items():
+        raw = np.asarray(values).view(np.uint8).ravel()
+        memory[place : place + len(raw)] = raw
+    out = memory[OUT : OUT + 2 * num_x * ROWS].view(np.uint16)
+    out[:] = POISON
+    compiled = spec.compile(target)
+    program = Program(compiled.asm["ptx"])
+    blocks = -(-ROWS // spec.constexprs["BN"])
+    parameters = [DESC, X, BIAS, OUT, salt % (1 << 64), LOW_BYTES, ROWS, COLS, num_x, 0, 0]
+    for block in range(blocks):
+        shared = compiled.metadata.shared
+        Machine(program, memory, parameters, (block, 0), (blocks, 1), shared).run()
+    exact = x.double() @ weight.double().T + bias.double()
+    assert (exact.float().double() == exact).all()
+    return out.copy(), exact.float().bfloat16().view(torch.uint16).numpy().ravel()
+
+
+def main() -> int:
+    unequal = {}
+    for name, target, num_x in (
+        ("fast_ahead_8", "sm_90", 5),
+        ("fast_ahead_16", "sm_80", 16),
+        ("fast_ahead_in_order_32", "sm_80", 32),
+        ("fast_ahead_in_order_16_8", "sm_90", 7),
+    ):
+        found, expected = products(name, target, num_x)
+        unequal[f"{name}, {target}, {num_x} rows"] = int((found != expected).sum())
+    json.dump(unequal, sys.stdout)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,20 @@
+"""The product that loads ahead as compiled for GPUs, with its escapes in PTX, on a machine of NumPy arrays."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+TESTS = Path(__file__).parents[1]
+
+
+def test_compiled_product_puts_escapes_and_raw_tiles_in_their_places() -> None:
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), env.get("PYTHONPATH", "")])
+    command = [sys.executable, TESTS / "compiled_ahead.py"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    unequal = json.loads(done.stdout)
+    assert len(unequal) == 4
+    assert not any(unequal.values()), unequal
