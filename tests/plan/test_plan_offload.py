@@ -1,13 +1,21 @@
 """--cpu-offload-gb in a plan: what it takes off the GPU, in the table, in JSON and in the picture."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from vllm_dfloat.cli import main
 from vllm_dfloat.plan.memory import Settings
-from vllm_dfloat.plan.offload import BlockWeight, bf16_on_host, dfloat11_on_host
+from vllm_dfloat.plan.offload import (
+    BlockWeight,
+    OnHost,
+    Prefetch,
+    bf16_on_host,
+    dfloat11_on_host,
+    on_host,
+)
 from vllm_dfloat.plan.picture import _bars
 from vllm_dfloat.plan.plan import make_plan
 
@@ -73,3 +81,74 @@ def test_the_command_shows_it_and_refuses_other_numbers(
     for wrong in ("-1", "nan", "inf"):
         assert main([*command, "--cpu-offload-gb", wrong]) == 2
         assert "--cpu-offload-gb" in capsys.readouterr().err
+
+
+def block(turn: int, layer: int) -> list[BlockWeight]:
+    """Return the weights of a block whose layer takes so many bytes compressed."""
+    return [
+        BlockWeight(1000, layer, True, False, "mlp.down_proj", turn),
+        BlockWeight(400, 300, True, False, "mlp.experts.w2_weight", turn),
+        BlockWeight(200, 200, False, False, "mlp.gate", turn),
+        BlockWeight(10, 10, False, True, "input_layernorm", turn),
+    ]
+
+
+BLOCKS = [
+    *(weight for turn, size in enumerate((640, 660, 650, 512)) for weight in block(turn, size)),
+    BlockWeight(1000, 660, True, False, "mlp.down_proj", -1),  # of a tower
+]
+
+
+@pytest.mark.parametrize(
+    ("prefetch", "expected"),
+    [
+        (Prefetch(), OnHost(0, 0)),
+        (Prefetch(4), OnHost(1610, 812, 1610, 512 + 2 + 300 + 1)),
+        (Prefetch(2), OnHost(2 * 1610, 660 + 512 + 600, 1610, 660 + 2 + 300 + 1)),
+        (Prefetch(4, 2, 2), OnHost(2 * 1610, 650 + 512 + 600, 2 * 1610, 2 * (650 + 2 + 300 + 1))),
+        (Prefetch(1, params=frozenset({"experts"})), OnHost(1600, 1200, 400, 301)),
+        (Prefetch(1, params=frozenset({"mlp.down_proj.weight"})), OnHost(4000, 2462, 1000, 662)),
+        (Prefetch(1, params=frozenset({"down", "layers"})), OnHost(0, 0)),
+    ],
+)
+def test_prefetching_offload_takes_the_last_blocks_of_each_group(
+    prefetch: Prefetch, expected: OnHost
+) -> None:
+    assert on_host(BLOCKS, 10**6 if prefetch.group_size else 0, prefetch) == expected
+
+
+def test_prefetching_offload_leaves_room_for_the_kv_cache_but_for_its_buffers(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    settings = Settings(gpu_memory=24 * GIB, pp=2)
+    given = make_plan(CONFIG, replace(settings, prefetch=Prefetch(8, 2)))
+    without = make_plan(CONFIG, settings)
+    for index, (rank, before) in enumerate(zip(given.ranks, without.ranks, strict=True)):
+        blocks = 4 * (4096 * (6144 + 4096 + 3 * 14336) * 2 + 2 * 2 * 4096)
+        assert rank.bf16_host == blocks  # 16 blocks on each stage, 2 groups
+        assert rank.bf16_buffers == blocks / 4
+        assert 0.65 * blocks < rank.dfloat11_host < 0.7 * blocks
+        assert rank.dfloat11_buffers == pytest.approx(rank.dfloat11_host / 4, rel=0.01)
+        gained = rank.dfloat11_host - rank.dfloat11_buffers
+        assert given.dfloat11.kv_bytes[index] == without.dfloat11.kv_bytes[index] + gained
+        assert before.dfloat11_buffers == before.dfloat11_host == 0
+    plain, packed, *_ = _bars(given)
+    assert packed.parts["weights"] == given.ranks[0].dfloat11_on_gpu
+    assert plain.name.endswith("in host memory")
+    command = ["plan", CONFIG, "--gpu-memory", "24GiB"]
+    asked = ["--offload-group-size", "8", "--offload-num-in-group", "2", "--offload-params", "mlp"]
+    assert main([*command, *asked, "--png", str(tmp_path / "plan.png")]) == 0
+    told = capsys.readouterr().out
+    assert "--offload-group-size" in told
+    assert "\nbuffers " in told
+    assert main([*command, *asked, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["offload_num_in_group"], found["offload_params"]) == (2, ["mlp"])
+    assert found["stages"][0]["dfloat11_buffers"] > 0
+    for wrong in (
+        "--offload-group-size=-1",
+        "--offload-prefetch-step=0",
+        "--offload-num-in-group=9",
+    ):
+        assert main([*command, "--offload-group-size", "8", wrong]) == 2
+        assert wrong.partition("=")[0] in capsys.readouterr().err

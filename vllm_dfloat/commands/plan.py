@@ -77,6 +77,21 @@ def add_plan(commands: Any) -> argparse.ArgumentParser:
         help="GiB per GPU of weights in host memory, compressed ones for DFloat11 (default: 0, as vLLM's)",
     )  # fmt: skip
     parser.add_argument(
+        "--offload-group-size", type=int, default=0, metavar="N",
+        help="prefetching offload: of every N blocks the last lie in host memory (default: 0, none, as vLLM's)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--offload-num-in-group", type=int, default=1, metavar="N", help="how many of them (default: 1)"
+    )  # fmt: skip
+    parser.add_argument(
+        "--offload-prefetch-step", type=int, default=1, metavar="N",
+        help="how many blocks ahead they are copied, each to buffers of its own (default: 1)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--offload-params", nargs="+", default=[], metavar="SEGMENT",
+        help="only parameters with such a segment in vLLM's name, as experts or mlp (default: all)",
+    )  # fmt: skip
+    parser.add_argument(
         "--granularity", choices=("layer", "block"), default="layer", help="what is decoded at a time (default: layer)"
     )  # fmt: skip
     parser.add_argument(
@@ -127,6 +142,7 @@ def run(args: argparse.Namespace) -> int:
         overhead=parse_size(args.overhead, "--overhead") if args.overhead else None,
         kv_cache_memory=parse_size(args.kv_cache_memory, "--kv-cache-memory") if args.kv_cache_memory else None,
         cpu_offload=int(args.cpu_offload_gb * GIB),
+        prefetch=_prefetch(args),
         expert_parallel=args.enable_expert_parallel,
         granularity=args.granularity,
         kv_tokens=args.kv_tokens,
@@ -152,6 +168,24 @@ def run(args: argparse.Namespace) -> int:
     else:
         say(summary(plan) if args.quiet else as_table(plan))
     return EXIT_FITS if plan.dfloat11.fits else EXIT_DOES_NOT_FIT
+
+
+def _prefetch(args: argparse.Namespace) -> Any:
+    """Return vLLM's options of prefetching offload.
+
+    Raises:
+        UnsupportedError: vLLM refuses them.
+    """
+    from vllm_dfloat.plan.offload import Prefetch
+
+    prefetch = Prefetch(
+        args.offload_group_size,
+        args.offload_num_in_group,
+        args.offload_prefetch_step,
+        frozenset(args.offload_params),
+    )
+    prefetch.check()
+    return prefetch
 
 
 def _slab(given: str | None) -> int | None:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from vllm_dfloat.checkpoint.names import innermost_block
 from vllm_dfloat.errors import UnsupportedError
 from vllm_dfloat.plan.auto import (
     Candidate,
@@ -17,7 +18,7 @@ from vllm_dfloat.plan.caches import pages_of_rank
 from vllm_dfloat.plan.config import ModelConfig
 from vllm_dfloat.plan.kv_cache import KVCache, group_layers
 from vllm_dfloat.plan.layout_sizes import Codes, size_of
-from vllm_dfloat.plan.offload import BlockWeight, bf16_on_host, dfloat11_on_host
+from vllm_dfloat.plan.offload import NO_PREFETCH, BlockWeight, Prefetch, on_host
 from vllm_dfloat.plan.rotary import rotary_bytes
 from vllm_dfloat.plan.scratch import Layers
 from vllm_dfloat.plan.weights import Weight
@@ -40,6 +41,7 @@ class Settings:
         kv_cache_memory: bytes of KV cache per rank; None for what is left.
         in_flight_batches: batches that are scheduled at once; None for vLLM's choice on a GPU.
         cpu_offload: bytes per GPU that weights may take in host memory (--cpu-offload-gb); 0 for none.
+        prefetch: prefetching offload (--offload-group-size and its like), which goes before `cpu_offload`.
         dp: data-parallel ranks, engines with weights and a KV cache of their own that share the routed experts.
         expert_parallel: whether ranks share experts whole (--enable-expert-parallel), not each of them in parts.
         prefix_caching: whether prefixes are cached, as by default (--enable-prefix-caching).
@@ -65,6 +67,7 @@ class Settings:
     overhead: int | None = None
     kv_cache_memory: int | None = None
     cpu_offload: int = 0
+    prefetch: Prefetch = NO_PREFETCH
     expert_parallel: bool = False
     prefix_caching: bool = True
     mamba_ssm_cache_dtype: str = "auto"
@@ -113,6 +116,7 @@ class Rank:
         whole_head: the LM head where slabs of it are not proven: decoded for the time of a product.
         unproven_overhead: everything else in DFloat11 if that happens.
         bf16_host, dfloat11_host: those of the weights that lie in host memory.
+        bf16_buffers, dfloat11_buffers: of the GPU, into which they are copied ahead of use.
         fast: the layers that "auto" holds in the fast layout.
     """
 
@@ -131,11 +135,23 @@ class Rank:
     unproven_overhead: int
     bf16_host: int = 0
     dfloat11_host: int = 0
+    bf16_buffers: int = 0
+    dfloat11_buffers: int = 0
     fast: frozenset[str] = frozenset()
 
     @property
     def bits_per_weight(self) -> float:
         return 8 * self.compressed_bytes / max(1, self.compressed_numel)
+
+    @property
+    def bf16_on_gpu(self) -> int:
+        """Bytes of the GPU that the weights take in BF16."""
+        return self.bf16_weights - self.bf16_host + self.bf16_buffers
+
+    @property
+    def dfloat11_on_gpu(self) -> int:
+        """Bytes of the GPU that the weights take, compressed."""
+        return self.dfloat11_weights - self.dfloat11_host + self.dfloat11_buffers
 
     @property
     def loading_peak(self) -> int:
@@ -215,7 +231,10 @@ def _rank(
                 numel, coded = numel + rows * cols, coded + packed.num_bytes
         bf16, dfloat11 = bf16 + plain, dfloat11 + kept
         if weight.layer >= 0:
-            in_blocks.append(BlockWeight(plain, kept, weight.is_compressed, weight.cols == 1))
+            turn = -1 if weight.is_of_tower else weight.layer - layers.start
+            kinds = weight.is_compressed, weight.cols == 1
+            name = weight.name.removeprefix(innermost_block(weight.name)).lstrip(".")
+            in_blocks.append(BlockWeight(plain, kept, *kinds, name, turn))
         if weight.is_of_tower:
             bf16_towers, dfloat11_towers = bf16_towers + plain, dfloat11_towers + kept
     scratch = compressed.scratch(settings.granularity == "block", slots, settings.slab)
@@ -226,10 +245,11 @@ def _rank(
         with_head = scratch.whole_head + logits if scratch.whole_head else 0
         overhead, unproven = fixed + most, fixed + max(most, with_head)
     assert unproven is not None  # as overhead
+    host = on_host(in_blocks, settings.cpu_offload, settings.prefetch)
     return Rank(
         stage, layers, bf16, dfloat11, bf16_towers, dfloat11_towers, numel, coded, scratch.held, largest, overhead,
         scratch.whole_head, unproven,
-        bf16_on_host(in_blocks, settings.cpu_offload), dfloat11_on_host(in_blocks, settings.cpu_offload), fast,
+        host.bf16, host.dfloat11, host.bf16_buffers, host.dfloat11_buffers, fast,
     )  # fmt: skip
 
 
@@ -248,7 +268,7 @@ def _fast(
     wanted = settings.kv_cache_memory
     if wanted is None:
         wanted = bytes_for(settings.kv_tokens or length, cache, packed.layers, length)
-    taken = packed.dfloat11_weights - packed.dfloat11_host + packed.scratch
+    taken = packed.dfloat11_on_gpu + packed.scratch
     taken += packed.unproven_overhead  # the head may be needed whole
     limit = settings.requested if settings.kv_cache_memory is None else settings.gpu_memory
     more: dict[tuple[str, int], int] = {}

@@ -130,11 +130,11 @@ def _bars(plan: Plan) -> list[Bar]:
     limit = settings.gpu_memory if settings.kv_cache_memory else settings.requested
     for index, rank in enumerate(plan.ranks):
         for kind, outcome, weights, scratch, other in (
-            ("BF16", plan.bf16, rank.bf16_weights - rank.bf16_host, 0, rank.overhead),
+            ("BF16", plan.bf16, rank.bf16_on_gpu, 0, rank.overhead),
             (
                 "DFloat11",
                 plan.dfloat11,
-                rank.dfloat11_weights - rank.dfloat11_host,
+                rank.dfloat11_on_gpu,
                 rank.scratch,
                 rank.unproven_overhead,
             ),
@@ -147,7 +147,7 @@ def _bars(plan: Plan) -> list[Bar]:
             if not outcome.fits and outcome.longest:
                 lines[1] = f"context over {outcome.longest:,} tokens"
             host = rank.bf16_host if kind == "BF16" else rank.dfloat11_host
-            if settings.cpu_offload:
+            if settings.cpu_offload or settings.prefetch.group_size:
                 lines.append(f"{show_size(host)} in host memory")
             if settings.pp > 1:
                 lines[0] = f"stage {rank.stage}, {kind}"

@@ -213,16 +213,16 @@ def _escapes(files: Files | None) -> str:
 
 def _bf16(rank: Rank) -> tuple[int, int]:
     """Return the bytes beside the KV cache in BF16, and the peak while loading; 0 for one that is not told."""
-    return rank.bf16_weights - rank.bf16_host + rank.overhead, 0
+    return rank.bf16_on_gpu + rank.overhead, 0
 
 
 def _unproven(rank: Rank) -> tuple[int, int]:
-    held = rank.dfloat11_weights - rank.dfloat11_host + rank.scratch
+    held = rank.dfloat11_on_gpu + rank.scratch
     return held + rank.unproven_overhead, rank.loading_peak
 
 
 def _proven(rank: Rank) -> tuple[int, int]:
-    held = rank.dfloat11_weights - rank.dfloat11_host + rank.scratch
+    held = rank.dfloat11_on_gpu + rank.scratch
     return held + rank.overhead, rank.loading_peak
 
 

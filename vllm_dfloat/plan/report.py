@@ -91,9 +91,14 @@ def _stage(plan: Plan, index: int, rank: Rank) -> list[str]:
         sizes = show_size(rank.bf16_towers), show_size(rank.dfloat11_towers)
         towers = [_row("  of which the tower", *sizes, "with its projector")]
     on_host = []
-    if plan.settings.cpu_offload:
+    prefetches = bool(plan.settings.prefetch.group_size)
+    if plan.settings.cpu_offload or prefetches:
         sizes = show_size(rank.bf16_host), show_size(rank.dfloat11_host)
-        on_host = [_row("  in host memory", *sizes, "--cpu-offload-gb")]
+        option = "--offload-group-size" if prefetches else "--cpu-offload-gb"
+        on_host = [_row("  in host memory", *sizes, option)]
+    if prefetches:
+        sizes = show_size(rank.bf16_buffers), show_size(rank.dfloat11_buffers)
+        on_host.append(_row("buffers", *sizes, "into which they are copied ahead of use"))
     return [
         _row(who, "BF16", "DFloat11", layers),
         _row(
@@ -163,6 +168,10 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "gpu_memory_utilization": settings.gpu_memory_utilization,
         "requested": settings.requested,
         "cpu_offload": settings.cpu_offload,
+        "offload_group_size": settings.prefetch.group_size,
+        "offload_num_in_group": settings.prefetch.num_in_group,
+        "offload_prefetch_step": settings.prefetch.step,
+        "offload_params": sorted(settings.prefetch.params),
         "kv_cache_dtype": settings.kv_cache_dtype,
         "layout": settings.layout,
         "max_model_len": settings.max_model_len,
@@ -186,6 +195,8 @@ def _stage_json(plan: Plan, index: int, rank: Rank) -> dict[str, Any]:
         "dfloat11_towers": rank.dfloat11_towers,
         "bf16_host": rank.bf16_host,
         "dfloat11_host": rank.dfloat11_host,
+        "bf16_buffers": rank.bf16_buffers,
+        "dfloat11_buffers": rank.dfloat11_buffers,
         "bits_per_weight": rank.bits_per_weight,
         "scratch": rank.scratch,
         "overhead": rank.overhead,

@@ -18,7 +18,6 @@ def choose(config: Any, options: Options) -> tuple[frozenset[str], str]:
     """
     from vllm.platforms import current_platform
 
-    from vllm_dfloat.plan.byte_sizes import GIB
     from vllm_dfloat.plan.memory import Settings
     from vllm_dfloat.plan.plan import fast_layers
 
@@ -27,7 +26,7 @@ def choose(config: Any, options: Options) -> tuple[frozenset[str], str]:
         config.parallel_config,
         config.scheduler_config,
     )
-    offload = getattr(getattr(config, "offload_config", None), "uva", None)
+    cpu_offload, prefetch = _offload(getattr(config, "offload_config", None))
     settings = Settings(
         tp=parallel.tensor_parallel_size,
         pp=parallel.pipeline_parallel_size,
@@ -40,7 +39,8 @@ def choose(config: Any, options: Options) -> tuple[frozenset[str], str]:
         max_num_batched_tokens=scheduler.max_num_batched_tokens,
         max_num_seqs=scheduler.max_num_seqs,
         kv_cache_memory=None if options.kv_tokens else cache.kv_cache_memory_bytes,
-        cpu_offload=int(GIB * getattr(offload, "cpu_offload_gb", 0)),
+        cpu_offload=cpu_offload,
+        prefetch=prefetch,
         expert_parallel=parallel.enable_expert_parallel,
         layout="auto",
         kv_tokens=options.kv_tokens,
@@ -56,3 +56,22 @@ def choose(config: Any, options: Options) -> tuple[frozenset[str], str]:
             f"auto: all layers are packed, since the plan is not known: {error} "
             'Or choose the layout yourself, "fast" or "packed".'
         )
+
+
+def _offload(offload: Any) -> tuple[int, Any]:
+    """Return the bytes of --cpu-offload-gb, and prefetching offload, of which vLLM takes one by its OffloadConfig."""
+    from vllm_dfloat.plan.byte_sizes import GIB
+    from vllm_dfloat.plan.offload import Prefetch
+
+    given, backend = getattr(offload, "prefetch", None), getattr(offload, "offload_backend", "auto")
+    if given is not None and given.offload_group_size and backend != "uva":
+        return 0, Prefetch(
+            given.offload_group_size,
+            given.offload_num_in_group,
+            given.offload_prefetch_step,
+            frozenset(given.offload_params),
+        )
+    budget = (
+        0 if backend == "prefetch" else getattr(getattr(offload, "uva", None), "cpu_offload_gb", 0)
+    )
+    return int(GIB * budget), Prefetch()
