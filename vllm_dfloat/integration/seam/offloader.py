@@ -76,6 +76,13 @@ def finish_on_cpu() -> None:
         found.post_init()
 
 
+def wait_for_copies() -> None:
+    """Wait for payloads that are being copied to the device ahead of use."""
+    found = offloader()
+    if isinstance(found, PackedPrefetcher):
+        found.wait_for_copies()
+
+
 def buffer_bytes() -> int:
     """Return the bytes of the device into which payloads are copied from host memory ahead of use."""
     found = offloader()

@@ -12,6 +12,7 @@ import torch
 from vllm_dfloat.errors import UnsupportedError
 from vllm_dfloat.integration.layers.method import desc_name
 from vllm_dfloat.integration.layers.placeholder import decoded_by_detach
+from vllm_dfloat.integration.seam import offloader
 from vllm_dfloat.integration.updating import calls, guards
 from vllm_dfloat.integration.updating.agreement import from_all_ranks
 from vllm_dfloat.integration.updating.update import Updates, updates_of
@@ -43,6 +44,7 @@ def install() -> None:
     _wrap(_PROCESS, "worker_busy_loop", calls.counting)
     _wrap(_WORKER, "reset_weights", _reset_weights)
     _wrap(_WORKER, "compute_weight_checksums", _checksums)
+    _wrap(_WORKER, "sleep", _sleep)
     for name in ("save_sharded_state", "save_tensorized_model"):
         _wrap(_WORKER, name, _save)
 
@@ -132,6 +134,11 @@ def _save(worker: Any, method: Method, *args: Any, **kwargs: Any) -> Any:
             "values; expected an engine without compressed layers. Nothing was written. To write a compressed model, "
             "give its checkpoint to `vllm-dfloat compress`; serve without dfloat11 to save this form."
         )
+    return method(worker, *args, **kwargs)
+
+
+def _sleep(worker: Any, method: Method, *args: Any, **kwargs: Any) -> Any:
+    offloader.wait_for_copies()  # into memory that is about to go
     return method(worker, *args, **kwargs)
 
 
