@@ -69,8 +69,9 @@ def test_gpu_forms_have_the_same_bits_within_the_bound_whatever_other_rows_hold(
 def test_gpu_product_that_loads_ahead_has_the_same_bits_in_every_form(num_rows: int) -> None:
     weight = hard(of_size([203], [131])[0])
     x = torch.randn(num_rows, COLS, generator=torch.Generator().manual_seed(9)).bfloat16()
-    for parts in of_size([1, 3], [1]):
-        shape = DotShape(rows=16, stages=1, warps=1, width=4, parts=parts)
+    ahead = DotShape(rows=16, stages=1, warps=1, width=4)
+    shapes = [ahead, replace(ahead, in_order=True), replace(ahead, in_order=True, rows=8)]
+    for shape in of_size([*shapes, replace(ahead, parts=3)], shapes):
         assert_forms_agree(weight, x.to(DEVICE), shape)
 
 
