@@ -26,6 +26,7 @@ def _register() -> None:
     )
 
     from vllm_dfloat.integration import autodetect, unfinished
+    from vllm_dfloat.integration.compiling import cuda_graphs
     from vllm_dfloat.integration.config import DFloat11Config
     from vllm_dfloat.integration.seam import compat
 
@@ -35,6 +36,7 @@ def _register() -> None:
     _warn_if_replaced(DFloat11Config)
     autodetect.install()
     unfinished.install()
+    cuda_graphs.install()
     compat.let_numba_be_scanned()
 
 
