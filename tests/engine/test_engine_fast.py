@@ -88,6 +88,33 @@ def test_matrix_that_would_not_shrink_is_packed_and_stays_so_when_reloaded(
     assert f"dfloat11: {told}{name}" in log_lines
 
 
+@pytest.mark.on_demand
+@pytest.mark.parametrize("enforce_eager", [True, False])
+@pytest.mark.parametrize("name", ["llama-tiny", "phi3-tiny-fused", "qwen3-tiny-tied"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(layout="fast"),
+        dict(layout="fast", granularity="block"),
+        dict(layout="auto", kv_tokens=500, granularity="block"),
+        dict(layout="fast", mode="fused-exact"),
+    ],
+    ids=str,
+)
+def test_official_checkpoint_held_in_the_fast_layout_answers_as_bf16_vllm(
+    options: dict[str, Any],
+    name: str,
+    enforce_eager: bool,
+    bf16_checkpoint: Checkpoint,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if not enforce_eager:
+        monkeypatch.setenv("VLLM_CPU_CI_ENV", "1")
+    given = dict(enforce_eager=enforce_eager, additional_config={"dfloat11": options})
+    expected = bf16_answers(bf16_checkpoint(name), enforce_eager=enforce_eager)
+    assert answers(tiny_models.official(name), **given) == expected
+
+
 def largest_difference(a: Answers, b: Answers) -> float:
     """Return the largest difference of logprobs of the prompt and the first token."""
     rows = [

@@ -54,6 +54,9 @@ def answers(llm: Any, adapters: dict[str, Path]) -> dict[str, Any]:
     return found
 
 
+IN_FAST_BLOCKS = dict(
+    additional_config={"dfloat11": {"layout": "fast", "granularity": "block"}}
+)  # fmt: skip
 CASES = [
     ("qwen3", {}),  # tied: the LM head is the embedding
     *(
@@ -63,6 +66,8 @@ CASES = [
             ("phi3", {}),  # fused on disk
             ("qwen2", {}),  # biases
             ("qwen3", dict(enforce_eager=False, **TRACED)),
+            ("qwen3", IN_FAST_BLOCKS),
+            ("phi3", dict(enforce_eager=False, **TRACED, **IN_FAST_BLOCKS)),
         ]
     ),
 ]
