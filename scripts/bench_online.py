@@ -179,9 +179,11 @@ def checked(argv: list[str] | None) -> argparse.Namespace:
     """Return the arguments; raise BenchError for some that cannot work."""
     args = parser().parse_args(argv)
     names = args.variants.split(",")
-    if unknown := [name for name in names if name not in VARIANTS or "offload" in name]:
+    if unknown := [
+        name for name in names if name not in VARIANTS or "offload" in name or "prefetch" in name
+    ]:
         raise BenchError(
-            f"--variants: {unknown[0]!r}; expected some of {', '.join(VARIANTS)} without offload."
+            f"--variants: {unknown[0]!r}; expected some of {', '.join(VARIANTS)} without offload and prefetch."
         )
     args.names = [
         *dict.fromkeys(["bf16", *names]),

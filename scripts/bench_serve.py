@@ -3,14 +3,15 @@
     python scripts/bench_serve.py                                  # random weights in the shape of Llama 3.1 8B
     python scripts/bench_serve.py --model PATH --variants bf16,exact,fused,offload,official
     python scripts/bench_serve.py --variants bf16,exact,offload,exact_offload,offload_more     # weights in host memory
+    python scripts/bench_serve.py --variants bf16,exact,prefetch,exact_prefetch --engine '{"offload_num_in_group": 2}'
     python scripts/bench_serve.py --shape tiny --eager --output FILE.json      # a rehearsal, also on a CPU
 
 Variants, among others (--help): BF16; DFloat11 exact; DFloat11 fused; BF16 with as many bytes of weights in pinned host
 memory as DFloat11 saves (offload); DFloat11 exact with as many there (exact_offload), and BF16 in the same GPU memory
-as that (offload_more). Each engine is its own process, in which VLLM_BATCH_INVARIANT and the like count; whole runs are
-repeated in alternating order. The result is a table, a JSON file and a PNG, under scripts/results/<gpu>/ or at
---output. Exit status: 0 measured; 1 the tokens of an exact variant differ from those of BF16, or exact or BF16 did not
-run; 2 bad input.
+as that (offload_more); both with one layer of four there, copied ahead of use (prefetch, exact_prefetch). Each engine
+is its own process, in which VLLM_BATCH_INVARIANT and the like count; whole runs are repeated in alternating order. The
+result is a table, a JSON file and a PNG, under scripts/results/<gpu>/ or at --output. Exit status: 0 measured; 1 the
+tokens of an exact variant differ from those of BF16, or exact or BF16 did not run; 2 bad input.
 """
 
 import datetime
@@ -106,7 +107,7 @@ def request(
 def reason_against(name: str, options: Options, machine: Json, results: Json) -> str | None:
     """Return the reason why a variant cannot or need not run here, or None."""
     if machine["gpu"] is None:
-        if name in AS_LARGE_AS:
+        if name in AS_LARGE_AS or name == "prefetch":
             return "needs a GPU"
         if name.endswith("fused") and not options.variants_given:
             return "needs a GPU; on a CPU its kernel runs in Triton's interpreter, if --variants names it"

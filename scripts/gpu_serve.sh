@@ -7,6 +7,7 @@
 #     scripts/gpu_serve.sh --device cpu      # a rehearsal with vLLM's CPU build, on a tiny model
 #
 # Weights in host memory, BF16 and compressed in the same GPU memory: --variants bf16,exact,offload,exact_offload,offload_more
+# The same layers copied ahead of use, in BF16 and compressed: --variants bf16,exact,prefetch,exact_prefetch
 # About half of the matrices in the fast layout, by a wish for KV cache that leaves room for so many: --variants bf16,exact,auto,fast_exact
 # A mixture of experts: --shape qwen3-30b-a3b-12 --variants bf16,exact
 # Uses the installed vLLM, or one in FOLDER (put on PYTHONPATH; FOLDER/env.sh is sourced if it exists), with this

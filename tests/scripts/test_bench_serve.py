@@ -124,6 +124,26 @@ def test_tokens_that_differ_end_with_status_1_and_neither_times_nor_files(
 
 @pytest.mark.engine
 @pytest.mark.on_demand
+def test_layers_copied_ahead_of_use_are_compared_and_their_buffers_count(
+    bf16_checkpoint: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "report.json"
+    argv = ["--model", str(bf16_checkpoint("llama")), *SHORT, "--output", str(output)]
+    argv += ["--variants", "bf16,exact,prefetch,exact_prefetch"]
+    argv += ["--engine", '{"max_num_batched_tokens": 256, "offload_num_in_group": 4}']
+    assert bench_serve.main(argv, launcher(lambda name, request: None, [])) == 0
+    assert "BF16 + prefetching offload: needs a GPU" in capsys.readouterr().out
+    variants = json.loads(output.read_text())["variants"]
+    exact, ahead = (variants[name]["memory"] for name in ("exact", "exact_prefetch"))
+    assert variants["exact_prefetch"]["equal_to_bf16"]["tokens"] == 256
+    assert exact["buffer_bytes"] == exact["host_bytes"] == 0
+    assert 0 < ahead["buffer_bytes"] < ahead["host_bytes"]
+    moved = ahead["host_bytes"] - ahead["buffer_bytes"]
+    assert ahead["resident_bytes"] == exact["resident_bytes"] - moved
+
+
+@pytest.mark.engine
+@pytest.mark.on_demand
 def test_others_go_on_in_alternating_order_when_a_variant_fails_or_the_budget_ends_and_rows_say_why(
     bf16_checkpoint: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -254,6 +274,7 @@ REFUSALS = {
     "--engine {": "--engine {: expected a JSON object",
     "--variants bf16,exact,offload_more": "--variants bf16,exact,offload_more: offload_more takes",
     '--engine {"cpu_offload_gb":1}': '--engine {"cpu_offload_gb":1}: expected no cpu_offload_gb',
+    '--engine {"offload_group_size":1}': '--engine {"offload_group_size":1}: expected no offload_g',
     "--shape llama-9": "argument --shape: invalid choice: 'llama-9'",
     "--shape tiny --prefill 20000": "--prefill 20000: expected sequences of at most 16384 tokens",
     "--hold 200": "--hold 200: expected more than 264, for 100 steps",

@@ -62,6 +62,7 @@ def measure(request: Json, save: Save) -> Json:
 def describe(llm: Any) -> Json:
     """Return the device, the model's memory on it, and the size of the KV cache, as vLLM reports them."""
     import torch
+    from vllm.model_executor.offloader import get_offloader
 
     from vllm_dfloat.integration.loading.report import summarize
 
@@ -71,18 +72,21 @@ def describe(llm: Any) -> Json:
     model = worker.get_model()
     summary, emptied = summarize(model), emptied_bytes(model)
     held = summary.held_bytes + emptied
-    on_gpu = held - summary.host_bytes
+    pool = getattr(get_offloader(), "buffer_pool", None)  # of prefetching offload
+    buffers = 0 if pool is None else int(pool.total_bytes)
+    on_gpu = held - summary.host_bytes + buffers
     memory = {
         "bf16_bytes": summary.bf16_bytes + emptied,
         "held_bytes": held,
         "scratch_bytes": summary.scratch_bytes,
         "host_bytes": summary.host_bytes,
+        "buffer_bytes": buffers,
         "resident_bytes": on_gpu + summary.scratch_bytes,
     }
     device: Json = {"gpu": None}
     if torch.cuda.is_available():
-        # vLLM measured this while loading; it does not include offloaded bytes.
-        memory["resident_bytes"] = int(worker.model_runner.model_memory_usage)
+        # vLLM measured this while loading; it includes neither offloaded bytes nor the buffers for them.
+        memory["resident_bytes"] = int(worker.model_runner.model_memory_usage) + buffers
         properties = torch.cuda.get_device_properties(0)
         device = {"gpu": properties.name, "memory_bytes": properties.total_memory}
     return {

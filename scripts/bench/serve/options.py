@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from bench.serve.model import SHAPES, BenchError, read_config
 
 COMPRESSED: dict[str, Any] = {"quantization": "dfloat11"}
+PREFETCH = {"offload_group_size": 4}
 # name -> (label in tables and plots, arguments of vLLM)
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "bf16": ("BF16", {}),
@@ -22,6 +23,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     # As many bytes in host memory as DFloat11 saves, known then too; and BF16 in the GPU memory that this takes.
     "exact_offload": ("DFloat11 exact + CPU offload", COMPRESSED),
     "offload_more": ("BF16 + more CPU offload", {}),
+    # One layer of four in host memory, copied ahead of use; --engine takes vLLM's other options of this offload.
+    "prefetch": ("BF16 + prefetching offload", PREFETCH),
+    "exact_prefetch": ("DFloat11 exact + prefetching offload", {**COMPRESSED, **PREFETCH}),
     "official": (
         "DFloat11 official layout",
         {**COMPRESSED, "additional_config": {"dfloat11": {"layout": "dfloat11"}}},
@@ -56,6 +60,7 @@ COMPARED = ("bf16", "exact")
 EXACT = (
     *COMPARED,
     "exact_offload",
+    "exact_prefetch",
     "fast_exact",
     "fast_fused_exact",
     "auto",
@@ -64,7 +69,7 @@ EXACT = (
 AS_LARGE_AS = {"offload": "exact", "offload_more": "exact_offload"}
 # Set by the variants or by other arguments: in --engine they would make labels and points wrong.
 RESERVED = {"model", "quantization", "additional_config", "cpu_offload_gb", "enforce_eager"}
-RESERVED |= {"max_num_seqs", "max_model_len", "gpu_memory_utilization"}
+RESERVED |= {"max_num_seqs", "max_model_len", "gpu_memory_utilization", "offload_group_size"}
 
 
 @dataclass(frozen=True)

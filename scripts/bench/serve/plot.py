@@ -20,8 +20,10 @@ COLOURS = {
     "fast_fused": "#44AA99",
     "fast_fused_exact": "#DDCC77",
     "auto": "#332288",
+    "prefetch": "#AA4499",
+    "exact_prefetch": "#117733",
 }
-MARKERS = dict(zip(COLOURS, "osD^<>vPX*hp", strict=True))
+MARKERS = dict(zip(COLOURS, "osD^<>vPX*hp8d", strict=True))
 
 Json = dict[str, Any]
 
