@@ -216,13 +216,14 @@ def save_config(model_class: str, path: Path, config: Any, seed: int = SEED) -> 
 
 def tables() -> str:
     """Return the two tables of docs/serving.md."""
-    import multimodal_models  # it uses this module
+    import encoder_decoders  # they use this module
+    import multimodal_models
 
     lines = ["| kind | equal to BF16 vLLM, from BF16 and from DFloat11 files |", "|---|---|"]
     for kind, cases in EQUAL.items():
         names = sorted({model_class(name) for name in cases}, key=str.lower)
         lines.append(f"| {kind} ({len(names)}) | {', '.join(map(short, names))} |")
-    names = sorted(multimodal_models.MODELS, key=str.lower)
+    names = sorted({**multimodal_models.MODELS, **encoder_decoders.MODELS}, key=str.lower)
     lines.append(f"| with images or sound ({len(names)}) | {', '.join(map(short, names))} |")
     lines += ["", "| BF16 vLLM 0.32 does not run on that CPU | why |", "|---|---|"]
     for names, why in NOT_RUN.items():

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nemotron_parse
 import pytest
 import tiny_models
 import torch
@@ -344,6 +345,24 @@ def test_weights_that_a_model_writes_past_the_loaders_are_not_lost_in_silence(
         after = dict(model.named_parameters())
         assert before
         assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_weights_that_a_model_copies_into_whole_parameters_are_loaded_and_updated(
+    tmp_path: Path,
+) -> None:
+    # Bug caught: NemotronParse was refused, because such a copy into a layer on the meta device was lost.
+    nemotron_parse.save(tmp_path / "m")
+    nemotron_parse.save(tmp_path / "other", seed=1)
+    with loaded(tmp_path / "m", trust_remote_code=True, **DFLOAT11) as model, decoded_by_detach():
+        for folder in ("m", "other"):
+            given = load_file(tmp_path / folder / "model.safetensors")
+            if folder == "other":
+                model.load_weights(given.items())
+            for name in ("lm_head", "encoder.sum_proj", "encoder.conv1"):
+                held = model.get_submodule(name).weight.detach()
+                assert torch.equal(
+                    held.view(torch.uint16), given[f"{name}.weight"].view(torch.uint16)
+                ), (folder, name)
 
 
 def test_gpt_oss_of_an_official_checkpoint_is_the_same_model(tmp_path: Path) -> None:

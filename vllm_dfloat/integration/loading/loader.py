@@ -16,6 +16,7 @@ from vllm_dfloat.checkpoint.plain_model import each_once, repeated
 from vllm_dfloat.errors import DFloatError, UnsupportedError
 from vllm_dfloat.integration.seam import compat, layer_kinds, loader_calls, weight_files
 from vllm_dfloat.integration.seam.arrivals import EXPECTED, Arrivals
+from vllm_dfloat.integration.seam.direct_writes import DirectWrites
 from vllm_dfloat.integration.seam.names import METHOD
 from vllm_dfloat.integration.updating.rehearsal import StoredWeights
 from vllm_dfloat.storage.read_ahead import read_ahead
@@ -138,7 +139,7 @@ class DFloat11ModelLoader(_Reporting, DefaultModelLoader):  # type: ignore[misc]
         tying.prepare(model, self._vllm_config, model_config)
         self._arrivals, self._model_config = Arrivals(model), model_config
         try:
-            with self._arrivals, placeholder.while_loading():
+            with DirectWrites(model), self._arrivals, placeholder.while_loading():
                 super()._load(model, model_config)
         finally:
             self._arrivals = None

@@ -18,6 +18,12 @@ Listener = Callable[
 ]  # the int: number of elements that the call copied
 
 _listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
+_counts: ContextVar[bool] = ContextVar("counts", default=False)
+
+
+def is_counting() -> bool:
+    """Return whether vLLM is calling a weight loader to count what it copies."""
+    return _counts.get()
 
 
 @contextmanager
@@ -44,6 +50,7 @@ def _counted(
     count: Callable[..., tuple[int, Any]], loader: WeightLoader, call: BoundArguments
 ) -> tuple[int, Any]:
     listener = _listener.get()
+    token = _counts.set(True)
     try:
         copied, result = count(loader, call)
     except AssertionError as error:
@@ -54,6 +61,8 @@ def _counted(
         if listener is not None:
             raise ValueError(words) from error
         raise UnsupportedError(f"{words}. Get both from the same model.") from error
+    finally:
+        _counts.reset(token)
     if listener is not None:
         listener(loader, call, copied)
     return copied, result

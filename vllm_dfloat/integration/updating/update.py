@@ -5,9 +5,10 @@ weights, and the caller gets an error of one sentence.
 """
 
 import functools
+import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from vllm_dfloat.integration.seam import (
     layerwise,
     loader_calls,
 )
+from vllm_dfloat.integration.seam.direct_writes import DirectWrites
 from vllm_dfloat.integration.seam.incoming import AS_BEFORE, Incoming
 from vllm_dfloat.integration.seam.names import logger
 from vllm_dfloat.integration.updating import guards, views
@@ -213,6 +215,7 @@ class Updates:
         try:
             with (
                 loader_calls.told_to(current.called),
+                self._direct_writes(),
                 expert_kernels.plain_names_of_experts(self.model),
             ):
                 pairs = current if self.counts else lm_head_rows.readable_after(current, self.model)
@@ -231,6 +234,16 @@ class Updates:
                 f"{current}: could not be loaded into this model ({type(error).__name__}: {error}); expected names and "
                 f"shapes of the checkpoint that it was started from. {AS_BEFORE} Give such tensors."
             ) from error
+
+    def _direct_writes(self) -> AbstractContextManager[Any]:
+        """Pass on what a model writes past vLLM's weight loaders, if it does not say what it has loaded.
+
+        What others say is compared with what has arrived (`_check_heard`).
+        """
+        says = inspect.signature(self._load_weights).return_annotation
+        return (
+            DirectWrites(self.model) if says in (inspect.Signature.empty, None) else nullcontext()
+        )
 
     def _check_heard(self, loaded: Iterable[str]) -> None:
         """Refuse a weight that the model reports as loaded although nothing arrived: it wrote to a meta tensor."""
