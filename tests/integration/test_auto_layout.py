@@ -31,6 +31,17 @@ def test_with_a_plan_some_layers_are_fast(bf16_checkpoint: Checkpoint) -> None:
     assert layers
 
 
+def test_a_wish_for_tokens_without_room_is_a_warning(
+    bf16_checkpoint: Checkpoint, log_lines: list[str]
+) -> None:
+    wish = Options(layout="auto", kv_tokens=10**12)
+    assert choose(settings(bf16_checkpoint("llama")), wish)[0] == frozenset()
+    (line,) = log_lines
+    assert line.startswith(
+        "dfloat11: kv_tokens 1,000,000,000,000: even with all matrices packed there is room"
+    )
+
+
 @pytest.mark.parametrize("case", ["another dtype of the KV cache", "a name too long for a file"])
 def test_without_a_plan_all_are_packed_and_the_line_has_advice_for_an_engine(
     case: str, bf16_checkpoint: Checkpoint

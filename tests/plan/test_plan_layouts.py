@@ -148,12 +148,22 @@ def test_auto_chooses_for_each_stage_and_says_so_where_nothing_has_room() -> Non
     assert first.isdisjoint(second)
     plan = auto(100_000)
     assert plan.ranks[0].fast == frozenset()
-    assert "since with any of them fast there would be no room for 100,000 tokens" in plan.notes[-1]
-    assert fast_layers(plan.model, plan.settings) == (frozenset(), plan.notes[-1])
+    told, short = plan.notes[-2:]
+    assert "since with any of them fast there would be no room for 100,000 tokens" in told
+    assert fast_layers(plan.model, plan.settings) == (frozenset(), told, [short])
     assert (
         fast_layers(plan.model, replace(plan.settings, kv_tokens=73_000))[0]
         == auto(73_000).ranks[0].fast
     )
+
+
+def test_tokens_for_which_packed_matrices_leave_no_room_either_are_told() -> None:
+    # Bug caught: nothing was said of a wish that cannot be fulfilled, and vLLM started with fewer tokens.
+    plan = auto(1_000_000)
+    room = f"there is room for about {plan.dfloat11.tokens:,} tokens of KV cache."
+    assert f"kv_tokens 1,000,000: even with all matrices packed {room}" in plan.notes[-1]
+    assert fast_layers(plan.model, plan.settings)[2] == [plan.notes[-1]]
+    assert auto(plan.dfloat11.tokens).notes[-1].startswith("auto: ")
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,12 @@
 """Remarks that a reader of a plan needs beside its numbers."""
 
+from vllm_dfloat.codec.fast_layout import MAX_BITS_PER_WEIGHT
+from vllm_dfloat.plan.auto import layer_of
 from vllm_dfloat.plan.byte_sizes import show_size
 from vllm_dfloat.plan.config import ModelConfig
 from vllm_dfloat.plan.kv_cache import KVCache
-from vllm_dfloat.plan.memory import Rank
+from vllm_dfloat.plan.memory import Rank, Settings, kv_cache_of
+from vllm_dfloat.plan.outcome import outcome, unproven
 from vllm_dfloat.plan.stored import DTYPES, Files
 from vllm_dfloat.plan.weights import Weight
 
@@ -39,6 +42,40 @@ def notes_on_head(ranks: list[Rank], tokens: int) -> list[str]:
         "the LM head is multiplied in slabs for numbers of rows at which vLLM's start finds equal bits on the GPU; "
         f"for the others {show_size(whole)}, the whole head, are counted in other, for the time of a product. If there "
         f"are no others: {tokens:,} KV tokens"
+    ]
+
+
+def note_on_auto(
+    ranks: list[Rank], weights: list[Weight], settings: Settings, config: ModelConfig
+) -> str:
+    """Return a sentence on what layout "auto" has chosen."""
+    fast = frozenset().union(*(rank.fast for rank in ranks))
+    tokens = settings.kv_tokens or settings.max_model_len or config.context
+    room = f"{tokens:,} tokens of KV cache"
+    if settings.kv_cache_memory is not None:
+        room = f"{settings.kv_cache_memory:,} bytes of KV cache"
+    if not fast:
+        return f"auto: all matrices packed, since with any of them fast there would be no room for {room}"
+    compressed = [weight for weight in weights if weight.is_compressed]
+    count = sum(layer_of(weight) in fast for weight in compressed)
+    return (
+        f"auto: {count} of {len(compressed)} matrices fast, the others packed, which should leave {room}; one whose "
+        f"weights would take {MAX_BITS_PER_WEIGHT} bits or more is packed too"
+    )
+
+
+def notes_on_shortage(ranks: list[Rank], settings: Settings, config: ModelConfig) -> list[str]:
+    """Return a sentence if not even packed matrices leave room for the tokens that "auto" was to leave room for."""
+    wanted = settings.kv_tokens
+    if not wanted or settings.kv_cache_memory is not None:  # vLLM itself checks --max-model-len
+        return []
+    cache = kv_cache_of(config, settings)
+    found = outcome(ranks, cache, settings, config.context, unproven).tokens
+    if found >= wanted or any(rank.fast for rank in ranks):
+        return []
+    return [
+        f"kv_tokens {wanted:,}: even with all matrices packed there is room for about {found:,} tokens of KV cache. "
+        "Lower kv_tokens, or use more or larger GPUs"
     ]
 
 

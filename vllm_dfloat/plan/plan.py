@@ -1,13 +1,11 @@
 """The plan: the memory for serving a model in BF16 and compressed, and whether it fits."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vllm_dfloat.checkpoint.folder import CONFIG_FILE
 from vllm_dfloat.errors import FormatError, UnsupportedError
 from vllm_dfloat.plan.architectures import is_known, known_weights
-from vllm_dfloat.plan.auto import layer_of
 from vllm_dfloat.plan.config import ModelConfig, read_model_config
 from vllm_dfloat.plan.guessed import weights_of_files
 from vllm_dfloat.plan.hub import config_file, is_of_hub
@@ -15,7 +13,14 @@ from vllm_dfloat.plan.kv_cache import KVCache
 from vllm_dfloat.plan.layout_sizes import ASSUMED_ESCAPES, Codes
 from vllm_dfloat.plan.measured import MeasuredBits
 from vllm_dfloat.plan.memory import Rank, Settings, kv_cache_of, ranks_of
-from vllm_dfloat.plan.notes import notes_on, notes_on_head, notes_on_states
+from vllm_dfloat.plan.notes import (
+    note_on_auto,
+    notes_on,
+    notes_on_head,
+    notes_on_shortage,
+    notes_on_states,
+)
+from vllm_dfloat.plan.outcome import Outcome, bf16, outcome, proven, unproven
 from vllm_dfloat.plan.packed_size import ASSUMED_CODE_BITS
 from vllm_dfloat.plan.stored import (
     Files,
@@ -26,25 +31,6 @@ from vllm_dfloat.plan.stored import (
 from vllm_dfloat.plan.weights import Weight
 
 MAX_NAMED = 3
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """The result for one way to hold the weights, BF16 or compressed.
-
-    Attributes:
-        kv_bytes: per pipeline stage, the bytes left for the KV cache on each rank; negative if something does not fit.
-        num_blocks: KV blocks of the rank with the fewest.
-        tokens: KV tokens as vLLM reports them.
-        longest: the longest request that fits, up to the model's context; 0 if none does.
-        fits: whether vLLM starts and a request of --max-model-len tokens fits; without it, of one token.
-    """
-
-    kv_bytes: tuple[int, ...]
-    num_blocks: int
-    tokens: int
-    longest: int
-    fits: bool
 
 
 @dataclass(frozen=True)
@@ -113,23 +99,25 @@ def make_plan(model: str, settings: Settings, code_bits: float | None = None) ->
             f"--max-model-len {settings.max_model_len}: the model was made for {config.context} tokens. "
             "Give at most as many."
         )
-    bf16, dfloat11, proven = (
-        _outcome(ranks, cache, settings, config.context, held)
-        for held in (_bf16, _unproven, _proven)
+    of_bf16, of_dfloat11, of_proven = (
+        outcome(ranks, cache, settings, config.context, held) for held in (bf16, unproven, proven)
     )
     notes += notes_on(config, weights, files) + notes_on_states(cache)
-    notes += notes_on_head(ranks, proven.tokens)
+    notes += notes_on_head(ranks, of_proven.tokens)
     if settings.layout == "auto":
-        notes.append(_auto(ranks, weights, settings, config))
+        notes += [
+            note_on_auto(ranks, weights, settings, config),
+            *notes_on_shortage(ranks, settings, config),
+        ]
     return Plan(
         model, config, settings, sum(weight.numel for weight in weights),
         sum(weight.numel for weight in weights if weight.is_compressed),
-        ranks, cache, bf16, dfloat11, proven, code_bits_told, tuple(notes),
+        ranks, cache, of_bf16, of_dfloat11, of_proven, code_bits_told, tuple(notes),
     )  # fmt: skip
 
 
-def fast_layers(model: str, settings: Settings) -> tuple[frozenset[str], str]:
-    """Return the layers that "auto" holds in the fast layout, by vLLM's names, and a sentence on the choice.
+def fast_layers(model: str, settings: Settings) -> tuple[frozenset[str], str, list[str]]:
+    """Return the layers that "auto" holds in the fast layout, by vLLM's names, a sentence on the choice, and warnings.
 
     It reads config.json and the headers of the files, and no weights. The settings are those of "auto".
 
@@ -144,20 +132,8 @@ def fast_layers(model: str, settings: Settings) -> tuple[frozenset[str], str]:
     weights, _ = _weights(config, files)
     ranks = ranks_of(config, weights, settings, _code_bits(None, None)[0])
     fast = frozenset().union(*(rank.fast for rank in ranks))
-    return fast, _auto(ranks, weights, settings, config)
-
-
-def _auto(ranks: list[Rank], weights: list[Weight], settings: Settings, config: ModelConfig) -> str:
-    fast = frozenset().union(*(rank.fast for rank in ranks))
-    tokens = settings.kv_tokens or settings.max_model_len or config.context
-    room = f"{tokens:,} tokens of KV cache"
-    if settings.kv_cache_memory is not None:
-        room = f"{settings.kv_cache_memory:,} bytes of KV cache"
-    if not fast:
-        return f"auto: all matrices packed, since with any of them fast there would be no room for {room}"
-    compressed = [weight for weight in weights if weight.is_compressed]
-    count = sum(layer_of(weight) in fast for weight in compressed)
-    return f"auto: {count} of {len(compressed)} matrices fast, the others packed, which should leave {room}"
+    told = note_on_auto(ranks, weights, settings, config)
+    return fast, told, notes_on_shortage(ranks, settings, config)
 
 
 def _files(model: str, file: Path, config: ModelConfig) -> tuple[Files | None, list[str]]:
@@ -209,47 +185,3 @@ def _code_bits(files: Files | None, given: float | None) -> tuple[Codes, str]:
 
 def _escapes(files: Files | None) -> str:
     return "a measured share" if files else f"{100 * ASSUMED_ESCAPES:g} %, assumed,"
-
-
-def _bf16(rank: Rank) -> tuple[int, int]:
-    """Return the bytes beside the KV cache in BF16, and the peak while loading; 0 for one that is not told."""
-    return rank.bf16_on_gpu + rank.overhead, 0
-
-
-def _unproven(rank: Rank) -> tuple[int, int]:
-    held = rank.dfloat11_on_gpu + rank.scratch
-    return held + rank.unproven_overhead, rank.loading_peak
-
-
-def _proven(rank: Rank) -> tuple[int, int]:
-    held = rank.dfloat11_on_gpu + rank.scratch
-    return held + rank.overhead, rank.loading_peak
-
-
-def _outcome(
-    ranks: list[Rank],
-    cache: KVCache,
-    settings: Settings,
-    context: int,
-    needed: Callable[[Rank], tuple[int, int]],
-) -> Outcome:
-    left, blocks, loads = [], [], True
-    for rank in ranks:
-        held, peak = needed(rank)
-        free = settings.requested - held
-        loads &= settings.kv_cache_memory is not None or free > 0
-        loads &= peak <= settings.gpu_memory
-        if settings.kv_cache_memory is not None:  # which --gpu-memory-utilization does not limit
-            free = settings.kv_cache_memory
-            loads &= held + free <= settings.gpu_memory
-        left.append(free)
-        if per_block := cache.block_bytes(rank.layers):
-            blocks.append(max(0, left[-1]) // per_block)
-    num_blocks = min(blocks)
-    if not loads:
-        return Outcome(tuple(left), num_blocks, 0, 0, False)
-    tokens = cache.capacity(num_blocks, settings.max_model_len or context)
-    longest = cache.longest(num_blocks, context)
-    return Outcome(
-        tuple(left), num_blocks, tokens, longest, longest >= (settings.max_model_len or 1)
-    )

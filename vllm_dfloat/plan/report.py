@@ -5,7 +5,8 @@ from typing import Any
 
 from vllm_dfloat.plan.byte_sizes import show_count, show_size
 from vllm_dfloat.plan.memory import Rank
-from vllm_dfloat.plan.plan import Outcome, Plan
+from vllm_dfloat.plan.outcome import Outcome
+from vllm_dfloat.plan.plan import Plan
 
 NAME, CELL = 24, 14
 DASH = "-"

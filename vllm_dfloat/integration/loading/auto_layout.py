@@ -3,6 +3,7 @@
 from typing import Any
 
 from vllm_dfloat.errors import DFloatError
+from vllm_dfloat.integration.seam.names import logger
 from vllm_dfloat.integration.seam.options import Options
 
 
@@ -50,12 +51,15 @@ def choose(config: Any, options: Options) -> tuple[frozenset[str], str]:
         else {"auto": None, "off": 0}[options.slab],
     )
     try:
-        return fast_layers(str(config.model_config.model), settings)
+        layers, told, warnings = fast_layers(str(config.model_config.model), settings)
     except (DFloatError, OSError) as error:
         return frozenset(), (
             f"auto: all layers are packed, since the plan is not known: {error} "
             'Or choose the layout yourself, "fast" or "packed".'
         )
+    for warning in warnings:
+        logger.warning("dfloat11: %s.", warning)
+    return layers, told
 
 
 def _offload(offload: Any) -> tuple[int, Any]:
