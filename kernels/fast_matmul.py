@@ -15,6 +15,8 @@ once to a sum; sums of threads, of parts and the bias are further additions, but
 products, and so there are at most K additions of products and sums, and one of the bias.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -46,6 +48,23 @@ def compiled_rows(num_x: int, shape: DotShape | GemvShape) -> int:
     if isinstance(shape, GemvShape):
         return padded
     return max(padded, 8 if shape.width == 4 and shape.rows > 8 else 16)
+
+
+def must_wait(triton_version: str, capability: tuple[int, int]) -> bool:
+    """Return whether a product on the tensor cores of a warp group must end each turn with a wait for its sums.
+
+    Hopper's may read the weights' registers long after the instruction. Triton before 3.8 lets the next turn write
+    them without waiting (triton-lang/triton#9433): 3.6 with up to 7 steps of 8 not done, 3.7 with 4.
+    """
+    major, minor = triton_version.split(".")[:2]
+    return (int(major), int(minor)) < (3, 8) and capability[0] == 9
+
+
+@functools.cache
+def _must_wait(device: torch.device) -> bool:
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return must_wait(TRITON_VERSION, torch.cuda.get_device_capability(device))
 
 
 def num_partials(rows: int, num_x: int, shape: DotShape | GemvShape) -> int:
@@ -123,8 +142,9 @@ def matmul(
     elif isinstance(shape, DotShape):
         _dot_kernel[(triton.cdiv(rows, shape.rows), shape.parts)](
             desc, x, *rest,
-            shape.rows, shape.cols, shape.parts > 1, shape.stages, shape.warps, shape.width, shape.in_order, form,
-            bias is not None, tl.bfloat16 if is_gpu else tl.float32, num_warps=shape.warps, num_stages=shape.stages,
+            shape.rows, shape.cols, shape.parts > 1, shape.stages, shape.warps, shape.width, shape.in_order,
+            shape.warps >= 4 and _must_wait(x.device), form, bias is not None,
+            tl.bfloat16 if is_gpu else tl.float32, num_warps=shape.warps, num_stages=shape.stages,
         )  # fmt: skip
     else:
         _gemv_kernel[(triton.cdiv(rows, shape.turns * shape.warps), shape.parts)](

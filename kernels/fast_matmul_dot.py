@@ -113,6 +113,7 @@ def _dot_kernel(
     WARPS: tl.constexpr,
     WIDTH: tl.constexpr,  # 2 or 4 neighbouring columns in a thread, see `_operand`
     IN_ORDER: tl.constexpr,  # each step of the tensor cores takes the next 16 columns
+    WAITS: tl.constexpr,  # a turn ends with a wait for its product, see `must_wait` of fast_matmul.py
     FORM: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     OPERAND: tl.constexpr,  # bfloat16; float32 in the interpreter, which cannot multiply BF16
@@ -174,6 +175,10 @@ def _dot_kernel(
         weights = _operand(a, b, c, d, e, f, g, h, BN, BK, WARPS, WIDTH, IN_ORDER)
         xs = _activations(xs, BK, ROWS, WIDTH, IN_ORDER)
         acc = tl.dot(_as(weights, OPERAND), _as(xs, OPERAND), acc)
+        if WAITS:  # what reads the sums can only do so when they are there
+            acc = tl.inline_asm_elementwise(
+                "mov.b32 $0, $1;", "=r,r", [acc], dtype=tl.float32, is_pure=True, pack=1
+            )
     n = tl.arange(0, BN)[:, None]
     turn = n // (16 * WARPS) * 2 + n // 8 % 2
     out_row = first + (turn * WARPS + n // 16 % WARPS) * 8 + n % 8

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import triton
 import triton.language as tl
 from compile_specs.spec import CONSTANT, CompileSpec
 
@@ -59,11 +60,12 @@ def _dot(rows: int, has_parts: bool, form: int, shape: DotShape) -> CompileSpec:
         signature=dict(
             desc_ptr="*i64", x_ptr="*bf16", bias_ptr="*bf16", out_ptr="*fp32" if has_parts else "*u16", **_SIZES,
             BN=CONSTANT, BK=CONSTANT, HAS_PARTS=CONSTANT, STAGES=CONSTANT, WARPS=CONSTANT, WIDTH=CONSTANT,
-            IN_ORDER=CONSTANT, FORM=CONSTANT, HAS_BIAS=CONSTANT, OPERAND=CONSTANT,
+            IN_ORDER=CONSTANT, WAITS=CONSTANT, FORM=CONSTANT, HAS_BIAS=CONSTANT, OPERAND=CONSTANT,
         ),
         constexprs={
             "ROWS": rows, "BN": shape.rows, "BK": shape.cols, "HAS_PARTS": has_parts, "STAGES": shape.stages,
-            "WARPS": shape.warps, "WIDTH": shape.width, "IN_ORDER": shape.in_order, "FORM": form, "HAS_BIAS": True,
+            "WARPS": shape.warps, "WIDTH": shape.width, "IN_ORDER": shape.in_order, "FORM": form,
+            "WAITS": shape.warps >= 4 and fast_matmul.must_wait(triton.__version__, (9, 0)), "HAS_BIAS": True,
             "OPERAND": tl.bfloat16,
         },
         aligned_args=_ALIGNED,

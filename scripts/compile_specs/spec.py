@@ -21,6 +21,7 @@ AMD = ("gfx942", "gfx950")  # MI300 and MI350; their waves have 64 threads
 TARGETS = (*NVIDIA, *AMD)
 # Forms of inline PTX, for which a launcher takes the plain one on an AMD GPU.
 _PLAIN = {"PRMT": False, "FORM": PLAIN}
+_HOPPER_ONLY = ("WAITS",)
 CONSTANT = "constexpr"
 _ALIGNMENT = 16  # bytes; Triton's launcher specialises on pointers and sizes divisible by it
 
@@ -58,6 +59,8 @@ class CompileSpec:
             for arg in self.aligned_args
         }
         constexprs = dict(self.constexprs)
+        if target != "sm_90":
+            constexprs |= {name: False for name in _HOPPER_ONLY if name in constexprs}
         if target in AMD:
             constexprs |= {name: form for name, form in _PLAIN.items() if name in constexprs}
             gpu = GPUTarget("hip", target, 64)
