@@ -18,7 +18,8 @@ sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "script
 import numpy as np
 import torch
 from compile_specs import fast_matmul as specs
-from ptx_machine import Machine, Program
+from ptx_machine import Machine
+from ptx_program import Program
 
 from vllm_dfloat.codec import descriptor, fast_layout
 from vllm_dfloat.codec.descriptor import KIND_FAST

@@ -3,7 +3,9 @@
     python tests/compiled_products.py FOLDER
 
 For a process of its own, since TRITON_INTERPRET makes functions that cannot be compiled. Prints, as JSON, for each case
-how many of the results differ.
+how many of the results differ. Tensor cores add one product after the other here, so that not even two columns of a
+step can be exchanged unseen; asynchronous steps and copies are done once as soon as they are begun, and once not before
+they are waited for.
 """
 
 import json
@@ -12,7 +14,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.pop("TRITON_INTERPRET", None)
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "scripts")]
@@ -22,7 +24,8 @@ import torch
 import vllm_matmul
 from compile_specs import fast_matmul as specs
 from compile_specs.spec import CONSTANT, CompileSpec
-from ptx_machine import Machine, Program
+from ptx_machine import Machine
+from ptx_program import Program
 
 from vllm_dfloat.codec import descriptor, fast_layout
 from vllm_dfloat.codec.descriptor import KIND_FAST
@@ -33,7 +36,39 @@ from vllm_dfloat.kernels.fast_planes import LOW_BYTES
 ROWS, COLS = 96, 384
 X, WEIGHT, BIAS, OUT, DESC, PAYLOAD = (0x10000 * i for i in (1, 2, 6, 7, 9, 10))  # addresses
 DOT = "fast_in_order_64_32x2x4"  # beyond 32 rows
-TUNED = {"BLOCK_SIZE_M": 16, "BLOCK_SIZE_N": 128, "BLOCK_SIZE_K": 128, "GROUP_SIZE_M": 8}
+WAIT = "wgmma.wait_group.sync.aligned "
+GROUPS = (
+    "fast_in_order_64"  # on Hopper, for matrices of many rows: the tensor cores of a warp group
+)
+
+
+class Launch(NamedTuple):
+    """How vLLM launches its kernel."""
+
+    blocks: Mapping[str, int]
+    warps: int
+    stages: int
+
+
+def tuned(m: int, n: int) -> Launch:
+    """Return a launch as of the entries that vLLM has for shapes of Qwen3 and Llama on Hopper."""
+    sizes = {"BLOCK_SIZE_M": m, "BLOCK_SIZE_N": n, "BLOCK_SIZE_K": 128, "GROUP_SIZE_M": 8}
+    return Launch(sizes, 4, 5)
+
+
+DEFAULT = Launch(vllm_matmul.BLOCKS, vllm_matmul.NUM_WARPS, vllm_matmul.NUM_STAGES)
+EQUAL = (
+    ("sm_80", 3, "fast_ahead_in_order_8", DEFAULT),
+    ("sm_80", 16, "fast_ahead_in_order_16", DEFAULT),
+    ("sm_89", 5, "fast_ahead_in_order_16_8", DEFAULT),
+    ("sm_90", 16, "fast_ahead_in_order_16", tuned(16, 128)),
+    ("sm_90", 16, "fast_ahead_in_order_16", DEFAULT),
+    ("sm_80", 33, DOT, DEFAULT),
+    ("sm_90", 33, DOT, DEFAULT),
+    ("sm_90", 64, GROUPS, DEFAULT),
+    ("sm_90", 64, GROUPS, tuned(64, 64)),
+    ("sm_90", 64, GROUPS, tuned(32, 128)),
+)
 
 Bits = np.ndarray
 
@@ -56,19 +91,24 @@ def memory(**tensors: Any) -> Bits:
     return found
 
 
-def run(compiled: Any, memory: Bits, parameters: list[int], blocks: int, num_x: int) -> Bits:
-    """Return the bits of the result [num_x, ROWS]."""
-    program = Program(compiled.asm["ptx"])
-    for block in range(blocks):
-        Machine(
-            program, memory, parameters, (block, 0), (blocks, 1), compiled.metadata.shared
-        ).run()
-    return memory[OUT : OUT + 2 * num_x * ROWS].view(np.uint16).copy()
-
-
-def of_vllm(
-    kernel: Any, target: str, num_x: int, blocks: Mapping[str, int], num_warps: int, stages: int
+def run(
+    ptx: str, filled: Bits, parameters: list[int], blocks: int, num_x: int, shared: int
 ) -> Bits:
+    """Return the bits of the result, [2, num_x * ROWS]: of work done at once, and as late as it may be."""
+    program = Program(ptx)
+    found = []
+    for is_late in (False, True):
+        kept, grid = filled.copy(), (blocks, 1)
+        for block in range(blocks):
+            place = (block, 0)
+            Machine(program, kept, parameters, place, grid, shared, 1, is_late).run()
+        found.append(kept[OUT : OUT + 2 * num_x * ROWS].view(np.uint16))
+    return np.stack(found)
+
+
+def of_vllm(kernel: Any, target: str, num_x: int, launch: Launch, waits: str = "") -> Bits:
+    """Return what `run` does; `waits`: how many steps may not be done where it waits for all but one."""
+    blocks = launch.blocks
     x, weight, bias = operands(num_x)
     given = vllm_matmul.sizes(kernel, num_x, ROWS, COLS, True, blocks)
     # Triton's launcher makes a constant of each stride of 1, and knows which sizes 16 divides.
@@ -78,13 +118,18 @@ def of_vllm(
     types = pointers | dict.fromkeys(numbers, "i32") | dict.fromkeys(constants, CONSTANT)
     spec = CompileSpec(
         "vllm", kernel, {name: types[name] for name in kernel.arg_names}, constants,
-        (*pointers, *(k for k, v in numbers.items() if v % 16 == 0)), num_warps,
+        (*pointers, *(k for k, v in numbers.items() if v % 16 == 0)), launch.warps,
     )  # fmt: skip
     places = {"a_ptr": X, "b_ptr": WEIGHT, "c_ptr": OUT, "bias_ptr": BIAS} | numbers
     parameters = [places[name] for name in kernel.arg_names if name in places] + [0, 0]
     tiles = -(-ROWS // blocks["BLOCK_SIZE_N"]) * -(-num_x // blocks["BLOCK_SIZE_M"])
     filled = memory(X=x, WEIGHT=weight, BIAS=bias)
-    return run(spec.compile(target, num_stages=stages), filled, parameters, tiles, num_x)
+    compiled = spec.compile(target, num_stages=launch.stages)
+    ptx = compiled.asm["ptx"]
+    if waits:
+        assert WAIT + "1" in ptx
+        ptx = ptx.replace(WAIT + "1", WAIT + waits)
+    return run(ptx, filled, parameters, tiles, num_x, compiled.metadata.shared)
 
 
 def of_ours(name: str, target: str, num_x: int, **changes: Any) -> Bits:
@@ -102,29 +147,39 @@ def of_ours(name: str, target: str, num_x: int, **changes: Any) -> Bits:
     sizes = [salt % (1 << 64), LOW_BYTES, ROWS, COLS, num_x]
     compiled = spec.compile(target, num_stages=spec.constexprs.get("STAGES", 1))
     blocks = -(-ROWS // spec.constexprs["BN"])
-    return run(compiled, filled, [DESC, X, BIAS, OUT, *sizes, 0, 0], blocks, num_x)
+    parameters = [DESC, X, BIAS, OUT, *sizes, 0, 0]
+    shared = compiled.metadata.shared
+    return run(compiled.asm["ptx"], filled, parameters, blocks, num_x, shared)
 
 
 def main() -> int:
     kernel = vllm_matmul.load(Path(sys.argv[1])).matmul_kernel_persistent
     unequal: dict[str, int] = {}
-    default = vllm_matmul.BLOCKS, vllm_matmul.NUM_WARPS, vllm_matmul.NUM_STAGES
-    tuned = TUNED, 4, 5
-    for target, num_x, name, blocks in (
-        ("sm_80", 3, "fast_ahead_in_order_8", default),
-        ("sm_80", 16, "fast_ahead_in_order_16", default),
-        ("sm_89", 5, "fast_ahead_in_order_16_8", default),
-        ("sm_90", 16, "fast_ahead_in_order_16", tuned),
-        ("sm_80", 33, DOT, default),
+    for target, num_x, name, launch in EQUAL:
+        expected = of_vllm(kernel, target, num_x, launch)
+        m, n = launch.blocks["BLOCK_SIZE_M"], launch.blocks["BLOCK_SIZE_N"]
+        case = f"{target}, {num_x} rows, {name}, vLLM's blocks of {m} x {n}"
+        # With the first of vLLM's, so that its own kernel is held to account too.
+        found = of_ours(name, target, num_x) != expected[0]
+        unequal[case] = int(found.sum() + (expected[1] != expected[0]).sum())
+    found = of_ours(GROUPS, "sm_90", 64, WAITS=True) != expected[0]
+    unequal["sm_90, 64 rows, each turn with a wait"] = int(found.sum())
+    few, many = (of_vllm(kernel, "sm_80", num_x, DEFAULT)[0] for num_x in (16, 64))
+    for what, other, expected in (
+        (
+            "16 columns of every 64",
+            of_ours("fast_ahead_in_order_16", "sm_80", 16, IN_ORDER=False),
+            few,
+        ),
+        ("columns of two steps mixed", of_ours(DOT, "sm_80", 16, ROWS=16, WIDTH=2), few),
+        (
+            "a warp group's 16 columns of every 64",
+            of_ours(GROUPS, "sm_90", 64, IN_ORDER=False),
+            many,
+        ),
+        ("operands that are not waited for", of_vllm(kernel, "sm_90", 16, DEFAULT, "9"), few),
     ):
-        expected = of_vllm(kernel, target, num_x, *blocks)
-        unequal[f"{target}, {num_x} rows"] = int((of_ours(name, target, num_x) != expected).sum())
-    expected = of_vllm(kernel, "sm_80", 16, *default)
-    for what, found in {
-        "16 columns of every 64": of_ours("fast_ahead_in_order_16", "sm_80", 16, IN_ORDER=False),
-        "columns of two steps mixed": of_ours(DOT, "sm_80", 16, ROWS=16, WIDTH=2),
-    }.items():
-        unequal[what] = int((found != expected).sum())
+        unequal[what] = int((other != expected).sum())
     json.dump({"of": ROWS * 16, "unequal": unequal}, sys.stdout)
     return 0
 

@@ -78,7 +78,8 @@ def test_results_of_a_gpu_never_overwrite_each_other(
 ) -> None:
     name, date = "NVIDIA H100 80GB HBM3", "2026-01-02T03:04:05+00:00"
     assert default_output(name, date).parent == RESULTS / "h100-80gb-hbm3"
-    monkeypatch.setattr("bench.serve.report.RESULTS", tmp_path)
+    # Not by the module's name, which others may have imported anew: results would be written here.
+    monkeypatch.setitem(default_output.__globals__, "RESULTS", tmp_path)
     for expected in ("serve-2026-01-02.json", "serve-2026-01-02-2.json"):
         path = default_output(name, date)
         assert path.name == expected

@@ -1,0 +1,189 @@
+"""The instructions of PTX that compute in registers: moves, integers, comparisons, conversions, bytes.
+
+An instruction or a form of one that no kernel of the tests uses is an error.
+"""
+
+import re
+from collections.abc import Callable
+
+import numpy as np
+from ptx_program import Instruction
+from ptx_state import U64, State
+
+
+def _signed(x: np.ndarray, bits: int) -> np.ndarray:
+    return x.astype(f"u{bits // 8}").view(f"i{bits // 8}").astype(np.int64)
+
+
+def _f32(x: np.ndarray) -> np.ndarray:
+    return x.astype(np.uint32).view(np.float32)
+
+
+def _to_bf16(x: np.ndarray) -> np.ndarray:
+    """Return the bits of finite FP32 numbers, rounded to nearest with ties to even."""
+    bits = x.astype(np.float32).view(np.uint32).astype(U64)
+    return (bits + U64(0x7FFF) + ((bits >> U64(16)) & U64(1))) >> U64(16)
+
+
+_BINARY: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "add": np.add, "sub": np.subtract, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
+    "min": np.minimum, "max": np.maximum,
+    "div": lambda a, b: np.where(b == 0, 0, np.abs(a) // np.maximum(np.abs(b), 1) * np.sign(a) * np.sign(b)),
+    "rem": lambda a, b: a - np.where(b == 0, 0, np.abs(a) // np.maximum(np.abs(b), 1) * np.sign(a) * np.sign(b)) * b,
+}  # fmt: skip
+_COMPARE = {
+    "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
+}  # fmt: skip
+
+
+def compute(state: State, one: Instruction) -> None:
+    """Run an instruction whose first operand is the result and whose others are read."""
+    bits = _bits(one)
+    values = [state.read(operand) for operand in one.operands[1:]]
+    if one.base == "selp":
+        state.write(one.operands[0], np.where(values[2] != 0, values[0], values[1]), bits)
+    elif one.base == "prmt":
+        state.write(one.operands[0], _permuted(*values), 32)
+    elif one.base == "shf":
+        state.write(one.operands[0], _funnel(one.kinds[0], *values), 32)
+    elif one.base == "bfe":
+        state.write(one.operands[0], _extracted(one.kinds[-1][0] == "s", *values), bits)
+    elif one.base == "brev":
+        each = (values[0][:, None] >> np.arange(32, dtype=U64)) & U64(1)
+        state.write(one.operands[0], (each << np.arange(31, -1, -1, dtype=U64)).sum(1), 32)
+    elif one.base == "bfind":
+        assert one.kinds[0] == "shiftamt", one
+        assert values[0].all()
+        state.write(one.operands[0], 31 - np.log2(values[0]).astype(np.int64), 32)
+    elif _is_float(one):
+        assert (one.base, one.kinds[-1]) == ("add", "f32"), one
+        state.write(one.operands[0], (_f32(values[0]) + _f32(values[1])).view(np.uint32), 32)
+    else:
+        _integers(state, one, values, bits)
+
+
+def move(state: State, one: Instruction) -> None:
+    """mov: a register, two halves into one, or one into two halves."""
+    target, source = one.operands
+    bits = _bits(one)
+    if isinstance(source, list):
+        low, high = map(state.read, source)
+        state.write(target, low | high << U64(bits // 2), bits)
+    elif isinstance(target, list):
+        value = state.read(source)
+        for i, register in enumerate(target):
+            state.write(register, value >> U64(i * bits // 2), bits // 2)
+    else:
+        state.write(target, state.read(source), bits)
+
+
+def _bits(one: Instruction) -> int:
+    kind = one.kinds[-1]
+    return 1 if kind == "pred" else int(re.sub(r"\D", "", kind.removesuffix("x2")) or 32)
+
+
+def _is_float(one: Instruction) -> bool:
+    return one.kinds[-1] == "f32" or "bf16" in one.kinds[-1]
+
+
+def _integers(state: State, one: Instruction, values: list[np.ndarray], bits: int) -> None:
+    base, kinds, target = one.base, one.kinds, one.operands[0]
+    is_signed = kinds[-1][0] == "s"
+    if base in ("shl", "shr"):
+        amount = np.minimum(values[1], U64(63)).astype(np.int64)
+        value = _signed(values[0], bits) if is_signed else values[0].astype(np.int64)
+        if base == "shr" and not is_signed and bits == 64:
+            state.write(target, values[0] >> amount.astype(U64), bits)
+            return
+        state.write(target, value << amount if base == "shl" else value >> amount, bits)
+        return
+    if bits == 64 and not is_signed:
+        whole = [value.view(np.int64) for value in values]
+    elif bits == 1:
+        whole = [value.astype(np.int64) for value in values]
+    else:
+        whole = [
+            _signed(value, bits) if is_signed else (value & U64((1 << bits) - 1)).astype(np.int64)
+            for value in values
+        ]
+    if base in ("mul", "mad"):
+        result = whole[0] * whole[1]
+        if "hi" in kinds:
+            result >>= bits
+        if base == "mad":
+            is_wide = "wide" in kinds
+            result = result + (values[2].view(np.int64) if is_wide else whole[2])
+        state.write(target, result, 2 * bits if "wide" in kinds else bits)
+    else:
+        state.write(target, _BINARY[base](whole[0], whole[1]), bits)
+
+
+def compare(state: State, one: Instruction) -> None:
+    """setp, also with a further predicate that must be true."""
+    kinds, bits = one.kinds, _bits(one)
+    values = [state.read(operand) for operand in one.operands[1:]]
+    if kinds[0] == "num":
+        state.write(one.operands[0], ~np.isnan(_f32(values[0]) + _f32(values[1])), 1)
+        return
+    if _is_float(one):
+        a, b = map(_f32, values[:2])
+    elif kinds[-1][0] == "s":
+        a, b = (_signed(value, bits) for value in values[:2])
+    else:
+        a, b = ((value & U64((1 << bits) - 1)) if bits < 64 else value for value in values[:2])
+    result = _COMPARE[kinds[0]](a, b)
+    if len(kinds) == 3:
+        assert kinds[1] == "and", one
+        result = result & (values[2] != 0)
+    state.write(one.operands[0], result, 1)
+
+
+def convert(state: State, one: Instruction) -> None:
+    """cvt: two FP32 into two BF16, one BF16 into FP32, integers of other sizes."""
+    values = [state.read(operand) for operand in one.operands[1:]]
+    kinds = [kind for kind in one.kinds if kind != "rn"]
+    if kinds == ["bf16x2", "f32"]:
+        high, low = (_to_bf16(_f32(value)) for value in values)
+        state.write(one.operands[0], low | high << U64(16), 32)
+    elif kinds == ["f32", "bf16"]:
+        state.write(one.operands[0], values[0] << U64(16), 32)
+    else:
+        to, source = (int(kind[1:]) for kind in kinds)
+        value = _signed(values[0], source) if kinds[1][0] == "s" else values[0]
+        state.write(one.operands[0], value, to)
+
+
+def _extracted(
+    is_signed: bool, word: np.ndarray, first: np.ndarray, number: np.ndarray
+) -> np.ndarray:
+    length = int(number[0])
+    value = word >> first & U64((1 << length) - 1)
+    if is_signed:
+        return (value.astype(np.int64) << (64 - length)) >> (64 - length)
+    return value
+
+
+def _permuted(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
+    both = (a & U64(0xFFFF_FFFF)) | b << U64(32)
+    result = np.zeros_like(a)
+    for i in range(4):
+        chosen = selector >> U64(4 * i)
+        assert not (chosen & U64(8)).any()
+        byte = both >> ((chosen & U64(7)) * U64(8)) & U64(0xFF)
+        result |= byte << U64(8 * i)
+    return result
+
+
+def _funnel(direction: str, low: np.ndarray, high: np.ndarray, amount: np.ndarray) -> np.ndarray:
+    amount = amount & U64(31)
+    both = (low & U64(0xFFFF_FFFF)) | high << U64(32)
+    return both << amount >> U64(32) if direction == "l" else both >> amount
+
+
+INSTRUCTIONS = dict.fromkeys(
+    [*_BINARY, "mul", "mad", "shl", "shr", "selp", "prmt", "shf", "bfe", "brev", "bfind"], compute
+) | {
+    "mov": move,
+    "setp": compare,
+    "cvt": convert,
+}

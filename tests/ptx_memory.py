@@ -1,0 +1,95 @@
+"""The instructions of PTX that move bytes: loads and stores, copies to shared memory, matrices, between threads."""
+
+from functools import partial
+
+import numpy as np
+from ptx_program import Instruction
+from ptx_state import U64, State
+
+
+def move(state: State, one: Instruction) -> None:
+    """ld, st."""
+    kinds, size = one.kinds, int(one.kinds[-1][1:]) // 8
+    if kinds[0] == "param":
+        name = str(one.operands[1]).strip("[] ")
+        value = state.parameters[int(name.rpartition("_")[2])]
+        state.write(one.operands[0], np.full(state.program.threads, value, U64), size * 8)
+        return
+    memory = state.memory if kinds[0] == "global" else state.shared
+    target, place = one.operands if one.base == "ld" else reversed(one.operands)
+    address = state.address(place)
+    for i, register in enumerate(target if isinstance(target, list) else [target]):
+        if one.base == "ld":
+            state.write(register, state.load(memory, address + i * size, size), size * 8)
+        else:
+            state.store(memory, address + i * size, state.read(register), size)
+
+
+def copy(state: State, one: Instruction) -> None:
+    """cp.async; all threads of a block commit and wait together."""
+    assert one.kinds[0] == "async", one
+    if one.kinds[1] == "commit_group":
+        state.copies.commit()
+    elif one.kinds[1] == "wait_group":
+        state.copies.wait(int(str(one.operands[0])))
+    else:
+        size = int(str(one.operands[2]), 0)
+        given = state.read(one.operands[3] if len(one.operands) > 3 else one.operands[2])
+        places = state.address(one.operands[0]), state.address(one.operands[1])
+        state.copies.add(partial(_copy, state, state.active, *places, size, given))
+
+
+def _copy(
+    state: State, active: np.ndarray, target: np.ndarray, source: np.ndarray, size: int, given: np.ndarray
+) -> None:  # fmt: skip
+    """Copy the first `given` of `size` bytes from global to shared memory, and zeros for the others."""
+    kept = state.active
+    for i in range(size):
+        state.active = active & (i < given)
+        value = state.load(state.memory, source + i, 1)
+        state.active = active
+        state.store(state.shared, target + i, np.where(i < given, value, U64(0)), 1)
+    state.active = kept
+
+
+def move_matrices(state: State, one: Instruction) -> None:
+    """ldmatrix, stmatrix: 8 x 8 matrices of 16 bits; a thread gives the address of a row."""
+    assert "trans" not in one.kinds, one
+    held, place = one.operands if one.base == "ldmatrix" else reversed(one.operands)
+    rows = state.address(place).reshape(-1, 32)
+    for i, register in enumerate(held):
+        row = rows[:, i * 8 + np.arange(32) // 4].ravel() + 4 * (state.tid % 4)
+        if one.base == "ldmatrix":
+            state.write(register, state.load(state.shared, row, 4), 32)
+        else:
+            state.store(state.shared, row, state.read(register), 4)
+
+
+def exchange(state: State, one: Instruction) -> None:
+    """shfl: a register of another thread of the warp."""
+    lane = state.read(one.operands[2]).astype(np.int64)
+    if one.kinds[1] == "bfly":
+        lane ^= state.tid % 32
+    else:
+        assert one.kinds[1] == "idx", one
+    found = state.read(one.operands[1])[state.tid // 32 * 32 + lane]
+    state.write(one.operands[0], found, 32)
+
+
+def vote(state: State, one: Instruction) -> None:
+    """Give each thread of a warp a bit for each of its threads where the predicate holds."""
+    assert state.active.all(), "a vote without all threads"
+    holds = (state.read(one.operands[1]) != 0).reshape(-1, 32).astype(U64)
+    bits = (holds << np.arange(32, dtype=U64)).sum(1)
+    state.write(one.operands[0], np.repeat(bits, 32), 32)
+
+
+INSTRUCTIONS = {
+    "ld": move,
+    "st": move,
+    "cp": copy,
+    "ldmatrix": move_matrices,
+    "stmatrix": move_matrices,
+    "shfl": exchange,
+    "vote": vote,
+}
