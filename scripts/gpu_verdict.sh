@@ -6,10 +6,11 @@
 #
 # Needs an NVIDIA GPU, PyTorch, Triton, numba and pytest; no network, no vLLM, nothing installed. For the product with
 # experts alone vLLM is used: the installed one, or one in FOLDER (FOLDER/env.sh is sourced if it exists). Sections:
-# environment; the bits of every kernel on small sizes; products in order, their bits beside cuBLAS's, and runs of rows; experts;
-# the tests marked `gpu`; times of decode, encode and products, packed and fast, next to a device copy and cuBLAS; the
-# order in which vLLM's batch-invariant GEMM adds; times of groups, rows and the official layout; the bits of LM heads in
-# slabs; memcheck; more than 2^31 weights; hardware counters; racecheck; tuning. So what no GPU has run yet comes first.
+# environment; the bits of every kernel on small sizes; products of the fast layout next to cuBLAS, in order beside its
+# bits too, and runs of rows; experts; the tests marked `gpu`; times of decode, encode and packed products, next to a
+# device copy and cuBLAS; the order in which vLLM's batch-invariant GEMM adds; times of groups, rows and the official
+# layout; the bits of LM heads in slabs; memcheck; more than 2^31 weights; hardware counters; racecheck; tuning. So what
+# no GPU has run yet comes first.
 # Each section has its own time limit, and none begins after --limit (345 s) in total. Every row is
 # printed and written as soon as it is known. After wrong bits or failed tests, times are marked and the status is 1.
 #
@@ -217,7 +218,7 @@ nvidia-smi --query-gpu=clocks.sm,clocks.mem,temperature.gpu,memory.total --forma
 echo "$(nproc) cores, $(free -g | sed -n 's/^Mem: *\([0-9]*\).*/\1/p') GiB"
 export PYTHON device
 run_bits
-run_times "products in order, runs of rows" 65 in_order.json in_order runs
+run_times "products of the fast layout, runs of rows" 125 in_order.json in_order fast_fused runs
 starter=(bash -c '[[ ! -f $1/env.sh ]] || . "$1/env.sh"; PYTHONPATH=$PYTHONPATH:$1; shift; exec "$@"' site "$site")
 [[ -n $site ]] || starter=()
 run_times "times of experts" 60 experts.json experts
@@ -225,7 +226,7 @@ starter=()
 workers=()
 if [[ $device == cuda ]] && "$PYTHON" -c 'import xdist' 2>/dev/null; then workers=(-n 8); fi
 run_tests "tests marked gpu" 90 "not two_billion" "${workers[@]}"
-run_times "times of decode, encode, products" 110 times1.json decode fast fast_fused encode fused
+run_times "times of decode, encode, packed products" 60 times1.json decode fast encode fused
 checked_section order 25 "$logs/times.log" "$PYTHON" scripts/probe_order.py --device "$device" --output "$out/order.json"
 printed | tail -n 20 | cut -c1-170 || true
 run_times "times of blocks, rows, layouts" 45 times2.json block decode_rows layouts

@@ -58,7 +58,7 @@ def test_rehearsal_goes_through_its_parts_and_leaves_results_only_where_it_was_t
     assert lines[-1] == "verdict: the rehearsal went well; nothing was measured."
     begun = [line.split(" (at")[0].removeprefix("== ") for line in lines if " (at" in line]
     assert begun[:4] == [
-        "bits", "products in order, runs of rows", "times of experts", "tests marked gpu"
+        "bits", "products of the fast layout, runs of rows", "times of experts", "tests marked gpu"
     ]  # fmt: skip
     compared = next(i for i, line in enumerate(lines) if line.startswith("right bits: encoder"))
     timed = next(i for i, line in enumerate(lines) if line.startswith("section "))
