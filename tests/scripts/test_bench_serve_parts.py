@@ -118,3 +118,21 @@ def test_tokens_are_chosen_only_for_layout_auto_that_has_none() -> None:
     assert not wanted(layout="auto", kv_tokens=5)
     assert not wanted(layout="fast")
     assert not half_fast.is_wanted({})
+
+
+def test_half_of_a_models_matrices_are_fast_by_the_choice_that_vllm_will_make(
+    tmp_path: Path,
+) -> None:
+    # Bug caught: the plan's choice is called as it was called before, and no engine of the variant starts.
+    model.write_random("tiny", tmp_path / "tiny")
+    asked = {
+        "skip_tokenizer_init": True,
+        "max_model_len": 100,
+        "enforce_eager": True,
+        "quantization": "dfloat11",
+        "additional_config": {"dfloat11": {"layout": "auto"}},
+    }
+    given, told = half_fast.with_half_fast(tmp_path / "tiny", asked)
+    assert told.startswith("auto: 4 of 10 matrices fast")
+    assert given["additional_config"]["dfloat11"]["kv_tokens"] > 100
+    assert "kv_tokens" not in asked["additional_config"]["dfloat11"]

@@ -1,5 +1,6 @@
 """The variant `auto`: the KV cache to ask for, so that layout "auto" holds about half of a model's matrices fast."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,23 @@ def with_half_fast(model: str | Path, settings: Json) -> tuple[Json, str]:
     from vllm.engine.arg_utils import EngineArgs
 
     from vllm_dfloat.integration.loading import auto_layout
+    from vllm_dfloat.integration.seam.names import logger
+    from vllm_dfloat.integration.seam.options import Options
 
     config = EngineArgs(model=str(model), **settings).create_engine_config()
-    tokens, told = halving(lambda wish: auto_layout.choose(config, wish))
-    options = {**settings["additional_config"]["dfloat11"], "kv_tokens": tokens}
-    return {**settings, "additional_config": {"dfloat11": options}}, told
+    options = settings["additional_config"]["dfloat11"]
+
+    def choose(wish: int) -> Choice:
+        given = {**options, "kv_tokens": wish}
+        return auto_layout.choose(config, Options().updated(given, "additional_config"))
+
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # wishes that are only tried are no news
+    try:
+        tokens, told = halving(choose)
+    finally:
+        logger.setLevel(level)
+    return {**settings, "additional_config": {"dfloat11": {**options, "kv_tokens": tokens}}}, told
 
 
 def halving(choose: Callable[[int], Choice]) -> tuple[int, str]:
