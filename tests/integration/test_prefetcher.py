@@ -281,3 +281,24 @@ def test_too_small_a_host_is_refused_before_any_weight_arrives(make: Make) -> No
     found.wrap_modules(Block() for _ in range(2))
     with pytest.raises(DeviceError, match=r"--offload-group-size 2 .*, for 2 ranks: \d+ bytes"):
         found.check_host_memory(2)
+
+
+def test_a_payload_that_has_outgrown_its_place_is_sound_and_readable_when_it_is_not_its_turn(
+    make: Make,
+) -> None:
+    # Bug caught: told as damaged, and an update of a part of the layer refused, since the rest could not be read.
+    blocks = loaded(make(offload_group_size=1), 2)
+    layer = blocks[1].proj
+    give(layer, 30, FLAT)
+    run(blocks)
+    assert layer.__dict__[method.DESC].tolist() == [0, 0, 0, 0]  # the other's turn
+    grown = method.packed_of(layer)
+    grown.check_descriptor()
+    assert torch.equal(ops.unpack(grown.at_rest()), weight(30, FLAT))
+    saved = grown.to("cpu")
+    give(layer, 1)
+    assert all(run(blocks))
+    method.hold(layer, saved)  # an update that is undone
+    run(blocks)
+    assert torch.equal(blocks[1].seen, weight(30, FLAT))
+    method.packed_of(layer).check_descriptor()

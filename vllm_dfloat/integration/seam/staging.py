@@ -155,6 +155,10 @@ class StagedModule(prefetch._ModuleOffloader):  # type: ignore[misc]  # vLLM is 
         """Note a layer's weight; if it is the block's turn, copy it."""
         stage = self.stages[_key(place, name)]
         self.offloader.wait_for_copies()
+        if self.offloader.has_buffers and stage.memory is not None and packed.staged is None:
+            # It has outgrown its place, and is read where it is; but its descriptor still takes turns.
+            packed = replace(packed, staged=packed.payload).described_in(packed.desc)
+            give(packed)
         stage.weight, stage.give = packed, give
         self.words[stage.row] = torch.tensor(packed.words)
         if self.offloader.has_buffers and stage.memory is not None:
