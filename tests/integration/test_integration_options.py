@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from model_loads import loaded
-from tiny_models import SHIPPED
+from tiny_models import SHIPPED, official
 from vllm.config import VllmConfig, set_current_vllm_config
 
 from vllm_dfloat.errors import UnsupportedError
@@ -117,3 +117,38 @@ def test_another_load_format_of_a_bf16_model_is_left_alone() -> None:
     missing = pytest.raises(ValueError, match="Could not find checkpoint files")
     with missing, loaded(SHIPPED, load_format="sharded_state"):
         pass
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            dict(additional_config={"dfloat11": {"layout": "fsat"}}),
+            "layout: 'fsat'; expected one of packed",
+        ),
+        (dict(load_format="tensorizer"), "does not work with --load-format tensorizer"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_a_worker_is_started(
+    given: dict[str, Any], message: str
+) -> None:
+    # Bug caught: refused by the engine's process, between its log and two tracebacks of vLLM's.
+    from vllm.engine.arg_utils import EngineArgs
+
+    arguments = EngineArgs(model=str(SHIPPED), quantization="dfloat11", **given)
+    with pytest.raises(UnsupportedError, match=message):
+        arguments.create_engine_config()
+
+
+@pytest.mark.parametrize(
+    "overrides", [{"quantization_config": {"quant_method": "fp8"}}, {"dfloat11_config": None}]
+)
+def test_an_official_folder_that_is_made_out_to_be_another_is_refused(
+    overrides: dict[str, Any],
+) -> None:
+    # Bug caught: it ended in vLLM's sentence on FP8, or on tensors that are not there.
+    from vllm.engine.arg_utils import EngineArgs
+
+    arguments = EngineArgs(model=str(official("llama-tiny")), hf_overrides=overrides)
+    with pytest.raises(UnsupportedError, match=r"--hf-overrides: .* holds a DFloat11 checkpoint"):
+        arguments.create_engine_config()

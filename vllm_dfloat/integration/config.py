@@ -176,6 +176,29 @@ class DFloat11Config(QuantizationConfig):  # type: ignore[misc]  # vLLM is untyp
             self._logged.add(line)
             logger.info("dfloat11: %s", line)
 
+    def checked_options(self, config: Any) -> Options:
+        """Return the options with those of the command line.
+
+        Raises:
+            UnsupportedError: an unknown option, a wrong value, values that exclude each other, or settings of vLLM's
+                that compressed weights do not work with.
+        """
+        extra = config.additional_config
+        given = extra.get(METHOD, {}) if isinstance(extra, Mapping) else {}
+        if not isinstance(given, Mapping):
+            raise UnsupportedError(
+                f"--additional-config: {METHOD} is {given!r}; expected an object."
+            )
+        options = self.options.updated(given, f"--additional-config: {METHOD}")
+        if options.mode == "fused" and compat.is_batch_invariant():
+            raise UnsupportedError(
+                "mode 'fused' with VLLM_BATCH_INVARIANT: it gives small batches other bits than large ones; expected "
+                "mode 'exact' or 'fused-exact'. Leave out mode, or the variable."
+            )
+        if reason := refusal(config):
+            raise UnsupportedError(f"dfloat11 does not work with {reason}")
+        return options
+
     def start(self) -> None:
         """Once, when a VllmConfig is current: read the command line's options, and refuse those that cannot work."""
         from vllm_dfloat.integration.compiling import settings
@@ -183,21 +206,8 @@ class DFloat11Config(QuantizationConfig):  # type: ignore[misc]  # vLLM is untyp
         config = compat.current_config()
         if self._started or config is None:
             return
-        extra = config.additional_config
-        given = extra.get(METHOD, {}) if isinstance(extra, Mapping) else {}
-        if not isinstance(given, Mapping):
-            raise UnsupportedError(
-                f"--additional-config: {METHOD} is {given!r}; expected an object."
-            )
-        self.options = self.options.updated(given, f"--additional-config: {METHOD}")
+        self.options = self.checked_options(config)
         self._unused_ignore = set(self.options.ignore)
-        if self.options.mode == "fused" and compat.is_batch_invariant():
-            raise UnsupportedError(
-                "mode 'fused' with VLLM_BATCH_INVARIANT: it gives small batches other bits than large ones; expected "
-                "mode 'exact' or 'fused-exact'. Leave out mode, or the variable."
-            )
-        if reason := refusal(config):
-            raise UnsupportedError(f"dfloat11 does not work with {reason}")
         self._check_official(str(config.load_config.load_format))
         settings.prepare(config)
         if self.options.layout == AUTO:

@@ -25,7 +25,7 @@ def _register() -> None:
         register_quantization_config,
     )
 
-    from vllm_dfloat.integration import autodetect, unfinished
+    from vllm_dfloat.integration import autodetect, front_end
     from vllm_dfloat.integration.compiling import cuda_graphs
     from vllm_dfloat.integration.config import DFloat11Config
     from vllm_dfloat.integration.seam import compat
@@ -35,7 +35,7 @@ def _register() -> None:
         compat.warn_if_untested_version()
     _warn_if_replaced(DFloat11Config)
     autodetect.install()
-    unfinished.install()
+    front_end.install()
     cuda_graphs.install()
     compat.let_numba_be_scanned()
 
