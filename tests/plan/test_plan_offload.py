@@ -152,3 +152,16 @@ def test_prefetching_offload_leaves_room_for_the_kv_cache_but_for_its_buffers(
     ):
         assert main([*command, "--offload-group-size", "8", wrong]) == 2
         assert wrong.partition("=")[0] in capsys.readouterr().err
+
+
+def test_buffers_larger_than_two_layers_are_the_peak_while_loading(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    # Bug caught: "bound: two layers on top" of 3.5 GiB where 27 GiB of buffers are allocated after the last layer.
+    (many,) = make_plan(CONFIG, Settings(prefetch=Prefetch(group_size=1, step=99))).ranks
+    assert many.loading_peak == many.dfloat11_on_gpu + many.scratch
+    (few,) = make_plan(CONFIG, Settings(prefetch=Prefetch(group_size=1))).ranks
+    assert few.loading_peak > few.dfloat11_on_gpu + few.scratch
+    options = ["--gpu-memory", "24GiB", "--offload-group-size", "1", "--offload-prefetch-step"]
+    assert main(["plan", CONFIG, *options, "99"]) == 1  # does not fit
+    assert "bound: the buffers on top\n" in capsys.readouterr().out

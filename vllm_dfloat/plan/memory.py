@@ -155,8 +155,9 @@ class Rank:
 
     @property
     def loading_peak(self) -> int:
-        """A bound while loading DFloat11: what is held in the end, and two layers."""
-        return self.dfloat11_weights - self.dfloat11_host + self.scratch + 2 * self.largest
+        """A bound while loading DFloat11: what is held in the end, and two layers or, after the last, the buffers."""
+        held = self.dfloat11_weights - self.dfloat11_host + self.scratch
+        return held + max(2 * self.largest, self.dfloat11_buffers)
 
 
 def split_layers(num_layers: int, pp: int) -> list[range]:

@@ -100,6 +100,7 @@ def _stage(plan: Plan, index: int, rank: Rank) -> list[str]:
     if prefetches:
         sizes = show_size(rank.bf16_buffers), show_size(rank.dfloat11_buffers)
         on_host.append(_row("buffers", *sizes, "into which they are copied ahead of use"))
+    on_top = "two layers" if rank.dfloat11_buffers <= 2 * rank.largest else "the buffers"
     return [
         _row(who, "BF16", "DFloat11", layers),
         _row(
@@ -115,7 +116,7 @@ def _stage(plan: Plan, index: int, rank: Rank) -> list[str]:
             show_size(plan.bf16.kv_bytes[index]),
             show_size(plan.dfloat11.kv_bytes[index]),
         ),
-        _row("peak while loading", DASH, show_size(rank.loading_peak), "bound: two layers on top"),
+        _row("peak while loading", DASH, show_size(rank.loading_peak), f"bound: {on_top} on top"),
         _row("KV bytes per token", per_token, per_token),
     ]  # fmt: skip
 
