@@ -30,8 +30,8 @@ GIB = 1 << 30
 
 def planned(model: Path, args: argparse.Namespace) -> dict[str, int]:
     """Return the numbers of `vllm-dfloat plan` for a rank, in bytes."""
-    from vllm_dfloat.plan.memory import Settings
     from vllm_dfloat.plan.plan import make_plan
+    from vllm_dfloat.plan.settings import Settings
 
     settings = Settings(tp=args.tp, expert_parallel=args.enable_expert_parallel)
     rank = make_plan(str(model), settings).ranks[0]

@@ -118,8 +118,8 @@ def traced(folder: Path) -> str:
 
 def planned(folder: Path) -> str:
     """Compare what `plan` says of the files with the bytes and KV tokens of an engine."""
-    from vllm_dfloat.plan.memory import Settings
     from vllm_dfloat.plan.plan import make_plan
+    from vllm_dfloat.plan.settings import Settings
 
     found = plan_engines.reported(folder / "m", ROOM, **OURS)
     settings = Settings(

@@ -13,9 +13,10 @@ from vllm_dfloat.plan import scratch
 from vllm_dfloat.plan.architectures import known_weights
 from vllm_dfloat.plan.config import read_model_config
 from vllm_dfloat.plan.kv_cache import EVERYTHING, KVCache, Pages, Reach, group_layers
-from vllm_dfloat.plan.memory import Settings, split_layers
+from vllm_dfloat.plan.memory import split_layers
 from vllm_dfloat.plan.packed_size import DESC_BYTES, mean_code_bits, packed_size
 from vllm_dfloat.plan.plan import make_plan
+from vllm_dfloat.plan.settings import Settings
 
 CONFIGS = Path(__file__).parents[1] / "data" / "configs"
 GIB = 1 << 30

@@ -9,8 +9,9 @@ import pytest
 
 from vllm_dfloat.errors import UnsupportedError
 from vllm_dfloat.plan.config import read_model_config
-from vllm_dfloat.plan.memory import Settings, kv_cache_of
+from vllm_dfloat.plan.memory import kv_cache_of
 from vllm_dfloat.plan.refusals import LAST_SERVED
+from vllm_dfloat.plan.settings import Settings
 
 
 @pytest.fixture(scope="module")

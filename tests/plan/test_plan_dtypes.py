@@ -12,8 +12,8 @@ from tiny_models import SHIPPED
 
 from vllm_dfloat.errors import DFloatError
 from vllm_dfloat.plan.measured import to_bf16
-from vllm_dfloat.plan.memory import Settings
 from vllm_dfloat.plan.plan import make_plan
+from vllm_dfloat.plan.settings import Settings
 
 CONFIGS = Path(__file__).parents[1] / "data" / "configs"
 

@@ -15,8 +15,8 @@ import unasked_models
 from conftest import Checkpoint
 from engines import SETTINGS, run_bounded
 
-from vllm_dfloat.plan.memory import Settings
 from vllm_dfloat.plan.plan import Plan, make_plan
+from vllm_dfloat.plan.settings import Settings
 
 pytestmark = pytest.mark.engine
 

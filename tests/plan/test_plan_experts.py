@@ -10,8 +10,8 @@ from model_loads import loaded
 
 from vllm_dfloat.device.scratch import scratch
 from vllm_dfloat.integration.loading.report import summarize
-from vllm_dfloat.plan.memory import Settings
 from vllm_dfloat.plan.plan import make_plan
+from vllm_dfloat.plan.settings import Settings
 
 pytestmark = pytest.mark.engine
 

@@ -13,9 +13,9 @@ from helpers import gaussian, to_torch
 from vllm_dfloat.cli import main
 from vllm_dfloat.device import fast_ops, ops, unit_resident
 from vllm_dfloat.plan.layout_sizes import LAYOUTS, Codes, share_of_escapes, size_of
-from vllm_dfloat.plan.memory import Settings
 from vllm_dfloat.plan.packed_size import mean_code_bits
 from vllm_dfloat.plan.plan import Plan, fast_layers, make_plan
+from vllm_dfloat.plan.settings import Settings
 from vllm_dfloat.plan.weights import Part, Weight
 
 CONFIGS = Path(__file__).parents[1] / "data" / "configs"

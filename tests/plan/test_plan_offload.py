@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from vllm_dfloat.cli import main
-from vllm_dfloat.plan.memory import Settings
 from vllm_dfloat.plan.offload import (
     BlockWeight,
     OnHost,
@@ -18,6 +17,7 @@ from vllm_dfloat.plan.offload import (
 )
 from vllm_dfloat.plan.picture import _bars
 from vllm_dfloat.plan.plan import make_plan
+from vllm_dfloat.plan.settings import Settings
 
 CONFIG = str(Path(__file__).parents[1] / "data" / "configs" / "Llama-3.1-8B.json")
 GIB = 1 << 30

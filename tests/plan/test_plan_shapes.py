@@ -12,8 +12,8 @@ from vllm_dfloat.errors import DFloatError
 from vllm_dfloat.plan.architectures import known_weights
 from vllm_dfloat.plan.config import ModelConfig, read_model_config
 from vllm_dfloat.plan.defaults import DEFAULTS
-from vllm_dfloat.plan.memory import Settings
 from vllm_dfloat.plan.plan import make_plan
+from vllm_dfloat.plan.settings import Settings
 from vllm_dfloat.plan.weights import Weight
 
 CONFIGS = Path(__file__).parents[1] / "data" / "configs"

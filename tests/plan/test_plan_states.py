@@ -18,8 +18,8 @@ from vllm_dfloat.errors import DFloatError, UnsupportedError
 from vllm_dfloat.plan.caches import Keys, pages_of_rank
 from vllm_dfloat.plan.config import ModelConfig, read_model_config
 from vllm_dfloat.plan.kv_cache import KVCache, Pages, Reach, group_layers
-from vllm_dfloat.plan.memory import Settings
 from vllm_dfloat.plan.plan import make_plan
+from vllm_dfloat.plan.settings import Settings
 from vllm_dfloat.plan.states import State
 
 FAMILIES = {  # a config class of Transformers: the module and class of vLLM

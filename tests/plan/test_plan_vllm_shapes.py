@@ -15,9 +15,10 @@ from engines import run_bounded
 from vllm_dfloat.plan.architectures import known_weights
 from vllm_dfloat.plan.config import read_model_config
 from vllm_dfloat.plan.kv_cache import latent_page_bytes, page_bytes
-from vllm_dfloat.plan.memory import Settings, kv_cache_of, split_layers
+from vllm_dfloat.plan.memory import kv_cache_of, split_layers
 from vllm_dfloat.plan.plan import make_plan
 from vllm_dfloat.plan.rotary import rotary_bytes
+from vllm_dfloat.plan.settings import Settings
 from vllm_dfloat.plan.states import State
 
 pytestmark = pytest.mark.engine

@@ -4,7 +4,8 @@ import numpy as np
 from numba import njit
 
 from vllm_dfloat.codec.arrays import I32Array, I64Array, U16Array
-from vllm_dfloat.codec.decode import STATUS_OK, STATUS_TILE_END, check_status
+from vllm_dfloat.codec.decode import check_status
+from vllm_dfloat.codec.decode_loops import STATUS_OK, STATUS_TILE_END
 from vllm_dfloat.codec.fast_layout import (
     HALF,
     MAX_ESCAPES,

@@ -117,9 +117,9 @@ def add_plan(commands: Any) -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     """Plan, print, draw; return the exit status."""
     from vllm_dfloat.plan import layout_sizes
-    from vllm_dfloat.plan.memory import Settings
     from vllm_dfloat.plan.plan import make_plan
     from vllm_dfloat.plan.report import as_json, as_table, side_by_side, summary
+    from vllm_dfloat.plan.settings import Settings
 
     tp = _ranks(args)
     _check(args)

@@ -5,8 +5,9 @@ from vllm_dfloat.plan.auto import layer_of
 from vllm_dfloat.plan.byte_sizes import show_size
 from vllm_dfloat.plan.config import ModelConfig
 from vllm_dfloat.plan.kv_cache import KVCache
-from vllm_dfloat.plan.memory import Rank, Settings, kv_cache_of
+from vllm_dfloat.plan.memory import Rank, kv_cache_of
 from vllm_dfloat.plan.outcome import outcome, unproven
+from vllm_dfloat.plan.settings import Settings
 from vllm_dfloat.plan.stored import DTYPES, Files
 from vllm_dfloat.plan.weights import Weight
 

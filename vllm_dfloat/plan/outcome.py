@@ -4,7 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from vllm_dfloat.plan.kv_cache import KVCache
-from vllm_dfloat.plan.memory import Rank, Settings
+from vllm_dfloat.plan.memory import Rank
+from vllm_dfloat.plan.settings import Settings
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from vllm_dfloat.plan.hub import config_file, is_of_hub
 from vllm_dfloat.plan.kv_cache import KVCache
 from vllm_dfloat.plan.layout_sizes import ASSUMED_ESCAPES, Codes
 from vllm_dfloat.plan.measured import MeasuredBits
-from vllm_dfloat.plan.memory import Rank, Settings, kv_cache_of, ranks_of
+from vllm_dfloat.plan.memory import Rank, kv_cache_of, ranks_of
 from vllm_dfloat.plan.notes import (
     note_on_auto,
     notes_on,
@@ -22,6 +22,7 @@ from vllm_dfloat.plan.notes import (
 )
 from vllm_dfloat.plan.outcome import Outcome, bf16, outcome, proven, unproven
 from vllm_dfloat.plan.packed_size import ASSUMED_CODE_BITS
+from vllm_dfloat.plan.settings import Settings
 from vllm_dfloat.plan.stored import (
     Files,
     check_weights,

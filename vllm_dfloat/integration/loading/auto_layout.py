@@ -19,8 +19,8 @@ def choose(config: Any, options: Options) -> tuple[frozenset[str], str]:
     """
     from vllm.platforms import current_platform
 
-    from vllm_dfloat.plan.memory import Settings
     from vllm_dfloat.plan.plan import fast_layers
+    from vllm_dfloat.plan.settings import Settings
 
     cache, parallel, scheduler = (
         config.cache_config,
