@@ -140,6 +140,19 @@ def test_what_cannot_work_is_refused_before_a_worker_is_started(
         arguments.create_engine_config()
 
 
+def test_an_option_outside_of_the_plugins_name_is_told_once(log_lines: list[str]) -> None:
+    # Bug caught: `--additional-config '{"layout": "fast"}'` was served packed, without a word.
+    config = DFloat11Config()
+    for _ in range(2):
+        run = VllmConfig(additional_config={"layout": "fast", "other": 1})
+        assert config.checked_options(run).layout == "packed"
+    (line,) = log_lines
+    assert line == (
+        "dfloat11: --additional-config: 'layout' beside 'dfloat11' has no effect; give "
+        '{"dfloat11": {...}} with it'
+    )
+
+
 @pytest.mark.parametrize(
     "overrides", [{"quantization_config": {"quant_method": "fp8"}}, {"dfloat11_config": None}]
 )

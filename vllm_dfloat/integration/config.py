@@ -1,7 +1,7 @@
 """The quantization config `dfloat11`: decides for each layer whether it is compressed."""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -190,6 +190,7 @@ class DFloat11Config(QuantizationConfig):  # type: ignore[misc]  # vLLM is untyp
                 f"--additional-config: {METHOD} is {given!r}; expected an object."
             )
         options = self.options.updated(given, f"--additional-config: {METHOD}")
+        self._warn_of_misplaced(extra)
         if options.mode == "fused" and compat.is_batch_invariant():
             raise UnsupportedError(
                 "mode 'fused' with VLLM_BATCH_INVARIANT: it gives small batches other bits than large ones; expected "
@@ -198,6 +199,17 @@ class DFloat11Config(QuantizationConfig):  # type: ignore[misc]  # vLLM is untyp
         if reason := refusal(config):
             raise UnsupportedError(f"dfloat11 does not work with {reason}")
         return options
+
+    def _warn_of_misplaced(self, extra: Any) -> None:
+        """Warn once of options that were not given under the plugin's name; others may use the same words."""
+        names = sorted(set(asdict(self.options)) & set(extra)) if isinstance(extra, Mapping) else []
+        line = (
+            f"--additional-config: {', '.join(map(repr, names))} beside {METHOD!r} has no effect; give "
+            f'{{"{METHOD}": {{...}}}} with it'
+        )
+        if names and line not in self._logged:
+            self._logged.add(line)
+            logger.warning("dfloat11: %s", line)
 
     def start(self) -> None:
         """Once, when a VllmConfig is current: read the command line's options, and refuse those that cannot work."""

@@ -23,7 +23,7 @@ def log_offloaded(host_bytes: int, names: Sequence[str], buffer_bytes: int) -> N
         return
     if not found.num_named:
         logger.warning(
-            "dfloat11: %s: vLLM's rule names no weight of this model%s; all are on the device",
+            "dfloat11: %s: vLLM's rule names no compressed weight of this model%s; all are on the device",
             found.given,
             f" with {found.segments}" if found.segments else "",
         )
