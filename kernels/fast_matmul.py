@@ -3,7 +3,7 @@
     y[m, n] = sum over k of x[m, k] * w[n, k], + bias[n]
 
 There are three forms: FP32 multiply-adds for at most 4 rows of x (fast_matmul_gemv.py), tensor cores
-(fast_matmul_dot.py), and those of one warp without shared memory (fast_matmul_ahead.py). In each a program has some
+(fast_matmul_dot.py), and those of one warp, loaded ahead (fast_matmul_ahead.py). In each a program has some
 rows of w and all columns, or one of PARTS equal parts of the columns; with parts, a second kernel adds their sums in
 order. Every order of addition is fixed, and no sum mixes rows. So the result is deterministic, and the values of other
 rows of x do not change the bits of a row. The forms add in different orders, so a row's bits may change with the number

@@ -1,8 +1,10 @@
-"""The product with the fast layout on the tensor cores of a warp, without shared memory: for a few rows of activations.
+"""The product with the fast layout on the tensor cores of one warp, for a few rows of activations.
 
-A program is one warp with BN rows of weights. As in fast_matmul_dot.py the columns are put in an order in which each
-thread already holds what its tensor core wants of it; here this is so for the activations too. So nothing is exchanged
-between threads, no thread waits for another, and the loads of a turn are made one turn ahead, into registers.
+A program is one warp with BN rows of weights. The loads of a turn are made one turn ahead, into registers, and waited
+for at its top; what is loaded in a turn for its own use comes after the branches (fast_lane_escapes.py says why). As in
+fast_matmul_dot.py the columns are put in an order in which each thread already holds what its tensor core wants of
+them; here this is so for the activations too, so nothing is exchanged and there is no shared memory. In the order of
+the columns, threads exchange weights (fast_exchange.py), and activations pass through shared memory.
 """
 
 import triton
@@ -52,13 +54,11 @@ def _multiply(
     ROWS: tl.constexpr = m.shape[0]
     if IN_ORDER:
         weights = _operand_in_order(a, b, c, d, e, f, g, h, BN, FORM, BN == 8)
-    else:
-        weights = _operand(a, b, c, d, e, f, g, h, BN, _TILE_COLS, 1, 4)
-    if IN_ORDER:
         place = m[:, None] * cols + step * _TILE_COLS + tl.arange(0, _TILE_COLS)[None, :]
         xs = tl.load(x_ptr.to(tl.pointer_type(tl.bfloat16)) + place)
         xs = _columns(xs, _TILE_COLS, ROWS, 4, True)
     else:
+        weights = _operand(a, b, c, d, e, f, g, h, BN, _TILE_COLS, 1, 4)
         group = tl.arange(0, _BLOCKS)[:, None, None] * 4 + tl.arange(0, 4)[None, None, :]
         place = (m[None, :, None] * (cols // 2) + group * 8)[:, :, :, None]
         place += tl.arange(0, 4)[None, None, None, :]

@@ -21,6 +21,7 @@ from vllm_dfloat.integration.seam import (
     layer_kinds,
     layerwise,
     loader_calls,
+    reload_hooks,
 )
 from vllm_dfloat.integration.seam.direct_writes import DirectWrites
 from vllm_dfloat.integration.seam.incoming import AS_BEFORE, Incoming
@@ -45,7 +46,7 @@ _ALONE = threading.RLock()
 
 
 class Updates:
-    """Applies updates to one model's weights, one after the other; a layerwise.Watcher of its reloads.
+    """Applies updates to one model's weights, one after the other; a reload_hooks.Watcher of its reloads.
 
     Attributes:
         model: a loaded model with compressed layers.
@@ -274,11 +275,11 @@ def keep(model: torch.nn.Module, vllm_config: Any, model_config: Any) -> None:
     model.__dict__["load_weights"] = functools.wraps(load_weights)(
         lambda *args, **kwargs: updates.load_weights(*args, **kwargs)
     )
-    layerwise.watch(model, updates)
+    reload_hooks.watch(model, updates)
     guards.guard(model)
 
 
 def updates_of(model: torch.nn.Module) -> Updates | None:
     """Return the Updates of a model, or None if it has no compressed layers."""
-    watcher = layerwise.watcher_of(model)
+    watcher = reload_hooks.watcher_of(model)
     return watcher if isinstance(watcher, Updates) else None
