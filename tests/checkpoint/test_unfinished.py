@@ -27,7 +27,7 @@ from vllm_dfloat.convert.compress import compress
 from vllm_dfloat.convert.decompress import decompress
 from vllm_dfloat.convert.source import open_source
 from vllm_dfloat.errors import DFloatError, FormatError, UnsupportedError
-from vllm_dfloat.integration import unfinished
+from vllm_dfloat.integration import front_end
 
 SHIPPED = Path(__file__).parents[2] / "models" / "tiny"
 LLAMA = VECTORS / "llama-tiny-df11"
@@ -38,7 +38,7 @@ def refusal(command: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> s
     """Return the sentence with which a command, or vLLM's front end, refuses the folder."""
     if command == "serve":
         with pytest.raises(DFloatError) as error:
-            unfinished.refuse(folder)
+            front_end.refuse(folder)
         return str(error.value)
     more = {
         "decompress": [str(folder.parent / "out")],
@@ -146,8 +146,8 @@ def test_weights_without_a_config_are_not_verified_but_can_be_compared(
         "verify", tmp_path, capsys
     )
     assert main(["verify", str(tmp_path), "--against", str(SHIPPED)]) == 0
-    unfinished.refuse(tmp_path)  # vLLM itself says that there is no config.json
-    unfinished.refuse(tmp_path / "org/name")  # it may be an id of the hub
+    front_end.refuse(tmp_path)  # vLLM itself says that there is no config.json
+    front_end.refuse(tmp_path / "org/name")  # it may be an id of the hub
 
 
 def test_a_checkpoint_that_lost_its_config_says_so(
