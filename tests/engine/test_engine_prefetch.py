@@ -34,15 +34,15 @@ IN_BLOCKS = dict(enforce_eager=False, **TRACED, **options(granularity="block"))
 COMPILED = dict(enforce_eager=False)
 EXPERTS = dict(offload_params={"experts"})
 # architecture, options
-CASES = [("gemma3", {**ALL, **IN_BLOCKS})]
+CASES = [("qwen2", {**TWO_SLOTS, **options(layout="fast")})]
 MORE = [
+    ("gemma3", {**ALL, **IN_BLOCKS}),
     *((name, ALL) for name in tiny_models.ARCHITECTURES),
     ("llama", {**ALL, **COMPILED}),
     ("llama", dict(offload_group_size=2)),
     ("qwen3_moe", {**TWO_SLOTS, **EXPERTS}),
     ("qwen3_moe", {**ALL, **EXPERTS, **options(layout="fast"), "enforce_eager": False, **TRACED}),
     ("phi3", {**ALL, **DOWN, **options(layout="dfloat11")}),
-    ("qwen2", {**TWO_SLOTS, **options(layout="fast")}),
     ("qwen3", {**ALL, **options(layout="auto", kv_tokens=64)}),
     ("llama", {**ALL, **options(mode="fused-exact", layout="fast")}),
 ]
