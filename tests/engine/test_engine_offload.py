@@ -110,4 +110,7 @@ def test_names_that_match_nothing_are_a_warning(
     settings = dict(cpu_offload_gb=1, cpu_offload_params=names)
     assert answers(model, quantization="dfloat11", **settings) == bf16_answers(model)
     (line,) = [line for line in log_lines if "--cpu-offload-gb" in line]
-    assert "no compressed weight of this model with --cpu-offload-params down experts; all are on" in line
+    assert (
+        "no compressed weight of this model with --cpu-offload-params down experts; all are on"
+        in line
+    )
