@@ -9,7 +9,7 @@ from typing import Any
 from vllm_dfloat.checkpoint.names import module_of, natural, transformer_block
 from vllm_dfloat.checkpoint.reader import Dfloat11Checkpoint
 from vllm_dfloat.checkpoint.shapes import Shapes, model_shapes, resolve_shape
-from vllm_dfloat.dfloat11.unit import UnitEntry
+from vllm_dfloat.dfloat11.unit_entry import UnitEntry
 from vllm_dfloat.errors import FormatError
 from vllm_dfloat.storage.stored_tensor import StoredTensor
 

@@ -20,7 +20,7 @@ from vllm_dfloat.checkpoint.manifest import (
 from vllm_dfloat.checkpoint.patterns import Patterns
 from vllm_dfloat.checkpoint.settings import read_settings
 from vllm_dfloat.dfloat11.format import FIELDS
-from vllm_dfloat.dfloat11.unit import UnitEntry, check_entry
+from vllm_dfloat.dfloat11.unit_entry import UnitEntry, check_entry
 from vllm_dfloat.errors import FormatError
 from vllm_dfloat.storage.stored_tensor import StoredTensor
 

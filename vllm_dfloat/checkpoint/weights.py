@@ -13,7 +13,8 @@ from vllm_dfloat.checkpoint.reader import Dfloat11Checkpoint
 from vllm_dfloat.checkpoint.shapes import Shapes
 from vllm_dfloat.codec.arrays import Bits
 from vllm_dfloat.dfloat11.decode import decode_range, decode_unit
-from vllm_dfloat.dfloat11.unit import Unit, UnitEntry
+from vllm_dfloat.dfloat11.unit import Unit
+from vllm_dfloat.dfloat11.unit_entry import UnitEntry
 from vllm_dfloat.storage.pieces import piece_weights
 from vllm_dfloat.storage.stored_tensor import StoredTensor
 

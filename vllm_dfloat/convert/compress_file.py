@@ -13,7 +13,7 @@ from vllm_dfloat.dfloat11.check import check_unit
 from vllm_dfloat.dfloat11.coder import Coder, CpuCoder
 from vllm_dfloat.dfloat11.encode import CountedWeights, MeasuredUnit, count_weights, measure_unit
 from vllm_dfloat.dfloat11.format import FIELDS, FIRST_POINTER
-from vllm_dfloat.dfloat11.unit import UnitEntry
+from vllm_dfloat.dfloat11.unit_entry import UnitEntry
 from vllm_dfloat.errors import UnsupportedError
 from vllm_dfloat.storage.file_identity import unchanged
 from vllm_dfloat.storage.pieces import StoredWeights

@@ -11,7 +11,8 @@ from vllm_dfloat.checkpoint.members import Member
 from vllm_dfloat.codec.arrays import Bits, U16Array
 from vllm_dfloat.convert.conversion import FileResult
 from vllm_dfloat.dfloat11.decode import decode_range
-from vllm_dfloat.dfloat11.unit import Unit, UnitEntry
+from vllm_dfloat.dfloat11.unit import Unit
+from vllm_dfloat.dfloat11.unit_entry import UnitEntry
 from vllm_dfloat.storage.file_identity import unchanged
 from vllm_dfloat.storage.pieces import piece_weights
 from vllm_dfloat.storage.progress import Advance

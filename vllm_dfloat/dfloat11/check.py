@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vllm_dfloat.dfloat11.coder import Coder
-from vllm_dfloat.dfloat11.unit import UnitEntry
+from vllm_dfloat.dfloat11.unit_entry import UnitEntry
 from vllm_dfloat.errors import FormatError
 from vllm_dfloat.storage.pieces import StoredWeights
 from vllm_dfloat.storage.progress import Advance
