@@ -19,7 +19,7 @@ from vllm_dfloat.integration.config import DFloat11Config
 from vllm_dfloat.integration.layers import layouts, linear_op, lookup, tying
 from vllm_dfloat.integration.layers.method import packed_of
 from vllm_dfloat.integration.layers.placeholder import WeightPlaceholder
-from vllm_dfloat.integration.loading.loader import biases_after_weights
+from vllm_dfloat.integration.loading.stored_weights import biases_after_weights
 from vllm_dfloat.integration.seam.options import LAYOUTS, Options
 
 COLS = 256
