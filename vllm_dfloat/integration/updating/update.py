@@ -5,39 +5,29 @@ weights, and the caller gets an error of one sentence.
 """
 
 import functools
-import inspect
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from vllm_dfloat.errors import DFloatError, UnsupportedError
-from vllm_dfloat.integration.layers import lm_head_rows, method
+from vllm_dfloat.errors import UnsupportedError
+from vllm_dfloat.integration.layers import method
 from vllm_dfloat.integration.seam import (
     compat,
     expert_kernels,
     layer_kinds,
     layerwise,
-    loader_calls,
     reload_hooks,
 )
-from vllm_dfloat.integration.seam.direct_writes import DirectWrites
 from vllm_dfloat.integration.seam.incoming import AS_BEFORE, Incoming
 from vllm_dfloat.integration.seam.names import logger
 from vllm_dfloat.integration.updating import guards, views
 from vllm_dfloat.integration.updating.filling import fill_in
-from vllm_dfloat.integration.updating.rehearsal import (
-    StoredWeights,
-    needs_data,
-    rehearse,
-    what_is_short,
-)
+from vllm_dfloat.integration.updating.receiving import LoadWeights, Pairs, Receiver
+from vllm_dfloat.integration.updating.rehearsal import StoredWeights, rehearse, what_is_short
 from vllm_dfloat.integration.updating.saved import SavedWeights
-
-Pairs = Iterable[tuple[str, torch.Tensor]]
-LoadWeights = Callable[..., Any]
 
 _COPY = torch.Tensor.copy_  # vLLM's sparse patches replace it while they load
 
@@ -60,7 +50,7 @@ class Updates:
         self.model = model
         self.counts = False
         self.fills_in = False
-        self._load_weights = load_weights
+        self._receiver = Receiver(model, load_weights)
         self._vllm_config, self._model_config = vllm_config, model_config
         self._saved: SavedWeights | None = None
         self._names: set[str] = set()
@@ -128,7 +118,7 @@ class Updates:
             return
         reason = ""
         try:
-            self._load_weights(iter(()))
+            self._receiver.load_weights(iter(()))
         except Exception as error:
             reason = f" ({type(error).__name__}: {error})"
         if reason or self._saved.left_without_values():
@@ -212,52 +202,9 @@ class Updates:
             self._names.clear()
 
     def _receive(self, weights: Pairs, *args: Any, **kwargs: Any) -> Any:
-        current = Incoming(weights, self._names, isinstance(weights, StoredWeights) or self.counts)
-        try:
-            with (
-                loader_calls.told_to(current.called),
-                self._direct_writes(),
-                expert_kernels.plain_names_of_experts(self.model),
-            ):
-                pairs = current if self.counts else lm_head_rows.readable_after(current, self.model)
-                loaded = self._load_weights(pairs, *args, **kwargs)
-            current.copy_kept()
-            self._check_heard(loaded or ())
-            return loaded
-        except DFloatError:
-            raise
-        except Exception as error:
-            if error is current.error:
-                raise  # an error of the caller's iterator
-            if self.counts and needs_data(error):
-                raise NotImplementedError(str(error)) from error
-            raise UnsupportedError(
-                f"{current}: could not be loaded into this model ({type(error).__name__}: {error}); expected names and "
-                f"shapes of the checkpoint that it was started from. {AS_BEFORE} Give such tensors."
-            ) from error
-
-    def _direct_writes(self) -> AbstractContextManager[Any]:
-        """Pass on what a model writes past vLLM's weight loaders, if it does not say what it has loaded.
-
-        What others say is compared with what has arrived (`_check_heard`).
-        """
-        says = inspect.signature(self._load_weights).return_annotation
-        return (
-            DirectWrites(self.model) if says in (inspect.Signature.empty, None) else nullcontext()
-        )
-
-    def _check_heard(self, loaded: Iterable[str]) -> None:
-        """Refuse a weight that the model reports as loaded although nothing arrived: it wrote to a meta tensor."""
-        modules = dict(self.model.named_modules())
-        for name in loaded:
-            path, _, leaf = name.rpartition(".")
-            layer = modules.get(path)
-            if layer is not None and layerwise.is_deaf(layer, leaf):
-                raise UnsupportedError(
-                    f"{name}: this model writes it past vLLM's weight loaders, which an update needs, so what was "
-                    f"given would be lost; expected layers other than this. {AS_BEFORE} Give the others alone, or "
-                    "start the engine with the new checkpoint."
-                )
+        own_memory = isinstance(weights, StoredWeights) or self.counts
+        current = Incoming(weights, self._names, own_memory)
+        return self._receiver.receive(current, self.counts, *args, **kwargs)
 
 
 _NO_PATCHES = (
