@@ -12,7 +12,7 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm_dfloat.errors import UnsupportedError
 from vllm_dfloat.integration.config import DFloat11Config
 from vllm_dfloat.integration.layers import layouts
-from vllm_dfloat.integration.seam import compat
+from vllm_dfloat.integration.seam import gemms
 from vllm_dfloat.integration.seam.options import LAYOUTS, Options
 
 
@@ -94,7 +94,7 @@ def test_config_survives_the_way_into_a_worker_and_brings_the_loaders_along() ->
 def test_fused_mode_is_refused_where_batches_must_not_matter(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(compat, "is_batch_invariant", lambda: True)  # as on a GPU only
+    monkeypatch.setattr(gemms, "is_batch_invariant", lambda: True)  # as on a GPU only
     run = VllmConfig(additional_config={"dfloat11": {"mode": "fused"}})
     with (
         set_current_vllm_config(run),

@@ -32,7 +32,7 @@ from vllm_dfloat.integration.layers import (
     proven_products,
 )
 from vllm_dfloat.integration.layers.layouts import BY_NAME, Layout
-from vllm_dfloat.integration.seam import compat
+from vllm_dfloat.integration.seam import compat, gemms
 from vllm_dfloat.integration.seam.options import Options
 
 ROWS, COLS, MOST = 96, 128, 3
@@ -59,7 +59,7 @@ def in_vllm(
     """Stand where vLLM loads a model under VLLM_BATCH_INVARIANT; kernels take up to MOST rows of activations."""
     caplog.set_level("INFO", "vllm.dfloat11")
     monkeypatch.setenv("VLLM_DFLOAT_BACKEND", "triton")
-    monkeypatch.setattr(compat, "is_batch_invariant", lambda: True)
+    monkeypatch.setattr(gemms, "is_batch_invariant", lambda: True)
     monkeypatch.setattr(linear_op, "settle_bias", lambda layer: None)  # it changes biases on a CPU
     monkeypatch.setattr(in_order, "known", {})
     monkeypatch.setattr(proof_cache, "folder", lambda: tmp_path / "proofs")
@@ -204,7 +204,7 @@ def test_a_bias_is_added_where_older_vllm_adds_it(
         return y if bias is None else y + bias
 
     use(monkeypatch, older)
-    monkeypatch.setattr(compat, "adds_bias_to_rounded", lambda: True)
+    monkeypatch.setattr(gemms, "adds_bias_to_rounded", lambda: True)
     layer = layer_of(WEIGHT, BIAS)
     decoded = decoding(monkeypatch)
     assert same_bits(layer(activations(3))[0], older(activations(3), WEIGHT, BIAS))
@@ -262,4 +262,4 @@ def test_no_memory_for_a_comparison_proves_nothing(
 
 def test_version_of_vllm_decides_where_the_bias_is_added() -> None:
     # The installed one adds it to the sum (vLLM 0.31 and later).
-    assert not compat.adds_bias_to_rounded()
+    assert not gemms.adds_bias_to_rounded()

@@ -12,7 +12,7 @@ from vllm.model_executor.layers.quantization.base_config import (
 
 from vllm_dfloat.checkpoint.folder import CONFIG_KEY
 from vllm_dfloat.errors import UnsupportedError
-from vllm_dfloat.integration.seam import compat, layer_kinds
+from vllm_dfloat.integration.seam import compat, gemms, layer_kinds
 from vllm_dfloat.integration.seam.names import ASKED, METHOD, logger
 from vllm_dfloat.integration.seam.options import AUTO, Options
 from vllm_dfloat.integration.seam.refusal import refusal
@@ -191,7 +191,7 @@ class DFloat11Config(QuantizationConfig):  # type: ignore[misc]  # vLLM is untyp
             )
         options = self.options.updated(given, f"--additional-config: {METHOD}")
         self._warn_of_misplaced(extra)
-        if options.mode == "fused" and compat.is_batch_invariant():
+        if options.mode == "fused" and gemms.is_batch_invariant():
             raise UnsupportedError(
                 "mode 'fused' with VLLM_BATCH_INVARIANT: it gives small batches other bits than large ones; expected "
                 "mode 'exact' or 'fused-exact'. Leave out mode, or the variable."

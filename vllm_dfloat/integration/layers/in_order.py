@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from vllm_dfloat.integration.layers.layouts import BY_NAME
-from vllm_dfloat.integration.seam import compat
+from vllm_dfloat.integration.seam import gemms
 
 ALIGNMENT = 256  # bytes; the largest that cuBLAS asks for
 BATCH_INVARIANT = "batch_invariant"  # the name of vLLM's GEMM under VLLM_BATCH_INVARIANT
@@ -91,6 +91,6 @@ def multiply(
     assert of is not None  # or nothing is proven
     nothing = torch.empty(0, dtype=torch.int32, device=x.device)
     memory = nothing.view(torch.bfloat16), nothing  # no scratch
-    if bias is not None and product.gemm == BATCH_INVARIANT and compat.adds_bias_to_rounded():
+    if bias is not None and product.gemm == BATCH_INVARIANT and gemms.adds_bias_to_rounded():
         return of.launch(x, desc, product.rows, product.cols, None, memory) + bias
     return of.launch(x, desc, product.rows, product.cols, bias, memory)

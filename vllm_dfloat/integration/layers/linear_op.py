@@ -20,7 +20,7 @@ from vllm_dfloat.integration.layers import in_order
 from vllm_dfloat.integration.layers.in_order import BATCH_INVARIANT, InOrderProduct
 from vllm_dfloat.integration.layers.layouts import BY_NAME, Layout
 from vllm_dfloat.integration.layers.registration import register
-from vllm_dfloat.integration.seam import compat, slots
+from vllm_dfloat.integration.seam import gemms, slots
 
 # A name of a GEMM in addition to BATCH_INVARIANT and the values of vLLM's --linear-backend.
 PLAIN = "plain"
@@ -36,10 +36,10 @@ def find_gemm(name: str) -> Gemm:
     from vllm.platforms import current_platform
 
     if name == BATCH_INVARIANT:
-        return compat.batch_invariant_gemm()
+        return gemms.batch_invariant_gemm()
     if current_platform.is_cpu():
         return cpu_gemm
-    gemm = compat.unquantized_gemm(name)
+    gemm = gemms.unquantized_gemm(name)
     return lambda x, weight, bias: gemm(None, x, weight, bias)
 
 
@@ -47,7 +47,7 @@ def is_traced_as_matmul(name: str) -> bool:
     """Return whether torch.compile sees BF16 vLLM's GEMM of this name as a matmul, which it may rewrite."""
     if name == BATCH_INVARIANT:
         return False
-    return name == PLAIN or compat.is_plain_gemm(compat.unquantized_gemm(name))
+    return name == PLAIN or gemms.is_plain_gemm(gemms.unquantized_gemm(name))
 
 
 def cpu_gemm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

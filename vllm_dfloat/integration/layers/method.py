@@ -11,7 +11,15 @@ from vllm_dfloat.errors import UnsupportedError
 from vllm_dfloat.integration.layers import in_order, layouts, linear_op, room
 from vllm_dfloat.integration.layers.layouts import BY_NAME
 from vllm_dfloat.integration.layers.placeholder import HOW, WeightPlaceholder
-from vllm_dfloat.integration.seam import arrivals, compat, layer_kinds, layerwise, places, slots
+from vllm_dfloat.integration.seam import (
+    arrivals,
+    compat,
+    gemms,
+    layer_kinds,
+    layerwise,
+    places,
+    slots,
+)
 from vllm_dfloat.integration.seam.options import FUSED_EXACT, Options
 
 PACKED = "dfloat11"  # the attribute of a compressed layer: name of a parameter -> its PackedWeight
@@ -97,14 +105,14 @@ class PackedMethod:
         self.place_in_block: tuple[int, ...] = ()  # what `linear` gets as sizes beside these
         self.group_tables: torch.Tensor | None = None  # a copy on the host
         self.gemm = (
-            in_order.BATCH_INVARIANT if compat.is_batch_invariant() else self._backend(config)
+            in_order.BATCH_INVARIANT if gemms.is_batch_invariant() else self._backend(config)
         )
         self.slots = slots.slots(config)
         load_config = getattr(config, "load_config", None)
         self.makes_up_weights = getattr(load_config, "load_format", None) == "dummy"
 
     def _backend(self, config: object) -> str:
-        return compat.linear_backend(config)
+        return gemms.linear_backend(config)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         if layer_kinds.is_left_out(layer):
