@@ -170,7 +170,7 @@ def test_products_that_are_not_equal_are_decoded(
     layer = layer_of(WEIGHT, BIAS)
     assert "equal to vLLM's GEMM for none of 1 shapes of matrices on this device" in caplog.text
     decoded = decoding(monkeypatch)
-    assert same_bits(layer(activations(2))[0], CPU_GEMM(activations(2), WEIGHT, BIAS.float()))
+    assert same_bits(layer(activations(2))[0], CPU_GEMM(activations(2), WEIGHT, BIAS))
     assert decoded == [1]
 
 
