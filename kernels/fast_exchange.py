@@ -59,12 +59,13 @@ def _turn_over(a, b, c, d):
 
 @triton.jit
 def _operand_in_order(
-    a, b, c, d, e, f, g, h, BN: tl.constexpr, FORM: tl.constexpr, IS_RIGHT: tl.constexpr
-):
+    a, b, c, d, e, f, g, h, BN: tl.constexpr, FORM: tl.constexpr, WIDTH: tl.constexpr, IS_RIGHT: tl.constexpr
+):  # fmt: skip
     """Return the words of each group, [2, BN, 4], as BF16 [BN, 128], or as a right operand [128, BN].
 
-    Since Triton takes 32 columns of an operand for two steps, 4 columns of a thread together, the columns are in the
-    order (two steps, half of a step, thread, step, one of two).
+    Since Triton takes 32 columns of an operand for two steps, 4 columns of a thread together (WIDTH), the columns are
+    in the order (two steps, half of a step, thread, step, one of two). Its interpreter takes 16 neighbours for a step:
+    with a WIDTH of 2, in the plain form, columns are as in the matrix.
     """
     if FORM != _PLAIN:
         a, b, c, d = _turn_over(a, b, c, d)  # of the first 8 columns of each step
@@ -78,5 +79,8 @@ def _operand_in_order(
         pairs = tl.permute(pairs, (0, 4, 3, 2, 5, 6, 1) if IS_RIGHT else (1, 0, 4, 3, 2, 5, 6))
     else:  # [block, row, (step / 2, step % 2), half, (thread / 2, thread % 2), one of two]
         pairs = tl.reshape(pairs, [_TILE_COLS // 64, BN, 2, 2, 2, 4, 2])
-        pairs = tl.permute(pairs, (0, 2, 4, 5, 3, 6, 1) if IS_RIGHT else (1, 0, 2, 4, 5, 3, 6))
+        if WIDTH == 2:
+            pairs = tl.permute(pairs, (0, 2, 3, 4, 5, 6, 1) if IS_RIGHT else (1, 0, 2, 3, 4, 5, 6))
+        else:
+            pairs = tl.permute(pairs, (0, 2, 4, 5, 3, 6, 1) if IS_RIGHT else (1, 0, 2, 4, 5, 3, 6))
     return tl.reshape(pairs, [_TILE_COLS, BN] if IS_RIGHT else [BN, _TILE_COLS])

@@ -53,10 +53,11 @@ def _multiply(
     """
     ROWS: tl.constexpr = m.shape[0]
     if IN_ORDER:
-        weights = _operand_in_order(a, b, c, d, e, f, g, h, BN, FORM, BN == 8)
+        width: tl.constexpr = 2 if OPERAND == tl.float32 else 4  # noqa: SIM300
+        weights = _operand_in_order(a, b, c, d, e, f, g, h, BN, FORM, width, BN == 8)
         place = m[:, None] * cols + step * _TILE_COLS + tl.arange(0, _TILE_COLS)[None, :]
         xs = tl.load(x_ptr.to(tl.pointer_type(tl.bfloat16)) + place)
-        xs = _columns(xs, _TILE_COLS, ROWS, 4, True)
+        xs = _columns(xs, _TILE_COLS, ROWS, width, True)
     else:
         weights = _operand(a, b, c, d, e, f, g, h, BN, _TILE_COLS, 1, 4)
         group = tl.arange(0, _BLOCKS)[:, None, None] * 4 + tl.arange(0, 4)[None, None, :]
@@ -70,6 +71,62 @@ def _multiply(
         return tl.dot(tl.trans(_as(xs, OPERAND)), _as(weights, OPERAND), acc)
     else:
         return tl.dot(_as(weights, OPERAND), _as(xs, OPERAND), acc)
+
+
+@triton.jit
+def _sum_ahead(
+    acc, low, high, starts_ptr, entries_ptr, base4, num_entries, low_bytes, first, rows, x_ptr, m, cols, begin, end,
+    BN: tl.constexpr, IN_ORDER: tl.constexpr, FORM: tl.constexpr, OPERAND: tl.constexpr,
+):  # fmt: skip
+    """Add to acc the products of BN rows of the matrix, from row `first`, with rows `m` of x, in columns of some tiles.
+
+    low, high, starts_ptr, entries_ptr, base4, num_entries: from `_open`.
+    first: a multiple of BN; int32. begin, end: tiles, side by side; int32.
+    """
+    prmt: tl.constexpr = FORM == _PERMUTED
+    is_gpu: tl.constexpr = OPERAND != tl.float32  # noqa: SIM300  (a constexpr must be left of a dtype)
+    row = tl.arange(0, BN)[None, :, None]
+    group = tl.arange(0, _BLOCKS)[:, None, None] * 4 + tl.arange(0, 4)[None, None, :]
+    # Rows beyond the last are the last once more; they are not stored.
+    at = tl.minimum(first + row, rows - 1).to(tl.int64) * (cols // _GROUP) + group
+    word = tl.arange(0, 4)[None, None, None, :]
+    low = low.to(tl.pointer_type(tl.uint32)) + (at * 4)[:, :, :, None] + word
+    high += (at * 2)[:, :, :, None] + tl.arange(0, 2)[None, None, None, :]
+    steps = cols // _TILE_COLS
+    starts = starts_ptr + first // _TILE_ROWS * steps
+    in_tile = (first % _TILE_ROWS + row) * _ROW_GROUPS + group
+    if begin < end:
+        low_words, codes = _turn(low, high, begin, is_gpu)
+        entry = tl.load(starts + begin)
+        stop = tl.load(starts + begin + 1)
+        beyond = tl.load(starts + tl.minimum(begin + 2, steps))
+        entry, stop = _bounded(entry, stop, num_entries)
+        fetched = _fetch(entry, stop, entries_ptr, FORM)
+        for step in tl.range(begin, end, num_stages=1):
+            # What the last turn loads ahead is not used.
+            following = _turn(low, high, tl.minimum(step + 1, end - 1), is_gpu)
+            low0, low1, low2, low3 = _split_four(low_words)
+            codes0, codes1 = tl.split(codes)
+            a, b, c, d = _eight_weights(low0, low1, codes0, base4, low_bytes, prmt)
+            e, f, g, h = _eight_weights(low2, low3, codes1, base4, low_bytes, prmt)
+            a, b, c, d, e, f, g, h = _patch_by_lane(
+                a, b, c, d, e, f, g, h, in_tile, entry, stop, fetched, entries_ptr, BN, FORM
+            )
+            entry, stop = _bounded(stop.to(tl.uint32), beyond, num_entries)
+            fetched = _fetch(entry, stop, entries_ptr, FORM)
+            beyond = tl.load(starts + tl.minimum(step + 3, steps))
+            acc = _multiply(
+                acc, a, b, c, d, e, f, g, h, x_ptr, cols, m, step, BN, IN_ORDER, FORM, OPERAND
+            )
+            low_words, codes = following
+    return acc
+
+
+@triton.jit
+def _no_sum(is_sound, ROWS: tl.constexpr, BN: tl.constexpr):
+    """Return zeros to which products are added; NaN without a sound descriptor, as then nothing is added."""
+    shape: tl.constexpr = [ROWS, BN] if BN == 8 else [BN, ROWS]
+    return tl.zeros(shape, tl.float32) + tl.where(is_sound, 0.0, float("nan"))
 
 
 @triton.jit(do_not_specialize=["salt", "low_bytes", "rows", "num_x"])
@@ -97,50 +154,15 @@ def _ahead_kernel(
     )
     first = tl.program_id(0) * BN
     part = tl.program_id(1)
-    prmt: tl.constexpr = FORM == _PERMUTED
-    low_bytes = low_bytes.to(tl.uint32)
-    is_gpu: tl.constexpr = OPERAND != tl.float32  # noqa: SIM300  (a constexpr must be left of a dtype)
-    row = tl.arange(0, BN)[None, :, None]
-    group = tl.arange(0, _BLOCKS)[:, None, None] * 4 + tl.arange(0, 4)[None, None, :]
-    # Rows beyond the last are the last once more; they are not stored.
-    at = tl.minimum(first + row, rows - 1).to(tl.int64) * (cols // _GROUP) + group
-    word = tl.arange(0, 4)[None, None, None, :]
-    low = low.to(tl.pointer_type(tl.uint32)) + (at * 4)[:, :, :, None] + word
-    high += (at * 2)[:, :, :, None] + tl.arange(0, 2)[None, None, None, :]
     m = tl.minimum(tl.arange(0, ROWS), num_x - 1)
     steps = cols // _TILE_COLS
-    starts = starts_ptr + first // _TILE_ROWS * steps
-    in_tile = (first % _TILE_ROWS + row) * _ROW_GROUPS + group
     per_part = tl.cdiv(steps, tl.num_programs(1))
     begin = part * per_part
     end = tl.where(is_sound, tl.minimum(begin + per_part, steps), begin)
-    # Without a sound descriptor nothing is added to NaN.
-    shape: tl.constexpr = [ROWS, BN] if BN == 8 else [BN, ROWS]
-    acc = tl.zeros(shape, tl.float32) + tl.where(is_sound, 0.0, float("nan"))
-    if begin < end:
-        low_words, codes = _turn(low, high, begin, is_gpu)
-        entry = tl.load(starts + begin)
-        stop = tl.load(starts + begin + 1)
-        beyond = tl.load(starts + tl.minimum(begin + 2, steps))
-        entry, stop = _bounded(entry, stop, num_entries)
-        fetched = _fetch(entry, stop, entries_ptr, FORM)
-        for step in tl.range(begin, end, num_stages=1):
-            # What the last turn loads ahead is not used.
-            following = _turn(low, high, tl.minimum(step + 1, end - 1), is_gpu)
-            low0, low1, low2, low3 = _split_four(low_words)
-            codes0, codes1 = tl.split(codes)
-            a, b, c, d = _eight_weights(low0, low1, codes0, base4, low_bytes, prmt)
-            e, f, g, h = _eight_weights(low2, low3, codes1, base4, low_bytes, prmt)
-            a, b, c, d, e, f, g, h = _patch_by_lane(
-                a, b, c, d, e, f, g, h, in_tile, entry, stop, fetched, entries_ptr, BN, FORM
-            )
-            entry, stop = _bounded(stop.to(tl.uint32), beyond, num_entries)
-            fetched = _fetch(entry, stop, entries_ptr, FORM)
-            beyond = tl.load(starts + tl.minimum(step + 3, steps))
-            acc = _multiply(
-                acc, a, b, c, d, e, f, g, h, x_ptr, cols, m, step, BN, IN_ORDER, FORM, OPERAND
-            )
-            low_words, codes = following
+    acc = _sum_ahead(
+        _no_sum(is_sound, ROWS, BN), low, high, starts_ptr, entries_ptr, base4, num_entries, low_bytes.to(tl.uint32),
+        first, rows, x_ptr, m, cols, begin, end, BN, IN_ORDER, FORM, OPERAND,
+    )  # fmt: skip
     if BN == 8:
         acc = tl.trans(acc)
     n = tl.arange(0, BN)[:, None]
