@@ -6,7 +6,7 @@ Its module cannot be used as it is: on a CPU vLLM puts a placeholder in Triton's
 import ast
 import importlib.util
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,22 +32,27 @@ def source() -> Path:
 
 def load(folder: Path) -> ModuleType:
     """Return a module, written into `folder`, that has only the kernel and the function it calls."""
-    text = source().read_text()
+    return load_functions(folder, source().read_text(), _FUNCTIONS)
+
+
+def load_functions(folder: Path, text: str, names: Sequence[str]) -> ModuleType:
+    """Return a module, written into `folder`, that has the named kernels of a source text, and nothing else."""
     functions = [
         ast.get_source_segment(text, node)
         for node in ast.parse(text).body
-        if isinstance(node, ast.FunctionDef) and node.name in _FUNCTIONS
+        if isinstance(node, ast.FunctionDef) and node.name in names
     ]
-    assert len(functions) == len(_FUNCTIONS)
-    file = folder / "vllm_kernel.py"
+    assert len(functions) == len(names)
+    name = f"vllm_{names[-1]}"
+    file = folder / f"{name}.py"
     lines = ["import triton", "import triton.language as tl"]
     lines += [f"\n\n@triton.jit\n{function}" for function in functions]
     file.write_text("\n".join(lines) + "\n")
-    spec = importlib.util.spec_from_file_location("vllm_kernel", file)
+    spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["vllm_kernel"] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
 

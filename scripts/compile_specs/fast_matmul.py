@@ -7,7 +7,13 @@ import triton.language as tl
 from compile_specs.spec import CONSTANT, CompileSpec
 
 from vllm_dfloat.codec import fast_layout
-from vllm_dfloat.kernels import fast_matmul, fast_matmul_ahead, fast_matmul_dot, fast_matmul_gemv
+from vllm_dfloat.kernels import (
+    fast_experts_matmul,
+    fast_matmul,
+    fast_matmul_ahead,
+    fast_matmul_dot,
+    fast_matmul_gemv,
+)
 from vllm_dfloat.kernels.configs import CONFIGS, DEFAULT
 from vllm_dfloat.kernels.fast_escapes import PATCHED, PERMUTED
 from vllm_dfloat.kernels.fast_product import MAX_PARTS, DotShape, GemvShape
@@ -117,6 +123,26 @@ AHEAD = [
         (8, 16, False, False), (8, 16, True, False), (16, 16, False, False),
         (8, 16, False, True), (16, 16, False, True), (32, 16, False, True), (16, 8, False, True), (32, 8, False, True),
     )
+]  # fmt: skip
+EXPERTS = [
+    CompileSpec(
+        name=f"fast_experts_{rows}" + "_unsorted" * (not is_sorted),
+        fn=fast_experts_matmul._experts_kernel,
+        signature=dict(
+            desc_ptr="*i64", x_ptr="*u32", bias_ptr="*bf16", weight_ptr="*fp32", ids_ptr="*i32", padded_ptr="*i32",
+            expert_ptr="*i32", out_ptr="*u16", salt="i64", low_bytes="i32", num_experts="i32", rows="i32", cols="i32",
+            num_out="i32", block="i32", top_k="i32", ROWS=CONSTANT, IS_SORTED=CONSTANT, HAS_WEIGHTS=CONSTANT,
+            HAS_BIAS=CONSTANT, FORM=CONSTANT, OPERAND=CONSTANT,
+        ),
+        constexprs={
+            "ROWS": rows, "IS_SORTED": is_sorted, "HAS_WEIGHTS": True, "HAS_BIAS": True, "FORM": PERMUTED,
+            "OPERAND": tl.bfloat16,
+        },
+        aligned_args=(*_ALIGNED, "weight_ptr", "ids_ptr", "padded_ptr", "expert_ptr"),
+        num_warps=1,
+        weights_per_program=fast_experts_matmul.BLOCK_ROWS * fast_layout.TILE_COLS,
+    )
+    for rows, is_sorted in ((8, True), (16, True), (8, False))
 ]  # fmt: skip
 SUM = [
     CompileSpec(

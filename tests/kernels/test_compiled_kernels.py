@@ -63,7 +63,7 @@ def by_name(rows: list[dict[str, Any]]) -> Rows:
     return {(row["kernel"], row["target"]): row for row in rows}
 
 
-def assert_no_spills(rows: Rows, most: int = 16) -> None:
+def assert_no_spills(rows: Rows, most: int = 40) -> None:
     # ptxas spills a few words around a loop if that saves the registers for one more warp; never inside the loop.
     assert [key for key, row in rows.items() if row["spilled_bytes"] > most] == []
     assert [key for key, row in rows.items() if row["spills_in_loops"]] == []

@@ -166,25 +166,33 @@ def facts_in_order(device: torch.device, rows: int, cols: int) -> dict[str, Any]
     """Return, as JSON, what the bits of `launch_in_order` depend on beside shape, device and libraries."""
     from vllm_dfloat.kernels import fast_matmul
 
-    variables = {name: value for name, value in os.environ.items() if name.startswith("TRITON_")}
-    return {
-        "triton": fast_matmul.TRITON_VERSION,
-        "of triton": {k: v for k, v in sorted(variables.items()) if not k.endswith("_DIR")},
-        "kernels": _digest_of_kernels(),
+    return facts_of_kernels() | {
         "launched": repr(
             [_in_order_shape(device, rows, num_x) for num_x in (1, fast_matmul.MAX_ROWS)]
         ),
     }
 
 
+def facts_of_kernels(*others: str) -> dict[str, Any]:
+    """Return, as JSON, which Triton compiles which kernels in order; `others` are modules of kernels beside these."""
+    from vllm_dfloat.kernels import fast_matmul
+
+    variables = {name: value for name, value in os.environ.items() if name.startswith("TRITON_")}
+    return {
+        "triton": fast_matmul.TRITON_VERSION,
+        "of triton": {k: v for k, v in sorted(variables.items()) if not k.endswith("_DIR")},
+        "kernels": _digest_of_kernels(*others),
+    }
+
+
 @functools.cache
-def _digest_of_kernels() -> str:
+def _digest_of_kernels(*others: str) -> str:
     from vllm_dfloat.kernels import fast_matmul
 
     folder = Path(fast_matmul.__file__).parent
     names = (
         "fast_matmul", "fast_matmul_dot", "fast_matmul_ahead", "fast_exchange", "fast_escapes", "fast_lane_escapes",
-        "fast_planes", "tiles",
+        "fast_planes", "tiles", *others,
     )  # fmt: skip
     texts = [(folder / f"{name}.py").read_bytes() for name in names]
     return hashlib.sha256(b"".join(texts)).hexdigest()[:32]
