@@ -48,6 +48,9 @@ def compute(state: State, one: Instruction) -> None:
         state.write(one.operands[0], _funnel(one.kinds[0], *values), 32)
     elif one.base == "bfe":
         state.write(one.operands[0], _extracted(one.kinds[-1][0] == "s", *values), bits)
+    elif one.base == "neg":
+        assert one.kinds[-1][0] == "s", one
+        state.write(one.operands[0], -_signed(values[0], bits), bits)
     elif one.base == "brev":
         each = (values[0][:, None] >> np.arange(32, dtype=U64)) & U64(1)
         state.write(one.operands[0], (each << np.arange(31, -1, -1, dtype=U64)).sum(1), 32)
@@ -56,8 +59,10 @@ def compute(state: State, one: Instruction) -> None:
         assert values[0].all()
         state.write(one.operands[0], 31 - np.log2(values[0]).astype(np.int64), 32)
     elif _is_float(one):
-        assert (one.base, one.kinds[-1]) == ("add", "f32"), one
-        state.write(one.operands[0], (_f32(values[0]) + _f32(values[1])).view(np.uint32), 32)
+        assert one.base in ("add", "mul"), one
+        assert one.kinds[-1] == "f32", one
+        a, b = map(_f32, values)
+        state.write(one.operands[0], (a + b if one.base == "add" else a * b).view(np.uint32), 32)
     else:
         _integers(state, one, values, bits)
 
@@ -181,7 +186,8 @@ def _funnel(direction: str, low: np.ndarray, high: np.ndarray, amount: np.ndarra
 
 
 INSTRUCTIONS = dict.fromkeys(
-    [*_BINARY, "mul", "mad", "shl", "shr", "selp", "prmt", "shf", "bfe", "brev", "bfind"], compute
+    [*_BINARY, "mul", "mad", "shl", "shr", "selp", "prmt", "shf", "bfe", "brev", "neg", "bfind"],
+    compute,
 ) | {
     "mov": move,
     "setp": compare,

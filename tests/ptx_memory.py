@@ -84,6 +84,14 @@ def vote(state: State, one: Instruction) -> None:
     state.write(one.operands[0], np.repeat(bits, 32), 32)
 
 
+def reduce(state: State, one: Instruction) -> None:
+    """Give each thread of a warp the largest of its threads' values."""
+    assert one.kinds == ["sync", "max", "s32"], one
+    assert state.active.all(), "a reduction without all threads"
+    values = state.read(one.operands[1]).astype(np.uint32).view(np.int32)
+    state.write(one.operands[0], np.repeat(values.reshape(-1, 32).max(1), 32), 32)
+
+
 INSTRUCTIONS = {
     "ld": move,
     "st": move,
@@ -92,4 +100,5 @@ INSTRUCTIONS = {
     "stmatrix": move_matrices,
     "shfl": exchange,
     "vote": vote,
+    "redux": reduce,
 }

@@ -2,7 +2,7 @@
 
 What is modelled of wgmma is what a proof of the order needs: which columns each step multiplies, and in which order the
 steps are added. A is in registers or in shared memory, B in shared memory, columns of K lie next to each other in both,
-swizzled over 128 bytes, as a descriptor says; anything else is an error.
+swizzled over 128 or 64 bytes, as a descriptor says; anything else is an error.
 """
 
 import re
@@ -14,9 +14,8 @@ from ptx_state import U64, State
 from tensor_cores import from_bf16
 
 _STEP = 16  # columns
-_LINE = 128  # bytes of a row that are swizzled
 _GROUP = 4  # warps
-_SWIZZLED = 1 << 62
+_LINES = {1: 128, 2: 64}  # bytes of a row that are swizzled, by a descriptor's kind
 
 
 def multiply(state: State, one: Instruction) -> None:
@@ -82,12 +81,15 @@ def _places_in_shared(state: State, register: str, rows: int) -> np.ndarray:
     for desc in state.read(register).reshape(-1, 32 * _GROUP):
         value = int(desc[0])
         assert (desc == desc[0]).all(), "threads of a warp group have other descriptors"
-        assert value >> 62 << 62 == _SWIZZLED, f"{value:x}: not swizzled over 128 bytes"
+        line = _LINES.get(value >> 62)
+        assert line is not None, f"{value:x}: not swizzled over 128 or 64 bytes"
         assert value >> 49 & 7 == 0, f"{value:x}: with an offset of its base"
         start, stride = (value & 0x3FFF) << 4, (value >> 32 & 0x3FFF) << 4
         row, column = np.arange(rows)[:, None], np.arange(_STEP)[None]
-        place = start + row // 8 * stride + row % 8 * _LINE + 2 * column
-        found.append(place ^ (place >> 7 & 7) << 4)  # the swizzle: of each 8 rows, by address
+        place = start + row // 8 * stride + row % 8 * line + 2 * column
+        found.append(
+            place ^ (place >> 7 & line // 16 - 1) << 4
+        )  # the swizzle: of each 8 rows, by address
     return np.stack(found)
 
 

@@ -1,4 +1,4 @@
-"""The product in order as compiled for GPUs, beside vLLM's own batch-invariant product as compiled for the same ones.
+"""Products in order as compiled for GPUs, beside those of vLLM that they replace, compiled for the same ones.
 
 Both run on a machine of NumPy arrays (ptx_machine.py), whose tensor cores show any other order of their steps.
 """
@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,14 +18,18 @@ from vllm_dfloat.kernels.fast_matmul import must_wait
 TESTS = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, int]]:
-    command = [sys.executable, TESTS / "compiled_products.py", tmp_path_factory.mktemp("vllm")]
+def run(script: str, folder: Path) -> Any:
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), env.get("PYTHONPATH", "")])
+    command = [sys.executable, TESTS / script, folder]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, int]]:
+    return run("compiled_products.py", tmp_path_factory.mktemp("vllm"))  # type: ignore[no-any-return]
 
 
 def test_compiled_product_in_order_takes_the_steps_that_vllm_takes(
@@ -40,6 +45,12 @@ def test_compiled_product_in_another_order_is_seen(result: dict[str, dict[str, i
     cases = {name: count for name, count in result["unequal"].items() if not re.match("sm_", name)}
     assert len(cases) == 4
     assert min(cases.values()) > 100
+
+
+def test_compiled_product_with_experts_takes_the_steps_that_vllm_takes(tmp_path: Path) -> None:
+    cases = run("compiled_experts.py", tmp_path)
+    assert len(cases) == 4
+    assert not any(cases.values()), cases
 
 
 @pytest.mark.parametrize(
