@@ -1,12 +1,18 @@
-"""Layout "auto" where the plan cannot be made: everything is packed, and the line says why and what else to do."""
+"""Layout "auto": what vLLM's settings and the options make of the plan, and what is said where there is none."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import architectures
 import pytest
 from conftest import Checkpoint
+from engines import engine
+from vllm.platforms import current_platform
 
+from vllm_dfloat.integration.layers.method import weights_of
 from vllm_dfloat.integration.loading.auto_layout import choose
 from vllm_dfloat.integration.seam.options import Options
 
@@ -19,7 +25,10 @@ def settings(model: Path, **cache: Any) -> Any:
             **{**memory, "cache_dtype": "auto", "mamba_ssm_cache_dtype": "auto", **cache}
         ),
         parallel_config=SimpleNamespace(
-            tensor_parallel_size=1, pipeline_parallel_size=1, enable_expert_parallel=False
+            tensor_parallel_size=1,
+            pipeline_parallel_size=1,
+            data_parallel_size=1,
+            enable_expert_parallel=False,
         ),
         scheduler_config=SimpleNamespace(max_num_batched_tokens=2048, max_num_seqs=4),
         model_config=SimpleNamespace(model=str(model), max_model_len=128),
@@ -29,6 +38,88 @@ def settings(model: Path, **cache: Any) -> Any:
 def test_with_a_plan_some_layers_are_fast(bf16_checkpoint: Checkpoint) -> None:
     layers, _ = choose(settings(bf16_checkpoint("llama")), Options())
     assert layers
+
+
+CONFIGS = Path(__file__).parents[1] / "data" / "configs"
+FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+
+
+@pytest.fixture
+def gpu_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Return a function: GiB -> the memory that vLLM's platform tells of from then on."""
+
+    def has(gib: int) -> None:
+        monkeypatch.setattr(current_platform, "get_device_total_memory", lambda: gib << 30)
+
+    return has
+
+
+def of_config(name: str, max_model_len: int, **parallel: Any) -> Any:
+    config = settings(CONFIGS / f"{name}.json", gpu_memory_utilization=0.92)
+    config.model_config.max_model_len = max_model_len
+    config.parallel_config.__dict__.update(parallel)
+    return config
+
+
+def test_a_wish_below_one_request_leaves_room_for_the_request(
+    gpu_of: Callable[[int], None],
+) -> None:
+    # Bug caught: vLLM did not start, since it needs room for one request; with all matrices packed it does.
+    gpu_of(24)
+    layers, line = choose(of_config("Llama-3.1-8B", 75_000), Options(layout="auto", kv_tokens=1000))
+    asked, told = choose(of_config("Llama-3.1-8B", 75_000), Options(layout="auto"))
+    assert (layers, line) == (asked, told)
+    assert 0 < len(layers) < 129
+    assert "which should leave 75,000 tokens of KV cache" in line
+    fitted = of_config(
+        "Llama-3.1-8B", 131_072
+    )  # --max-model-len auto: as long as there is room for
+    fitted.model_config.original_max_model_len = -1
+    assert len(choose(fitted, Options(layout="auto", kv_tokens=1000))[0]) == 129
+
+
+@pytest.mark.parametrize("ignore", ["re:.*(gate|up)_proj", "re:.*gate_up_proj"])
+def test_ignored_layers_are_counted_as_bf16(ignore: str, gpu_of: Callable[[int], None]) -> None:
+    # Bug caught: they were counted as packed, and others were held fast in memory that there is not.
+    gpu_of(24)
+    wish = Options(layout="auto", kv_tokens=40_000, ignore=(ignore,))
+    layers, line = choose(of_config("Llama-3.1-8B", 8192), wish, FUSED)
+    without, _ = choose(of_config("Llama-3.1-8B", 8192), replace(wish, ignore=()), FUSED)
+    assert layers < without
+    assert line.startswith(f"auto: {len(layers)} of 98 matrices fast")
+    nothing = choose(of_config("Llama-3.1-8B", 8192), replace(wish, ignore=("re:.*",)), FUSED)
+    assert nothing == (
+        frozenset(),
+        "auto: there is nothing to choose, since all matrices stay BF16",
+    )
+
+
+def test_experts_that_engines_share_are_counted_once(gpu_of: Callable[[int], None]) -> None:
+    # Bug caught: --data-parallel-size was not counted, and what the plan for it holds fast was packed.
+    gpu_of(48)
+    alone, shared = (
+        choose(of_config("Qwen3-30B-A3B", 8192, data_parallel_size=count), Options(layout="auto"))
+        for count in (1, 2)
+    )
+    assert len(alone[0]) < len(shared[0])
+
+
+@pytest.mark.parametrize("name", ["Exaone4ForCausalLM", "GptOssForCausalLM"])
+def test_layers_of_a_model_that_is_estimated_are_fast_as_the_line_says(
+    name: str, tmp_path: Path, log_lines: list[str]
+) -> None:
+    # Bug caught: q_proj, k_proj and v_proj were to be fast by the plan, and vLLM's qkv_proj was packed.
+    model = architectures.save_case(name, tmp_path / "m")
+    auto = {"dfloat11": {"layout": "auto", "kv_tokens": 1}}
+    with engine(model, quantization="dfloat11", additional_config=auto) as llm:
+        served = llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
+        asked = {
+            module.quant_method.name: module.quant_method.asked_layout
+            for module in served.modules()
+            if weights_of(module)
+        }
+    packed = [layer for layer, layout in asked.items() if layout == "packed"]
+    assert [layer.rpartition(".")[2] for layer in packed] in (["embed_tokens"], ["embedding"])
 
 
 def test_a_wish_for_tokens_without_room_is_a_warning(

@@ -22,6 +22,33 @@ def test_later_options_go_on_top_of_earlier_ones() -> None:
     assert first.updated({"ignore": [], "layout": "packed"}, "there") == Options()
 
 
+@pytest.mark.parametrize(
+    ("first", "then", "message"),
+    [
+        (
+            {"layout": "auto", "kv_tokens": 5},
+            {"layout": "packed"},
+            "there: kv_tokens 5 of config.json with layout 'packed'; it needs layout 'auto'. "
+            "Set layout to 'auto', or leave kv_tokens out of config.json.",
+        ),
+        (
+            {"layout": "dfloat11"},
+            {"mode": "fused"},
+            "there: mode 'fused' with layout 'dfloat11' of config.json; it needs layout 'packed' or 'fast' or 'auto'. "
+            "Set layout to one of these, or leave mode out.",
+        ),
+    ],
+)
+def test_an_option_of_config_json_that_excludes_another_is_named_with_its_place(
+    first: dict[str, Any], then: dict[str, Any], message: str
+) -> None:
+    # Bug caught: the advice was to leave out of the command line what is not there.
+    config = DFloat11Config.from_config({"quant_method": "dfloat11", **first})
+    with pytest.raises(UnsupportedError) as caught:
+        config.options.updated(then, "there")
+    assert str(caught.value) == message
+
+
 def test_every_layout_that_can_be_asked_for_has_its_functions() -> None:
     assert tuple(layouts.BY_NAME) == LAYOUTS
 
@@ -140,15 +167,26 @@ def test_what_cannot_work_is_refused_before_a_worker_is_started(
         arguments.create_engine_config()
 
 
-def test_an_option_outside_of_the_plugins_name_is_told_once(log_lines: list[str]) -> None:
-    # Bug caught: `--additional-config '{"layout": "fast"}'` was served packed, without a word.
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"layout": "fast", "other": 1}, "layout"),
+        ({"DFloat11": {"layout": "fast"}, "floats": 1}, "DFloat11"),
+        ({"dfloat": {"layout": "fast"}}, "dfloat"),
+        ({"df11": {"layout": "fast"}, "dfloat11": {}}, "df11"),
+    ],
+)
+def test_an_option_outside_of_the_plugins_name_is_told_once(
+    given: dict[str, Any], told: str, log_lines: list[str]
+) -> None:
+    # Bugs caught: these were served packed, without a word.
     config = DFloat11Config()
     for _ in range(2):
-        run = VllmConfig(additional_config={"layout": "fast", "other": 1})
+        run = VllmConfig(additional_config=given)
         assert config.checked_options(run).layout == "packed"
     (line,) = log_lines
     assert line == (
-        "dfloat11: --additional-config: 'layout' beside 'dfloat11' has no effect; give "
+        f"dfloat11: --additional-config: {told!r} beside 'dfloat11' has no effect; give "
         '{"dfloat11": {...}} with it'
     )
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_models
 from cli_commands import only_line
 
 from vllm_dfloat.cli import main
@@ -90,3 +91,22 @@ def test_a_size_above_the_limit_is_told_the_limit(
     (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": 10**12}))
     assert main(["plan", str(tmp_path), "--gpu-memory", "24GiB"]) == 2
     assert only_line(capsys.readouterr().err).endswith("expected an integer from 1 to 4294967296.")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "told"), [([64, 256], ""), ([64, "x"], "intermediate_size[1] is")]
+)
+def test_a_size_per_layer_counts_as_the_largest(
+    sizes: list[Any], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Bug caught: of Gemma 3n, whose config has such a list, there was no plan.
+    model = tiny_models.save("llama", tmp_path / "m", intermediate_size=256)
+    of_one = main(["plan", str(model), "--gpu-memory", "2GiB"]), capsys.readouterr().out
+    config = json.loads((model / "config.json").read_text())
+    config |= {"intermediate_size": sizes, "architectures": ["OtherForCausalLM"]}
+    (model / "config.json").write_text(json.dumps(config))
+    assert main(["plan", str(model), "--gpu-memory", "2GiB"]) == (2 if told else of_one[0])
+    out, err = capsys.readouterr()
+    assert told in err
+    other = [line for line in (out, of_one[1]) for line in line.splitlines() if "other  " in line]
+    assert told or other[0] == other[1]

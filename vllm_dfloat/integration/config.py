@@ -1,7 +1,7 @@
 """The quantization config `dfloat11`: decides for each layer whether it is compressed."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,9 +12,9 @@ from vllm.model_executor.layers.quantization.base_config import (
 
 from vllm_dfloat.checkpoint.folder import CONFIG_KEY
 from vllm_dfloat.errors import UnsupportedError
-from vllm_dfloat.integration.seam import compat, gemms, layer_kinds
+from vllm_dfloat.integration.seam import compat, fused_names, gemms, layer_kinds
 from vllm_dfloat.integration.seam.names import ASKED, METHOD, logger
-from vllm_dfloat.integration.seam.options import AUTO, Options
+from vllm_dfloat.integration.seam.options import AUTO, Options, misplaced
 from vllm_dfloat.integration.seam.refusal import refusal
 
 NAMELESS_EMBEDDING = "model.embed_tokens"  # for models that create the embedding without a name
@@ -33,6 +33,7 @@ class DFloat11Config(QuantizationConfig):  # type: ignore[misc]  # vLLM is untyp
         self._started = False
         self._logged: set[str] = set()
         self._fast_layers: frozenset[str] = frozenset()
+        self._mapper: Any = None  # vLLM's, from names in files to those in its model
         self._unused_ignore = set(self.options.ignore)
         _install()
 
@@ -71,6 +72,9 @@ class DFloat11Config(QuantizationConfig):  # type: ignore[misc]  # vLLM is untyp
         self, model_name: str, hf_config: Any = None, revision: str | None = None
     ) -> None:
         self.is_official = self.is_official or hasattr(hf_config, CONFIG_KEY)
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        self._mapper = hf_to_vllm_mapper
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
@@ -123,8 +127,8 @@ class DFloat11Config(QuantizationConfig):  # type: ignore[misc]  # vLLM is untyp
         """Return the options of one layer, of which "auto" chooses the layout."""
         if self.options.layout != AUTO:
             return self.options
-        layout = "fast" if name in self._fast_layers else "packed"
-        return replace(self.options, layout=layout, kv_tokens=None)
+        is_fast = fused_names.is_chosen(name, self._fast_layers, self.packed_modules_mapping)
+        return replace(self.options, layout="fast" if is_fast else "packed", kv_tokens=None)
 
     def _is_read_as_head(self, is_head: bool) -> bool:
         model_config = getattr(compat.current_config(), "model_config", None)
@@ -202,12 +206,8 @@ class DFloat11Config(QuantizationConfig):  # type: ignore[misc]  # vLLM is untyp
 
     def _warn_of_misplaced(self, extra: Any) -> None:
         """Warn once of options that were not given under the plugin's name; others may use the same words."""
-        names = sorted(set(asdict(self.options)) & set(extra)) if isinstance(extra, Mapping) else []
-        line = (
-            f"--additional-config: {', '.join(map(repr, names))} beside {METHOD!r} has no effect; give "
-            f'{{"{METHOD}": {{...}}}} with it'
-        )
-        if names and line not in self._logged:
+        line = misplaced(extra, METHOD) if isinstance(extra, Mapping) else ""
+        if line and line not in self._logged:
             self._logged.add(line)
             logger.warning("dfloat11: %s", line)
 
@@ -225,7 +225,8 @@ class DFloat11Config(QuantizationConfig):  # type: ignore[misc]  # vLLM is untyp
         if self.options.layout == AUTO:
             from vllm_dfloat.integration.loading import auto_layout
 
-            self._fast_layers, line = auto_layout.choose(config, self.options)
+            layers, line = auto_layout.choose(config, self.options, self.packed_modules_mapping)
+            self._fast_layers = fused_names.with_those_of_vllm(layers, self._mapper)
             self._log_once(line)
         self._started = True
 

@@ -195,7 +195,8 @@ def _fast(
     cache = kv_cache_of(config, settings)
     wanted = settings.kv_cache_memory
     if wanted is None:
-        wanted = bytes_for(settings.kv_tokens or length, cache, packed.layers, length)
+        tokens = settings.tokens_of_auto(config.context)
+        wanted = bytes_for(tokens, cache, packed.layers, length)
     taken = packed.dfloat11_on_gpu + packed.scratch
     taken += packed.unproven_overhead  # the head may be needed whole
     limit = settings.requested if settings.kv_cache_memory is None else settings.gpu_memory
@@ -211,7 +212,7 @@ def _fast(
 
 def activation_bytes(config: ModelConfig, settings: Settings) -> int:
     """Return an estimate of the largest activations: of an MLP for a whole batch, or the logits for sampling."""
-    width = config.size("intermediate_size", 4 * config.hidden)
+    width = config.widest("intermediate_size", 4 * config.hidden)
     mlp = settings.batched_tokens * 2 * (2 * config.hidden + 3 * width // settings.tp)
     logits = settings.num_seqs * config.vocab * (2 + 4 * LOGITS_COPIES)
     return max(mlp, logits)

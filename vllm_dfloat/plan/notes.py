@@ -51,13 +51,14 @@ def note_on_auto(
 ) -> str:
     """Return a sentence on what layout "auto" has chosen."""
     fast = frozenset().union(*(rank.fast for rank in ranks))
-    tokens = settings.kv_tokens or settings.max_model_len or config.context
-    room = f"{tokens:,} tokens of KV cache"
+    room = f"{settings.tokens_of_auto(config.context):,} tokens of KV cache"
     if settings.kv_cache_memory is not None:
         room = f"{settings.kv_cache_memory:,} bytes of KV cache"
+    compressed = [weight for weight in weights if weight.is_compressed]
+    if not compressed:
+        return "auto: there is nothing to choose, since all matrices stay BF16"
     if not fast:
         return f"auto: all matrices packed, since with any of them fast there would be no room for {room}"
-    compressed = [weight for weight in weights if weight.is_compressed]
     count = sum(layer_of(weight) in fast for weight in compressed)
     return (
         f"auto: {count} of {len(compressed)} matrices fast, the others packed, which should leave {room}; one whose "

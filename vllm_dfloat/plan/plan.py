@@ -1,11 +1,13 @@
 """The plan: the memory for serving a model in BF16 and compressed, and whether it fits."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vllm_dfloat.checkpoint.folder import CONFIG_FILE
 from vllm_dfloat.errors import FormatError, UnsupportedError
 from vllm_dfloat.plan.architectures import is_known, known_weights
+from vllm_dfloat.plan.auto import layer_of
 from vllm_dfloat.plan.config import ModelConfig, read_model_config
 from vllm_dfloat.plan.guessed import weights_of_files
 from vllm_dfloat.plan.hub import config_file, is_of_hub
@@ -117,10 +119,16 @@ def make_plan(model: str, settings: Settings, code_bits: float | None = None) ->
     )  # fmt: skip
 
 
-def fast_layers(model: str, settings: Settings) -> tuple[frozenset[str], str, list[str]]:
+def fast_layers(
+    model: str, settings: Settings, stays_bf16: Callable[[str], bool] = lambda layer: False
+) -> tuple[frozenset[str], str, list[str]]:
     """Return the layers that "auto" holds in the fast layout, by vLLM's names, a sentence on the choice, and warnings.
 
-    It reads config.json and the headers of the files, and no weights. The settings are those of "auto".
+    It reads config.json and the headers of the files, and no weights. The settings are those of "auto". Layers of an
+    architecture without rules have the names of their tensors in the files.
+
+    Args:
+        stays_bf16: (layer) -> whether the user wants it to stay so.
 
     Raises:
         FormatError, UnsupportedError: as `make_plan`.
@@ -130,7 +138,10 @@ def fast_layers(model: str, settings: Settings) -> tuple[frozenset[str], str, li
     files, _ = _files(model, file, config)
     if stores_another_head(files, config):
         config = replace(config, tied=False)
-    weights, _ = _weights(config, files)
+    weights = [
+        replace(weight, is_compressed=weight.is_compressed and not stays_bf16(layer_of(weight)))
+        for weight in _weights(config, files)[0]
+    ]
     ranks = ranks_of(config, weights, settings, _code_bits(None, None)[0])
     fast = frozenset().union(*(rank.fast for rank in ranks))
     told = note_on_auto(ranks, weights, settings, config)

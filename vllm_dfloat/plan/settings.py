@@ -26,7 +26,7 @@ class Settings:
         prefix_caching: whether prefixes are cached, as by default (--enable-prefix-caching).
         mamba_ssm_cache_dtype: of states; "auto" for what vLLM takes on a GPU.
         layout: how compressed weights are held, of layout_sizes.py, or "auto" (auto.py).
-        kv_tokens: that "auto" leaves room for; None for those of one request of --max-model-len.
+        kv_tokens: that "auto" leaves room for, if one request of --max-model-len takes no more; None for that request.
         granularity: "layer" or "block", what is decoded in one launch.
         slab: bytes of a slab of the LM head; None for what vLLM takes on a GPU, 0 to hold the whole head.
         slots: scratch buffers in use at the same time; None for as many as the model needs on a GPU.
@@ -66,6 +66,14 @@ class Settings:
     def requested(self) -> int:
         """Bytes per GPU that vLLM may use."""
         return int(self.gpu_memory * self.gpu_memory_utilization)
+
+    def tokens_of_auto(self, context: int) -> int:
+        """Return the tokens of KV cache that "auto" leaves room for: vLLM does not start without those of one request.
+
+        Args:
+            context: of the model, in tokens.
+        """
+        return max(self.kv_tokens or 0, self.max_model_len or 0) or context
 
     @property
     def batched_tokens(self) -> int:

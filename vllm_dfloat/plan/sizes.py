@@ -32,6 +32,18 @@ class Sizes:
             )
         return value
 
+    def widest(self, name: str, default: int) -> int:
+        """Return entry `name`, or the largest where it is a list with a size per layer; `default` if it is missing.
+
+        Raises:
+            FormatError: an entry, or one of the list, is no size.
+        """
+        value = self.entries.get(name)
+        if not isinstance(value, list) or not value:
+            return self.size(name, default)
+        sizes = {f"{name}[{index}]": one for index, one in enumerate(value)}
+        return max(Sizes(self.where, sizes).size(one) for one in sizes)
+
     def count(self, name: str, default: int = 0) -> int:
         """Return entry `name`, which may be 0, or false for the same; `default` if it is missing.
 

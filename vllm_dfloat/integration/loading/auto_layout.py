@@ -1,13 +1,19 @@
 """Layout "auto": the plan's choice of the layers that are held in the fast layout, from vLLM's settings."""
 
+from collections.abc import Mapping
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 from vllm_dfloat.errors import DFloatError
+from vllm_dfloat.integration.seam import fused_names
 from vllm_dfloat.integration.seam.names import logger
 from vllm_dfloat.integration.seam.options import Options
 
 
-def choose(config: Any, options: Options) -> tuple[frozenset[str], str]:
+def choose(
+    config: Any, options: Options, fused: Mapping[str, list[str]] = MappingProxyType({})
+) -> tuple[frozenset[str], str]:
     """Return the layers to hold in the fast layout, and a line that says how many, or why none.
 
     It is the choice of `vllm-dfloat plan --layout auto`: from config.json and the headers of the files, before anything
@@ -15,7 +21,8 @@ def choose(config: Any, options: Options) -> tuple[frozenset[str], str]:
 
     Args:
         config: vLLM's, whose memory, parallelism and lengths count.
-        options: of dfloat11. Its kv_tokens must find room; None for one request of --max-model-len.
+        options: of dfloat11. Its kv_tokens must find room, and one request of --max-model-len.
+        fused: vLLM's packed_modules_mapping, for names in the option `ignore`.
     """
     from vllm.platforms import current_platform
 
@@ -28,12 +35,17 @@ def choose(config: Any, options: Options) -> tuple[frozenset[str], str]:
         config.scheduler_config,
     )
     cpu_offload, prefetch = _offload(getattr(config, "offload_config", None))
+    stays_bf16 = partial(fused_names.is_ignored, ignore=options.ignore, fused=fused)
+    model = config.model_config
+    # With --max-model-len auto, vLLM takes what fits.
+    is_fitted = getattr(model, "original_max_model_len", None) == -1
     settings = Settings(
         tp=parallel.tensor_parallel_size,
         pp=parallel.pipeline_parallel_size,
+        dp=parallel.data_parallel_size,
         gpu_memory=current_platform.get_device_total_memory(),
         gpu_memory_utilization=cache.gpu_memory_utilization,
-        max_model_len=config.model_config.max_model_len,
+        max_model_len=None if is_fitted else model.max_model_len,
         kv_cache_dtype=str(cache.cache_dtype),
         prefix_caching=cache.enable_prefix_caching,
         mamba_ssm_cache_dtype=str(cache.mamba_ssm_cache_dtype),
@@ -51,7 +63,7 @@ def choose(config: Any, options: Options) -> tuple[frozenset[str], str]:
         else {"auto": None, "off": 0}[options.slab],
     )
     try:
-        layers, told, warnings = fast_layers(str(config.model_config.model), settings)
+        layers, told, warnings = fast_layers(str(model.model), settings, stays_bf16)
     except (DFloatError, OSError) as error:
         return frozenset(), (
             f"auto: all layers are packed, since the plan is not known: {error} "

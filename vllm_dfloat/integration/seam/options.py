@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from difflib import get_close_matches
 from typing import Any
 
 from vllm_dfloat.errors import UnsupportedError
@@ -74,18 +75,45 @@ class Options:
             kv_tokens=_count(merged["kv_tokens"], f"{where}: kv_tokens"),
             slab=_slab(merged["slab"], f"{where}: slab"),
         )
+        earlier = {  # of given options, those that are not of `given`
+            name: " of config.json"
+            for name, value in asdict(self).items()
+            if name not in given and value != getattr(Options, name)
+        }
+        held = f"layout {options.layout!r}{earlier.get('layout', '')}"
         for name, value, layouts in NEEDS:
             if options.layout not in layouts and getattr(options, name) == value:
+                of = earlier.get(name, "")
                 raise UnsupportedError(
-                    f"{where}: {name} {value!r} with layout {options.layout!r}; it needs layout "
-                    f"{' or '.join(map(repr, layouts))}. Set layout to one of these, or leave {name} out."
+                    f"{where}: {name} {value!r}{of} with {held}; it needs layout "
+                    f"{' or '.join(map(repr, layouts))}. Set layout to one of these, or leave {name} out{of}."
                 )
         if options.kv_tokens is not None and options.layout != AUTO:
+            of = earlier.get("kv_tokens", "")
             raise UnsupportedError(
-                f"{where}: kv_tokens {options.kv_tokens} with layout {options.layout!r}; it needs layout {AUTO!r}. "
-                f"Set layout to {AUTO!r}, or leave kv_tokens out."
+                f"{where}: kv_tokens {options.kv_tokens}{of} with {held}; it needs layout {AUTO!r}. "
+                f"Set layout to {AUTO!r}, or leave kv_tokens out{of}."
             )
         return options
+
+
+def misplaced(extra: Mapping[Any, Any], section: str) -> str:
+    """Return a line on entries of --additional-config that were meant for `section` and are not in it, or nothing."""
+    own = Options.__dataclass_fields__
+    names = sorted(
+        str(name) for name in extra if name in own or (name != section and _is_like(str(name)))
+    )
+    if not names:
+        return ""
+    return (
+        f"--additional-config: {', '.join(map(repr, names))} beside {section!r} has no effect; give "
+        f'{{"{section}": {{...}}}} with it'
+    )
+
+
+def _is_like(name: str) -> bool:
+    """Return whether a name is one of the format's, in capitals or with a few letters wrong."""
+    return bool(get_close_matches(name.lower(), ("dfloat11", "df11"), cutoff=0.8))
 
 
 def _one_of(choices: tuple[str, ...], value: Any, where: str) -> str:
