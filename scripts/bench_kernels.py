@@ -31,6 +31,7 @@ SECTIONS = {  # the most important come first: time may run out
     "fused": ("bench.kernels.fused", "run"),
     "fast": ("bench.kernels.fast_decode", "run"),
     "fast_fused": ("bench.kernels.fast_fused", "run"),
+    "experts_fused": ("bench.kernels.experts_fused", "run"),
     "experts": ("bench.kernels.experts", "run"),
     "block": ("bench.kernels.groups", "run"),
     "decode_rows": ("bench.kernels.decode", "run_rows"),

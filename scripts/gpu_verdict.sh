@@ -222,7 +222,7 @@ run_bits
 run_times "products of the fast layout, runs of rows" 125 in_order.json in_order fast_fused runs
 starter=(bash -c '[[ ! -f $1/env.sh ]] || . "$1/env.sh"; PYTHONPATH=$PYTHONPATH:$1; shift; exec "$@"' site "$site")
 [[ -n $site ]] || starter=()
-run_times "times of experts" 60 experts.json experts
+run_times "times of experts" 75 experts.json experts_fused experts
 starter=()
 workers=()
 if [[ $device == cuda ]] && "$PYTHON" -c 'import xdist' 2>/dev/null; then workers=(-n 8); fi

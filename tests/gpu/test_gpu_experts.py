@@ -1,4 +1,4 @@
-"""Chosen experts on a GPU: their bits, in memory that stays poisoned elsewhere, also in a CUDA graph."""
+"""Chosen experts on a GPU, decoded into memory that stays poisoned elsewhere, or multiplied; also in CUDA graphs."""
 
 import pytest
 import torch
@@ -6,7 +6,8 @@ from gpu_helpers import DEVICE, NEEDS_GPU, buffers, captured, gaussian, no_rehea
 from helpers import poisoned, same_bits, to_torch, unlike
 
 from vllm_dfloat.codec.layout import TILE_WEIGHTS
-from vllm_dfloat.device import experts, ops
+from vllm_dfloat.device import experts, fast_expert_product, fast_fused, fast_ops, ops
+from vllm_dfloat.kernels.routed import Routed
 
 pytestmark = NEEDS_GPU
 
@@ -78,6 +79,38 @@ def test_a_cuda_graph_decodes_what_the_router_chooses_at_each_replay() -> None:
         status.fill_(experts.STATUS_SKIPPED)
         graph.replay()
         check(weight.view(shape), out, status, ids, unlike(bits))
+
+
+@no_rehearsal
+def test_a_cuda_graph_multiplies_by_the_experts_that_the_router_chooses_at_each_replay() -> None:
+    # Bug caught: a grid, or which blocks have tokens, of the capture.
+    num_experts, rows, cols = 16, 384, 2048
+    weight = to_torch(gaussian(num_experts * rows, cols)).to(DEVICE)
+    held = fast_ops.pack_again(weight, "w13")
+    each = [fast_ops.pack_again(part, "expert") for part in weight.split(rows)]
+    nothing = torch.empty(0, dtype=torch.int32, device=DEVICE)
+    x = torch.randn(4, cols, device=DEVICE).bfloat16()
+    sorted_ids = torch.full((4 * 16,), 4, dtype=torch.int32, device=DEVICE)
+    expert_of_block = torch.zeros(4, dtype=torch.int32, device=DEVICE)
+    padded = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    routed = Routed(sorted_ids, padded, expert_of_block, 16, 4, 1, None)
+    out = torch.full((4, rows), torch.nan, dtype=torch.bfloat16, device=DEVICE)
+    shape = num_experts, rows, cols
+    graph = captured(lambda: fast_expert_product.launch(x, held.desc, *shape, routed, None, out))
+    for chosen in ([3, 3, 3, 3], [0, 15, 0, 7], [1, 2, 3, 4]):
+        sorted_ids.fill_(4)
+        blocks = sorted(set(chosen))
+        for at, expert in enumerate(blocks):
+            mine = [token for token, other in enumerate(chosen) if other == expert]
+            sorted_ids[16 * at : 16 * at + len(mine)] = torch.tensor(mine, device=DEVICE).int()
+            expert_of_block[at] = expert
+        padded.fill_(16 * len(blocks))
+        out.fill_(torch.nan)
+        graph.replay()
+        for token, expert in enumerate(chosen):
+            scratch = nothing.view(torch.bfloat16), nothing
+            alone = fast_fused.launch_in_order(x, each[expert].desc, rows, cols, None, scratch)
+            assert same_bits(out[token], alone[token]), (chosen, token)
 
 
 @no_rehearsal

@@ -35,7 +35,14 @@ FORMS = (
 # Kernels whose threads must wait for each other in every turn of a loop, with any compiler: operands, or the
 # activations alone, go to the tensor cores through shared memory; a block of the official layout ends with its last
 # window; a histogram is shared.
-WAITING = ("fast_dot_", "fast_in_order_", "fast_ahead_in_order_", "decode_dfloat11", "encode_count")
+WAITING = (
+    "fast_dot_",
+    "fast_in_order_",
+    "fast_ahead_in_order_",
+    "fast_experts_",
+    "decode_dfloat11",
+    "encode_count",
+)
 
 
 def kernel_report(*arguments: str, packages: Path | None = None) -> list[dict[str, Any]]:

@@ -72,8 +72,8 @@ def test_rehearsal_goes_through_its_parts_and_leaves_results_only_where_it_was_t
         assert found["environment"]["failures"] == found["environment"]["wrong_bits"] == []
         sections |= {row["section"] for row in found["rows"]}
     assert sections == {
-        "decode", "fused", "fast", "fast_fused", "experts", "layouts", "block", "overlap", "encode", "decode_rows",
-        "slabs", "in_order", "runs",
+        "decode", "fused", "fast", "fast_fused", "experts", "experts_fused", "layouts", "block", "overlap", "encode",
+        "decode_rows", "slabs", "in_order", "runs",
     }  # fmt: skip
     files = sorted(path.name for path in tmp_path.iterdir())
     assert files == [

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from bench.checks.sizes import some_rows
 from bench.kernels.fast_decode import check_decode, check_rows, check_run, pack
 from bench.kernels.fast_fused import Kernel, check_product, hard
 from bench.kernels.groups import FastGroup
+from bench.kernels.held_experts import by_expert
 from bench.kernels.timing import expect_same_bits
 from bench_setup import normal
 
-from vllm_dfloat.device import experts, fast_experts, fast_ops
+from vllm_dfloat.device import experts, fast_experts, fast_fused, fast_ops
+from vllm_dfloat.kernels import fast_experts_matmul
 from vllm_dfloat.kernels.configs import config_of
-from vllm_dfloat.kernels.fast_escapes import PERMUTED, PLAIN
+from vllm_dfloat.kernels.fast_escapes import PATCHED, PERMUTED, PLAIN
 
 
 def _hard_edges(device: torch.device) -> torch.Tensor:
@@ -72,6 +76,35 @@ def fast_group(device: torch.device) -> None:
     FastGroup(weights).check("fast_group")
     whole = [normal(64, cols, device, seed=cols) for cols in (512, 1024)]
     FastGroup(whole).check("fast_group of whole blocks")
+
+
+def fast_experts_product(device: torch.device) -> None:
+    """Check products with experts: sorted tokens and others have the bits of each expert's own product in order."""
+    num_experts, rows, cols, top_k = 4, 80, 256, 2
+    weight = normal(num_experts * rows, cols, device, seed=6)
+    weight[64:128, 128:] = -0.0
+    weight[200, ::7] = 0.0
+    whole, nothing = pack(weight), torch.empty(0, dtype=torch.int32, device=device)
+    each = [fast_ops.pack_again(part, "expert") for part in weight.split(rows)]
+    scratch = nothing.view(torch.bfloat16), nothing
+    is_gpu = device.type == "cuda"
+    for num_x, block in ((3, 1), (40, 16), (40, 64)) if is_gpu else ((2, 1), (3, 16)):
+        x = normal(num_x, cols, device, seed=num_x) * 50
+        chosen = [torch.randperm(num_experts, device=device)[:top_k] for _ in range(num_x)]
+        ids = torch.stack(chosen).int()
+        routed = by_expert(ids, block, None, top_k)
+        if block == 1:  # not sorted
+            routed = replace(routed, ids=None, num_padded=None, expert_of_block=ids.view(-1))
+        expected = torch.empty(num_x, top_k, rows, dtype=torch.bfloat16, device=device)
+        for expert, held in enumerate(each):
+            of_all = fast_fused.launch_in_order(x, held.desc, rows, cols, None, scratch)
+            expected[ids == expert] = of_all.repeat_interleave((ids == expert).sum(1), 0)
+        for form in (PLAIN, PATCHED, PERMUTED) if is_gpu else (PLAIN,):
+            out = torch.full((num_x * top_k, rows), torch.nan, dtype=torch.bfloat16, device=device)
+            fast_experts_matmul.multiply(x, whole.desc, num_experts, cols, routed, None, out, form)
+            expect_same_bits(
+                out, expected, f"product with experts, {num_x} tokens, {block}, form {form}"
+            )
 
 
 def fast_held(device: torch.device) -> None:

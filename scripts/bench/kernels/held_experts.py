@@ -13,6 +13,7 @@ from vllm_dfloat.codec.layout import TILE_WEIGHTS
 from vllm_dfloat.device import experts
 from vllm_dfloat.device.packed_weight import PackedWeight
 from vllm_dfloat.integration.layers.layouts import BY_NAME
+from vllm_dfloat.kernels.routed import Routed
 
 
 @dataclass(frozen=True)
@@ -157,3 +158,24 @@ def choices(bench: Bench, shape: Shape, num_tokens: int, num_sets: int) -> list[
         hands += deck.split(shape.top_k)[:hands_per_deck]
     ids = torch.stack(hands[: num_sets * num_tokens]).int()
     return list(ids.view(num_sets, num_tokens, shape.top_k).to(bench.device))
+
+
+def by_expert(ids: torch.Tensor, block: int, parts: torch.Tensor | None, top_k: int) -> Routed:
+    """Return the rows of a result, one for each of `ids`, sorted by expert in blocks, as vLLM sorts them.
+
+    Args:
+        ids: int32 [num_tokens, experts of a token].
+        parts: FP32, a row's weight of the router, flat, or None.
+        top_k: rows of the result per row of activations.
+    """
+    flat = ids.view(-1)
+    order = flat.argsort(stable=True)
+    experts, counts = flat.unique(return_counts=True)
+    blocks = -(-counts // block)
+    places = torch.full((int(blocks.sum()), block), len(flat), dtype=torch.int32, device=ids.device)
+    starts = (blocks.cumsum(0) - blocks).tolist()
+    for mine, start in zip(order.split(counts.tolist()), starts, strict=True):
+        places.view(-1)[start * block :][: len(mine)] = mine.int()
+    padded = torch.tensor([places.numel()], dtype=torch.int32, device=ids.device)
+    each = experts.repeat_interleave(blocks).int()
+    return Routed(places.view(-1), padded, each, block, len(ids), top_k, parts)

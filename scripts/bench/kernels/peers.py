@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from vllm_dfloat.dfloat11.format import BLOCK_BYTES, BLOCK_WINDOWS
+from vllm_dfloat.kernels.routed import Routed
 
 DEFAULT_SHARED_BYTES = 48 * 1024  # a kernel must request more explicitly
 MAX_DYNAMIC_SHARED_SIZE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -138,8 +139,8 @@ class Nvcomp:
         return self._nvcomp.as_array(tensor, cuda_stream=self._stream)
 
 
-def fused_experts(device: torch.device) -> Callable[..., torch.Tensor]:
-    """Return vLLM's Triton kernel for BF16 experts: (x, w13, w2, weights of the experts, ids) -> the sum per token.
+def _fused_moe(device: torch.device) -> Any:
+    """Return vLLM's module of Triton kernels for experts.
 
     Raises:
         NotHereError: there is no GPU, or vLLM is not installed.
@@ -149,7 +150,45 @@ def fused_experts(device: torch.device) -> Callable[..., torch.Tensor]:
     if importlib.util.find_spec("vllm") is None:
         raise NotHereError("vLLM is not installed")
     try:
-        from vllm.model_executor.layers.fused_moe.fused_moe import fused_experts as product
+        return importlib.import_module("vllm.model_executor.layers.fused_moe.fused_moe")
     except (ImportError, RuntimeError) as error:
         raise NotHereError(f"vLLM has no such kernel: {error}") from error
-    return product
+
+
+def fused_experts(device: torch.device) -> Callable[..., torch.Tensor]:
+    """Return vLLM's product with BF16 experts: (x, w13, w2, weights of the experts, ids) -> the sum per token.
+
+    Raises:
+        NotHereError: there is no GPU, or vLLM is not installed.
+    """
+    return _fused_moe(device).fused_experts  # type: ignore[no-any-return]
+
+
+class ExpertsKernel:
+    """vLLM's Triton kernel for one product with BF16 experts, and how vLLM launches it.
+
+    Raises:
+        NotHereError: there is no GPU, or vLLM is not installed.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._module = _fused_moe(device)
+
+    def config(
+        self, w13: tuple[int, int, int], w2: tuple[int, int, int], top_k: int, num_tokens: int
+    ) -> dict[str, int]:
+        """Return the launch that vLLM chooses for tensors of these shapes."""
+        return self._module.try_get_optimal_moe_config(w13, w2, top_k, None, num_tokens)  # type: ignore[no-any-return]
+
+    def multiply(
+        self, x: torch.Tensor, weight: torch.Tensor, routed: Routed, out: torch.Tensor, config: dict[str, int]
+    ) -> None:  # fmt: skip
+        """Write the rows of the result to `out`, BF16 [tokens * top_k, rows]."""
+        import triton.language as tl
+
+        parts = None if routed.weights is None else routed.weights.view(-1, routed.top_k)
+        self._module.invoke_fused_moe_triton_kernel(
+            x, weight, out.view(len(x), routed.top_k, -1), None, None, parts, routed.ids, routed.expert_of_block,
+            routed.num_padded, parts is not None, routed.top_k, config, compute_type=tl.bfloat16, use_fp8_w8a8=False,
+            use_int8_w8a8=False, use_int8_w8a16=False, use_int4_w4a16=False, per_channel_quant=False,
+        )  # fmt: skip
