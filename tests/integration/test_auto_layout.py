@@ -1,5 +1,6 @@
 """Layout "auto": what vLLM's settings and the options make of the plan, and what is said where there is none."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from conftest import Checkpoint
 from engines import engine
 from vllm.platforms import current_platform
 
+from vllm_dfloat.cli import main
 from vllm_dfloat.integration.layers.method import weights_of
 from vllm_dfloat.integration.loading.auto_layout import choose
 from vllm_dfloat.integration.seam.options import Options
@@ -92,6 +94,26 @@ def test_ignored_layers_are_counted_as_bf16(ignore: str, gpu_of: Callable[[int],
         frozenset(),
         "auto: there is nothing to choose, since all matrices stay BF16",
     )
+
+
+def test_an_engine_chooses_as_plan_does_with_the_bits_that_it_assumes(
+    bf16_checkpoint: Checkpoint, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # What docs/planning.md says of --code-bits: without it, plan measures weights that are there.
+    model, memory = bf16_checkpoint("llama"), current_platform.get_device_total_memory()
+    command = ["plan", str(model), "--gpu-memory", f"{memory}B", "--gpu-memory-utilization", "0.9"]
+    command += ["--max-model-len", "128", "--max-num-seqs", "4", "--max-num-batched-tokens", "2048"]
+    command += ["--no-enable-prefix-caching", "--json", "--code-bits", "2.7", "--layout"]
+
+    def planned(*layout: str) -> Any:
+        assert main([*command, *layout]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    least, most = (planned(layout)["dfloat11"]["kv_tokens"] for layout in ("fast", "packed"))
+    tokens = (least + most) // 2
+    told = choose(settings(model), Options(layout="auto", kv_tokens=tokens))[1]
+    assert told in planned("auto", "--kv-tokens", str(tokens))["notes"]
+    assert " 10 matrices fast" in told
 
 
 def test_experts_that_engines_share_are_counted_once(gpu_of: Callable[[int], None]) -> None:

@@ -196,3 +196,10 @@ def test_a_slab_may_be_given_in_bytes_or_as_a_size(capsys: pytest.CaptureFixture
         assert main(["plan", model, "--gpu-memory", "24GiB", "--slab", slab]) == 0
         printed.append(capsys.readouterr().out)
     assert printed[0] == printed[1]
+
+
+def test_a_slab_of_nothing_is_refused_as_the_option_is(capsys: pytest.CaptureFixture[str]) -> None:
+    # Bug caught: it was the plan of --slab off, and an engine refuses it.
+    model = str(CONFIGS / "Llama-3.1-8B.json")
+    assert main(["plan", model, "--gpu-memory", "24GiB", "--slab", "0"]) == 2
+    assert "--slab 0: expected auto, off, a positive number" in capsys.readouterr().err

@@ -189,12 +189,21 @@ def _prefetch(args: argparse.Namespace) -> Any:
 
 
 def _slab(given: str | None) -> int | None:
-    """Return the bytes of a slab, 0 for "off", None for "auto"."""
+    """Return the bytes of a slab, 0 for "off", None for "auto".
+
+    Raises:
+        UnsupportedError: anything else than these or a size, or one of no bytes, which the option refuses too.
+    """
     if given is None or given == "auto":
         return None
     if given == "off":
         return 0
-    return int(given) if given.isdecimal() else parse_size(given, "--slab")
+    size = int(given) if given.isdecimal() else parse_size(given, "--slab")
+    if not size:
+        raise UnsupportedError(
+            f"--slab {given}: expected auto, off, a positive number of bytes, or as 64MiB."
+        )
+    return size
 
 
 def _ranks(args: argparse.Namespace) -> int:

@@ -198,7 +198,7 @@ class DFloat11Config(QuantizationConfig):  # type: ignore[misc]  # vLLM is untyp
         if options.mode == "fused" and gemms.is_batch_invariant():
             raise UnsupportedError(
                 "mode 'fused' with VLLM_BATCH_INVARIANT: it gives small batches other bits than large ones; expected "
-                "mode 'exact' or 'fused-exact'. Leave out mode, or the variable."
+                "mode 'exact', or 'fused-exact' with layout 'fast' or 'auto'. Leave out mode, or the variable."
             )
         if reason := refusal(config):
             raise UnsupportedError(f"dfloat11 does not work with {reason}")
