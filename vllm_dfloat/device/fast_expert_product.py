@@ -14,7 +14,7 @@ from vllm_dfloat.device.checks import check_desc, check_tensor, require_triton
 from vllm_dfloat.device.fast_fused import facts_of_kernels
 from vllm_dfloat.device.fused import aligned
 from vllm_dfloat.errors import UnsupportedError
-from vllm_dfloat.kernels.routed import Routed
+from vllm_dfloat.kernels.routed import Routed as Routed  # for callers
 
 
 def max_tokens(device: torch.device, num_experts: int, top_k: int, rows: int, cols: int) -> int:

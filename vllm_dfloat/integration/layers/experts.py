@@ -4,6 +4,7 @@ vLLM's own method loads, pads, shuffles and chooses the kernel. What it then hol
 gives what the kernel reads, whatever its form. Biases and all other parameters stay as they are.
 """
 
+import dataclasses
 import functools
 import weakref
 from typing import Any
@@ -16,11 +17,24 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
 from vllm_dfloat.device import ops
 from vllm_dfloat.device.scratch import MAIN_SLOT, scratch
 from vllm_dfloat.errors import UnsupportedError
-from vllm_dfloat.integration.layers import experts_kernel, experts_loading, layouts, method
+from vllm_dfloat.integration.layers import (
+    experts_apply,
+    experts_kernel,
+    experts_loading,
+    layouts,
+    method,
+)
 from vllm_dfloat.integration.layers.experts_kernel import HeldExperts, Tensor3
 from vllm_dfloat.integration.layers.experts_loading import ExpertsPlaceholder
 from vllm_dfloat.integration.layers.layouts import BY_NAME
-from vllm_dfloat.integration.seam import arrivals, compat, expert_kernels, layerwise, slots
+from vllm_dfloat.integration.seam import (
+    arrivals,
+    compat,
+    expert_kernels,
+    expert_products,
+    layerwise,
+    slots,
+)
 from vllm_dfloat.integration.seam.options import Options
 
 # vLLM's compile cache hashes this file's text, but not that of the op: increase this when the op's meaning changes.
@@ -35,12 +49,15 @@ class DFloat11ExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]  #
     Attributes:
         name: of the layer, in messages.
         backend: the name of vLLM's kernel.
+        mode: that of the options.
         why_all: why experts without tokens are decoded too, "" if they are not.
+        why_decoded: why experts are decoded whatever the number of tokens in a mode other than "exact"; "" if they
+            need not be.
+        most_tokens: up to how many tokens w13 and w2 may be multiplied without decoding; known after loading.
     """
 
     uses_meta_device = True
     supports_eplb = False
-    mode = "exact"
     experts_cls: Any
     fused_rows = 0
 
@@ -53,6 +70,9 @@ class DFloat11ExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]  #
         self.asked_layout = self.layout = options.layout
         self.backend = expert_kernels.backend_of_experts(self)
         self.why_all = self._why_all()
+        self.mode = options.mode
+        self.why_decoded = self._why_decoded()
+        self.most_tokens = 0, 0
         self.placeholders: dict[str, ExpertsPlaceholder] = {}
         self.slots = slots.main_slots(config)
         self.all_slots = slots.slots(config)
@@ -60,7 +80,7 @@ class DFloat11ExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]  #
         load_config = getattr(config, "load_config", None)
         self.makes_up_weights = getattr(load_config, "load_format", None) == "dummy"
         if self.experts_cls is not None:  # some platforms have no kernel of this kind
-            self.experts_cls = experts_kernel.decoding(self.experts_cls)
+            self.experts_cls = experts_apply.decoding(self.experts_cls)
         if self.can_compress and expert_kernels.moves_experts(moe_config):
             raise UnsupportedError(
                 f"{name}: --enable-eplb moves experts between ranks while serving; expected experts that stay, since "
@@ -75,6 +95,18 @@ class DFloat11ExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]  #
             return f"vLLM's kernel {self.backend} chooses them itself"
         if self.backend not in expert_kernels.READ_CHOSEN_EXPERTS_ONLY:
             return f"vLLM's kernel {self.backend} may read them"
+        return ""
+
+    def _why_decoded(self) -> str:
+        """Return why experts are decoded whatever the number of tokens, "" if they need not be, or in mode "exact"."""
+        if self.mode == "exact":
+            return ""
+        if BY_NAME[self.layout].experts_product is None:
+            return f"the layout {self.layout} has no other way"
+        if self.backend != expert_products.BACKEND:
+            return f"vLLM's kernel {self.backend} reads BF16"
+        if expert_products.product_of(self.experts_cls) is None:
+            return "this vLLM's kernel is made of other parts"
         return ""
 
     @property
@@ -111,7 +143,10 @@ class DFloat11ExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]  #
         w13, w2 = self._pack(layer, W13, packed), self._pack(layer, W2, packed)
         experts_loading.settle(layer)
         check = experts_kernel.checked(layer, self.check_in_place)
-        self._give(HeldExperts(w13, w2, self.layout, self.decodes_all, check))
+        held = HeldExperts(
+            w13, w2, self.layout, self.decodes_all, check, self.mode, self.most_tokens
+        )
+        self._give(held)
         layer.__dict__[method.PROCESSED] = True
 
     def _pack(
@@ -147,6 +182,30 @@ class DFloat11ExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]  #
         # Now all layers are known. Next vLLM measures the memory left for the KV cache.
         device = layer.get_parameter(W13).device
         scratch.reserve(device, self.all_slots if device.type == "cuda" else (MAIN_SLOT,))
+
+    @property
+    def held(self) -> HeldExperts:
+        """What the kernel knows of the loaded layer's experts."""
+        held: HeldExperts = getattr(expert_kernels.experts_of_kernel(self), experts_kernel.HELD)
+        return held
+
+    def settle_most_tokens(self, layer: torch.nn.Module) -> bool:
+        """Set up to how many tokens may be multiplied without decoding; return whether there are any.
+
+        Which of their products are, is known later (proven_experts.py).
+        """
+        of = BY_NAME[self.layout].experts_product
+        if self.mode == "exact" or self.why_decoded or of is None or not method.weights_of(layer):
+            return False
+        num_experts, per_token, _ = expert_products.sizes_of(self.moe)
+        device, held = layer.get_parameter(W13).device, self.held
+        most = [
+            of.max_tokens(device, num_experts, per_token, *tensor.sizes[1:])
+            for tensor in (held.w13, held.w2)
+        ]
+        self.most_tokens = most[0], most[1]
+        self._give(dataclasses.replace(held, most_tokens=self.most_tokens))
+        return any(most)
 
     def check_in_place(self, layer: torch.nn.Module) -> None:
         """Raise UnsupportedError if other code has replaced the layer's weights, or an update has not finished."""

@@ -2,8 +2,8 @@
 
 A layer's two tensors lie decoded behind one another in a slot of the scratch, and after them one flag per expert. Only
 experts that got tokens are decoded where the kernel reads no others. The place of the hook, the kernel's own `apply`,
-is the only one that sees the ids of all tokens: with data and expert parallelism they are gathered just before, and
-LoRA has a method of its own that calls the kernel.
+is the only one that sees the ids of all tokens (experts_apply.py): with data and expert parallelism they are gathered
+just before, and LoRA has a method of its own that calls the kernel.
 """
 
 import functools
@@ -63,6 +63,8 @@ class HeldExperts:
         layout: how they are held, a name in layouts.py.
         decodes_all: whether experts without tokens are decoded too.
         check: raises if other code has replaced the layer's parameters.
+        mode: a mode of the options.
+        most_tokens: up to how many tokens of the layer w13 and w2 may be multiplied without decoding, 0 for never.
     """
 
     w13: Tensor3
@@ -70,6 +72,8 @@ class HeldExperts:
     layout: str
     decodes_all: bool
     check: Callable[[], None]
+    mode: str = "exact"
+    most_tokens: tuple[int, int] = (0, 0)
 
     @property
     def scratch_numel(self) -> int:
@@ -89,23 +93,49 @@ class HeldExperts:
         """
         if torch.compiler.is_compiling():
             return self._traced(self.w13, ids, expert_map), self._traced(self.w2, ids, expert_map)
-        self.check()
-        memory, status = scratch.take(ids.device, self.scratch_numel, slots.slot(ids.device))
-        middle = self.w13.scratch_numel(self.layout)
-        end = middle + self.w2.scratch_numel(self.layout)
-        chosen = None
-        if not self.decodes_all:
-            chosen = memory[end:].view(torch.int32)[: self.w13.shape[0]]
-            experts.mark_chosen(ids, expert_map, chosen)
-        tiles = middle // TILE_WEIGHTS
-        w13 = _decode(self.w13, self.layout, chosen, memory[:middle], status[:tiles])
-        w2 = _decode(self.w2, self.layout, chosen, memory[middle:end], status[tiles:])
-        return w13, w2
+        held = Undecoded(self, ids, expert_map)
+        return held.decoded(self.w13), held.decoded(self.w2)
 
     def _traced(
         self, tensor: Tensor3, ids: torch.Tensor, expert_map: torch.Tensor | None
     ) -> torch.Tensor:
         return op(tensor.desc, ids, expert_map, list(tensor.shape), self.layout, self.decodes_all)
+
+
+class Undecoded:
+    """The room of a layer's two tensors in the scratch, in one call of its kernel; each is decoded when asked for."""
+
+    def __init__(
+        self, held: HeldExperts, ids: torch.Tensor, expert_map: torch.Tensor | None
+    ) -> None:
+        """Take the room; the arguments are those of `HeldExperts.decoded`."""
+        held.check()
+        self.held, self._ids, self._map = held, ids, expert_map
+        out, status = scratch.take(ids.device, held.scratch_numel, slots.slot(ids.device))
+        self._out, self._status = out, status
+        self._chosen: torch.Tensor | None = None
+
+    def room(self, tensor: Tensor3) -> torch.Tensor:
+        """Return where the tensor will lie, in its shape; its values are those of other layers until it is decoded."""
+        return self._out[self._start(tensor) :][: tensor.numel].view(tensor.shape)
+
+    def decoded(self, tensor: Tensor3) -> torch.Tensor:
+        """Decode one of the two tensors, and return it."""
+        start = self._start(tensor)
+        numel = tensor.scratch_numel(self.held.layout)
+        out, status = self._out[start:][:numel], self._status[start // TILE_WEIGHTS :]
+        return _decode(tensor, self.held.layout, self._marked(), out, status)
+
+    def _start(self, tensor: Tensor3) -> int:
+        return 0 if tensor is self.held.w13 else self.held.w13.scratch_numel(self.held.layout)
+
+    def _marked(self) -> torch.Tensor | None:
+        """Return the flags of the experts that got tokens, behind the tensors; None if all are decoded."""
+        if self._chosen is None and not self.held.decodes_all:
+            end = self._start(self.held.w2) + self.held.w2.scratch_numel(self.held.layout)
+            self._chosen = self._out[end:].view(torch.int32)[: self.held.w13.shape[0]]
+            experts.mark_chosen(self._ids, self._map, self._chosen)
+        return self._chosen
 
 
 def _decode(
@@ -164,23 +194,6 @@ op: Callable[..., torch.Tensor] = register(
     _decode_anew,
     _decode_anew_fake,
 )
-
-
-@functools.cache
-def decoding(kernel: type) -> type:
-    """Return a subclass of one of vLLM's classes of experts whose `apply` runs on decoded weights.
-
-    Every other argument goes on untouched. Of the class's own name only the end differs, for vLLM's log.
-    """
-
-    def apply(self: Any, *, w1: torch.Tensor, w2: torch.Tensor, **arguments: Any) -> Any:
-        ids = arguments.get("topk_ids")
-        if ids is None:  # a kernel that routes by itself
-            ids = arguments["router_logits"]
-        w13, w2 = getattr(self, HELD).decoded(ids, arguments.get("expert_map"))
-        return kernel.apply(self, w1=w13, w2=w2, **arguments)  # type: ignore[attr-defined]
-
-    return type(f"DFloat11{kernel.__name__}", (kernel,), {"apply": apply})
 
 
 def checked(layer: torch.nn.Module, check: Callable[[Any], None]) -> Callable[[], None]:

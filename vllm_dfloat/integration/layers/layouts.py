@@ -11,6 +11,7 @@ import torch
 
 from vllm_dfloat.device import (
     experts,
+    fast_expert_product,
     fast_experts,
     fast_fused,
     fast_groups,
@@ -48,6 +49,32 @@ class Product:
     variants: Callable[[torch.device, int, int, int], Mapping[Hashable, int]]
     partials: Callable[[torch.device, int, int, int], int]
     facts: Callable[[torch.device, int, int], dict[str, Any]] = lambda device, rows, cols: {}
+
+
+@dataclass(frozen=True)
+class ExpertsProduct:
+    """How a layout multiplies a few tokens by their experts without decoding them, in the order of `Layout.in_order`.
+
+    Attributes:
+        max_tokens: (device, experts of all ranks, experts of a token, rows, cols) -> the largest number of tokens for
+            which it is used for experts [rows, cols]; 0 for never.
+        launch: (x, desc, num_experts, rows, cols, routed, bias, out): into `out`, as fast_expert_product.py says;
+            called inside vLLM's kernel for experts.
+        variants: (block, most) -> for each kernel that up to `most` tokens need, sorted in blocks of `block`, a key
+            that tells it from others, and a number of tokens that uses it. Each has forms with and without biases and
+            weights, for sorted tokens and others.
+        facts: () -> as JSON, what the bits depend on beside shape, variant, device and libraries.
+    """
+
+    max_tokens: Callable[[torch.device, int, int, int, int], int]
+    launch: Callable[
+        [
+            torch.Tensor, torch.Tensor, int, int, int, fast_expert_product.Routed, torch.Tensor | None, torch.Tensor,
+        ],
+        None,
+    ]  # fmt: skip
+    variants: Callable[[int, int], Mapping[Hashable, int]]
+    facts: Callable[[], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -92,6 +119,7 @@ class Layout:
             [num_experts, rows, cols], of which it decodes those chosen, each where it lies (experts.py); None if it
             decodes all or none.
         groups: how it decodes several matrices at once; None if it cannot.
+        experts_product: how it multiplies by experts without decoding; None if it cannot.
     """
 
     pack: Callable[[torch.Tensor, str], ops.PackedWeight]
@@ -108,6 +136,7 @@ class Layout:
         | None
     ) = None
     groups: Groups | None = None
+    experts_product: ExpertsProduct | None = None
 
 
 BY_NAME: Mapping[str, Layout] = {
@@ -148,6 +177,12 @@ BY_NAME: Mapping[str, Layout] = {
         pack_if_small=fast_ops.pack,
         decode_chosen=fast_experts.launch_decode_chosen,
         groups=Groups(fast_groups.table_rows, fast_groups.launch_decode_group),
+        experts_product=ExpertsProduct(
+            fast_expert_product.max_tokens,
+            fast_expert_product.launch,
+            fast_expert_product.variants,
+            fast_expert_product.facts,
+        ),
     ),
     "dfloat11": Layout(
         unit_resident.pack,

@@ -65,7 +65,13 @@ class _Reporting:
         )
         if model_config.quantization == METHOD:
             from vllm_dfloat.integration.compiling import settings
-            from vllm_dfloat.integration.layers import grouping, heads, proven_products, tying
+            from vllm_dfloat.integration.layers import (
+                grouping,
+                heads,
+                proven_experts,
+                proven_products,
+                tying,
+            )
             from vllm_dfloat.integration.loading import live_check, report
             from vllm_dfloat.integration.seam import offloader
             from vllm_dfloat.integration.updating import update, worker
@@ -74,6 +80,7 @@ class _Reporting:
             grouping.group_layers(model)
             settings.note_layouts(vllm_config, model)
             proven_products.prepare(model, model_config)
+            proven_experts.prepare(model)
             heads.prepare(model, vllm_config, model_config)
             tying.warn_if_different(model, model_config)
             report.log_summary(model)
@@ -111,9 +118,10 @@ class _Refusing:
             vllm_config=vllm_config, model_config=model_config, prefix=prefix
         )
         if model_config.quantization == METHOD:
-            from vllm_dfloat.integration.layers import heads, proven_products
+            from vllm_dfloat.integration.layers import heads, proven_experts, proven_products
 
             proven_products.prepare(model, model_config)
+            proven_experts.prepare(model)
             heads.prepare(model, vllm_config, model_config)
         return model
 

@@ -13,7 +13,7 @@ from vllm_dfloat.integration.layers.layouts import OTHERWISE
 from vllm_dfloat.integration.layers.method import weights_of
 from vllm_dfloat.integration.loading import offload
 from vllm_dfloat.integration.loading.uncompressed import plain_parameters, uncompressed
-from vllm_dfloat.integration.seam import layer_kinds, offloader, places
+from vllm_dfloat.integration.seam import expert_kernels, layer_kinds, offloader, places
 from vllm_dfloat.integration.seam.names import logger
 from vllm_dfloat.integration.seam.options import Options
 
@@ -33,6 +33,7 @@ class Summary:
         other_names: layers held in another layout than was asked for, because they would not have shrunk enough.
         is_fused: whether mode "fused" was asked for.
         fused_rows: for each layer that uses it, the largest number of rows of activations.
+        fused_tokens: for each layer of experts that uses it, the largest number of tokens.
         raw_names: layers held as BF16, because coding would not have made them smaller.
         weights, packed_bytes: elements and resident bytes of the compressed layers.
         bf16_bytes: bytes of all parameters in BF16 vLLM.
@@ -52,6 +53,7 @@ class Summary:
     other_names: tuple[str, ...]
     is_fused: bool
     fused_rows: tuple[int, ...]
+    fused_tokens: tuple[int, ...]
     raw_names: tuple[str, ...]
     weights: int
     packed_bytes: int
@@ -145,6 +147,7 @@ def summarize(model: torch.nn.Module) -> Summary:
         other_names=tuple(m.name for m in methods if m.layout != m.asked_layout),
         is_fused=any(method.mode == "fused" for method in methods),
         fused_rows=tuple(method.fused_rows for method in methods if method.fused_rows),
+        fused_tokens=tuple(most for layer in of_experts if (most := _most_tokens(layer))),
         raw_names=tuple(weight.name for weight in of_layers if weight.is_raw),
         weights=sum(weight.rows * weight.cols for weight in packed),
         packed_bytes=sum(weight.num_bytes for weight in packed),
@@ -182,6 +185,12 @@ def _layouts(compressed: list[Any]) -> dict[str, tuple[int, float]]:
     return found
 
 
+def _most_tokens(layer: Any) -> int:
+    """Return up to how many tokens a layer of compressed experts multiplies without decoding in mode "fused"."""
+    method = expert_kernels.method_of(layer)
+    return max(method.most_tokens) if method.mode == "fused" else 0
+
+
 def is_weight_layer(module: torch.nn.Module) -> bool:
     """Return whether the module is a linear layer, an embedding, an LM head or routed experts."""
     from vllm.model_executor.layers.linear import LinearBase
@@ -197,11 +206,14 @@ def log_summary(model: torch.nn.Module) -> None:
     logger.info("dfloat11: %s", summary)
     if summary.is_fused:
         logger.info(
-            "dfloat11: fused for up to %d rows of activations in %d of %d layers%s",
+            "dfloat11: fused for up to %d rows of activations in %d of %d layers%s%s",
             max(summary.fused_rows, default=0),
             len(summary.fused_rows),
             summary.num_layers,
-            "" if summary.fused_rows else "; the others are decoded",
+            f", experts for up to {max(summary.fused_tokens)} tokens"
+            if summary.fused_tokens
+            else "",
+            "" if summary.fused_rows or summary.fused_tokens else "; the others are decoded",
         )
     if summary.other_names:
         logger.info(
