@@ -9,6 +9,7 @@ from typing import Any
 
 import architectures
 import pytest
+import torch
 from conftest import Checkpoint
 from engines import engine
 from vllm.platforms import current_platform
@@ -33,7 +34,7 @@ def settings(model: Path, **cache: Any) -> Any:
             enable_expert_parallel=False,
         ),
         scheduler_config=SimpleNamespace(max_num_batched_tokens=2048, max_num_seqs=4),
-        model_config=SimpleNamespace(model=str(model), max_model_len=128),
+        model_config=SimpleNamespace(model=str(model), max_model_len=128, dtype=None),
     )
 
 
@@ -114,6 +115,17 @@ def test_an_engine_chooses_as_plan_does_with_the_bits_that_it_assumes(
     told = choose(settings(model), Options(layout="auto", kv_tokens=tokens))[1]
     assert told in planned("auto", "--kv-tokens", str(tokens))["notes"]
     assert " 10 matrices fast" in told
+
+
+def test_a_head_in_another_dtype_is_counted_as_bf16(gpu_of: Callable[[int], None]) -> None:
+    # Bug caught: it was counted as compressed, and stays BF16.
+    gpu_of(80)
+    config = of_config("Llama-3.1-8B", 8192)
+    config.model_config.__dict__.update(dtype=torch.bfloat16, head_dtype=torch.float32)
+    config.model_config.hf_text_config = SimpleNamespace(tie_word_embeddings=False)
+    assert "128 of 129 matrices fast" in choose(config, Options(layout="auto"))[1]
+    config.model_config.hf_text_config.tie_word_embeddings = True
+    assert "128 of 128 matrices fast" in choose(config, Options(layout="auto"))[1]
 
 
 def test_experts_that_engines_share_are_counted_once(gpu_of: Callable[[int], None]) -> None:

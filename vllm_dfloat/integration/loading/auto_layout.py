@@ -1,12 +1,11 @@
 """Layout "auto": the plan's choice of the layers that are held in the fast layout, from vLLM's settings."""
 
 from collections.abc import Mapping
-from functools import partial
 from types import MappingProxyType
 from typing import Any
 
 from vllm_dfloat.errors import DFloatError
-from vllm_dfloat.integration.seam import fused_names
+from vllm_dfloat.integration.seam import fused_names, layer_kinds
 from vllm_dfloat.integration.seam.names import logger
 from vllm_dfloat.integration.seam.options import Options
 
@@ -35,8 +34,11 @@ def choose(
         config.scheduler_config,
     )
     cpu_offload, prefetch = _offload(getattr(config, "offload_config", None))
-    stays_bf16 = partial(fused_names.is_ignored, ignore=options.ignore, fused=fused)
     model = config.model_config
+
+    def stays_bf16(name: str) -> bool:
+        return _is_read_as_head(name, model) or fused_names.is_ignored(name, options.ignore, fused)
+
     # With --max-model-len auto, vLLM takes what fits.
     is_fitted = getattr(model, "original_max_model_len", None) == -1
     settings = Settings(
@@ -72,6 +74,16 @@ def choose(
     for warning in warnings:
         logger.warning("dfloat11: %s.", warning)
     return layers, told
+
+
+def _is_read_as_head(name: str, model_config: Any) -> bool:
+    """Return whether vLLM reads a layer's BF16 weight as that of the LM head, to multiply in another dtype."""
+    if layer_kinds.other_dtype_of_head(model_config) is None:
+        return False
+    last = name.rpartition(".")[2]
+    return last == "lm_head" or (
+        last == "embed_tokens" and layer_kinds.may_be_lm_head(model_config)
+    )
 
 
 def _offload(offload: Any) -> tuple[int, Any]:
