@@ -1,13 +1,15 @@
 """Two ranks without an engine, which get calls as vLLM's executor gives them, and end updates together.
 
-python agreeing_ranks.py RANK STORE: prints a line of JSON, what each call came to.
+python agreeing_ranks.py FOLDER: writes a file per rank, named after it, with JSON: what each call came to.
 """
 
 import json
+import multiprocessing
 import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -76,9 +78,9 @@ def busy_loop(proc: Any) -> None:
     calls.end()
 
 
-def main(rank: int, store: str) -> None:
+def run(rank: int, folder: Path) -> None:
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=NUM_RANKS
+        "gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=NUM_RANKS
     )
     for kind, size in (("tp", NUM_RANKS), ("pp", 1), ("pcp", 1)):
         group = SimpleNamespace(world_size=size, cpu_group=torch.distributed.group.WORLD)
@@ -89,8 +91,19 @@ def main(rank: int, store: str) -> None:
     )
     calls.counting(proc, busy_loop)
     torch.distributed.barrier()
-    print(json.dumps(said))
+    (folder / str(rank)).write_text(json.dumps(said))
+
+
+def main(folder: Path) -> int:
+    """Run both ranks, as children of this process, which has imported vLLM for them."""
+    fork = multiprocessing.get_context("fork")
+    ranks = [fork.Process(target=run, args=(rank, folder)) for rank in range(NUM_RANKS)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    return max(abs(rank.exitcode or 0) for rank in ranks)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    sys.exit(main(Path(sys.argv[1])))
