@@ -54,12 +54,14 @@ def answer_pairs(
     folder: Path,
     environment: dict[str, str] = ENVIRONMENT,
     script: str = engines.__file__,
+    forks: bool = False,
 ) -> dict[Case, tuple[Answers, Answers]]:
     """Return the answers of the compressed and of the BF16 engine in each case; check the log line of every rank.
 
-    All engines run in one process, so that vLLM is imported only once.
+    All engines run in one process, so that vLLM is imported only once. With `forks` that holds for their ranks too,
+    but for those of the first compressed engine, which are started as vLLM does on CPUs.
     """
-    runs = []
+    runs: list[dict[str, Any]] = []
     for case in cases:
         name, given = case.model, case.settings()
         plain = tiny_models.SHIPPED if name == "shipped" else bf16_checkpoint(name)
@@ -68,6 +70,8 @@ def answer_pairs(
         else:
             runs.append(dict(model=str(plain), quantization="dfloat11", **given))
         runs.append(dict(model=str(plain), **given))
+    for run in runs[1:] if forks else ():
+        run["forks"] = True
     num_ranks = sum(2 * case.tp * case.pp for case in cases)
     results = answers_elsewhere(runs, folder, environment, 120 * num_ranks, script)
     assert_each_rank_compressed(folder / "log.txt", cases)

@@ -7,12 +7,13 @@ import atexit
 import gc
 import hashlib
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -205,10 +206,25 @@ def normal(given: Answers) -> Answers:
     return json.loads(json.dumps(given))
 
 
+@contextmanager
+def forked_ranks() -> Iterator[None]:
+    """Let vLLM fork the ranks of engines from this process, as it does on GPUs, instead of starting each anew.
+
+    On CPUs it starts them anew, and each imports vLLM, which takes most of the time of a small engine.
+    """
+    from vllm.v1.executor import multiproc_executor
+
+    fork = multiprocessing.get_context("fork")
+    with mock.patch.object(multiproc_executor, "get_mp_context", return_value=fork):
+        yield
+
+
 def as_script(runs: str, result: str) -> None:
+    """Answer by each of the runs: a model, engine settings, and perhaps `forks`."""
     collected: list[Answers] = []
     for run in json.loads(Path(runs).read_text()):
-        collected.append(answers(Path(run.pop("model")), **run))
+        with forked_ranks() if run.pop("forks", False) else nullcontext():
+            collected.append(answers(Path(run.pop("model")), **run))
     Path(result).write_text(json.dumps(collected))
 
 

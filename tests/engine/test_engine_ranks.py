@@ -8,7 +8,7 @@ from engines import Answers
 
 pytestmark = [pytest.mark.engine, pytest.mark.alone]
 
-# A pair of engines takes half a minute, so the rest of the matrix runs on demand.
+# A pair of engines takes some 20 s, so the rest of the matrix runs on demand.
 SLICES = [
     Case("qwen2", "traced", tp=2),
     Case("qwen3-tiny-tied", "eager-offload", tp=2),
@@ -46,7 +46,7 @@ def pairs(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[Case, tuple[Answers, Answers]]:
     cases = ALWAYS + (ON_DEMAND if request.config.getoption("--full") else [])
-    return answer_pairs(cases, bf16_checkpoint, tmp_path_factory.mktemp("ranks"))
+    return answer_pairs(cases, bf16_checkpoint, tmp_path_factory.mktemp("ranks"), forks=True)
 
 
 @pytest.mark.parametrize(
