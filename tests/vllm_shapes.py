@@ -57,6 +57,8 @@ def start(folder: Path) -> None:
     # In this process: another one would not have the settings above.
     info = registry._ModelInfo.from_model_cls
     registry._LazyRegisteredModel.inspect_model_cls = lambda model: info(model.load_model_cls())
+    # Without it vLLM disables prefix caching for latent attention, and then refuses the block size that it has set.
+    torch.cpu._is_amx_tile_supported = lambda: True
     gpu_only_models.start()
     cached_models.register()
     parallel_state.init_distributed_environment(1, 0, f"file://{folder}/ranks", 0, backend="gloo")
