@@ -4,6 +4,7 @@ Also a script, for engines that need a separate process: python engines.py RUNS.
 """
 
 import atexit
+import functools
 import gc
 import hashlib
 import json
@@ -13,7 +14,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -42,7 +43,7 @@ def engine(model: Path, **settings: Any) -> Iterator[Any]:
     from vllm.distributed import cleanup_dist_env_and_memory
     from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
 
-    _inspect_in_this_process(model)
+    prepare_vllm()
     gc.freeze()
     with _garbage_of_engines_alone():
         try:
@@ -84,15 +85,24 @@ def _make_buffers_between_stages(llm: Any) -> None:
         llm.collective_rpc("execute_dummy_batch")
 
 
-def _inspect_in_this_process(model: Path) -> None:
-    """Prevent vLLM from starting a process to inspect each new architecture, which takes 10 s."""
-    from vllm.model_executor.models import ModelRegistry
+@functools.cache
+def prepare_vllm() -> None:
+    """Once in a process, prevent vLLM from starting another one to inspect each new architecture, which takes 10 s.
 
-    config = Path(model) / "config.json"
-    names = json.loads(config.read_text()).get("architectures", []) if config.exists() else []
-    for name in names:
-        if type(ModelRegistry.models.get(name)).__name__ == "_LazyRegisteredModel":
-            ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
+    And from looking through all modules at the start of each engine for the Triton kernels that it replaces on CPUs
+    (since 0.32), which takes half of a small engine's time: the first engine has replaced them all.
+    """
+    from vllm.model_executor.models import registry
+
+    info = registry._ModelInfo.from_model_cls
+    registry._LazyRegisteredModel.inspect_model_cls = lambda model: info(model.load_model_cls())
+    with suppress(ImportError):
+        from vllm.triton_utils import dispatcher
+
+        register = dispatcher.register_kernels
+        dispatcher.register_kernels = lambda kernels: (
+            None if kernels.keys() <= dispatcher._registry.keys() else register(kernels)
+        )
 
 
 def ask(llm: Any, prompts: list[list[int]] = PROMPTS, num_tokens: int = 12) -> Answers:

@@ -14,7 +14,7 @@ from typing import Any
 
 import conftest  # noqa: F401  # first: settings that must be made before vLLM is imported
 import torch
-from engines import SETTINGS, _inspect_in_this_process
+from engines import SETTINGS, prepare_vllm
 from expert_layers import DFLOAT11, experts_of, values
 
 from vllm_dfloat.integration.layers.method import weights_of
@@ -50,7 +50,7 @@ def main(model: str, rank: int, port: int, answer: Path) -> None:
     from vllm.distributed import init_distributed_environment, initialize_model_parallel
     from vllm.model_executor.model_loader import get_model
 
-    _inspect_in_this_process(Path(model))
+    prepare_vllm()
     torch.accelerator.empty_cache = lambda: None  # as in vLLM's CPU worker
     found = []
     for settings in ({}, DFLOAT11):

@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from engines import SETTINGS, _inspect_in_this_process
+from engines import SETTINGS, prepare_vllm
 
 
 @contextmanager
@@ -39,7 +39,7 @@ def loaded(model: Path, is_draft: bool = False, **settings: Any) -> Iterator[tor
     from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
     from vllm.model_executor.model_loader import get_model
 
-    _inspect_in_this_process(model)
+    prepare_vllm()
     gc.freeze()  # vLLM collects garbage at each load: four fifths of the time, if all modules were looked through
     given = {**SETTINGS, "enforce_eager": True, **settings}
     config = EngineArgs(model=str(model), **given).create_engine_config()
