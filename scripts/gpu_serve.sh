@@ -9,7 +9,7 @@
 # Weights in host memory, BF16 and compressed in the same GPU memory: --variants bf16,exact,offload,exact_offload,offload_more
 # The same layers copied ahead of use, in BF16 and compressed: --variants bf16,exact,prefetch,exact_prefetch
 # About half of the matrices in the fast layout, by a wish for KV cache that leaves room for so many: --variants bf16,exact,auto,fast_exact
-# A mixture of experts: --shape qwen3-30b-a3b-12 --variants bf16,exact
+# A mixture of experts: --shape qwen3-30b-a3b-12 --variants bf16,exact,fast_fused_exact
 # Uses the installed vLLM, or one in FOLDER (put on PYTHONPATH; FOLDER/env.sh is sourced if it exists), with this
 # checkout as its plugin. Random weights in the shape of Llama 3.1 8B are written to memory if it has room. vLLM may use
 # 28 GiB of the GPU, as on a smaller card, so that the memory saved decides how many sequences fit. Decode steps run
