@@ -68,8 +68,9 @@ def _four_weights(low, high, low_bytes, PRMT: tl.constexpr):
             "prmt.b32 $0, $1, $2, 0x7351;", "=r,r,r", [low, high], tl.uint32, True, 1
         )
     else:
-        first = (low & low_bytes) | ((high << 8) & ~low_bytes)
-        second = ((low >> 8) & low_bytes) | (high & ~low_bytes)
+        high_bytes = low_bytes ^ 0xFFFFFFFF  # the interpreter of Triton 3.6 cannot do ~
+        first = (low & low_bytes) | ((high << 8) & high_bytes)
+        second = ((low >> 8) & low_bytes) | (high & high_bytes)
     return first, second
 
 
