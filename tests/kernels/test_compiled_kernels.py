@@ -212,7 +212,8 @@ def test_the_other_triton_compiles_every_kernel_for_every_target_as_well(
     [
         "test_kernels.py", "test_matmul_kernel.py", "test_decode_group.py", "test_decode_experts.py",
         "test_decode_dfloat11_kernel.py",
-        "test_encode_kernel.py", "test_encode_dfloat11_kernel.py",
+        "test_encode_kernel.py", "test_encode_dfloat11_kernel.py", "test_fast_decode.py", "test_fast_group.py",
+        "test_fast_matmul_kernel.py", "test_product_in_order.py", "test_experts_product.py",
     ],
 )  # fmt: skip
 def test_the_other_triton_interprets_the_kernels_to_the_same_bits(
