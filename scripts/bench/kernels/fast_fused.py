@@ -1,10 +1,10 @@
 """Measure the product with the fast layout against cuBLAS on BF16 weights, for several ways to launch its kernels.
 
 Beside the kernels stands what they compete with: cuBLAS on BF16 weights, and decoding followed by it. The rows of
-activations that matter most come first, for all matrices. Each kernel first multiplies a small hard matrix, with
-escapes, a raw tile and a row of zeros, and the product is compared with one in FP64; the forms that are not Triton
-alone are compared bit for bit with each other. Kernels compile in processes of their own, because that takes most of
-the time. Of the weights of large matrices 0.03 % are escapes, as in trained ones.
+activations that matter most come first, for all matrices of an 8B model; then those of a 32B one. Each kernel first
+multiplies a small hard matrix, with escapes, a raw tile and a row of zeros, and the product is compared with one in
+FP64; the forms that are not Triton alone are compared bit for bit with each other. Kernels compile in processes of
+their own, because that takes most of the time. Of the weights of large matrices 0.03 % are escapes, as in trained ones.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ import os
 import time
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import replace
+from itertools import product
 from multiprocessing import get_context
 from typing import Any, NamedTuple
 
 import torch
 from bench.kernels.fast_decode import buffers, pack
-from bench.kernels.fused import LLAMA_8B
+from bench.kernels.fused import LLAMA_8B, QWEN3_32B
 from bench.kernels.timing import Bench, Call, WrongBitsError, expect_same_bits
 from torch.nn import functional
 
@@ -42,6 +43,7 @@ TRIED: dict[int, tuple[DotShape | GemvShape, ...]] = {
     4: (AHEAD, GemvShape()),
     32: (AHEAD, DotShape()),
     2: (AHEAD, GemvShape()),
+    128: (),  # decoding, then cuBLAS
 }
 MOST_TRIED = 4  # of the shapes above with different numbers of parts, per case
 WARPS = (768, 1536)  # columns are cut until so many warps run
@@ -79,8 +81,8 @@ def _rehearse(bench: Bench) -> None:
 def _run(bench: Bench, compiled: dict[Kernel, Future[None]]) -> None:
     checked: dict[Kernel, bool] = {}
     matrices: dict[str, tuple[list[torch.Tensor], list[FastWeight]]] = {}
-    for num_x in TRIED:
-        for name, (rows, cols) in LLAMA_8B.items():
+    for shapes in (LLAMA_8B, QWEN3_32B):
+        for num_x, (name, (rows, cols)) in product(TRIED, shapes.items()):
             if not bench.begin("fast_fused", f"{name} {rows} x {cols}, {num_x} rows"):
                 continue
             if name not in matrices:
@@ -121,7 +123,8 @@ def _key(kernel: Kernel) -> Kernel:
 
 def _kernels() -> list[Kernel]:
     """Return what must be compiled, the most important first."""
-    cases = [tried(*size, num_x) for num_x in TRIED for size in LLAMA_8B.values()]
+    sizes = [*LLAMA_8B.values(), *QWEN3_32B.values()]
+    cases = [tried(*size, num_x) for num_x, size in product(TRIED, sizes)]
     forms = [
         Kernel(shape, form, num_x)
         for form in (PATCHED, PLAIN)

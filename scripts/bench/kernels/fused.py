@@ -21,6 +21,8 @@ LLAMA_8B = {
     "down": (4096, 14_336),
     "qkv": (6144, 4096),
 }
+# Of Qwen3 32B, those that take longest.
+QWEN3_32B = {"32B gate_up": (51_200, 5120), "32B down": (5120, 25_600)}
 NUM_X = [1, 4, 2]
 
 
