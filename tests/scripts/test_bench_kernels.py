@@ -258,7 +258,10 @@ def test_small_checks_that_do_not_exist_are_refused(capsys: pytest.CaptureFixtur
 
     with pytest.raises(SystemExit, match="2"):
         sanitize_kernels.main(["--device", "cpu", "packed_decod"])
-    assert "no check packed_decod; there are fast_in_order, fast_group" in capsys.readouterr().err
+    assert (
+        "no check packed_decod; there are fast_experts_product, fast_in_order"
+        in capsys.readouterr().err
+    )
 
 
 def test_commit_can_be_told_where_there_is_no_git(monkeypatch: pytest.MonkeyPatch) -> None:

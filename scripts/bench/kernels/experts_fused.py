@@ -28,25 +28,24 @@ Operands = tuple[torch.Tensor, torch.Tensor]
 
 
 def run(bench: Bench) -> None:
-    try:
-        kernel: ExpertsKernel | None = ExpertsKernel(bench.device)
-    except NotHereError as error:
-        kernel = None
-        bench.skip("experts_fused", "all", "vLLM's kernel with BF16 experts", str(error))
     tiny = {name: replace(shape, inner=128) for name, shape in TINY.items()}
     for name, shape in bench.pick(LAYERS, tiny).items():
-        if not fast_expert_product.max_tokens(
-            bench.device, shape.experts, shape.top_k, *shape.w2[1:]
-        ):
+        if not bench.begin("experts_fused", f"{name}, bits"):
+            continue
+        sizes = shape.experts, shape.top_k, *shape.w2[1:]
+        if not fast_expert_product.max_tokens(bench.device, *sizes):
             bench.skip("experts_fused", name, "all", "sizes that the kernel does not take")
             continue
-        if kernel is not None and bench.begin("experts_fused", f"{name}, bits"):
+        kernel: ExpertsKernel | None = None
+        try:
+            kernel = ExpertsKernel(bench.device)
             _compare(bench, name, shape, kernel)
-        if bench.begin("experts_fused", name):
-            held = Held("fast", weights_of(shape, bench.device))
-            for num_tokens in bench.pick(TOKENS, [2]):
-                if bench.begin("experts_fused", f"{name}, {num_tokens} tokens"):
-                    _time(bench, name, shape, held, kernel, num_tokens)
+        except NotHereError as error:
+            bench.skip("experts_fused", name, "vLLM's kernel with BF16 experts", str(error))
+        held = Held("fast", weights_of(shape, bench.device))
+        for num_tokens in bench.pick(TOKENS, [2]):
+            if bench.begin("experts_fused", f"{name}, {num_tokens} tokens"):
+                _time(bench, name, shape, held, kernel, num_tokens)
 
 
 def _compare(bench: Bench, name: str, shape: Shape, kernel: ExpertsKernel) -> None:
