@@ -218,10 +218,14 @@ def check_product(
 
 
 def _name(kernel: Kernel) -> str:
-    shape = kernel.shape
+    return name_of(kernel.shape, kernel.form)
+
+
+def name_of(shape: DotShape | GemvShape, form: int = PERMUTED) -> str:
+    """Return the name of a launch in rows."""
     kind = "dot" if isinstance(shape, DotShape) else "gemv"
     sizes = "x".join(str(value) for name, value in vars(shape).items() if name != "parts")
-    return f"{kind} {sizes} parts {shape.parts} {NAMES[kernel.form]}"
+    return f"{kind} {sizes} parts {shape.parts} {NAMES[form]}"
 
 
 def _measure(
