@@ -3,6 +3,8 @@
 The products themselves: test_triton_experts.py.
 """
 
+import gc
+import weakref
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +26,7 @@ from vllm_dfloat.integration.layers import (
     proof_cache,
     proven_experts,
 )
+from vllm_dfloat.integration.layers.experts_kernel import HeldExperts, Tensor3
 from vllm_dfloat.integration.layers.experts_product import RoutedProduct, frozen, is_plain
 from vllm_dfloat.integration.seam import expert_products
 
@@ -79,6 +82,29 @@ def test_weights_that_are_not_those_of_the_layer_are_refused() -> None:
     x = torch.zeros(1, 128)
     with pytest.raises(UnsupportedError, match="its weights are another tensor"):
         choose(x, x, x, None, None, None, None, x, x, False, 1, CONFIG)
+
+
+def test_no_call_outlives_its_kernel() -> None:
+    # Bug caught: scratch and ids of every layer and step that Python's collector alone let go of.
+    seen: list[weakref.ref[Any]] = []
+
+    def apply(_kernel: Any, *, w1: torch.Tensor, w2: torch.Tensor, **_: Any) -> None:
+        for tensor in (w1, w2):
+            part = getattr(tensor, experts_apply._PART)
+            part.is_used = True
+            seen.extend(map(weakref.ref, (tensor, part, part._room)))
+
+    desc = torch.zeros(4, dtype=torch.int64)
+    w13, w2 = Tensor3(desc, (4, 32, 128)), Tensor3(desc, (4, 16, 128))
+    held = HeldExperts(w13, w2, "fast", False, lambda: None, "fused", (4, 4))
+    gc.disable()
+    try:
+        ids = torch.zeros(1, 2, dtype=torch.int32)
+        experts_apply._multiply(apply, None, held, {"topk_ids": ids, "expert_map": None})
+        assert len(seen) == 6
+        assert [reference() for reference in seen] == [None] * 6
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("has_map", [False, True])

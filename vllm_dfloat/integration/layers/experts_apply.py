@@ -65,7 +65,7 @@ def _multiply(
         Part(room, tensor, tokens if tokens <= most else 0, per_token)
         for tensor, most in zip((held.w13, held.w2), held.most_tokens, strict=True)
     ]
-    w13, w2 = (part.tensor for part in parts)
+    w13, w2 = (part.take() for part in parts)
     result = apply(kernel, w1=w13, w2=w2, **arguments)
     if not all(part.is_used for part in parts):
         raise UnsupportedError(
@@ -78,7 +78,6 @@ class Part:
     """One of a layer's two tensors in one call of its kernel.
 
     Attributes:
-        tensor: its room in the scratch, which knows this object.
         tokens: of the layer; 0 if the tensor is decoded in any case.
         is_used: whether it was multiplied by.
     """
@@ -86,11 +85,18 @@ class Part:
     def __init__(self, room: Undecoded, of: Tensor3, tokens: int, per_token: int) -> None:
         self._room, self._of, self.tokens, self._per_token = room, of, tokens, per_token
         self.is_used = False
-        self.tensor = room.room(of)
-        setattr(self.tensor, _PART, self)
+
+    def take(self) -> torch.Tensor:
+        """Return the tensor's room in the scratch, not decoded, which knows this object.
+
+        It is not known here: a cycle would keep the scratch and the router's ids until Python's collector runs.
+        """
+        tensor = self._room.room(self._of)
+        setattr(tensor, _PART, self)
+        return tensor
 
     def decode(self) -> None:
-        """Write the weights of the experts that got tokens to `tensor`."""
+        """Write the weights of the experts that got tokens to the scratch."""
         self._room.decoded(self._of)
 
     def product(
