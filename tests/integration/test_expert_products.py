@@ -18,6 +18,7 @@ from model_loads import loaded
 from vllm.model_executor.layers.fused_moe import fused_moe
 from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
 
+from vllm_dfloat.device.fast_expert_product import Routed
 from vllm_dfloat.errors import UnsupportedError
 from vllm_dfloat.integration.layers import (
     experts_apply,
@@ -202,14 +203,22 @@ def test_a_line_says_why_experts_are_decoded(
 
 
 def test_operands_that_a_proof_did_not_see_are_decoded() -> None:
+    # Bug caught: another kernel compiled in a capture, for ids of int64 (VLLM_MOE_ROUTING_SIMULATION_STRATEGY).
     x, out = torch.zeros(2, 128).bfloat16(), torch.zeros(2, 2, 64).bfloat16()
-    assert is_plain(x, None, torch.zeros(4), out)
-    assert not is_plain(x.float(), None, None, out)
-    assert not is_plain(x, torch.zeros(64, 4).T, None, out)
-    assert not is_plain(x, None, torch.zeros(4).half(), out)
-    assert not is_plain(torch.zeros(128, 2).bfloat16().T, None, None, out)
-    shifted = torch.zeros(257).bfloat16()[1:].view(2, 128)
-    assert not is_plain(shifted, None, None, out)
+    alone = Routed(None, None, torch.zeros(4, dtype=torch.int32), 16, 2, 2, torch.zeros(4))
+    assert is_plain(x, None, alone, out)
+    assert is_plain(x, torch.zeros(8, 64), replace(alone, weights=None), out)
+    assert not is_plain(x.float(), None, alone, out)
+    assert not is_plain(x, torch.zeros(64, 4).T, alone, out)
+    assert not is_plain(torch.zeros(128, 2).bfloat16().T, None, alone, out)
+    for dtype in (torch.half, torch.bfloat16):
+        assert not is_plain(x, None, replace(alone, weights=torch.zeros(4, dtype=dtype)), out)
+    assert not is_plain(x, None, replace(alone, expert_of_block=torch.zeros(4).long()), out)
+    shifted = torch.zeros(257).bfloat16()[1:]
+    assert not is_plain(shifted.view(2, 128), None, alone, out)
+    assert not is_plain(x, None, alone, shifted.view(2, 2, 64))
+    assert not is_plain(x, None, replace(alone, weights=torch.zeros(5)[1:]), out)
+    assert not is_plain(x, torch.zeros(513)[1:].view(8, 64), alone, out)
 
 
 def test_no_memory_for_a_comparison_proves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,7 +123,7 @@ class Part:
     ) -> bool:
         """Multiply without decoding, if that is settled for this product; return whether it was done."""
         of = BY_NAME[self._room.held.layout].experts_product
-        if of is None or not self.tokens or not is_plain(x, bias, routed.weights, out):
+        if of is None or not self.tokens or not is_plain(x, bias, routed, out):
             return False
         if self.tokens not in experts_product.known.get(
             self.product(x, bias, routed, config), frozenset()

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
+from vllm_dfloat.device.fast_expert_product import Routed
 from vllm_dfloat.integration.layers.layouts import BY_NAME
 
-ALIGNMENT = 16  # bytes, of activations: as much as Triton knows of an address
+ALIGNMENT = 16  # bytes, of operands and result: as much as Triton knows of an address
 
 Config = tuple[tuple[str, Any], ...]
 
@@ -87,12 +88,16 @@ def frozen(config: Mapping[str, Any]) -> Config:
     return tuple(sorted(config.items()))
 
 
-def is_plain(
-    x: torch.Tensor, bias: torch.Tensor | None, weights: torch.Tensor | None, out: torch.Tensor
-) -> bool:
-    """Return whether operands and result lie in memory as those that are multiplied without decoding."""
-    if not x.dtype == out.dtype == torch.bfloat16 or x.dim() != 2 or x.data_ptr() % ALIGNMENT:
+def is_plain(x: torch.Tensor, bias: torch.Tensor | None, routed: Routed, out: torch.Tensor) -> bool:
+    """Return whether operands and result are as those of proofs, for which kernels were compiled after loading.
+
+    Other dtypes and addresses would compile other kernels while requests wait, or in a capture.
+    """
+    if not x.dtype == out.dtype == torch.bfloat16 or x.dim() != 2:
         return False
-    if weights is not None and weights.dtype not in (torch.float32, torch.bfloat16):
+    if routed.weights is not None and routed.weights.dtype != torch.float32:
         return False
-    return all(tensor.is_contiguous() for tensor in (x, out, bias) if tensor is not None)
+    if routed.expert_of_block.dtype != torch.int32:
+        return False
+    tensors = [tensor for tensor in (x, out, bias, routed.weights) if tensor is not None]
+    return all(tensor.is_contiguous() and tensor.data_ptr() % ALIGNMENT == 0 for tensor in tensors)
