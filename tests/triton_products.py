@@ -176,6 +176,18 @@ def not_gated(folder: Path) -> None:
         check(path, folder, (ALONE, SORTED))
 
 
+def weighted_input(folder: Path) -> None:
+    """The router's weight goes onto the input, as in Llama 4: the second product does without it."""
+    path = made(folder / "m", num_experts_per_tok=1, **SMALL)
+
+    def weigh(model: torch.nn.Module) -> None:
+        experts_of(model).apply_router_weight_on_input = True
+        proven_experts.prepare(model)  # as after loading a model that says so
+
+    with mock.patch.object(on_cpu, "TOP_K", 1):
+        check(path, folder, (ALONE, SORTED), weigh)
+
+
 def swigluoai_and_mul(
     out: torch.Tensor, x: torch.Tensor, alpha: float = 1.702, limit: float = 7.0
 ) -> None:
@@ -275,7 +287,17 @@ def compiles(layer: Any, launched: list[int]) -> None:
 
 CASES = {
     case.__name__: case
-    for case in (gated, not_gated, biased, unequal, ranks, adapters, adapters_of_ranks, update)
+    for case in (
+        gated,
+        not_gated,
+        weighted_input,
+        biased,
+        unequal,
+        ranks,
+        adapters,
+        adapters_of_ranks,
+        update,
+    )  # fmt: skip
 }
 
 if __name__ == "__main__":

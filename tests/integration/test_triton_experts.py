@@ -37,6 +37,7 @@ def test_compressed_experts_give_the_bits_of_bf16_experts(case: str, tmp_path: P
             pytest.param(name, marks=on_demand)
             for name in (
                 "not_gated",
+                "weighted_input",
                 "biased",
                 "unequal",
                 "ranks",
