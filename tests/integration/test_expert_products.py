@@ -202,6 +202,30 @@ def test_a_line_says_why_experts_are_decoded(
     assert f"dfloat11: experts are decoded first in mode 'fused' too ({why})" in log_lines
 
 
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    ("layout", "why"),
+    [
+        ("fast", "there is no product for experts [128, 64] and [64, 64] on cpu"),
+        ("packed", "the layout packed has no other way"),
+    ],
+)
+def test_a_line_says_so_once_too_where_it_is_known_after_loading(
+    layout: str, why: str, tmp_path: Path, log_lines: list[str]
+) -> None:
+    # Bug caught: nothing was said of sizes that no kernel takes, nor of a layer that is packed after all.
+    options = {"dfloat11": {"layout": layout, "mode": "fused"}}
+    path = expert_layers.save("whole tiles", tmp_path)
+    with loaded(path, quantization="dfloat11", additional_config=options) as model:
+        method = expert_layers.experts_of(model).quant_method
+        method.why_decoded = ""  # as with vLLM's kernel for GPUs, in the layout of the options
+        log_lines.clear()
+        for _ in range(2):
+            proven_experts.prepare(model)
+        assert method.most_tokens == (0, 0)
+    assert log_lines == [f"dfloat11: experts are decoded first in mode 'fused' too ({why})"]
+
+
 def test_operands_that_a_proof_did_not_see_are_decoded() -> None:
     # Bug caught: another kernel compiled in a capture, for ids of int64 (VLLM_MOE_ROUTING_SIMULATION_STRATEGY).
     x, out = torch.zeros(2, 128).bfloat16(), torch.zeros(2, 2, 64).bfloat16()

@@ -106,10 +106,8 @@ class DFloat11Config(QuantizationConfig):  # type: ignore[misc]  # vLLM is untyp
             self._log_once(
                 f"all experts of a layer are decoded, also those without tokens ({method.why_all})"
             )
-        if method.why_decoded:
-            self._log_once(
-                f"experts are decoded first in mode {method.mode!r} too ({method.why_decoded})"
-            )
+        if method.decoded_line:
+            self._log_once(method.decoded_line)
         return method
 
     def _embedding_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:

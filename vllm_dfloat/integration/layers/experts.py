@@ -110,6 +110,13 @@ class DFloat11ExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]  #
         return ""
 
     @property
+    def decoded_line(self) -> str:
+        """What the log says of `why_decoded`; "" if there is nothing to say."""
+        if not self.why_decoded:
+            return ""
+        return f"experts are decoded first in mode {self.mode!r} too ({self.why_decoded})"
+
+    @property
     def can_compress(self) -> bool:
         """Whether vLLM's kernel takes weights that are decoded for it; if not, the experts stay BF16."""
         return expert_kernels.can_compress_experts(self.backend)
@@ -192,10 +199,13 @@ class DFloat11ExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]  #
     def settle_most_tokens(self, layer: torch.nn.Module) -> bool:
         """Set up to how many tokens may be multiplied without decoding; return whether there are any.
 
-        Which of their products are, is known later (proven_experts.py).
+        Which of their products are, is known later (proven_experts.py). Without any, `why_decoded` says why.
         """
+        if self.mode == "exact" or self.why_decoded or not method.weights_of(layer):
+            return False
         of = BY_NAME[self.layout].experts_product
-        if self.mode == "exact" or self.why_decoded or of is None or not method.weights_of(layer):
+        if of is None:  # the layout of the options would not make the first layer small enough
+            self.why_decoded = f"the layout {self.layout} has no other way"
             return False
         num_experts, per_token, _ = expert_products.sizes_of(self.moe)
         device, held = layer.get_parameter(W13).device, self.held
@@ -205,6 +215,9 @@ class DFloat11ExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]  #
         ]
         self.most_tokens = most[0], most[1]
         self._give(dataclasses.replace(held, most_tokens=self.most_tokens))
+        if not any(most):
+            shapes = " and ".join(str(list(tensor.sizes[1:])) for tensor in (held.w13, held.w2))
+            self.why_decoded = f"there is no product for experts {shapes} on {device}"
         return any(most)
 
     def check_in_place(self, layer: torch.nn.Module) -> None:

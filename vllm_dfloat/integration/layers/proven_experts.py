@@ -4,7 +4,7 @@ In mode "fused" all of up to so many tokens; in mode "fused-exact" those that ar
 proven is kept (proof_cache.py), and told in one line.
 """
 
-from collections.abc import Collection, Hashable, Iterable, Iterator
+from collections.abc import Collection, Hashable, Iterable
 from typing import Any
 
 import torch
@@ -22,7 +22,9 @@ Counts = dict[RoutedProduct, set[int]]  # numbers of tokens
 
 def prepare(model: torch.nn.Module) -> None:
     """Settle the products of a loaded model's experts; in mode "fused-exact" say for how many they are proven."""
-    layers = list(_layers(model))
+    layers, lines = _layers(model)
+    for line in lines:
+        logger.info("dfloat11: %s", line)
     counts: Counts = {}
     for layer, method in layers:
         for product, tokens in products_of(layer, method).items():
@@ -40,12 +42,21 @@ def prepare(model: torch.nn.Module) -> None:
         logger.info("dfloat11: fused-exact: experts %s", _line(proven))
 
 
-def _layers(model: torch.nn.Module) -> Iterator[tuple[Any, DFloat11ExpertsMethod]]:
-    """Yield the layers of experts that may be multiplied without decoding."""
+def _layers(
+    model: torch.nn.Module,
+) -> tuple[list[tuple[Any, DFloat11ExpertsMethod]], Collection[str]]:
+    """Return the layers of experts that may be multiplied without decoding, and what is to be told of others."""
+    found, lines = [], dict[str, None]()
     for layer in model.modules():
         method = expert_kernels.method_of(layer) if layer_kinds.is_experts(layer) else None
-        if isinstance(method, DFloat11ExpertsMethod) and method.settle_most_tokens(layer):
-            yield layer, method
+        if not isinstance(method, DFloat11ExpertsMethod):
+            continue
+        told = method.decoded_line
+        if method.settle_most_tokens(layer):
+            found.append((layer, method))
+        elif method.decoded_line != told:
+            lines[method.decoded_line] = None
+    return found, lines
 
 
 def products_of(layer: Any, method: DFloat11ExpertsMethod) -> Counts:
