@@ -103,12 +103,14 @@ def _sum_ahead(
         entry, stop = _bounded(entry, stop, num_entries)
         fetched = _fetch(entry, stop, entries_ptr, FORM)
         for step in tl.range(begin, end, num_stages=1):
-            # What the last turn loads ahead is not used.
-            following = _turn(low, high, tl.minimum(step + 1, end - 1), is_gpu)
             low0, low1, low2, low3 = _split_four(low_words)
             codes0, codes1 = tl.split(codes)
             a, b, c, d = _eight_weights(low0, low1, codes0, base4, low_bytes, prmt)
             e, f, g, h = _eight_weights(low2, low3, codes1, base4, low_bytes, prmt)
+            # What the last turn loads ahead is not used. Where to load from depends on `beyond`, by a bit that is 0: so
+            # all that the turn before has loaded is waited for here, not after these loads, and with them.
+            ahead = step + 1 + (beyond >> 31).to(tl.int32)
+            following = _turn(low, high, tl.minimum(ahead, end - 1), is_gpu)
             a, b, c, d, e, f, g, h = _patch_by_lane(
                 a, b, c, d, e, f, g, h, in_tile, entry, stop, fetched, entries_ptr, BN, FORM
             )
