@@ -285,20 +285,9 @@ def compiles(layer: Any, launched: list[int]) -> None:
     assert launched == [ALONE, ALONE, MOST, MOST]
 
 
-CASES = {
-    case.__name__: case
-    for case in (
-        gated,
-        not_gated,
-        weighted_input,
-        biased,
-        unequal,
-        ranks,
-        adapters,
-        adapters_of_ranks,
-        update,
-    )  # fmt: skip
-}
+_ON_RANKS = (ranks, adapters_of_ranks)
+_ALL = (gated, not_gated, weighted_input, biased, unequal, adapters, update, *_ON_RANKS)
+CASES = {case.__name__: case for case in _ALL}
 
 if __name__ == "__main__":
     with on_triton():
