@@ -3,6 +3,7 @@
 Triton's interpreter multiplies as tensor_cores.py does, where other products, or another order, are seen.
 """
 
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -188,6 +189,29 @@ def test_sizes_that_the_kernel_does_not_take_are_refused(
     x, weight = torch.zeros(2, cols).bfloat16(), torch.zeros(2, rows, cols).bfloat16()
     with pytest.raises(UnsupportedError, match="multiples of 16 rows and of 128 columns"):
         multiply(x, weight, torch.zeros(2, dtype=torch.int32), 16)
+
+
+@pytest.mark.parametrize(
+    ("changed", "name"),
+    [
+        ({"ids": torch.zeros(16).long()}, "ids"),
+        ({"num_padded": torch.zeros(1, dtype=torch.int32, device="meta")}, "num_padded"),
+        ({"expert_of_block": torch.zeros(1).short()}, "expert_of_block"),
+        ({"weights": torch.zeros(2).half()}, "weights"),
+        ({"weights": torch.zeros(1)}, "weights"),
+    ],
+)
+def test_operands_that_the_kernel_does_not_take_are_refused(
+    changed: dict[str, torch.Tensor], name: str, vllm_kernel: Any
+) -> None:
+    # Bug caught: memory of another device read as ids, and numbers of another dtype.
+    x, out = torch.zeros(2, COLS).bfloat16(), torch.zeros(2, 16).bfloat16()
+    desc = fast_ops.pack_again(torch.zeros(16, COLS).bfloat16(), "experts").desc
+    ints = {key: torch.zeros(16, dtype=torch.int32) for key in ("ids", "num_padded")}
+    given = Routed(**ints, expert_of_block=ints["ids"], block=16, num_tokens=2, top_k=1, weights=None)  # fmt: skip
+    with pytest.raises(UnsupportedError, match=f"experts_product: {name}"):
+        fast_expert_product.multiply(x, desc, 1, 16, COLS, replace(given, **changed), None, out)
+    fast_expert_product.multiply(x, desc, 1, 16, COLS, given, None, out)
 
 
 def test_the_most_tokens_follow_from_experts_and_those_of_a_token(vllm_kernel: Any) -> None:

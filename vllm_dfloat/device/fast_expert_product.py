@@ -80,15 +80,19 @@ def multiply(
             "Convert or move them."
         )
     check_tensor("experts_product: out", out.view(-1), torch.bfloat16, num_out * rows, device)
-    blocks = num_out if routed.ids is None else routed.ids.numel() // routed.block
-    kind = routed.expert_of_block.dtype
-    check_tensor("experts_product: expert_of_block", routed.expert_of_block, kind, blocks, device)
-    for name, tensor, numel in (
-        ("weights", routed.weights, num_out),
-        ("bias", bias, num_experts * rows),
+    places = 0 if routed.ids is None else routed.ids.numel()
+    blocks = num_out if routed.ids is None else places // routed.block
+    floats, ints = (torch.float32, torch.bfloat16), (torch.int32, torch.int64)
+    for name, tensor, kinds, numel in (
+        ("ids", routed.ids, ints[:1], places),
+        ("num_padded", routed.num_padded, ints[:1], 1),
+        ("expert_of_block", routed.expert_of_block, ints, blocks),
+        ("weights", routed.weights, floats, num_out),
+        ("bias", bias, floats, num_experts * rows),
     ):
         if tensor is not None:
-            check_tensor(f"experts_product: {name}", tensor.view(-1), tensor.dtype, numel, device)
+            kind = tensor.dtype if tensor.dtype in kinds else kinds[0]
+            check_tensor(f"experts_product: {name}", tensor.view(-1), kind, numel, device)
     launch(x, desc, num_experts, rows, cols, routed, bias, out)
 
 
