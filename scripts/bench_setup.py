@@ -51,6 +51,7 @@ def prepare(device: str) -> torch.device:
     import torch
 
     if device == "cpu":
+        let_interpreter_count()
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise CannotRunError(
@@ -66,6 +67,23 @@ def prepare(device: str) -> torch.device:
     except errors.DeviceError as error:
         raise CannotRunError(str(error)) from error
     return found
+
+
+def let_interpreter_count() -> None:
+    """Let Triton's interpreter loop up to a number that a kernel has computed, whatever NumPy is installed.
+
+    Before 3.8 it makes int() of an array of one element, which NumPy refuses from 2.4 on.
+    """
+    from triton.runtime import interpreter
+
+    module: Any = interpreter
+    patch = module._patch_lang_tensor
+
+    def patched(tensor: Any, *arguments: Any) -> None:
+        patch(tensor, *arguments)
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+
+    module._patch_lang_tensor = patched
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -23,6 +23,9 @@ HAS_GPU = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") == "0
 
 if IS_REHEARSAL:
     os.environ["VLLM_DFLOAT_BACKEND"] = "triton"
+    from bench_setup import let_interpreter_count
+
+    let_interpreter_count()
 
 # A module whose tests need a GPU sets `pytestmark` to this.
 NEEDS_GPU = [

@@ -31,8 +31,10 @@ def guarded(array: np.ndarray) -> torch.Tensor:
 
 
 def run_python(code: str, env: dict[str, str]) -> "subprocess.CompletedProcess[str]":
-    """Run `code`, which can import the tests' modules, in a separate process."""
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    """Run `code`, which can import the tests' modules and those of scripts, in a separate process."""
+    tests = Path(__file__).parent
+    folders = str(tests), str(tests.parent / "scripts"), os.environ.get("PYTHONPATH", "")
+    path = os.pathsep.join(folders)
     return subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "PYTHONPATH": path, **env},

@@ -141,7 +141,7 @@ def test_result_is_rounded_to_nearest_with_ties_to_even(shape: Shape) -> None:
 
 _GUARDED = """
 import os
-import numpy as np, torch
+import bench_setup, numpy as np, torch
 from guard_pages import guarded
 from helpers import gaussian, to_torch
 from vllm_dfloat.codec.fast_layout import size
@@ -150,12 +150,17 @@ from vllm_dfloat.device.packed_weight import make_descriptor
 from vllm_dfloat.kernels import fast_matmul as kernels
 from vllm_dfloat.kernels.fast_product import DotShape, GemvShape
 
+bench_setup.let_interpreter_count()
 weight = to_torch(gaussian(130, 768))
 weight[0, :3] = weight[129, 767] = 1e-30
 spread = torch.randn(64, 128, generator=torch.Generator().manual_seed(1)) * 9
 weight[:64, 640:] = spread.exp().bfloat16()
 lay, payload = fast_encode.encode(weight)
-shape, num_x = {"gemv": (GemvShape(turns=16), 3), "dot": (DotShape(rows=128, parts=2), 6)}[os.environ["KERNEL"]]
+shape, num_x = {
+    "gemv": (GemvShape(turns=16), 3),
+    "dot": (DotShape(rows=128, parts=2), 6),
+    "ahead": (DotShape(rows=16, stages=1, warps=1, width=4, in_order=True), 6),
+}[os.environ["KERNEL"]]
 rng = np.random.default_rng(0)
 for kind in range(4):  # sound; starts a little off; any starts; any starts and entries
     held = payload.numpy().copy()
@@ -180,8 +185,10 @@ print("done")
 """
 
 
-# They share the code that looks at entries.
-@pytest.mark.parametrize("kernel", ["dot", pytest.param("gemv", marks=pytest.mark.on_demand)])
+# They share the code that looks at entries; where to load ahead from depends on the starts too.
+@pytest.mark.parametrize(
+    "kernel", ["dot", "ahead", pytest.param("gemv", marks=pytest.mark.on_demand)]
+)
 def test_no_access_leaves_the_tensors_whatever_the_bytes_say(kernel: str) -> None:
     done = run_python(_GUARDED, {"TRITON_INTERPRET": "1", "KERNEL": kernel})
     assert done.returncode == 0, f"exit {done.returncode}: {done.stderr}"
