@@ -87,7 +87,8 @@ def fast_experts_product(device: torch.device) -> None:
         weight = (weight * 100).round()
     weight[64:128, 128:] = -0.0
     weight[200, ::7] = 0.0
-    whole, nothing = pack(weight), torch.empty(0, dtype=torch.int32, device=device)
+    whole = fast_ops.pack_again(weight, "experts")
+    nothing = torch.empty(0, dtype=torch.int32, device=device)
     each = [fast_ops.pack_again(part, "expert") for part in weight.split(rows)]
     scratch = nothing.view(torch.bfloat16), nothing
     for num_x, block in ((3, 1), (40, 16), (40, 64)) if is_gpu else ((2, 1), (3, 16)):
