@@ -23,7 +23,7 @@ OTHER_TRITON = "3.9.0" if triton.__version__.startswith("3.6.") else "3.6.0"
 OTHER_NUMPY = "numpy>=2.4,<2.5"  # current hosts have it together with Triton 3.6
 
 # One kernel of each form, compiled here for every target. All others are compiled for sm_90 here, and for every target
-# with --full and by the kernel report.
+# by the kernel report.
 FORMS = (
     "decode", "decode_run", "decode_group", "decode_chosen", "mark_chosen_map", "decode_rows",
     "decode_dfloat11", "decode_dfloat11_resident", "decode_dfloat11_run", "decode_dfloat11_rows",
@@ -31,13 +31,6 @@ FORMS = (
     "encode_dfloat11_split", "gemv_1", "sum_1", "fast_decode", "fast_decode_run", "fast_chosen", "fast_rows",
     "fast_group", "fast_gemv_1", "fast_dot_16", "fast_ahead_8", "fast_sum",
 )  # fmt: skip
-
-# Forms whose loops are those of another one: of decode, of decode_dfloat11, of fast_decode. They take the longest.
-SAME_LOOPS = {
-    "decode_run", "decode_group", "decode_chosen", "decode_dfloat11_run", "decode_dfloat11_rows", "fast_decode_run",
-    "fast_group", "fast_chosen",
-}  # fmt: skip
-ELSEWHERE = tuple(name for name in FORMS if name not in SAME_LOOPS)
 
 # Kernels whose threads must wait for each other in every turn of a loop, with any compiler: operands, or the
 # activations alone, go to the tensor cores through shared memory; a block of the official layout ends with its last
@@ -103,12 +96,10 @@ def assert_no_barriers_in_loops(rows: Rows) -> None:
 
 
 @pytest.fixture(scope="module")
-def report(request: pytest.FixtureRequest) -> Rows:
+def report() -> Rows:
     others = [f"--target={target}" for target in NVIDIA if target != "sm_90"]
-    if request.config.getoption("--full"):
-        return by_name(kernel_report("--target=sm_90", *others))
     rows = kernel_report("--target=sm_90")
-    rows += kernel_report(*others, *(f"--kernel={name}" for name in ELSEWHERE))
+    rows += kernel_report(*others, *(f"--kernel={name}" for name in FORMS))
     return by_name(rows)
 
 
@@ -117,7 +108,7 @@ def test_every_kernel_compiles_without_spills_and_loops_without_barriers(
     target: str, report: Rows
 ) -> None:
     rows = {key: row for key, row in report.items() if key[1] == target}
-    assert {name for name, _ in rows} >= {*(FORMS if target == "sm_90" else ELSEWHERE)}
+    assert {name for name, _ in rows} >= {*FORMS}
     assert_no_spills(rows)
     assert_no_barriers_in_loops(rows)
 
