@@ -63,9 +63,9 @@ def run(kernel, payload, at_end):
         status[:] = 0
         expert_decode.decode_chosen(desc, ROWS, COLS, flags, out, status, 2)
     elif kernel == "decode_rows":
-        ids = guarded(np.array([ROWS - 1, -1, 1 << 62]))  # vLLM masks ids outside afterwards
-        rows = guarded(np.full((3, COLS), 0x7FC1, np.uint16), at_end).view(torch.bfloat16)
-        status = guarded(np.full((3, decode_rows.statuses_per_row(COLS)), -1, np.int32), at_end)
+        ids = guarded(np.array([2, ROWS - 1, -1, 1 << 62]))  # vLLM masks ids outside afterwards
+        rows = guarded(np.full((4, COLS), 0x7FC1, np.uint16), at_end).view(torch.bfloat16)
+        status = guarded(np.full((4, decode_rows.statuses_per_row(COLS)), -1, np.int32), at_end)
         decode_rows.decode_rows(desc, ids, ROWS, COLS, rows, status)
         out = rows[:2].reshape(-1)
     else:
