@@ -29,7 +29,7 @@ FORMS = (
     "decode_dfloat11", "decode_dfloat11_resident", "decode_dfloat11_run", "decode_dfloat11_rows",
     "encode_count", "encode_measure", "encode_write", "encode_dfloat11_measure", "encode_dfloat11_write",
     "encode_dfloat11_split", "gemv_1", "sum_1", "fast_decode", "fast_decode_run", "fast_chosen", "fast_rows",
-    "fast_group", "fast_gemv_1", "fast_dot_16", "fast_ahead_8", "fast_sum",
+    "fast_group", "fast_gemv_1", "fast_dot_16", "fast_ahead_8", "fast_experts_16", "fast_sum",
 )  # fmt: skip
 
 # Kernels whose threads must wait for each other in every turn of a loop, with any compiler: operands, or the
@@ -83,9 +83,15 @@ def by_name(rows: list[dict[str, Any]]) -> Rows:
     return {(row["kernel"], row["target"]): row for row in rows}
 
 
-def assert_no_spills(rows: Rows, most: int = 40) -> None:
+MOST_SPILLED = {"fast_experts_16": 40}  # bytes; kept around its loop for 12 warps instead of 10
+
+
+def assert_no_spills(rows: Rows, most: int = 16) -> None:
     # ptxas spills a few words around a loop if that saves the registers for one more warp; never inside the loop.
-    assert [key for key, row in rows.items() if row["spilled_bytes"] > most] == []
+    spilled = {
+        key: row["spilled_bytes"] - MOST_SPILLED.get(key[0], most) for key, row in rows.items()
+    }
+    assert [key for key, more in spilled.items() if more > 0] == []
     assert [key for key, row in rows.items() if row["spills_in_loops"]] == []
 
 

@@ -26,16 +26,17 @@ def prepare(model: torch.nn.Module) -> None:
     for line in lines:
         logger.info("dfloat11: %s", line)
     counts: Counts = {}
-    for layer, method in layers:
-        for product, tokens in products_of(layer, method).items():
+    asked = [products_of(layer, method) for layer, method in layers]
+    for products in asked:
+        for product, tokens in products.items():
             counts.setdefault(product, set()).update(tokens)
     for product, tokens in counts.items():
         used = _proven(product, tokens) if product.mode == FUSED_EXACT else tokens
         before = experts_product.known.get(product, frozenset())
         experts_product.known[product] = before | used
-    for layer, method in layers:
+    for (_, method), products in zip(layers, asked, strict=True):
         if method.held.w13.desc.device.type == "cuda":
-            compile_kernels(products_of(layer, method), method.held)
+            compile_kernels(products, method.held)
     if proven := {
         product: found for product, found in counts.items() if product.mode == FUSED_EXACT
     }:
