@@ -1,26 +1,24 @@
 """Compressed weights take the expected bytes; no BF16 copy of them stays, and copies do not pile up while loading."""
 
-import ctypes
 import gc
+import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import peaks_of_loads
 import pytest
 import tiny_models
 import torch
-import transformers
 from conftest import Checkpoint
-from engines import answers, engine
+from engine_pairs import ENVIRONMENT
+from engines import engine, run_bounded
 from live_tensors import bf16_copies
 from safetensors.torch import load_file
 
 from vllm_dfloat.device import ops
-from vllm_dfloat.device.scratch import scratch
 from vllm_dfloat.integration.layers.method import packed_of
-from vllm_dfloat.integration.loading import loader, report
-from vllm_dfloat.integration.seam import weight_files
+from vllm_dfloat.integration.loading import report
 
 pytestmark = pytest.mark.engine
 
@@ -83,91 +81,25 @@ def test_no_bf16_copy_of_a_compressed_weight_survives_loading(tmp_path: Path) ->
         assert "model.embed_tokens.weight" in bf16_copies(prints)  # the scan finds a real copy
 
 
-# A model whose weights are generated while they are loaded, so that no file is mapped into memory.
-HIDDEN, INTERMEDIATE, LAYERS, VOCABULARY = 2048, 4096, 4, 256
-NUM_EXPERTS, INTERMEDIATE_OF_EXPERT = 16, 512
-LARGEST_LAYER = {
-    "llama": 2 * 2 * INTERMEDIATE * HIDDEN,  # gate_up_proj
-    "qwen3_moe": 2 * 3 * NUM_EXPERTS * INTERMEDIATE_OF_EXPERT * HIDDEN,
-}
-
-
-def made_up_weights(architecture: str) -> Iterator[tuple[str, torch.Tensor]]:
-    def make(name: str, *shape: int) -> tuple[str, torch.Tensor]:
-        return f"{name}.weight", torch.empty(*shape, dtype=torch.bfloat16).normal_(0, 0.02)
-
-    yield make("model.embed_tokens", VOCABULARY, HIDDEN)
-    for layer in range(LAYERS):
-        prefix = f"model.layers.{layer}"
-        yield make(f"{prefix}.input_layernorm", HIDDEN)
-        yield make(f"{prefix}.post_attention_layernorm", HIDDEN)
-        is_mixture = architecture == "qwen3_moe"
-        inner = INTERMEDIATE_OF_EXPERT if is_mixture else INTERMEDIATE
-        experts = [f".experts.{i}" for i in range(NUM_EXPERTS)] if is_mixture else [""]
-        for expert in experts:
-            yield make(f"{prefix}.mlp{expert}.down_proj", HIDDEN, inner)
-            yield make(f"{prefix}.mlp{expert}.gate_proj", inner, HIDDEN)
-            yield make(f"{prefix}.mlp{expert}.up_proj", inner, HIDDEN)
-        if is_mixture:
-            yield make(f"{prefix}.mlp.gate", NUM_EXPERTS, HIDDEN)
-            for part in "qk":
-                yield make(f"{prefix}.self_attn.{part}_norm", HIDDEN // 16)
-        for part in "qkvo":
-            yield make(f"{prefix}.self_attn.{part}_proj", HIDDEN, HIDDEN)
-    yield make("model.norm", HIDDEN)
-    yield make("lm_head", VOCABULARY, HIDDEN)
-
-
-def memory_now(field: str) -> int:
-    """Return VmRSS (now) or VmHWM (the highest since the mark was reset) of this process, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
-
-
-def give_large_blocks_back_at_once() -> None:
-    """Prevent the C library from keeping freed memory, which would be counted as used; free what earlier tests left."""
-    m_mmap_threshold = -3
-    assert ctypes.CDLL(None).mallopt(m_mmap_threshold, 256 * 1024) == 1
-    scratch.release()
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
+@pytest.fixture(scope="module")
+def peaks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Return what peaks_of_loads.py measures, by architecture."""
+    folder = tmp_path_factory.mktemp("peaks")
+    result = folder / "result.json"
+    command = [sys.executable, peaks_of_loads.__file__, result, folder]
+    run_bounded([*map(str, command)], folder / "log.txt", ENVIRONMENT, 300)
+    return json.loads(result.read_text())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's peak counter is in Linux's /proc")
-@pytest.mark.parametrize("name", LARGEST_LAYER)
+@pytest.mark.parametrize("name", peaks_of_loads.LARGEST_LAYER)
 def test_peak_memory_while_loading_is_the_compressed_model_and_two_layers(
-    name: str, bf16_checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, peaks: dict[str, Any]
 ) -> None:
-    prefix = tiny_models.ARCHITECTURES[name][0]
-    getattr(transformers, f"{prefix}Config")(
-        architectures=[f"{prefix}ForCausalLM"], dtype="bfloat16", tie_word_embeddings=False,
-        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=INTERMEDIATE, head_dim=HIDDEN // 16,
-        num_hidden_layers=LAYERS, num_attention_heads=16, num_key_value_heads=16, max_position_embeddings=256,
-        num_experts=NUM_EXPERTS, num_experts_per_tok=2, moe_intermediate_size=INTERMEDIATE_OF_EXPERT,
-    ).save_pretrained(tmp_path)  # fmt: skip
-    answers(bf16_checkpoint(name), quantization="dfloat11")  # one-time compilation
-    give_large_blocks_back_at_once()
-    seen: dict[str, int] = {}
-    original = loader.DFloat11ModelLoader.load_model
-
-    def measured(self: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:
-        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-        seen["start"] = memory_now("VmRSS")
-        model = original(self, *args, **kwargs)
-        seen["peak"] = memory_now("VmHWM")
-        return model
-
-    monkeypatch.setattr(loader.DFloat11ModelLoader, "load_model", measured)
-    monkeypatch.setattr(
-        loader.DefaultModelLoader, "get_all_weights", lambda *_: made_up_weights(name)
-    )
-    monkeypatch.setattr(weight_files, "checkpoint_files", lambda *_: (tmp_path, []))
-    with engine(tmp_path, quantization="dfloat11") as llm:
-        summary = report.summarize(model_of(llm))
-    growth = seen["peak"] - seen["start"]
-    print(f"{growth / MIB:.1f} MiB at the peak, {summary.held_bytes / MIB:.1f} held")
-    num_routers = LAYERS if name == "qwen3_moe" else 0
-    assert summary.num_compressed == summary.num_layers - num_routers
-    assert growth > 0.95 * summary.held_bytes  # the measurement sees the model at all
-    assert growth < summary.held_bytes + 2 * LARGEST_LAYER[name] + summary.scratch_bytes
-    assert growth < summary.bf16_bytes
+    peak, largest_layer = peaks[name], peaks_of_loads.LARGEST_LAYER[name]
+    print(f"{peak['growth'] / MIB:.1f} MiB at the peak, {peak['held'] / MIB:.1f} held")
+    num_routers = peaks_of_loads.LAYERS if name == "qwen3_moe" else 0
+    assert peak["left_uncompressed"] == num_routers
+    assert peak["growth"] > 0.95 * peak["held"]  # the measurement sees the model at all
+    assert peak["growth"] < peak["held"] + 2 * largest_layer + peak["scratch"]
+    assert peak["growth"] < peak["bf16"]
