@@ -7,11 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from vllm_dfloat.commands.output import say
-from vllm_dfloat.errors import UnsupportedError
-from vllm_dfloat.plan.byte_sizes import GIB, parse_size
 
 EXIT_FITS, EXIT_DOES_NOT_FIT = 0, 1
-MAX_OFFLOAD = 1 << 20  # GiB
 EXAMPLE = (
     "example: vllm-dfloat plan ./Llama-3.1-405B/config.json --gpus 8 --gpu-memory 80GiB. "
     "Exit status: 0 fits in DFloat11, 1 does not, 2 bad input. Without --max-model-len a model fits if one token does; "
@@ -25,6 +22,13 @@ def add_plan(commands: Any) -> argparse.ArgumentParser:
         "plan", help="say whether a model fits, and how long a context, before anything is loaded", epilog=EXAMPLE
     )  # fmt: skip
     parser.add_argument("model", help="folder of a model, its config.json alone, or a hub id")
+    for add_group in (_add_gpus, _add_memory, _add_offload, _add_compression, _add_output):
+        add_group(parser)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_gpus(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gpus", type=int, help="how many GPUs (default: --tp times --pp times --dp)"
     )
@@ -44,6 +48,10 @@ def add_plan(commands: Any) -> argparse.ArgumentParser:
         "--enable-expert-parallel", "--expert-parallel", action="store_true",
         help="each rank holds whole experts, as with vLLM's option of that name",
     )  # fmt: skip
+
+
+def _add_memory(parser: argparse.ArgumentParser) -> None:
+    """Add what says how much lies beside the weights: KV cache, states, batches."""
     parser.add_argument(
         "--max-model-len", type=int, help="tokens of the longest request that must fit"
     )
@@ -72,6 +80,10 @@ def add_plan(commands: Any) -> argparse.ArgumentParser:
         "--kv-cache-memory", metavar="SIZE",
         help="fix the KV cache of each rank, such as 10GiB (what vLLM's --kv-cache-memory-bytes calls 10G)",
     )  # fmt: skip
+
+
+def _add_offload(parser: argparse.ArgumentParser) -> None:
+    """Add what says which weights lie in host memory."""
     parser.add_argument(
         "--cpu-offload-gb", type=float, default=0, metavar="GIB",
         help="GiB per GPU of weights in host memory, compressed ones for DFloat11 (default: 0, as vLLM's)",
@@ -91,6 +103,9 @@ def add_plan(commands: Any) -> argparse.ArgumentParser:
         "--offload-params", nargs="+", default=[], metavar="SEGMENT",
         help="only parameters with such a segment in vLLM's name, as experts or mlp (default: all)",
     )  # fmt: skip
+
+
+def _add_compression(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--granularity", choices=("layer", "block"), default="layer", help="what is decoded at a time (default: layer)"
     )  # fmt: skip
@@ -107,56 +122,29 @@ def add_plan(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--code-bits", type=float, help="bits per exponent (default: measured, or 2.7 assumed)"
     )
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--png", type=Path, metavar="FILE", help="also draw it; needs matplotlib")
     parser.add_argument("--quiet", action="store_true", help="print the last line only")
-    parser.set_defaults(run=run)
-    return parser
 
 
 def run(args: argparse.Namespace) -> int:
     """Plan, print, draw; return the exit status."""
-    from vllm_dfloat.plan import layout_sizes
+    from vllm_dfloat.commands.plan_settings import settings_of
+    from vllm_dfloat.plan.layout_sizes import LAYOUTS
     from vllm_dfloat.plan.plan import make_plan
     from vllm_dfloat.plan.report import as_json, as_table, side_by_side, summary
-    from vllm_dfloat.plan.settings import Settings
 
-    tp = _ranks(args)
-    _check(args)
-    gpu_memory = parse_size(args.gpu_memory, "--gpu-memory")
-    if not gpu_memory:
-        raise UnsupportedError(f"--gpu-memory {args.gpu_memory}: expected more than nothing.")
-    settings = Settings(
-        tp=tp,
-        pp=args.pp,
-        dp=args.dp,
-        gpu_memory=gpu_memory,
-        gpu_memory_utilization=args.gpu_memory_utilization,
-        max_model_len=args.max_model_len,
-        kv_cache_dtype=args.kv_cache_dtype,
-        mamba_ssm_cache_dtype=args.mamba_ssm_cache_dtype,
-        prefix_caching=args.enable_prefix_caching,
-        block_size=args.block_size,
-        max_num_batched_tokens=args.max_num_batched_tokens,
-        max_num_seqs=args.max_num_seqs,
-        overhead=parse_size(args.overhead, "--overhead") if args.overhead else None,
-        kv_cache_memory=parse_size(args.kv_cache_memory, "--kv-cache-memory") if args.kv_cache_memory else None,
-        cpu_offload=int(args.cpu_offload_gb * GIB),
-        prefetch=_prefetch(args),
-        expert_parallel=args.enable_expert_parallel,
-        granularity=args.granularity,
-        kv_tokens=args.kv_tokens,
-        layout=layout_sizes.LAYOUTS[0] if args.layout == "all" else args.layout,
-        slab=_slab(args.slab),
-    )  # fmt: skip
-    layout_sizes.check(args.layout, args.granularity)
+    settings = settings_of(args)
     plan = make_plan(args.model, settings, args.code_bits)
     if args.png:
         from vllm_dfloat.plan.picture import draw
 
         draw(plan, args.png)
     if args.layout == "all":
-        others = [replace(settings, layout=layout) for layout in layout_sizes.LAYOUTS[1:]]
+        others = [replace(settings, layout=layout) for layout in LAYOUTS[1:]]
         plans = [plan, *(make_plan(args.model, one, args.code_bits) for one in others)]
         if args.json:
             say(json.dumps({one.settings.layout: as_json(one) for one in plans}, indent=1))
@@ -168,92 +156,3 @@ def run(args: argparse.Namespace) -> int:
     else:
         say(summary(plan) if args.quiet else as_table(plan))
     return EXIT_FITS if plan.dfloat11.fits else EXIT_DOES_NOT_FIT
-
-
-def _prefetch(args: argparse.Namespace) -> Any:
-    """Return vLLM's options of prefetching offload.
-
-    Raises:
-        UnsupportedError: vLLM refuses them.
-    """
-    from vllm_dfloat.plan.offload import Prefetch
-
-    prefetch = Prefetch(
-        args.offload_group_size,
-        args.offload_num_in_group,
-        args.offload_prefetch_step,
-        frozenset(args.offload_params),
-    )
-    prefetch.check()
-    return prefetch
-
-
-def _slab(given: str | None) -> int | None:
-    """Return the bytes of a slab, 0 for "off", None for "auto".
-
-    Raises:
-        UnsupportedError: anything else than these or a size, or one of no bytes, which the option refuses too.
-    """
-    if given is None or given == "auto":
-        return None
-    if given == "off":
-        return 0
-    size = int(given) if given.isdecimal() else parse_size(given, "--slab")
-    if not size:
-        raise UnsupportedError(
-            f"--slab {given}: expected auto, off, a positive number of bytes, or as 64MiB."
-        )
-    return size
-
-
-def _ranks(args: argparse.Namespace) -> int:
-    """Return the ranks of tensor parallelism.
-
-    Raises:
-        UnsupportedError: --gpus, --tp, --pp and --dp contradict each other.
-    """
-    for name in ("gpus", "tp", "pp", "dp"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UnsupportedError(f"--{name} {value}: expected at least 1.")
-    rest = args.pp * args.dp
-    tp: int = args.tp or max(1, (args.gpus or 1) // rest)
-    if args.gpus is not None and tp * rest != args.gpus:
-        others = f" times --dp {args.dp}" if args.dp > 1 else ""
-        raise UnsupportedError(
-            f"--gpus {args.gpus}: --tp {tp} times --pp {args.pp}{others} is {tp * rest}; expected the same number."
-        )
-    return tp
-
-
-def _check(args: argparse.Namespace) -> None:
-    for name in (
-        "max_model_len",
-        "block_size",
-        "max_num_batched_tokens",
-        "max_num_seqs",
-        "kv_tokens",
-    ):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UnsupportedError(f"--{name.replace('_', '-')} {value}: expected at least 1.")
-    if not 0 < args.gpu_memory_utilization <= 1:
-        raise UnsupportedError(
-            f"--gpu-memory-utilization {args.gpu_memory_utilization:g}: expected a fraction over 0, at most 1."
-        )
-    if not 0 <= args.cpu_offload_gb < MAX_OFFLOAD:
-        raise UnsupportedError(
-            f"--cpu-offload-gb {args.cpu_offload_gb:g}: expected GiB per GPU, at least 0 and below {MAX_OFFLOAD:,}."
-        )
-    if args.kv_tokens and args.layout != "auto":
-        raise UnsupportedError(
-            f"--kv-tokens {args.kv_tokens} with --layout {args.layout}: it needs --layout auto. "
-            "Give --layout auto, or leave --kv-tokens out."
-        )
-    if args.kv_tokens and args.kv_cache_memory:
-        raise UnsupportedError(
-            f"--kv-tokens {args.kv_tokens} with --kv-cache-memory {args.kv_cache_memory}: each says how large the KV "
-            "cache is; expected one of them. Remove the other."
-        )
-    if args.code_bits is not None and not 1 <= args.code_bits <= 8:
-        raise UnsupportedError(f"--code-bits {args.code_bits:g}: expected 1 to 8.")
