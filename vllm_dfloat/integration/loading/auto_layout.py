@@ -1,13 +1,18 @@
 """Layout "auto": the plan's choice of the layers that are held in the fast layout, from vLLM's settings."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_dfloat.errors import DFloatError
 from vllm_dfloat.integration.seam import fused_names, layer_kinds
 from vllm_dfloat.integration.seam.names import logger
 from vllm_dfloat.integration.seam.options import Options
+
+if TYPE_CHECKING:
+    from vllm_dfloat.plan.settings import Settings
 
 
 def choose(
@@ -23,9 +28,30 @@ def choose(
         options: of dfloat11. Its kv_tokens must find room, and one request of --max-model-len.
         fused: vLLM's packed_modules_mapping, for names in the option `ignore`.
     """
+    from vllm_dfloat.plan.plan import fast_layers
+
+    model = config.model_config
+
+    def stays_bf16(name: str) -> bool:
+        return _is_read_as_head(name, model) or fused_names.is_ignored(name, options.ignore, fused)
+
+    settings = _settings(config, options)
+    try:
+        layers, told, warnings = fast_layers(str(model.model), settings, stays_bf16)
+    except (DFloatError, OSError) as error:
+        return frozenset(), (
+            f"auto: all layers are packed, since the plan is not known: {error} "
+            'Or choose the layout yourself, "fast" or "packed".'
+        )
+    for warning in warnings:
+        logger.warning("dfloat11: %s.", warning)
+    return layers, told
+
+
+def _settings(config: Any, options: Options) -> Settings:
+    """Return what a plan is asked about, by vLLM's settings and the options."""
     from vllm.platforms import current_platform
 
-    from vllm_dfloat.plan.plan import fast_layers
     from vllm_dfloat.plan.settings import Settings
 
     cache, parallel, scheduler = (
@@ -35,13 +61,9 @@ def choose(
     )
     cpu_offload, prefetch = _offload(getattr(config, "offload_config", None))
     model = config.model_config
-
-    def stays_bf16(name: str) -> bool:
-        return _is_read_as_head(name, model) or fused_names.is_ignored(name, options.ignore, fused)
-
     # With --max-model-len auto, vLLM takes what fits.
     is_fitted = getattr(model, "original_max_model_len", None) == -1
-    settings = Settings(
+    return Settings(
         tp=parallel.tensor_parallel_size,
         pp=parallel.pipeline_parallel_size,
         dp=parallel.data_parallel_size,
@@ -64,16 +86,6 @@ def choose(
         if isinstance(options.slab, int)
         else {"auto": None, "off": 0}[options.slab],
     )
-    try:
-        layers, told, warnings = fast_layers(str(model.model), settings, stays_bf16)
-    except (DFloatError, OSError) as error:
-        return frozenset(), (
-            f"auto: all layers are packed, since the plan is not known: {error} "
-            'Or choose the layout yourself, "fast" or "packed".'
-        )
-    for warning in warnings:
-        logger.warning("dfloat11: %s.", warning)
-    return layers, told
 
 
 def _is_read_as_head(name: str, model_config: Any) -> bool:
