@@ -15,6 +15,7 @@ from vllm_dfloat.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from vllm_dfloat.convert.compress import Report
+    from vllm_dfloat.convert.decompress import Restored
     from vllm_dfloat.dfloat11.coder import Coder
 
 # Files made at the same time if a GPU encodes: it waits for hashing, which takes a core about 1.2 ns per weight.
@@ -24,6 +25,23 @@ _WAS_FINISHED = "was finished before, and neither its files nor its source have 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `compress` and `decompress` to the parser."""
+    for command in (_add_compress(commands), _add_decompress(commands)):
+        command.add_argument(
+            "--workers", type=_positive, help="processes (default: as cores and memory allow)"
+        )
+        command.add_argument(
+            "--force", action="store_true", help="replace the checkpoint in an existing folder"
+        )
+        command.add_argument(
+            "--json", action="store_true", help="print one JSON object instead of lines"
+        )
+        command.add_argument("--quiet", action="store_true", help="print errors only")
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def _add_compress(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+) -> argparse.ArgumentParser:
     compress = commands.add_parser(
         "compress",
         help="write a BF16 model as a DFloat11 checkpoint; goes on where it was interrupted",
@@ -41,6 +59,12 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="what encodes and compares (default: auto, a GPU where there is one)",
     )
     compress.set_defaults(run=_compress)
+    return compress
+
+
+def _add_decompress(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+) -> argparse.ArgumentParser:
     decompress = commands.add_parser(
         "decompress",
         help="write a DFloat11 checkpoint back as BF16 safetensors, bit for bit; goes on where it was interrupted",
@@ -56,18 +80,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "checkpoint's own config gives them",
     )
     decompress.set_defaults(run=_decompress)
-    for command in (compress, decompress):
-        command.add_argument(
-            "--workers", type=_positive, help="processes (default: as cores and memory allow)"
-        )
-        command.add_argument(
-            "--force", action="store_true", help="replace the checkpoint in an existing folder"
-        )
-        command.add_argument(
-            "--json", action="store_true", help="print one JSON object instead of lines"
-        )
-        command.add_argument("--quiet", action="store_true", help="print errors only")
-        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return decompress
 
 
 def _positive(text: str) -> int:
@@ -98,11 +111,11 @@ def _compress(args: argparse.Namespace) -> int:
         workers = _GPU_THREADS if coder else args.workers
         report = compress(source, args.target, args.force, workers, bar.start, bar.advance, coder)
     if args.json:
-        say_json(_as_json(args, report))
+        say_json(_compressed_json(args, report))
     elif not args.quiet:
         for line in (*left_lines(report.left), *left_out_lines(report.left_out)):
             say(line)
-        say(_last_line(args.target, report))
+        say(_compressed_line(args.target, report))
     return 0
 
 
@@ -133,7 +146,7 @@ def _may_have_gpu() -> bool:
     return bool(packages) and any(Path(driver).exists() for driver in drivers)
 
 
-def _as_json(args: argparse.Namespace, report: Report) -> dict[str, Any]:
+def _compressed_json(args: argparse.Namespace, report: Report) -> dict[str, Any]:
     return {
         "source": args.source,
         "target": str(args.target),
@@ -147,7 +160,7 @@ def _as_json(args: argparse.Namespace, report: Report) -> dict[str, Any]:
     }
 
 
-def _last_line(target: Path, report: Report) -> str:
+def _compressed_line(target: Path, report: Report) -> str:
     ratio = 100 * report.num_bytes / report.bf16_bytes
     what = f"{ratio:.1f} % ({report.bf16_bytes:,} => {report.num_bytes:,} bytes), {counted(report.units, 'unit')}"
     if report.was_finished:
@@ -175,28 +188,33 @@ def _decompress(args: argparse.Namespace) -> int:
         )
     seconds = time.monotonic() - began
     if args.json:
-        say_json(
-            {
-                "path": str(args.path),
-                "out": str(args.out),
-                "tensors": restored.tensors,
-                "num_bytes": restored.num_bytes,
-                "left_out": dict(restored.left_out),
-                "not_sought": restored.not_sought or None,
-                "not_as_listed": list(restored.not_as_listed),
-                "seconds": seconds,
-                "was_finished": restored.was_finished,
-            }
-        )
+        say_json(_restored_json(args, restored, seconds))
     elif not args.quiet:
         for line in left_out_lines(restored.left_out):
             say(line)
         if restored.not_as_listed:
             say(others_line(tuple(restored.not_as_listed)))
-        what = f"{counted(restored.tensors, 'tensor')}, {restored.num_bytes:,} bytes"
-        end = not_sought_clause(restored.not_sought)
-        if restored.was_finished:
-            say(f"{args.out}: {_WAS_FINISHED}: {what}{end}")
-        else:
-            say(f"{args.out}: {what}, {seconds:.1f} s{end}")
+        say(_restored_line(args.out, restored, seconds))
     return 0
+
+
+def _restored_json(args: argparse.Namespace, restored: Restored, seconds: float) -> dict[str, Any]:
+    return {
+        "path": str(args.path),
+        "out": str(args.out),
+        "tensors": restored.tensors,
+        "num_bytes": restored.num_bytes,
+        "left_out": dict(restored.left_out),
+        "not_sought": restored.not_sought or None,
+        "not_as_listed": list(restored.not_as_listed),
+        "seconds": seconds,
+        "was_finished": restored.was_finished,
+    }
+
+
+def _restored_line(out: Path, restored: Restored, seconds: float) -> str:
+    what = f"{counted(restored.tensors, 'tensor')}, {restored.num_bytes:,} bytes"
+    end = not_sought_clause(restored.not_sought)
+    if restored.was_finished:
+        return f"{out}: {_WAS_FINISHED}: {what}{end}"
+    return f"{out}: {what}, {seconds:.1f} s{end}"
