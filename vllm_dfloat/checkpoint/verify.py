@@ -73,16 +73,36 @@ def compare(
             f"{against}: is a DFloat11 checkpoint; --against expects the uncompressed BF16 original."
         )
     originals = bf16_tensors(against)
-    result = Comparison()
-    seen = set()
     opened = _open(path, originals)
     beside = _weights_beside(against), _weights_beside(path)
     num_bytes = opened.num_bytes + sum(file.stat().st_size for file in beside[1].values())
     progress = Bytes(num_bytes, advance)
     start(num_bytes, 0)
+    result = Comparison()
+    _compare_tensors(result, opened, originals, (against, path), progress.done)
+    names = sorted(beside[0].keys() | beside[1].keys())
+    result.files = len(names) or None
+    for name in names:
+        files = [place.get(name) for place in beside]
+        result.differences += _file_differences(name, files, (against, path), progress.done)
+    result.served = served_differences(path, against)
+    progress.finish()
+    return result
+
+
+def _compare_tensors(
+    result: Comparison,
+    opened: _Opened,
+    originals: Mapping[str, StoredTensor],
+    folders: Sequence[Path],
+    advance: Advance,
+) -> None:
+    """Compare the tensors of a checkpoint with the originals, and add what was found to `result`."""
+    against, path = folders
+    seen = set()
     for name, dtype, bits in opened.tensors:
         seen.add(name)
-        progress.done(bits.nbytes)
+        advance(bits.nbytes)
         if name in originals:
             what = difference(dtype, bits, originals[name])
         elif opened.is_tied and is_lm_head(name):
@@ -101,14 +121,6 @@ def compare(
             what = lone_head_difference(dtype, bits, originals, path)
         if what:
             result.differences.append(f"{name}: {what}")
-    names = sorted(beside[0].keys() | beside[1].keys())
-    result.files = len(names) or None
-    for name in names:
-        files = [place.get(name) for place in beside]
-        result.differences += _file_differences(name, files, (against, path), progress.done)
-    result.served = served_differences(path, against)
-    progress.finish()
-    return result
 
 
 def _weights_beside(path: Path) -> dict[str, Path]:

@@ -90,11 +90,7 @@ def decompress(
     files = SourceFiles(path, weight_files)
     checkpoint = open_checkpoint(path)
     items = plan(checkpoint, _shapes(checkpoint, original))
-    not_sought = ""
-    for described_by in () if checkpoint.manifest else filter(None, (original, path)):
-        not_sought = refuse_missing_parameters(path, checkpoint.names, described_by)
-        if not not_sought:
-            break
+    not_sought = _refuse_missing(checkpoint, original)
     checkpoint.validate()
     files.check()
     shards = {shard.file: shard for shard in _shards(items, shard_bytes)}
@@ -136,6 +132,25 @@ def _shapes(checkpoint: Dfloat11Checkpoint, original: Path | None) -> Shapes:
     weights = {item.name.removesuffix(".weight"): item.shape for item in members}
     refuse_other_shapes(weights, own, source, original)
     return shapes
+
+
+def _refuse_missing(checkpoint: Dfloat11Checkpoint, original: Path | None) -> str:
+    """Refuse a checkpoint that lacks tensors of its model.
+
+    Returns:
+        Why that could not be checked, "" if it was: by the config of the original, or else by its own.
+
+    Raises:
+        FormatError: one is missing.
+    """
+    if checkpoint.manifest:  # compared with what is there when it was opened
+        return ""
+    not_sought = ""
+    for described_by in filter(None, (original, checkpoint.path)):
+        not_sought = refuse_missing_parameters(checkpoint.path, checkpoint.names, described_by)
+        if not not_sought:
+            break
+    return not_sought
 
 
 def _identity(
