@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import gaussian, poisoned, same_bits, to_torch, unlike
 
-from vllm_dfloat.checkpoint import lazy_weight
+from vllm_dfloat.checkpoint import flat_weight
 from vllm_dfloat.checkpoint.lazy_weight import LazyWeight
 
 ROWS, COLS = 48, 40
@@ -52,7 +52,7 @@ CUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 def test_a_cut_copies_the_bits_that_the_cut_of_the_tensor_has(
     cut: Callable[[torch.Tensor], torch.Tensor], piece: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lazy_weight, "PIECE_WEIGHTS", piece)
+    monkeypatch.setattr(flat_weight, "PIECE_WEIGHTS", piece)
     reader = Reader(ROWS, COLS)
     expected = cut(reader.weight)
     lazy = cut(reader.lazy())
@@ -78,7 +78,7 @@ def test_only_the_rows_that_are_copied_are_read() -> None:
 
 
 def test_experts_in_one_tensor_are_read_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lazy_weight, "GAP_WEIGHTS", 8)
+    monkeypatch.setattr(flat_weight, "GAP_WEIGHTS", 8)
     reader = Reader(5, 6, 8)
     lazy = reader.lazy()
     for expert in (3, 0):

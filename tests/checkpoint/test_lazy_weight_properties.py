@@ -12,7 +12,7 @@ from helpers import gaussian, to_torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_dfloat.checkpoint import lazy_weight
+from vllm_dfloat.checkpoint import flat_weight
 from vllm_dfloat.checkpoint.lazy_weight import LazyWeight
 from vllm_dfloat.errors import UnsupportedError
 
@@ -176,7 +176,7 @@ def test_any_chain_of_views_and_an_operation_gives_what_it_gives_for_a_plain_ten
 ) -> None:
     # Bug caught: `weight[:, a:b, :]` raised "View operation returned a tensor that is the same as the input base".
     plain, lazy = plain_and_lazy(shape)
-    with mock.patch.multiple(lazy_weight, PIECE_WEIGHTS=piece, GAP_WEIGHTS=gap):
+    with mock.patch.multiple(flat_weight, PIECE_WEIGHTS=piece, GAP_WEIGHTS=gap):
         for draw in [*data.draw(st.lists(st.sampled_from(VIEWS), max_size=5)), _ended]:
             if not plain.dim():
                 break

@@ -12,7 +12,8 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers import linear as vllm_linear
 from vllm.model_executor.layers import vocab_parallel_embedding as vllm_embedding
 
-from vllm_dfloat.checkpoint import lazy_weight
+from vllm_dfloat.checkpoint import flat_weight
+from vllm_dfloat.checkpoint.lazy_weight import LazyWeight
 from vllm_dfloat.device import unit_resident
 from vllm_dfloat.errors import UnsupportedError
 from vllm_dfloat.integration.config import DFloat11Config
@@ -135,7 +136,7 @@ def test_every_rank_of_every_kind_holds_the_bits_that_vllm_loads(
 def test_of_a_weight_that_is_decoded_where_it_is_copied_a_rank_decodes_its_slice(
     kind: Any, rank: int, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lazy_weight, "PIECE_WEIGHTS", 10_000)
+    monkeypatch.setattr(flat_weight, "PIECE_WEIGHTS", 10_000)
     pretend(monkeypatch, rank, size)
     ranges: list[int] = []
 
@@ -146,7 +147,7 @@ def test_of_a_weight_that_is_decoded_where_it_is_copied_a_rank_decodes_its_slice
             ranges.append(stop - start)
             return weight[start:stop].clone()
 
-        return lazy_weight.LazyWeight(read, shape)
+        return LazyWeight(read, shape)
 
     plain, parts = kind(quant_config=None, prefix="layer")
     load(plain, parts)

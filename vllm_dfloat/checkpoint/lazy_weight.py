@@ -9,20 +9,14 @@ right. An operation that writes decodes the whole weight first, once; all views 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map_only
 
+from vllm_dfloat.checkpoint.flat_weight import FlatWeight, Read
 from vllm_dfloat.errors import UnsupportedError
-
-PIECE_WEIGHTS = 1 << 23  # decoded at a time: 16 MiB of BF16
-GAP_WEIGHTS = 1 << 16  # unused weights between two rows that are decoded rather than read around
-WEIGHT_BYTES = 2
-
-Read = Callable[[int, int], torch.Tensor]
 
 aten = torch.ops.aten
 # What needs an address, which a wrapper does not have.
@@ -39,52 +33,10 @@ _OF_SHAPE = frozenset(
 )  # fmt: skip
 
 
-class _Stored:
-    """A stored weight: its flat BF16 weights, read when needed.
-
-    Attributes:
-        read: (start, stop) -> weights start..stop, BF16 [stop - start], on any device.
-        numel: number of weights.
-        value: all weights [numel] on the CPU, once somebody has asked for their memory.
-    """
-
-    def __init__(self, read: Read, numel: int) -> None:
-        self.read, self.numel = read, numel
-        self.value: torch.Tensor | None = None
-
-    def memory(self) -> torch.Tensor:
-        """Return all weights in memory that every view shares from now on."""
-        if self.value is None:
-            value = torch.empty(self.numel, dtype=torch.bfloat16, device="cpu")
-            for start in range(0, self.numel, PIECE_WEIGHTS):
-                stop = min(start + PIECE_WEIGHTS, self.numel)
-                value[start:stop].copy_(self.read(start, stop))
-            self.value = value
-        return self.value
-
-    def view(self, meta: torch.Tensor) -> torch.Tensor:
-        """Return the elements at which a meta tensor points, in one range that is decoded for this alone."""
-        size, stride, offset = meta.shape, meta.stride(), meta.storage_offset()
-        if not meta.numel():
-            return torch.empty(size, dtype=meta.dtype)
-        if self.value is not None:
-            storage = self.value.untyped_storage()
-            return torch.empty(0, dtype=meta.dtype).set_(storage, offset, size, stride)
-        width = meta.element_size()
-        at_once = max(width, WEIGHT_BYTES)  # elements must begin where memory can be viewed as them
-        first = offset * width // at_once * at_once
-        last = math.ceil((offset + _span(meta)) * width / at_once) * at_once
-        flat = self.read(first // WEIGHT_BYTES, last // WEIGHT_BYTES)
-        if flat.storage_offset() * WEIGHT_BYTES % at_once:
-            flat = flat.clone()
-        flat = flat.view(meta.dtype)
-        return flat.as_strided(size, stride, flat.storage_offset() + offset - first // width)
-
-
 class LazyWeight(torch.Tensor):
     """A view of a stored weight, on the CPU; only what is used is read."""
 
-    _stored: _Stored
+    _stored: FlatWeight
     _meta: torch.Tensor  # the same view of a meta tensor: its shape, strides, offset and dtype
 
     @staticmethod
@@ -96,10 +48,10 @@ class LazyWeight(torch.Tensor):
             shape: of the weight.
         """
         meta = torch.empty(tuple(shape), dtype=torch.bfloat16, device="meta")
-        return cls._make(_Stored(read, meta.numel()), meta)
+        return cls._make(FlatWeight(read, meta.numel()), meta)
 
     @classmethod
-    def _make(cls, stored: _Stored, meta: torch.Tensor) -> LazyWeight:
+    def _make(cls, stored: FlatWeight, meta: torch.Tensor) -> LazyWeight:
         self = torch.Tensor._make_wrapper_subclass(
             cls, meta.shape, strides=meta.stride(), storage_offset=meta.storage_offset(),
             dtype=meta.dtype, device=torch.device("cpu"),
@@ -153,13 +105,8 @@ class LazyWeight(torch.Tensor):
 
     def copy_to(self, out: torch.Tensor) -> None:
         """Decode into `out`, of this tensor's shape and of any dtype and device, piece by piece."""
-        if out.is_meta:  # vLLM copies to the meta device to count
-            return
-        if self._stored.value is not None:
-            out.copy_(self._stored.view(self._meta))
-            return
-        for part, meta in _pieces(out, self._meta):
-            part.copy_(self._stored.view(meta))
+        if not out.is_meta:  # vLLM copies to the meta device to count
+            self._stored.copy(self._meta, out)
 
     def decode(self) -> torch.Tensor:
         """Return the weight as an ordinary tensor on the CPU."""
@@ -168,38 +115,6 @@ class LazyWeight(torch.Tensor):
         out = torch.empty_like(self._meta, device="cpu")
         self.copy_to(out)
         return out
-
-
-def _span(meta: torch.Tensor) -> int:
-    """Return the length of the range of storage that a tensor with elements lies in."""
-    return 1 + sum(
-        (size - 1) * stride for size, stride in zip(meta.shape, meta.stride(), strict=True)
-    )
-
-
-def _pieces(out: torch.Tensor, meta: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Split two tensors of the same shape alike, until each part of `meta` can be read as one range."""
-    if not meta.numel():
-        return
-    piece, gap = (
-        count * WEIGHT_BYTES // meta.element_size() for count in (PIECE_WEIGHTS, GAP_WEIGHTS)
-    )
-    extents = [(size - 1) * stride for size, stride in zip(meta.shape, meta.stride(), strict=True)]
-    dim = max(range(len(extents)), key=extents.__getitem__, default=0)
-    span = 1 + sum(extents)
-    if not extents or not extents[dim]:
-        yield out, meta
-        return
-    stride = meta.stride(dim)
-    inner = span - extents[dim]  # range of one index of that dimension
-    has_gaps = stride - inner > gap
-    if span <= piece and not has_gaps:
-        yield out, meta
-        return
-    step = 1 if has_gaps else max(1, (piece - inner) // stride + 1)
-    for first in range(0, meta.shape[dim], step):
-        length = min(step, meta.shape[dim] - first)
-        yield from _pieces(out.narrow(dim, first, length), meta.narrow(dim, first, length))
 
 
 def _decoded(values: Any) -> Any:
