@@ -20,7 +20,7 @@ from vllm_dfloat.plan.kv_cache import KVCache, group_layers
 from vllm_dfloat.plan.layout_sizes import Codes, size_of
 from vllm_dfloat.plan.offload import BlockWeight, on_host
 from vllm_dfloat.plan.rotary import rotary_bytes
-from vllm_dfloat.plan.scratch import Layers
+from vllm_dfloat.plan.scratch import Layers, Scratch
 from vllm_dfloat.plan.settings import Settings
 from vllm_dfloat.plan.weights import Weight
 
@@ -159,26 +159,36 @@ def _rank(
                 numel, coded = numel + rows * cols, coded + packed.num_bytes
         bf16, dfloat11 = bf16 + plain, dfloat11 + kept
         if weight.layer >= 0:
-            turn = -1 if weight.is_of_tower else weight.layer - layers.start
-            kinds = weight.is_compressed, weight.cols == 1
-            name = weight.name.removeprefix(innermost_block(weight.name)).lstrip(".")
-            in_blocks.append(BlockWeight(plain, kept, *kinds, name, turn))
+            in_blocks.append(_in_block(weight, plain, kept, layers))
         if weight.is_of_tower:
             bf16_towers, dfloat11_towers = bf16_towers + plain, dfloat11_towers + kept
     scratch = compressed.scratch(settings.granularity == "block", slots, settings.slab)
-    overhead = unproven = settings.overhead
-    if overhead is None:
-        fixed, most = RESERVE + rotary_bytes(config, layers), activation_bytes(config, settings)
-        logits = 2 * settings.num_seqs * config.vocab
-        with_head = scratch.whole_head + logits if scratch.whole_head else 0
-        overhead, unproven = fixed + most, fixed + max(most, with_head)
-    assert unproven is not None  # as overhead
+    overhead, unproven = _overheads(config, settings, layers, scratch)
     host = on_host(in_blocks, settings.cpu_offload, settings.prefetch)
     return Rank(
         stage, layers, bf16, dfloat11, bf16_towers, dfloat11_towers, numel, coded, scratch.held, largest, overhead,
         scratch.whole_head, unproven,
         host.bf16, host.dfloat11, host.bf16_buffers, host.dfloat11_buffers, fast,
     )  # fmt: skip
+
+
+def _in_block(weight: Weight, plain: int, kept: int, layers: range) -> BlockWeight:
+    """Return a weight of `plain` bytes in BF16 and `kept` in DFloat11 as offloading sees it."""
+    turn = -1 if weight.is_of_tower else weight.layer - layers.start
+    name = weight.name.removeprefix(innermost_block(weight.name)).lstrip(".")
+    return BlockWeight(plain, kept, weight.is_compressed, weight.cols == 1, name, turn)
+
+
+def _overheads(
+    config: ModelConfig, settings: Settings, layers: range, scratch: Scratch
+) -> tuple[int, int]:
+    """Return the bytes of everything else, and those in DFloat11 if the LM head is decoded whole."""
+    if settings.overhead is not None:
+        return settings.overhead, settings.overhead
+    fixed, most = RESERVE + rotary_bytes(config, layers), activation_bytes(config, settings)
+    logits = 2 * settings.num_seqs * config.vocab
+    with_head = scratch.whole_head + logits if scratch.whole_head else 0
+    return fixed + most, fixed + max(most, with_head)
 
 
 def _layout(settings: Settings, weight: Weight, fast: frozenset[str]) -> str:
