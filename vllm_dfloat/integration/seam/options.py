@@ -80,21 +80,35 @@ class Options:
             for name, value in asdict(self).items()
             if name not in given and value != getattr(Options, name)
         }
-        held = f"layout {options.layout!r}{earlier.get('layout', '')}"
-        for name, value, layouts in NEEDS:
-            if options.layout not in layouts and getattr(options, name) == value:
-                of = earlier.get(name, "")
-                raise UnsupportedError(
-                    f"{where}: {name} {value!r}{of} with {held}; it needs layout "
-                    f"{' or '.join(map(repr, layouts))}. Set layout to one of these, or leave {name} out{of}."
-                )
-        if options.kv_tokens is not None and options.layout != AUTO:
-            of = earlier.get("kv_tokens", "")
-            raise UnsupportedError(
-                f"{where}: kv_tokens {options.kv_tokens}{of} with {held}; it needs layout {AUTO!r}. "
-                f"Set layout to {AUTO!r}, or leave kv_tokens out{of}."
-            )
+        _refuse_contradictions(options, earlier, where)
         return options
+
+
+def _refuse_contradictions(options: Options, earlier: Mapping[str, str], where: str) -> None:
+    """Refuse options that need another layout.
+
+    Args:
+        options: all of them.
+        earlier: name -> where it was given, as the end of a phrase, for those that are not of `where`.
+        where: the origin of the others.
+
+    Raises:
+        UnsupportedError: two options exclude each other.
+    """
+    held = f"layout {options.layout!r}{earlier.get('layout', '')}"
+    for name, value, layouts in NEEDS:
+        if options.layout not in layouts and getattr(options, name) == value:
+            of = earlier.get(name, "")
+            raise UnsupportedError(
+                f"{where}: {name} {value!r}{of} with {held}; it needs layout "
+                f"{' or '.join(map(repr, layouts))}. Set layout to one of these, or leave {name} out{of}."
+            )
+    if options.kv_tokens is not None and options.layout != AUTO:
+        of = earlier.get("kv_tokens", "")
+        raise UnsupportedError(
+            f"{where}: kv_tokens {options.kv_tokens}{of} with {held}; it needs layout {AUTO!r}. "
+            f"Set layout to {AUTO!r}, or leave kv_tokens out{of}."
+        )
 
 
 def misplaced(extra: Mapping[Any, Any], section: str) -> str:
