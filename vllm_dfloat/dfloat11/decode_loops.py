@@ -3,6 +3,9 @@
 The exponents of a block go to a small buffer first, several codes per table look-up. A second loop,
 which the compiler vectorises, merges them with the sign and mantissa bytes. Array sizes are checked
 where a `Unit` is made; every index here is bounded by them, whatever the bytes are.
+
+All loops are in one file: numba's cache compares a function's own file only, and would run what it has
+compiled after a function that it calls changed in another.
 """
 
 from __future__ import annotations
