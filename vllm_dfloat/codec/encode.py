@@ -56,23 +56,7 @@ def encode(weight: U16Array, name: str = "") -> PackedTensor:
     packed.lut[:] = build_lut(lengths, code_bits)
     packed.lane_lengths[:] = lane_lengths
     packed.tile_starts[:] = starts
-    codes = canonical_codes(lengths)
-    body, tail = tiles
-    full = body.size // TILE_WEIGHTS
-    over_tiles(
-        _write_tiles, full, 0, body, lengths, codes, starts, packed.words, packed.sign_mantissa
-    )
-    _write_tiles(
-        0,
-        layout.num_tiles - full,
-        full,
-        tail,
-        lengths,
-        codes,
-        starts,
-        packed.words,
-        packed.sign_mantissa,
-    )
+    _write(packed, tiles, lengths)
     return packed
 
 
@@ -135,6 +119,16 @@ def _measure(
     starts = np.zeros(num_tiles + 1, np.uint32)
     np.cumsum(-(-lane_bits // 32), out=starts[1:], dtype=np.uint32)
     return lane_lengths, starts
+
+
+def _write(packed: PackedTensor, tiles: tuple[U16Array, U16Array], lengths: U8Array) -> None:
+    """Write the words of all tiles from their starts on, and their signs and mantissas."""
+    body, tail = tiles
+    full = body.size // TILE_WEIGHTS
+    codes, starts = canonical_codes(lengths), packed.tile_starts
+    given = lengths, codes, starts, packed.words, packed.sign_mantissa
+    over_tiles(_write_tiles, full, 0, body, *given)
+    _write_tiles(0, packed.layout.num_tiles - full, full, tail, *given)
 
 
 @njit(nogil=True, cache=True)
