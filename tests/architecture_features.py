@@ -152,10 +152,7 @@ FEATURES: dict[str, Callable[[Path], str]] = {
 
 
 def prepare(name: str, folder: Path) -> Path:
-    """Write the checkpoints of an architecture, the one of the table and another, into a folder, and return it.
-
-    Before any engine: vLLM's Transformers backend changes the classes that make them.
-    """
+    """Write the checkpoints of an architecture, the one of the table and another, into a folder, and return it."""
     architectures.save_case(name, folder / "m")
     architectures.save_case(name, folder / "other", seed=7)
     return folder

@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import changed_classes
+
 # Prompts of different lengths, so that prefill and decode run in batches.
 PROMPTS = [[(7 * i + 13 * k) % 250 + 3 for i in range(5 + 9 * k)] for k in range(3)]
 SETTINGS: dict[str, Any] = dict(
@@ -51,6 +53,7 @@ def engine(model: Path, **settings: Any) -> Iterator[Any]:
         except BaseException:
             cleanup_dist_env_and_memory()  # else the next engine finds this one's process group
             _ROPE_DICT.clear()  # and its rotary tables, which depend on its mode
+            changed_classes.restore()
             raise
     try:
         _make_buffers_between_stages(llm)
@@ -59,6 +62,7 @@ def engine(model: Path, **settings: Any) -> Iterator[Any]:
         with _garbage_of_engines_alone():
             llm.llm_engine.engine_core.shutdown()
             del llm
+        changed_classes.restore()
 
 
 @contextmanager
@@ -94,6 +98,7 @@ def prepare_vllm() -> None:
     """
     from vllm.model_executor.models import registry
 
+    changed_classes.note()
     info = registry._ModelInfo.from_model_cls
     registry._LazyRegisteredModel.inspect_model_cls = lambda model: info(model.load_model_cls())
     with suppress(ImportError):

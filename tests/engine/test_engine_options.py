@@ -10,7 +10,6 @@ import tiny_models
 import torch
 from conftest import Checkpoint
 from engines import answers, ask, bf16_answers, engine
-from guard_pages import run_python
 
 from vllm_dfloat.device.scratch import scratch
 from vllm_dfloat.errors import UnsupportedError
@@ -76,29 +75,13 @@ def test_embedding_decides_for_a_tied_head(
     assert "compressed 9 of 9 layers" in summary(log_lines)
 
 
-# In a process of its own: that backend changes Transformers' classes, from which other tests make checkpoints.
-_TRANSFORMERS_BACKEND = """
-import os
-from pathlib import Path
-from engines import answers, bf16_answers
-
-model, backend = Path(os.environ["MODEL"]), dict(model_impl="transformers")
-expected = bf16_answers(model, **backend)
-for ignore in ([], ["lm_head", "re:.*embed_tokens"]):
-    given = dict(quantization="dfloat11", additional_config={"dfloat11": {"ignore": ignore}})
-    print("equal" if answers(model, **given, **backend) == expected else "other answers")
-"""
-
-
+@pytest.mark.parametrize("ignore", [[], ["lm_head", "re:.*embed_tokens"]])
 def test_a_tied_head_of_vllms_transformers_backend_answers_as_bf16(
-    bf16_checkpoint: Checkpoint,
+    ignore: list[str], bf16_checkpoint: Checkpoint
 ) -> None:
     # Bug caught: the first request died, since that backend asks the LM head for its bias, and an embedding has none.
-    done = run_python(_TRANSFORMERS_BACKEND, {"MODEL": str(bf16_checkpoint("qwen3"))})
-    assert done.returncode == 0, done.stderr
-    assert [line for line in done.stdout.splitlines() if line in ("equal", "other answers")] == [
-        "equal"
-    ] * 2
+    model, backend = bf16_checkpoint("qwen3"), dict(model_impl="transformers")
+    assert answers(model, **options(ignore=ignore), **backend) == bf16_answers(model, **backend)
 
 
 def test_half_ignored_fused_layer_is_refused(bf16_checkpoint: Checkpoint) -> None:
