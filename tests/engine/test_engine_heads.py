@@ -93,4 +93,4 @@ def test_ranks_answer_as_those_of_bf16(ranks: dict[str, int], folder: Path, tmp_
     environment = {**ENVIRONMENT, "VLLM_CACHE_ROOT": str(tmp_path / "cache")}
     expected, *found = answers_elsewhere(runs, tmp_path, environment, timeout=900)
     assert found == [normal(expected)] * 2
-    assert list((tmp_path / "cache/dfloat11/slabs").glob("*.json"))
+    assert list((tmp_path / "cache/dfloat11/proofs").glob("*.json"))
