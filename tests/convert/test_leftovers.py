@@ -155,6 +155,32 @@ def interrupt(command: list[str]) -> None:
         assert main(command) == 130
 
 
+@pytest.mark.parametrize("command", ["compress", "decompress"])
+def test_the_journal_of_another_model_is_judged_before_its_files(
+    command: str, source: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    # Bug caught: finished files of a run that could go on were said to belong there no more, and to be moved away.
+    tensors = {f"model.layers.{i}.mlp.up_proj.weight": bf16(64, 64, seed=i) for i in range(3)}
+    begun = make_model(tmp_path / "begun", tensors, tie_word_embeddings=False)
+    if command == "decompress":
+        for model in (begun, source):
+            assert main(["compress", str(model), f"{model}-d", "--quiet"]) == 0
+        begun, source = Path(f"{begun}-d"), Path(f"{source}-d")
+    write(begun, "added_tokens.json")
+    out = tmp_path / "t"
+    interrupt([command, str(begun), str(out)])
+    write(out, "stranger.safetensors")
+    before = names(out)
+    capsys.readouterr()
+    assert main([command, str(source), str(out)]) == 2
+    line = only_line(capsys.readouterr().err)
+    assert f"{out}: holds the beginning of a {command}ion of other weights" in line
+    assert line.endswith("give --force to start anew, or choose another folder.")
+    assert names(out) == before
+    (out / "stranger.safetensors").unlink()
+    assert main([command, str(begun), str(out), "--quiet"]) == 0
+
+
 def test_run_of_the_other_task_with_force_removes_what_was_copied_too(
     source: Path, rich: Path, tmp_path: Path
 ) -> None:

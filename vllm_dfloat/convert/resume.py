@@ -20,7 +20,7 @@ from vllm_dfloat.convert.leftovers import (
 from vllm_dfloat.convert.work import Work
 from vllm_dfloat.errors import DFloatError, FormatError
 from vllm_dfloat.storage.folder_lock import locked
-from vllm_dfloat.storage.journal import open_journal, read_lines
+from vllm_dfloat.storage.journal import open_journal, read_lines, refuse_other_source
 from vllm_dfloat.storage.safetensors_write import TEMPORARY
 
 
@@ -75,6 +75,8 @@ def resumable(
             # Only under the lock: files of a run that is still working must be neither judged nor removed.
             if not force:
                 _check_content(target, task)
+                # First of all: the files of another model's run are that run's, and are not to be moved away.
+                refuse_other_source(target / task.journal, task.name, identity)
             refuse_other_kinds(target, makes)
             # Without a line in its journal, the task has not yet removed what was there.
             is_anew = force or not read_lines(target / task.journal)

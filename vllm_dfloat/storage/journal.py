@@ -64,19 +64,15 @@ def open_journal(
     with file.open("ab+") as stream:
         _lock(file, stream)
         lines, size = _read(stream)
-        head = {"version": _VERSION, "source": identity}
-        if lines and lines[0] != head and not anew:
-            raise FormatError(
-                f"{file.parent}: holds the beginning of a {task} of other weights, or of files that were written to or "
-                "touched since, or by another version; give --force to start anew, or choose another folder."
-            )
+        if not anew:
+            _check_head(file, task, identity, lines)
         if anew or not lines:
             clear()  # before the lines are lost that say what there is to be removed
             lines, size = [], 0
         stream.truncate(size)  # a line that was cut short
         journal = Journal(stream, lines[1:])
         if not lines:
-            journal.append(head)
+            journal.append(_head(identity))
         yield journal
 
 
@@ -87,6 +83,12 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
             return _read(stream)[0]
     except OSError:
         return []
+
+
+def refuse_other_source(file: Path, task: str, identity: str) -> None:
+    """Refuse a journal of another source without opening it for a task; arguments and error as of `open_journal`."""
+    if not file.is_symlink():
+        _check_head(file, task, identity, read_lines(file))
 
 
 @contextmanager
@@ -105,6 +107,18 @@ def discarding(file: Path) -> Iterator[None]:
         _lock(file, stream)
         yield
         file.unlink()
+
+
+def _head(identity: str) -> dict[str, Any]:
+    return {"version": _VERSION, "source": identity}
+
+
+def _check_head(file: Path, task: str, identity: str, lines: list[dict[str, Any]]) -> None:
+    if lines and lines[0] != _head(identity):
+        raise FormatError(
+            f"{file.parent}: holds the beginning of a {task} of other weights, or of files that were written to or "
+            "touched since, or by another version; give --force to start anew, or choose another folder."
+        )
 
 
 def _lock(file: Path, stream: IO[bytes]) -> None:
