@@ -13,7 +13,7 @@ from vllm_dfloat.errors import UnsupportedError
 from vllm_dfloat.integration.config import DFloat11Config
 from vllm_dfloat.integration.layers import layouts
 from vllm_dfloat.integration.seam import gemms
-from vllm_dfloat.integration.seam.options import LAYOUTS, Options
+from vllm_dfloat.integration.seam.options import IN_CONFIG, LAYOUTS, ON_COMMAND_LINE, Options
 
 
 def test_later_options_go_on_top_of_earlier_ones() -> None:
@@ -165,6 +165,34 @@ def test_what_cannot_work_is_refused_before_a_worker_is_started(
     arguments = EngineArgs(model=str(SHIPPED), quantization="dfloat11", **given)
     with pytest.raises(UnsupportedError, match=message):
         arguments.create_engine_config()
+
+
+@pytest.mark.parametrize(
+    ("ignore", "parts"),
+    [
+        (["model.layers.1.self_attn.q_proj"], "q_proj"),
+        ([r"re:.*1.*\.[kv]_proj"], "k_proj, v_proj"),
+    ],
+)
+@pytest.mark.parametrize("is_in_config", [False, True])
+def test_a_part_of_a_fused_layer_cannot_stay_bf16_alone(
+    ignore: list[str], parts: str, is_in_config: bool
+) -> None:
+    # Bug caught: vLLM's "Found different quantization schemes for the shards of", which names neither entry nor option.
+    options: dict[str, Any] = {"additional_config": {"dfloat11": {"ignore": ignore}}}
+    if is_in_config:
+        given = {"quant_method": "dfloat11", "ignore": ignore}
+        options = {"hf_overrides": {"quantization_config": given}}
+    with (
+        pytest.raises(UnsupportedError) as caught,
+        loaded(SHIPPED, quantization="dfloat11", **options),
+    ):
+        pass
+    assert str(caught.value) == (
+        f"{IN_CONFIG if is_in_config else ON_COMMAND_LINE}: ignore has {ignore[0]!r}, of "
+        f"model.layers.1.self_attn.qkv_proj only a part ({parts}); expected qkv_proj itself, or all of q_proj, k_proj, "
+        "v_proj. Name one or the other, or none."
+    )
 
 
 @pytest.mark.parametrize(

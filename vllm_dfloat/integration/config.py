@@ -14,7 +14,13 @@ from vllm_dfloat.checkpoint.folder import CONFIG_KEY
 from vllm_dfloat.errors import UnsupportedError
 from vllm_dfloat.integration.seam import compat, fused_names, gemms, layer_kinds
 from vllm_dfloat.integration.seam.names import ASKED, METHOD, logger
-from vllm_dfloat.integration.seam.options import AUTO, Options, misplaced
+from vllm_dfloat.integration.seam.options import (
+    AUTO,
+    IN_CONFIG,
+    ON_COMMAND_LINE,
+    Options,
+    misplaced,
+)
 from vllm_dfloat.integration.seam.refusal import refusal
 
 NAMELESS_EMBEDDING = "model.embed_tokens"  # for models that create the embedding without a name
@@ -65,7 +71,7 @@ class DFloat11Config(QuantizationConfig):  # type: ignore[misc]  # vLLM is untyp
         """Return the config for a config.json's `quantization_config`."""
         known = ("quant_method", CONFIG_KEY)
         given = {name: value for name, value in config.items() if name not in known}
-        options = Options().updated(given, "config.json: quantization_config")
+        options = Options().updated(given, IN_CONFIG)
         return cls(options, is_official=CONFIG_KEY in config)
 
     def maybe_update_config(
@@ -148,7 +154,8 @@ class DFloat11Config(QuantizationConfig):  # type: ignore[misc]  # vLLM is untyp
             for entry in self._unused_ignore
             if not compat.touches(name, entry, self.packed_modules_mapping)
         }
-        if compat.is_ignored(name, self.options.ignore, self.packed_modules_mapping):
+        ignore, fused = self.options.ignore, self.packed_modules_mapping
+        if ignore and fused_names.stays_bf16(name, ignore, fused, self._where_ignore_is):
             return True
         if compat.is_gate(layer):
             self.log_left_alone("GateLinear (router of a mixture of experts)")
@@ -161,6 +168,11 @@ class DFloat11Config(QuantizationConfig):  # type: ignore[misc]  # vLLM is untyp
             self.log_left_alone(f"{type(layer).__name__} with {dtype} weights")
             return True
         return False
+
+    @property
+    def _where_ignore_is(self) -> str:
+        given = _on_command_line(compat.current_config())
+        return ON_COMMAND_LINE if "ignore" in given else IN_CONFIG
 
     def log_unused_ignore(self, num_stages: int) -> None:
         """After the model is built: warn of entries of `ignore` that match none of its layers on this stage."""
@@ -190,12 +202,10 @@ class DFloat11Config(QuantizationConfig):  # type: ignore[misc]  # vLLM is untyp
                 that compressed weights do not work with.
         """
         extra = config.additional_config
-        given = extra.get(METHOD, {}) if isinstance(extra, Mapping) else {}
+        given = _on_command_line(config)
         if not isinstance(given, Mapping):
-            raise UnsupportedError(
-                f"--additional-config: {METHOD} is {given!r}; expected an object."
-            )
-        options = self.options.updated(given, f"--additional-config: {METHOD}")
+            raise UnsupportedError(f"{ON_COMMAND_LINE} is {given!r}; expected an object.")
+        options = self.options.updated(given, ON_COMMAND_LINE)
         self._warn_of_misplaced(extra)
         if options.mode == "fused" and gemms.is_batch_invariant():
             raise UnsupportedError(
@@ -240,6 +250,12 @@ class DFloat11Config(QuantizationConfig):  # type: ignore[misc]  # vLLM is untyp
                 f"--load-format {load_format}: it cannot read an official DFloat11 checkpoint; "
                 "expected auto, hf or safetensors."
             )
+
+
+def _on_command_line(config: Any) -> Any:
+    """Return the options of --additional-config, as they were given."""
+    extra = getattr(config, "additional_config", None)
+    return extra.get(METHOD, {}) if isinstance(extra, Mapping) else {}
 
 
 def _install() -> None:

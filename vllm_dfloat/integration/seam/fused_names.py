@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence, Set
 from contextlib import suppress
 from typing import Any
 
+from vllm_dfloat.errors import UnsupportedError
 from vllm_dfloat.integration.seam import compat
 
 Fused = Mapping[str, list[str]]
@@ -38,3 +39,29 @@ def is_ignored(name: str, ignore: Sequence[str], fused: Fused) -> bool:
     ):  # some parts and not the others, as vLLM says when it makes the layer
         return any(compat.is_ignored(one, ignore, fused) for one in (name, *wholes))
     return False
+
+
+def stays_bf16(name: str, ignore: Sequence[str], fused: Fused, where: str) -> bool:
+    """Return whether `ignore` matches a layer of vLLM's: it, or all its parts.
+
+    Args:
+        where: the origin of `ignore`, for messages.
+
+    Raises:
+        UnsupportedError: it matches some parts of a fused layer, and not the others.
+    """
+    try:
+        return compat.is_ignored(name, ignore, fused)
+    except ValueError as error:
+        parent, dot, last = name.rpartition(".")
+        parts = fused[last]
+        matching = {
+            part: [one for one in ignore if compat.is_ignored(f"{parent}{dot}{part}", [one], {})]
+            for part in parts
+        }
+        entries = dict.fromkeys(entry for found in matching.values() for entry in found)
+        raise UnsupportedError(
+            f"{where}: ignore has {', '.join(map(repr, entries))}, of {name} only a part "
+            f"({', '.join(part for part, found in matching.items() if found)}); expected {last} itself, or all of "
+            f"{', '.join(parts)}. Name one or the other, or none."
+        ) from error

@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from vllm_dfloat.errors import UnsupportedError
+from vllm_dfloat.integration.seam.names import METHOD
 from vllm_dfloat.plan.byte_sizes import parse_size
 
 LAYOUTS = ("packed", "fast", "dfloat11")  # their functions are in layouts.py
@@ -21,6 +22,8 @@ NEEDS = (
     ("mode", FUSED_EXACT, ("fast", AUTO)),
     ("granularity", "block", ("packed", "fast", AUTO)),
 )
+IN_CONFIG = "config.json: quantization_config"  # where options are given, for messages
+ON_COMMAND_LINE = f"--additional-config: {METHOD}"
 SLABS = ("auto", "off")  # or a number of bytes, or a size such as "64MiB"
 
 
