@@ -14,7 +14,8 @@ import triton.language as tl
 
 from vllm_dfloat.codec import descriptor, fast_layout
 from vllm_dfloat.kernels.fast_escapes import PERMUTED, PLAIN, _round
-from vllm_dfloat.kernels.fast_matmul_ahead import _no_sum, _sum_ahead
+from vllm_dfloat.kernels.fast_matmul_ahead import _no_sum
+from vllm_dfloat.kernels.fast_matmul_in_order import _sum_in_order
 from vllm_dfloat.kernels.fast_planes import LOW_BYTES, _open
 from vllm_dfloat.kernels.routed import Routed
 
@@ -95,10 +96,10 @@ def _experts_kernel(
     is_sound = is_sound & (expert < num_experts)
     end = tl.where(is_sound & (expert >= 0), cols // _TILE_COLS, 0)
     first = expert * rows + tl.program_id(0) * _BLOCK_ROWS
-    acc = _sum_ahead(
+    acc = _sum_in_order(
         _no_sum(is_sound | (expert < 0), ROWS, _BLOCK_ROWS), low, high, starts_ptr, entries_ptr, base4, num_entries,
-        low_bytes.to(tl.uint32), first, total, x_ptr, tl.where(exists, token // top_k, 0), cols, 0, end,
-        _BLOCK_ROWS, True, FORM, OPERAND,
+        low_bytes.to(tl.uint32), first, total, x_ptr, tl.where(exists, token // top_k, 0), cols, end,
+        _BLOCK_ROWS, 1, FORM, OPERAND,
     )  # fmt: skip
     row = tl.program_id(0) * _BLOCK_ROWS + tl.arange(0, _BLOCK_ROWS)[:, None]
     # Read once more: kept all the while, they would take registers.

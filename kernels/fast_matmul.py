@@ -3,7 +3,7 @@
     y[m, n] = sum over k of x[m, k] * w[n, k], + bias[n]
 
 There are three forms: FP32 multiply-adds for at most 4 rows of x (fast_matmul_gemv.py), tensor cores
-(fast_matmul_dot.py), and those of one warp, loaded ahead (fast_matmul_ahead.py). In each a program has some
+(fast_matmul_dot.py), and those of a warp, loaded ahead (fast_matmul_ahead.py). In each a program has some
 rows of w and all columns, or one of PARTS equal parts of the columns; with parts, a second kernel adds their sums in
 order. Every order of addition is fixed, and no sum mixes rows. So the result is deterministic, and the values of other
 rows of x do not change the bits of a row. The forms add in different orders, so a row's bits may change with the number
@@ -119,10 +119,15 @@ def matmul(
         partials: FP32, at least `num_partials(rows, num_x, shape)` elements; overwritten.
         shape: how the kernel is launched.
         form: PLAIN, PATCHED or PERMUTED; None for PERMUTED on an NVIDIA GPU, else PLAIN.
+
+    Raises:
+        ValueError: the columns cannot be taken as `shape` says.
     """
     num_x, rows = out.shape
     if not out.numel():
         return
+    if isinstance(shape, DotShape) and cols % shape.cols:
+        raise ValueError(f"{cols} columns, taken {shape.cols} at a time; expected a multiple")
     is_gpu = x.is_cuda
     if form is None:
         form = PERMUTED if is_gpu and torch.version.hip is None else PLAIN
@@ -136,8 +141,8 @@ def matmul(
     if isinstance(shape, DotShape) and shape.stages == 1:
         _ahead_kernel[(triton.cdiv(rows, shape.rows), shape.parts)](
             desc, x.view(torch.uint32), *rest,
-            shape.rows, shape.parts > 1, shape.in_order, form, bias is not None, tl.bfloat16 if is_gpu else tl.float32,
-            num_warps=1,
+            shape.rows, shape.warps, shape.parts > 1, shape.in_order, form, bias is not None,
+            tl.bfloat16 if is_gpu else tl.float32, num_warps=shape.warps,
         )  # fmt: skip
     elif isinstance(shape, DotShape):
         _dot_kernel[(triton.cdiv(rows, shape.rows), shape.parts)](

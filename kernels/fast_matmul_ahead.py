@@ -3,8 +3,8 @@
 A program is one warp with BN rows of weights. The loads of a turn are made one turn ahead, into registers, and waited
 for at its top; what is loaded in a turn for its own use comes after the branches (fast_lane_escapes.py says why). As in
 fast_matmul_dot.py the columns are put in an order in which each thread already holds what its tensor core wants of
-them; here this is so for the activations too, so nothing is exchanged and there is no shared memory. In the order of
-the columns, threads exchange weights (fast_exchange.py), and activations pass through shared memory.
+them; here this is so for the activations too, so nothing is exchanged and there is no shared memory. The kernel also
+makes the product in the order of the columns, with one warp or several (fast_matmul_in_order.py).
 """
 
 import triton
@@ -12,10 +12,9 @@ import triton.language as tl
 
 from vllm_dfloat.codec import fast_layout
 from vllm_dfloat.kernels.fast_escapes import PERMUTED, _bounded, _round, _split_four
-from vllm_dfloat.kernels.fast_exchange import _operand_in_order
 from vllm_dfloat.kernels.fast_lane_escapes import _fetch, _patch_by_lane
-from vllm_dfloat.kernels.fast_matmul_dot import _activations as _columns
 from vllm_dfloat.kernels.fast_matmul_dot import _as, _operand, _words
+from vllm_dfloat.kernels.fast_matmul_in_order import _sum_in_order
 from vllm_dfloat.kernels.fast_planes import _eight_weights, _open
 
 _GROUP = tl.constexpr(fast_layout.GROUP)
@@ -44,44 +43,29 @@ def _activations(left, right, ROWS: tl.constexpr):
 
 @triton.jit
 def _multiply(
-    acc, a, b, c, d, e, f, g, h, x_ptr, cols, m, step,
-    BN: tl.constexpr, IN_ORDER: tl.constexpr, FORM: tl.constexpr, OPERAND: tl.constexpr,
+    acc, a, b, c, d, e, f, g, h, x_ptr, cols, m, step, BN: tl.constexpr, OPERAND: tl.constexpr
 ):  # fmt: skip
-    """Add the products of the words of each group with rows `m` of x to acc; x comes from a cache.
-
-    acc: FP32 [BN, ROWS], or [ROWS, BN] if BN is 8.
-    """
-    ROWS: tl.constexpr = m.shape[0]
-    if IN_ORDER:
-        width: tl.constexpr = 2 if OPERAND == tl.float32 else 4  # noqa: SIM300
-        weights = _operand_in_order(a, b, c, d, e, f, g, h, BN, FORM, width, BN == 8)
-        place = m[:, None] * cols + step * _TILE_COLS + tl.arange(0, _TILE_COLS)[None, :]
-        xs = tl.load(x_ptr.to(tl.pointer_type(tl.bfloat16)) + place)
-        xs = _columns(xs, _TILE_COLS, ROWS, width, True)
-    else:
-        weights = _operand(a, b, c, d, e, f, g, h, BN, _TILE_COLS, 1, 4)
-        group = tl.arange(0, _BLOCKS)[:, None, None] * 4 + tl.arange(0, 4)[None, None, :]
-        place = (m[None, :, None] * (cols // 2) + group * 8)[:, :, :, None]
-        place += tl.arange(0, 4)[None, None, None, :]
-        is_gpu: tl.constexpr = OPERAND != tl.float32  # noqa: SIM300
-        left = _words(x_ptr + place, step * 64, is_gpu)
-        right = _words(x_ptr + place, step * 64 + 4, is_gpu)
-        xs = _activations(left, right, ROWS)
-    if BN == 8:
-        return tl.dot(tl.trans(_as(xs, OPERAND)), _as(weights, OPERAND), acc)
-    else:
-        return tl.dot(_as(weights, OPERAND), _as(xs, OPERAND), acc)
+    """Add the products of the words of each group with rows `m` of x to acc, FP32 [BN, ROWS]; x comes from a cache."""
+    is_gpu: tl.constexpr = OPERAND != tl.float32  # noqa: SIM300
+    weights = _operand(a, b, c, d, e, f, g, h, BN, _TILE_COLS, 1, 4)
+    group = tl.arange(0, _BLOCKS)[:, None, None] * 4 + tl.arange(0, 4)[None, None, :]
+    place = (m[None, :, None] * (cols // 2) + group * 8)[:, :, :, None]
+    place += tl.arange(0, 4)[None, None, None, :]
+    left = _words(x_ptr + place, step * 64, is_gpu)
+    right = _words(x_ptr + place, step * 64 + 4, is_gpu)
+    xs = _activations(left, right, m.shape[0])
+    return tl.dot(_as(weights, OPERAND), _as(xs, OPERAND), acc)
 
 
 @triton.jit
 def _sum_ahead(
     acc, low, high, starts_ptr, entries_ptr, base4, num_entries, low_bytes, first, rows, x_ptr, m, cols, begin, end,
-    BN: tl.constexpr, IN_ORDER: tl.constexpr, FORM: tl.constexpr, OPERAND: tl.constexpr,
+    BN: tl.constexpr, FORM: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """Add to acc the products of BN rows of the matrix, from row `first`, with rows `m` of x, in columns of some tiles.
+    """Add to acc, FP32 [BN, ROWS], the products of BN rows of the matrix, from row `first`, with rows `m` of x.
 
     low, high, starts_ptr, entries_ptr, base4, num_entries: from `_open`.
-    first: a multiple of BN; int32. begin, end: tiles, side by side; int32.
+    first: a multiple of BN; int32. begin, end: tiles, side by side, whose columns are taken; int32.
     """
     prmt: tl.constexpr = FORM == _PERMUTED
     is_gpu: tl.constexpr = OPERAND != tl.float32  # noqa: SIM300  (a constexpr must be left of a dtype)
@@ -117,9 +101,7 @@ def _sum_ahead(
             entry, stop = _bounded(stop.to(tl.uint32), beyond, num_entries)
             fetched = _fetch(entry, stop, entries_ptr, FORM)
             beyond = tl.load(starts + tl.minimum(step + 3, steps))
-            acc = _multiply(
-                acc, a, b, c, d, e, f, g, h, x_ptr, cols, m, step, BN, IN_ORDER, FORM, OPERAND
-            )
+            acc = _multiply(acc, a, b, c, d, e, f, g, h, x_ptr, cols, m, step, BN, OPERAND)
             low_words, codes = following
     return acc
 
@@ -144,13 +126,15 @@ def _ahead_kernel(
     num_x,  # int32, 1 to ROWS
     ROWS: tl.constexpr,
     BN: tl.constexpr,  # 16; or 8, if in order, for ROWS of at least 16
+    WARPS: tl.constexpr,  # 1; or 2 or 4, if in order, for cols of a multiple of so many tiles
     HAS_PARTS: tl.constexpr,
     IN_ORDER: tl.constexpr,
     FORM: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     OPERAND: tl.constexpr,  # bfloat16; float32 in the interpreter, which cannot multiply BF16
 ):
-    """Grid (ceil(rows / BN), parts); one warp."""
+    """Grid (ceil(rows / BN), parts); in order the columns are not cut."""
+    tl.static_assert(not (IN_ORDER and HAS_PARTS))
     is_sound, low, high, starts_ptr, entries_ptr, base4, num_entries = _open(
         desc_ptr, salt, rows, cols
     )
@@ -161,10 +145,17 @@ def _ahead_kernel(
     per_part = tl.cdiv(steps, tl.num_programs(1))
     begin = part * per_part
     end = tl.where(is_sound, tl.minimum(begin + per_part, steps), begin)
-    acc = _sum_ahead(
-        _no_sum(is_sound, ROWS, BN), low, high, starts_ptr, entries_ptr, base4, num_entries, low_bytes.to(tl.uint32),
-        first, rows, x_ptr, m, cols, begin, end, BN, IN_ORDER, FORM, OPERAND,
-    )  # fmt: skip
+    acc = _no_sum(is_sound, ROWS, BN)
+    if IN_ORDER:
+        acc = _sum_in_order(
+            acc, low, high, starts_ptr, entries_ptr, base4, num_entries, low_bytes.to(tl.uint32),
+            first, rows, x_ptr, m, cols, end, BN, WARPS, FORM, OPERAND,
+        )  # fmt: skip
+    else:
+        acc = _sum_ahead(
+            acc, low, high, starts_ptr, entries_ptr, base4, num_entries, low_bytes.to(tl.uint32),
+            first, rows, x_ptr, m, cols, begin, end, BN, FORM, OPERAND,
+        )  # fmt: skip
     if BN == 8:
         acc = tl.trans(acc)
     n = tl.arange(0, BN)[:, None]

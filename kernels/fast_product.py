@@ -9,8 +9,9 @@ from vllm_dfloat.codec import fast_layout
 
 MAX_PARTS = 8
 MAX_AHEAD_ROWS = 32  # of activations, for the kernel that has one stage
-# Of kernels that add in order: about as many as multiprocessors, and four times as many; no GPU has tried others.
-IN_ORDER_PROGRAMS, IN_ORDER_WARPS = 128, 512
+# Of kernels that add in order: about as many programs as multiprocessors, and as many warps as these run at once with
+# 120 registers; no GPU has tried others.
+IN_ORDER_PROGRAMS, IN_ORDER_WARPS = 128, 2048
 
 
 @dataclass(frozen=True)
@@ -19,11 +20,11 @@ class DotShape:
 
     Attributes:
         rows: rows of w per program, 16, 32, 64 or 128; 16 * warps divides it.
-        cols: columns at a time, 128 or 256.
+        cols: columns at a time, 128 or 256; 128 * warps for the kernel with one stage.
         stages: how many times as many columns are in shared memory; 1 for fast_matmul_ahead.py, which has the next ones
-            in registers: for 16 rows, or 8 if in order, 128 columns, 1 warp, width 4, and up to MAX_AHEAD_ROWS rows of
-            activations.
+            in registers: for 16 rows, or 8 if in order, width 4, and up to MAX_AHEAD_ROWS rows of activations.
         warps: 4, or 8 for 128 rows, for the tensor cores of a warp group, which Hopper has; 1 or 2 for those of a warp.
+            With one stage 1; in order 1, 2 or 4, each with 128 columns.
         parts: parts of the columns.
         width: neighbouring columns that a thread holds of the operands: 2 for the tensor cores of a warp group, 4 for
             those of a warp. With the wrong one the result is as good, but weights are exchanged between threads.
@@ -127,21 +128,36 @@ class FastProduct:
             parts *= 2
         return replace(shape, parts=parts)
 
-    def in_order_shape(self, rows: int, num_x: int, is_gpu: bool) -> DotShape:
+    def in_order_shape(
+        self, rows: int, cols: int, num_x: int, is_gpu: bool, most_warps: int = 4
+    ) -> DotShape:
         """Return how to launch the kernel that adds in order, for `num_x` rows of activations.
 
-        The columns are not cut. Up to MAX_AHEAD_ROWS it loads ahead. Beyond, it uses the tensor cores of a warp group
-        if the table has a shape for them. Where few programs would leave multiprocessors idle, they have fewer rows.
+        The columns are not cut. Up to MAX_AHEAD_ROWS it loads ahead, in programs of at most `most_warps` warps. Beyond,
+        it uses the tensor cores of a warp group if the table has a shape for them. Where few programs would leave
+        multiprocessors idle, they have fewer rows.
         """
         if not is_gpu:
             return DotShape(
                 in_order=True
             )  # no tensor cores, and so no columns that these put elsewhere
         if num_x <= MAX_AHEAD_ROWS:
-            few = -(-rows // 16) < IN_ORDER_WARPS
-            return DotShape(rows=8 if few else 16, stages=1, warps=1, width=4, in_order=True)
+            return _in_order_ahead(rows, cols, most_warps)
         shapes = [choice.shape for choice in self.choices]
         has_groups = any(isinstance(shape, DotShape) and shape.width == 2 for shape in shapes)
         if has_groups and -(-rows // DotShape().rows) >= IN_ORDER_PROGRAMS:
             return DotShape(in_order=True)
         return DotShape(rows=32, warps=2, width=4, in_order=True)
+
+
+def _in_order_ahead(rows: int, cols: int, most_warps: int) -> DotShape:
+    """Return how to launch the kernel that adds in order and loads ahead: the fewer rows, the more warps for each."""
+    of_a_program, warps = 16, 2
+    for few in (2, 4):
+        if -(-rows // 8) * few <= IN_ORDER_WARPS:
+            of_a_program, warps = 8, few
+    warps = min(warps, most_warps)
+    while cols % (warps * fast_layout.TILE_COLS):
+        warps //= 2
+    at_once = warps * fast_layout.TILE_COLS
+    return DotShape(of_a_program, at_once, stages=1, warps=warps, width=4, in_order=True)

@@ -26,7 +26,7 @@ from vllm_dfloat.codec.descriptor import KIND_FAST
 from vllm_dfloat.codec.fast_encode import encode
 from vllm_dfloat.kernels.fast_planes import LOW_BYTES
 
-ROWS, COLS = 90, 640
+ROWS, COLS = 90, 1024  # two turns of 4 warps
 X, BIAS, OUT, DESC, PAYLOAD = (0x10000 * i for i in (1, 3, 4, 6, 7))  # addresses
 POISON = 0x7FC1
 
@@ -101,8 +101,8 @@ def main() -> int:
     for name, target, num_x in (
         ("fast_ahead_8", "sm_90", 5),
         ("fast_ahead_16", "sm_80", 16),
-        ("fast_ahead_in_order_32", "sm_80", 32),
-        ("fast_ahead_in_order_16_8", "sm_90", 7),
+        ("fast_ahead_in_order_32_16x2", "sm_80", 32),
+        ("fast_ahead_in_order_16_8x4", "sm_90", 7),
     ):
         found, expected = products(name, target, num_x)
         unequal[f"{name}, {target}, {num_x} rows"] = int((found != expected).sum())

@@ -33,8 +33,8 @@ from vllm_dfloat.codec.fast_encode import encode
 from vllm_dfloat.integration.layers import cancelling
 from vllm_dfloat.kernels.fast_planes import LOW_BYTES
 
-ROWS, COLS = 96, 384
-X, WEIGHT, BIAS, OUT, DESC, PAYLOAD = (0x10000 * i for i in (1, 2, 6, 7, 9, 10))  # addresses
+ROWS, COLS = 96, 512
+X, WEIGHT, BIAS, OUT, DESC, PAYLOAD = (0x10000 * i for i in (1, 3, 7, 8, 9, 10))  # addresses
 DOT = "fast_in_order_64_32x2x4"  # beyond 32 rows
 WAIT = "wgmma.wait_group.sync.aligned "
 GROUPS = (
@@ -58,11 +58,11 @@ def tuned(m: int, n: int) -> Launch:
 
 DEFAULT = Launch(vllm_matmul.BLOCKS, vllm_matmul.NUM_WARPS, vllm_matmul.NUM_STAGES)
 EQUAL = (
-    ("sm_80", 3, "fast_ahead_in_order_8", DEFAULT),
-    ("sm_80", 16, "fast_ahead_in_order_16", DEFAULT),
-    ("sm_89", 5, "fast_ahead_in_order_16_8", DEFAULT),
-    ("sm_90", 16, "fast_ahead_in_order_16", tuned(16, 128)),
-    ("sm_90", 16, "fast_ahead_in_order_16", DEFAULT),
+    ("sm_80", 3, "fast_ahead_in_order_8_16x2", DEFAULT),
+    ("sm_80", 16, "fast_ahead_in_order_16_8x2", DEFAULT),
+    ("sm_89", 5, "fast_ahead_in_order_16_8x4", DEFAULT),
+    ("sm_90", 16, "fast_ahead_in_order_16_8x4", tuned(16, 128)),
+    ("sm_90", 16, "fast_ahead_in_order_16_16x2", DEFAULT),
     ("sm_80", 33, DOT, DEFAULT),
     ("sm_90", 33, DOT, DEFAULT),
     ("sm_90", 64, GROUPS, DEFAULT),
@@ -79,7 +79,7 @@ def operands(num_x: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     assert bias is not None
     spread = torch.randn(64, 128, generator=torch.Generator().manual_seed(1)) * 9
     weight[:64, 128:256] *= torch.exp2(spread.round())
-    weight[5, 7], weight[95, 383], weight[64, 300] = 1e-30, 1e20, 0
+    weight[5, 7], weight[95, COLS - 1], weight[64, 300] = 1e-30, 1e20, 0
     return x, weight, bias
 
 
@@ -168,7 +168,7 @@ def main() -> int:
     for what, other, expected in (
         (
             "16 columns of every 64",
-            of_ours("fast_ahead_in_order_16", "sm_80", 16, IN_ORDER=False),
+            of_ours("fast_ahead_16", "sm_80", 16),
             few,
         ),
         ("columns of two steps mixed", of_ours(DOT, "sm_80", 16, ROWS=16, WIDTH=2), few),

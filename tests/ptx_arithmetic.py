@@ -56,8 +56,9 @@ def compute(state: State, one: Instruction) -> None:
         state.write(one.operands[0], (each << np.arange(31, -1, -1, dtype=U64)).sum(1), 32)
     elif one.base == "bfind":
         assert one.kinds[0] == "shiftamt", one
-        assert values[0].all()
-        state.write(one.operands[0], 31 - np.log2(values[0]).astype(np.int64), 32)
+        found = np.where(state.active, values[0], U64(1))  # other warps may be elsewhere
+        assert found.all()
+        state.write(one.operands[0], 31 - np.log2(found).astype(np.int64), 32)
     elif _is_float(one):
         assert one.base in ("add", "mul"), one
         assert one.kinds[-1] == "f32", one

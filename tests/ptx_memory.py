@@ -72,13 +72,15 @@ def exchange(state: State, one: Instruction) -> None:
         lane ^= state.tid % 32
     else:
         assert one.kinds[1] == "idx", one
+    lane = np.where(state.active, lane, 0)  # other warps may be elsewhere
     found = state.read(one.operands[1])[state.tid // 32 * 32 + lane]
     state.write(one.operands[0], found, 32)
 
 
 def vote(state: State, one: Instruction) -> None:
     """Give each thread of a warp a bit for each of its threads where the predicate holds."""
-    assert state.active.all(), "a vote without all threads"
+    active = state.active.reshape(-1, 32)
+    assert (active.all(1) | ~active.any(1)).all(), "a vote without all threads of a warp"
     holds = (state.read(one.operands[1]) != 0).reshape(-1, 32).astype(U64)
     bits = (holds << np.arange(32, dtype=U64)).sum(1)
     state.write(one.operands[0], np.repeat(bits, 32), 32)

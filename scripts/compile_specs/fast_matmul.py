@@ -99,29 +99,35 @@ DOT = [
 ]  # fmt: skip
 # What mode "fused-exact" launches for matrices of many rows and of few.
 IN_ORDER = [
-    _dot(64, False, PERMUTED, DEFAULT.fast_product.in_order_shape(of, 64, is_gpu=True))
+    _dot(64, False, PERMUTED, DEFAULT.fast_product.in_order_shape(of, 4096, 64, is_gpu=True))
     for of in (28_672, 4096)
 ]
-# The first three are in no table yet; the others are what mode "fused-exact" launches for up to 32 rows of activations.
+# The first three are in no table yet; the others are what mode "fused-exact" launches for up to 32 rows of activations,
+# the last two for matrices of an odd number of tiles side by side.
 AHEAD = [
     CompileSpec(
-        name=_name("ahead_in_order" if in_order else "ahead", rows, has_parts, PERMUTED) + "_8" * (block == 8),
+        name=_name("ahead_in_order" if in_order else "ahead", rows, has_parts, PERMUTED)
+        + f"_{block}x{warps}" * in_order,
         fn=fast_matmul_ahead._ahead_kernel,
         signature=dict(
             desc_ptr="*i64", x_ptr="*u32", bias_ptr="*bf16", out_ptr="*fp32" if has_parts else "*u16", **_SIZES,
-            BN=CONSTANT, HAS_PARTS=CONSTANT, IN_ORDER=CONSTANT, FORM=CONSTANT, HAS_BIAS=CONSTANT, OPERAND=CONSTANT,
+            BN=CONSTANT, WARPS=CONSTANT, HAS_PARTS=CONSTANT, IN_ORDER=CONSTANT, FORM=CONSTANT, HAS_BIAS=CONSTANT,
+            OPERAND=CONSTANT,
         ),
         constexprs={
-            "ROWS": rows, "BN": block, "HAS_PARTS": has_parts, "IN_ORDER": in_order, "FORM": PERMUTED, "HAS_BIAS": True,
-            "OPERAND": tl.bfloat16,
+            "ROWS": rows, "BN": block, "WARPS": warps, "HAS_PARTS": has_parts, "IN_ORDER": in_order, "FORM": PERMUTED,
+            "HAS_BIAS": True, "OPERAND": tl.bfloat16,
         },
         aligned_args=_ALIGNED,
-        num_warps=1,
-        weights_per_program=block * fast_layout.TILE_COLS,
+        num_warps=warps,
+        on_amd={"WARPS": 1},
+        weights_per_program=block * warps * fast_layout.TILE_COLS,
     )
-    for rows, block, has_parts, in_order in (
-        (8, 16, False, False), (8, 16, True, False), (16, 16, False, False),
-        (8, 16, False, True), (16, 16, False, True), (32, 16, False, True), (16, 8, False, True), (32, 8, False, True),
+    for rows, block, warps, has_parts, in_order in (
+        (8, 16, 1, False, False), (8, 16, 1, True, False), (16, 16, 1, False, False),
+        (8, 16, 2, False, True), (16, 16, 2, False, True), (32, 16, 2, False, True),
+        (16, 8, 2, False, True), (32, 8, 2, False, True), (16, 8, 4, False, True), (32, 8, 4, False, True),
+        (8, 16, 1, False, True), (16, 8, 1, False, True),
     )
 ]  # fmt: skip
 EXPERTS = [

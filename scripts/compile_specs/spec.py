@@ -37,6 +37,7 @@ class CompileSpec:
         constexprs: value of every argument whose type is "constexpr".
         aligned_args: arguments that the launcher guarantees to be divisible by 16.
         num_warps: as launched.
+        on_amd: constants that differ on an AMD GPU; WARPS is the number of warps there.
         weights_per_program: weights that one program handles; a typical number if it varies.
         loop_runs: how often the compiled loops run, to count executed instructions; 1 if it varies.
         counts_outer_loops: whether that holds for a loop with others in it too; else it is counted as run once.
@@ -48,6 +49,7 @@ class CompileSpec:
     constexprs: dict[str, Any] = field(default_factory=dict)
     aligned_args: tuple[str, ...] = ()
     num_warps: int = 4
+    on_amd: dict[str, Any] = field(default_factory=dict)
     weights_per_program: int = 1
     loop_runs: int = 1
     counts_outer_loops: bool = True
@@ -63,8 +65,10 @@ class CompileSpec:
             constexprs |= {name: False for name in _HOPPER_ONLY if name in constexprs}
         if target in AMD:
             constexprs |= {name: form for name, form in _PLAIN.items() if name in constexprs}
+            constexprs |= self.on_amd
             gpu = GPUTarget("hip", target, 64)
         else:
             gpu = GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
         source = ASTSource(self.fn, self.signature, constexprs, attrs)
-        return triton.compile(source, target=gpu, options={"num_warps": self.num_warps, **options})
+        num_warps = constexprs.get("WARPS", self.num_warps)
+        return triton.compile(source, target=gpu, options={"num_warps": num_warps, **options})

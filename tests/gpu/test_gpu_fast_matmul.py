@@ -70,7 +70,12 @@ def test_gpu_product_that_loads_ahead_has_the_same_bits_in_every_form(num_rows: 
     weight = hard(of_size([203], [131])[0])
     x = torch.randn(num_rows, COLS, generator=torch.Generator().manual_seed(9)).bfloat16()
     ahead = DotShape(rows=16, stages=1, warps=1, width=4)
-    shapes = [ahead, replace(ahead, in_order=True), replace(ahead, in_order=True, rows=8)]
+    in_order = [
+        replace(ahead, in_order=True, rows=rows, warps=warps, cols=128 * warps)
+        for rows, warps in ((16, 1), (16, 2), (8, 1), (8, 2), (8, 4))
+        if COLS % (128 * warps) == 0
+    ]
+    shapes = [ahead, *of_size(in_order, in_order[::3])]
     for shape in of_size([*shapes, replace(ahead, parts=3)], shapes):
         assert_forms_agree(weight, x.to(DEVICE), shape)
 

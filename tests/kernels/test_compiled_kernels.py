@@ -29,7 +29,8 @@ FORMS = (
     "decode_dfloat11", "decode_dfloat11_resident", "decode_dfloat11_run", "decode_dfloat11_rows",
     "encode_count", "encode_measure", "encode_write", "encode_dfloat11_measure", "encode_dfloat11_write",
     "encode_dfloat11_split", "gemv_1", "sum_1", "fast_decode", "fast_decode_run", "fast_chosen", "fast_rows",
-    "fast_group", "fast_gemv_1", "fast_dot_16", "fast_ahead_8", "fast_experts_16", "fast_sum",
+    "fast_group", "fast_gemv_1", "fast_dot_16", "fast_ahead_8", "fast_ahead_in_order_16_8x4",
+    "fast_experts_16", "fast_sum",
 )  # fmt: skip
 
 # Kernels whose threads must wait for each other in every turn of a loop, with any compiler: operands, or the
@@ -47,9 +48,10 @@ WAITING = (
 
 # Those that load their weights a turn ahead.
 AHEAD = (
-    "fast_ahead_8", "fast_ahead_16", "fast_ahead_in_order_8", "fast_ahead_in_order_16", "fast_ahead_in_order_32",
-    "fast_ahead_in_order_16_8", "fast_ahead_in_order_32_8", "fast_experts_8", "fast_experts_16",
-    "fast_experts_8_unsorted",
+    "fast_ahead_8", "fast_ahead_16", "fast_ahead_in_order_8_16x1", "fast_ahead_in_order_8_16x2",
+    "fast_ahead_in_order_16_16x2", "fast_ahead_in_order_32_16x2", "fast_ahead_in_order_16_8x1",
+    "fast_ahead_in_order_16_8x2", "fast_ahead_in_order_32_8x2", "fast_ahead_in_order_16_8x4",
+    "fast_ahead_in_order_32_8x4", "fast_experts_8", "fast_experts_16", "fast_experts_8_unsorted",
 )  # fmt: skip
 
 
@@ -83,15 +85,9 @@ def by_name(rows: list[dict[str, Any]]) -> Rows:
     return {(row["kernel"], row["target"]): row for row in rows}
 
 
-MOST_SPILLED = {"fast_experts_16": 40}  # bytes; kept around its loop for 12 warps instead of 10
-
-
-def assert_no_spills(rows: Rows, most: int = 16) -> None:
+def assert_no_spills(rows: Rows) -> None:
     # ptxas spills a few words around a loop if that saves the registers for one more warp; never inside the loop.
-    spilled = {
-        key: row["spilled_bytes"] - MOST_SPILLED.get(key[0], most) for key, row in rows.items()
-    }
-    assert [key for key, more in spilled.items() if more > 0] == []
+    assert [key for key, row in rows.items() if row["spilled_bytes"] > 16] == []
     assert [key for key, row in rows.items() if row["spills_in_loops"]] == []
 
 
@@ -121,7 +117,7 @@ def test_every_kernel_compiles_without_spills_and_loops_without_barriers(
 
 def test_kernels_compile_for_amd_gpus_without_inline_ptx_and_spill_nothing_to_memory() -> None:
     # Compiled, never run: no other test can say more. All kernels are compiled by the kernel report, and with --full.
-    names = ("decode", "fast_decode", "fast_ahead_in_order_16")
+    names = ("decode", "fast_decode", "fast_ahead_in_order_16_16x2")
     rows = by_name(kernel_report("--target=gfx942", *(f"--kernel={name}" for name in names)))
     assert len(rows) == len(names)
     assert [key for key, row in rows.items() if row["spilled_bytes"]] == []

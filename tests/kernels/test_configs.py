@@ -92,6 +92,26 @@ def test_asking_for_a_cpu_initialises_no_cuda() -> None:
 
 
 @pytest.mark.parametrize(
+    ("rows", "cols", "of_a_program", "warps"),
+    [
+        (28_672, 4096, 16, 2),
+        (8192, 4096, 8, 2),
+        (4096, 14_336, 8, 4),
+        (4096, 14 * 128, 8, 2),
+        (4096, 13 * 128, 8, 1),
+        (28_672, 13 * 128, 16, 1),
+    ],
+)
+def test_the_fewer_rows_the_more_warps_add_them_in_order_and_each_gets_whole_tiles(
+    rows: int, cols: int, of_a_program: int, warps: int
+) -> None:
+    product = DEFAULT.fast_product
+    shape = product.in_order_shape(rows, cols, 16, is_gpu=True)
+    assert (shape.rows, shape.warps, shape.cols) == (of_a_program, warps, 128 * warps)
+    assert product.in_order_shape(rows, cols, 16, is_gpu=True, most_warps=1).warps == 1
+
+
+@pytest.mark.parametrize(
     "config",
     [DEFAULT, INTERPRETED, *CONFIGS.values()],
     ids=["default", "interpreted", *map(str, CONFIGS)],

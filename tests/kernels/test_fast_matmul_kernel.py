@@ -32,6 +32,7 @@ SHAPES: list[tuple[Shape, int]] = [
     (DotShape(rows=16, stages=1, warps=1, width=4, parts=2), 9),
     (DotShape(rows=16, stages=1, warps=1, width=4, in_order=True), 20),
     (DotShape(rows=8, stages=1, warps=1, width=4, in_order=True), 3),
+    (DotShape(rows=16, cols=256, stages=1, warps=2, width=4, in_order=True), 9),
 ]
 AHEAD = DotShape(rows=16, stages=1, warps=1, width=4)
 SHARES = [SHAPES[i] for i in (2, 3, 7, 10, 12)]
@@ -95,9 +96,9 @@ def test_product_is_within_the_derived_bound(shape: Shape, num_rows: int) -> Non
 @pytest.mark.parametrize(("shape", "num_rows"), SHARES)
 def test_result_of_a_row_does_not_depend_on_the_other_rows(shape: Shape, num_rows: int) -> None:
     # Bug caught: 0 times infinity, where rows or columns that do not count are multiplied by 0.
-    matrix, x = held(to_torch(gaussian(67, 384))), activations(num_rows, 384)
+    matrix, x = held(to_torch(gaussian(67, 512))), activations(num_rows, 512)
     alone = multiply(matrix, x, shape)
-    for other in (activations(num_rows, 384, seed=1), torch.full_like(x, float("inf"))):
+    for other in (activations(num_rows, 512, seed=1), torch.full_like(x, float("inf"))):
         other[1] = x[1]
         assert same_bits(multiply(matrix, other, shape)[1], alone[1])
     again = torch.cat([x[1:], x[:1]])

@@ -75,7 +75,7 @@ def test_hard_matrices_give_the_bits_of_vllm(name: str, vllm_kernel: Any) -> Non
         (DotShape(rows=32, warps=2, in_order=True), 1),
         (DotShape(rows=128, warps=8, in_order=True), 5),
         (DotShape(rows=16, stages=1, warps=1, width=4, in_order=True), 17),
-        (DotShape(rows=8, stages=1, warps=1, width=4, in_order=True), 3),
+        (DotShape(rows=8, cols=256, stages=1, warps=2, width=4, in_order=True), 3),
     ],
 )
 def test_sums_that_cancel_give_the_bits_of_vllm(

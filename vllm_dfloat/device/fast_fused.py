@@ -146,7 +146,7 @@ def launch_in_order(
     from vllm_dfloat.kernels import fast_matmul as kernels
 
     out = torch.empty(x.shape[0], rows, dtype=torch.bfloat16, device=x.device)
-    shape = _in_order_shape(x.device, rows, x.shape[0])
+    shape = _in_order_shape(x.device, rows, cols, x.shape[0])
     kernels.matmul(aligned(x), desc, cols, bias, out, scratch[0].view(torch.float32), shape)
     return out
 
@@ -157,7 +157,7 @@ def variants_in_order(device: torch.device, rows: int, cols: int, most: int) -> 
 
     found: dict[Hashable, int] = {}
     for num_x in range(1, most + 1):
-        shape = _in_order_shape(device, rows, num_x)
+        shape = _in_order_shape(device, rows, cols, num_x)
         found[shape, kernels.compiled_rows(num_x, shape)] = num_x
     return found
 
@@ -168,7 +168,7 @@ def facts_in_order(device: torch.device, rows: int, cols: int) -> dict[str, Any]
 
     return facts_of_kernels() | {
         "launched": repr(
-            [_in_order_shape(device, rows, num_x) for num_x in (1, fast_matmul.MAX_ROWS)]
+            [_in_order_shape(device, rows, cols, num_x) for num_x in (1, fast_matmul.MAX_ROWS)]
         ),
     }
 
@@ -191,14 +191,16 @@ def _digest_of_kernels(*others: str) -> str:
 
     folder = Path(fast_matmul.__file__).parent
     names = (
-        "fast_matmul", "fast_matmul_dot", "fast_matmul_ahead", "fast_exchange", "fast_escapes", "fast_lane_escapes",
-        "fast_planes", "tiles", *others,
+        "fast_matmul", "fast_matmul_dot", "fast_matmul_ahead", "fast_matmul_in_order", "fast_escapes",
+        "fast_lane_escapes", "fast_planes", "tiles", *others,
     )  # fmt: skip
     texts = [(folder / f"{name}.py").read_bytes() for name in names]
     return hashlib.sha256(b"".join(texts)).hexdigest()[:32]
 
 
-def _in_order_shape(device: torch.device, rows: int, num_x: int) -> "DotShape":
+def _in_order_shape(device: torch.device, rows: int, cols: int, num_x: int) -> "DotShape":
     from vllm_dfloat.kernels.configs import config_of
 
-    return config_of(device).fast_product.in_order_shape(rows, num_x, device.type == "cuda")
+    product = config_of(device).fast_product
+    most_warps = 1 if torch.version.hip else 4  # with more, registers spill on AMD GPUs
+    return product.in_order_shape(rows, cols, num_x, device.type == "cuda", most_warps)

@@ -32,7 +32,10 @@ def fast_in_order(device: torch.device) -> None:
     matrix, product = pack(weight), config_of(device).fast_product
     for num_x in (1, 17, 40) if is_gpu else (1,):
         x = normal(num_x, matrix.cols, device, seed=num_x) * 50
-        for shape in {product.in_order_shape(rows, num_x, is_gpu) for rows in (28_672, 4096)}:
+        for shape in {
+            product.in_order_shape(rows, matrix.cols, num_x, is_gpu)
+            for rows in (28_672, 6144, 4096)
+        }:
             kernel = Kernel(shape, PERMUTED if is_gpu else PLAIN, num_x)
             check_product(x, matrix, weight, kernel)
 
