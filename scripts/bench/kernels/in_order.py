@@ -17,6 +17,9 @@ from torch.nn import functional
 
 from vllm_dfloat.device import fast_fused, fast_ops
 from vllm_dfloat.integration.layers import cancelling
+from vllm_dfloat.kernels import fast_matmul
+from vllm_dfloat.kernels.configs import HOPPER
+from vllm_dfloat.kernels.fast_product import MAX_AHEAD_ROWS, DotShape
 
 # Linear layers of Llama 3.1 8B.
 MATRICES = {
@@ -27,6 +30,9 @@ MATRICES = {
 }
 NUM_X = [1, 2, 4, 8, 16, 17, 32, 48, 64]
 TIMED = [1, 16, 64]
+
+# Rows of the matrix and warps of a program that loads ahead, beside what is chosen.
+OTHERS = (16, 1), (16, 2), (16, 4), (8, 1), (8, 2), (8, 4)
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 
@@ -41,17 +47,38 @@ def run(bench: Bench) -> None:
                 _time(bench, name, rows, cols, num_x)
 
 
-def _in_order(weight: torch.Tensor) -> Product:
-    held = fast_ops.pack_again(weight, "w")
-    nothing = torch.empty(0, dtype=torch.int32, device=weight.device)
-    scratch = nothing.view(torch.bfloat16), nothing
-    return lambda x: fast_fused.launch_in_order(x, held.desc, *weight.shape, None, scratch)
+def _in_order(held: fast_ops.FastWeight, shape: DotShape | None = None) -> Product:
+    """Return the product as it is launched, or in another shape."""
+    nothing = torch.empty(0, dtype=torch.int32, device=held.desc.device)
+    rows, cols = held.rows, held.cols
+    if shape is None:
+        scratch = nothing.view(torch.bfloat16), nothing
+        return lambda x: fast_fused.launch_in_order(x, held.desc, rows, cols, None, scratch)
+
+    def product(x: torch.Tensor) -> torch.Tensor:
+        out = x.new_empty(len(x), rows)
+        fast_matmul.matmul(x, held.desc, cols, None, out, nothing.view(torch.float32), shape)
+        return out
+
+    return product
+
+
+def _others(rows: int, cols: int, num_x: int, is_gpu: bool) -> dict[str, DotShape]:
+    """Return how else the kernel that loads ahead could be launched."""
+    chosen = HOPPER.in_order_shape(rows, cols, num_x, is_gpu)
+    found = {}
+    for of_a_program, warps in OTHERS if num_x <= MAX_AHEAD_ROWS else ():
+        at_once = 128 * warps
+        shape = DotShape(of_a_program, at_once, stages=1, warps=warps, width=4, in_order=True)
+        if shape != chosen and cols % at_once == 0:
+            found[f"in order, {of_a_program} rows, {warps} warps"] = shape
+    return found
 
 
 def _compare(bench: Bench, name: str, rows: int, cols: int) -> None:
     counts = bench.pick(NUM_X, [1, 3])
     x, weight, _ = cancelling.operands(max(counts), rows, cols, None, bench.device)
-    ours = _in_order(weight)
+    ours = _in_order(fast_ops.pack_again(weight, "w"))
     others: dict[str, Product] = {
         "cuBLAS" if bench.is_gpu else "the CPU's GEMM": lambda x: functional.linear(x, weight),
         "plain Triton": lambda x: order.in_order(weight, x),
@@ -65,15 +92,22 @@ def _compare(bench: Bench, name: str, rows: int, cols: int) -> None:
 def _time(bench: Bench, name: str, rows: int, cols: int, num_x: int) -> None:
     weight, x = normal(rows, cols, bench.device), normal(num_x, cols, bench.device, seed=1)
     weights = [weight, *(weight.clone() for _ in range(bench.num_sets(rows * cols) - 1))]
-    ours = [_in_order(weight) for weight in weights]
+    held = [fast_ops.pack_again(weight, "w") for weight in weights]
+    products = {
+        "BF16": [lambda x, weight=weight: functional.linear(x, weight) for weight in weights],
+        "in order": [_in_order(each) for each in held],
+    }
+    case, (chosen, *_) = f"{name} {rows} x {cols}, {num_x} rows", products["in order"]
+    for key, shape in _others(rows, cols, num_x, bench.is_gpu).items():
+        products[key] = [_in_order(each, shape) for each in held]
+        if order.unequal(products[key][0](x), chosen(x)):
+            bench.tell("in_order", case, key, "other bits")
     works = {
-        "BF16": [lambda weight=weight: functional.linear(x, weight) for weight in weights],
-        "in order": [lambda product=product: product(x) for product in ours],
+        key: [lambda product=product: product(x) for product in each]
+        for key, each in products.items()
     }
     calls = {}
     for key, each in works.items():
         ready = [captured(work).replay if bench.is_gpu else work for work in each]
         calls[key] = lambda i, ready=ready: ready[i]()
-    bench.measure(
-        "in_order", f"{name} {rows} x {cols}, {num_x} rows", calls, len(weights), 2 * rows * cols
-    )
+    bench.measure("in_order", case, calls, len(weights), 2 * rows * cols)
