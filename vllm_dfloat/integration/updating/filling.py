@@ -11,15 +11,19 @@ from vllm_dfloat.integration.seam.incoming import AS_BEFORE
 from vllm_dfloat.integration.updating import views
 
 
-def fill_in(layer: torch.nn.Module, needs_all: bool) -> None:
+def fill_in(layer: torch.nn.Module, path: str, needs_all: bool) -> None:
     """Fill a materialized layer with its old values, before the part of its weights that has arrived is loaded.
+
+    Args:
+        path: its name in the model, for messages.
+        needs_all: whether a tensor without old values is an error.
 
     Raises:
         UnsupportedError: `needs_all`, and old values are in another form than a checkpoint's; or they are gone.
     """
     before, stays = layerwise.set_aside(layer), layerwise.written_in_place(layer)
     has_its_form = not layer_kinds.is_experts(layer) or expert_kernels.keeps_form_of_experts(layer)
-    values = _values(layer) if has_its_form else {}
+    values = _values(layer, path) if has_its_form else {}
     for name, tensor in [*layer._parameters.items(), *layer._buffers.items()]:
         if tensor is None or name in stays:
             continue
@@ -31,12 +35,12 @@ def fill_in(layer: torch.nn.Module, needs_all: bool) -> None:
             tensor.data.copy_(before[name])
         elif needs_all:
             raise UnsupportedError(
-                f"{type(layer).__name__}.{name}: only a part of it was given, and what the layer has is in the form of "
+                f"{path}.{name}: only a part of it was given, and what the layer has is in the form of "
                 f"a kernel; expected the whole layer. {AS_BEFORE} Give all tensors of the layer in one call."
             )
 
 
-def _values(layer: Any) -> dict[str, torch.Tensor]:
+def _values(layer: Any, path: str) -> dict[str, torch.Tensor]:
     """Return the decoded values of a compressed layer's parameters; empty for other layers."""
     names = list(method.weights_of(layer))
     if not names:
@@ -46,6 +50,6 @@ def _values(layer: Any) -> dict[str, torch.Tensor]:
         return dict(zip(names, decoded if len(names) > 1 else [decoded], strict=True))
     except FormatError as error:
         raise UnsupportedError(
-            f"only a part of this layer was given, and the rest is gone, as after sleep level 2 ({error}); expected "
+            f"{path}: only a part of it was given, and the rest is gone, as after sleep level 2 ({error}); expected "
             "the whole layer. Give all its tensors in one call, or all weights to reload_weights."
         ) from error

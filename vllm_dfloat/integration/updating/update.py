@@ -87,7 +87,7 @@ class Updates:
             self.save_tensor(view)
         views.load_into(layer)
         if self._is_partial and self._keeps_rest:
-            fill_in(layer, needs_all=self.fills_in)
+            fill_in(layer, self._name_of(layer), needs_all=self.fills_in)
         if layer_kinds.is_experts(layer):
             expert_kernels.renew_cpu_kernel(layer)
 
