@@ -121,8 +121,10 @@ class FastProduct:
             )
         else:
             if cols % shape.cols:
-                shape = replace(shape, cols=fast_layout.TILE_COLS)
-            steps, per_program, most = cols // shape.cols, shape.rows, MAX_PARTS
+                warps = 1 if shape.stages == 1 else shape.warps
+                shape = replace(shape, cols=fast_layout.TILE_COLS, warps=warps)
+            most = 1 if shape.in_order else MAX_PARTS
+            steps, per_program = cols // shape.cols, shape.rows
         programs, parts = -(-rows // per_program), 1
         while 2 * parts <= min(most, steps) and programs * parts < choice.programs:
             parts *= 2

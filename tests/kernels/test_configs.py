@@ -20,6 +20,7 @@ from vllm_dfloat.kernels.configs import (
     config_of,
     override,
 )
+from vllm_dfloat.kernels.fast_product import Choice, DotShape, FastProduct
 
 ROOT = Path(__file__).parents[2]
 WARPS = (
@@ -109,6 +110,13 @@ def test_the_fewer_rows_the_more_warps_add_them_in_order_and_each_gets_whole_til
     shape = product.in_order_shape(rows, cols, 16, is_gpu=True)
     assert (shape.rows, shape.warps, shape.cols) == (of_a_program, warps, 128 * warps)
     assert product.in_order_shape(rows, cols, 16, is_gpu=True, most_warps=1).warps == 1
+
+
+@pytest.mark.parametrize(("cols", "warps"), [(1024, 4), (7 * 128, 1)])
+def test_a_table_may_choose_a_product_in_order_which_has_one_part(cols: int, warps: int) -> None:
+    shape = DotShape(rows=8, cols=512, stages=1, warps=4, width=4, in_order=True)
+    launched = FastProduct((Choice(8, shape, programs=4096),)).launch_shape(4096, cols, 8)
+    assert launched == replace(shape, cols=128 * warps, warps=warps)
 
 
 @pytest.mark.parametrize(

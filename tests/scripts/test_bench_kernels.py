@@ -154,7 +154,7 @@ def test_few_products_are_compared_per_case_so_that_a_visit_reaches_all_of_them(
     for num_x, shapes in fast_fused.TRIED.items():
         for rows, cols in (*fast_fused.LLAMA_8B.values(), *fast_fused.QWEN3_32B.values()):
             tried = fast_fused.tried(rows, cols, num_x)
-            assert bool(shapes) <= len(tried) <= 4
+            assert bool(shapes) <= len(tried) <= 6
             assert {fast_fused._key(kernel) for kernel in tried} <= set(compiled)
 
 

@@ -34,18 +34,21 @@ NAMES = {PLAIN: "plain", PATCHED: "patched", PERMUTED: "prmt"}
 WARPS_2 = DotShape(rows=32, warps=2, width=4)
 WARPS_1 = DotShape(rows=32, warps=1, width=4)
 AHEAD = DotShape(rows=16, stages=1, warps=1, width=4)
+IN_ORDER = DotShape(rows=16, cols=256, stages=1, warps=2, width=4, in_order=True)
+IN_ORDER_8 = replace(IN_ORDER, rows=8, cols=512, warps=4)
+_AHEAD = (AHEAD, IN_ORDER, IN_ORDER_8)
 # Rows of activations, the most important first, and what is compared for them: what a table chooses or might choose.
 TRIED: dict[int, tuple[DotShape | GemvShape, ...]] = {
-    8: (AHEAD, WARPS_2),
-    16: (AHEAD, WARPS_1),
-    1: (AHEAD, GemvShape()),
+    8: (*_AHEAD, WARPS_2),
+    16: (*_AHEAD, WARPS_1),
+    1: (*_AHEAD, GemvShape()),
     64: (DotShape(), DotShape(cols=256)),
-    4: (AHEAD, GemvShape()),
-    32: (AHEAD, DotShape()),
-    2: (AHEAD, GemvShape()),
+    4: (*_AHEAD, GemvShape()),
+    32: (*_AHEAD, DotShape()),
+    2: (*_AHEAD, GemvShape()),
     128: (),  # decoding, then cuBLAS
 }
-MOST_TRIED = 4  # of the shapes above with different numbers of parts, per case
+MOST_TRIED = 6  # of the shapes above with different numbers of parts, per case
 WARPS = (768, 1536)  # columns are cut until so many warps run
 PATIENCE = 10  # seconds for a kernel that is being compiled
 ESCAPES = 3e-4
