@@ -86,7 +86,6 @@ DEFAULT = LaunchConfig()
 INTERPRETED = LaunchConfig(
     decode_tiles_per_program=64,
     chosen_programs=4,
-    slab_bytes=16 << 10,
     slab_proof_work=3 * 10**10,
     fused_gemv_tiles_per_program=64,
     dfloat11_encode_tiles_per_program=128,

@@ -1,5 +1,6 @@
 """LoRA adapters over compressed weights: mixed in a batch, on tied, fused and biased layers, embeddings, LM heads."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from engines import engine
 
 from vllm_dfloat.device.scratch import scratch
 from vllm_dfloat.integration.layers import head_op, proof_cache
+from vllm_dfloat.kernels import configs
 
 pytestmark = pytest.mark.engine
 
@@ -118,7 +120,8 @@ def test_adapters_on_a_head_in_slabs_give_what_bf16_vllm_gives(
         {},
         dict(quantization="dfloat11", additional_config={"dfloat11": {"layout": layout}}),
     ):
-        with engine(model, **options, **lora_adapters.ENGINE) as llm:
+        small = configs.override(replace(configs.INTERPRETED, slab_bytes=1))
+        with small, engine(model, **options, **lora_adapters.ENGINE) as llm:
             found.append([lora_adapters.ask(llm, *(made[one] for one in at)) for at in together])
     assert found[1] == found[0]
     assert any(" in 2 slabs of 1024 rows" in line for line in log_lines)

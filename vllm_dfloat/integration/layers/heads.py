@@ -100,27 +100,35 @@ def _by_slab(layer: Any, vllm_config: Any, free: int) -> tuple[SlabProduct | Non
     to_compare = _affordable(product, sampled, most)
     started = time.perf_counter()
     if is_auto and device.type == "cpu" and len(to_compare) < sampled:
-        equal: frozenset[int] = frozenset()  # not worth the time: memory is not short there
-    else:
-        equal = _proven(product, to_compare)
+        to_compare = []  # not worth the time: memory is not short there
+    compared, equal = _proven(product, to_compare)
     without = _without_decoding(layer)
     covered = equal | without
     what = f"LM head [{rows}, {cols}]"
-    if not covered.issuperset(range(1, sampled + 1)) and (
-        (is_auto and device.type == "cpu") or row_counts.captures_heads(vllm_config)
-    ):
+    uncovered = frozenset(range(1, sampled + 1)) - covered
+    if uncovered and ((is_auto and device.type == "cpu") or row_counts.captures_heads(vllm_config)):
         return (
             None,
-            f"{what}: the scratch holds all of it; slabs are not proven equal for every number of rows",
+            f"{what}: the scratch holds all of it; {_why_whole(uncovered, compared, sampled)}",
         )
     head_op.known[product] = head_op.Known(equal, not covered.issuperset(range(1, most + 1)))
     return product, (
         f"{what} in {-(-rows // slab)} slabs of {slab} rows, {2 * slab * cols / GIB:.3f} GiB of scratch instead of "
-        f"{2 * whole / GIB:.3f}: equal bits at {len(equal)} of the {len(to_compare)} numbers of rows that were "
+        f"{2 * whole / GIB:.3f}: equal bits at {len(equal)} of the {len(compared)} numbers of rows that were "
         f"compared, in {time.perf_counter() - started:.1f} s"
         f"{f'; not decoded at {len(without)} numbers of rows' if without else ''}"
         f"{_of_the_rest(len(covered), most, 2 * whole)}"
     )  # fmt: skip
+
+
+def _why_whole(uncovered: frozenset[int], compared: frozenset[int], sampled: int) -> str:
+    """Say why slabs do not serve at these of the numbers of rows that are sampled from."""
+    if different := uncovered & compared:
+        return f"slabs have other bits at {len(different)} of the {len(compared)} numbers of rows that were compared"
+    return (
+        f"slabs were not compared with it at {len(uncovered)} of the {sampled} numbers of rows that are sampled from, "
+        "which would take too many operations or too much memory"
+    )
 
 
 def _without_decoding(layer: Any) -> frozenset[int]:
@@ -151,15 +159,16 @@ def _affordable(product: SlabProduct, sampled: int, most: int) -> list[int]:
     return found
 
 
-def _proven(product: SlabProduct, counts: list[int]) -> frozenset[int]:
-    """Return those of these numbers of rows at which the bits are equal, as kept or compared now."""
+def _proven(product: SlabProduct, counts: list[int]) -> tuple[frozenset[int], frozenset[int]]:
+    """Return which of these numbers of rows were compared, now or earlier, and at which of those the bits are equal."""
     compared, equal = proof_cache.load(product)
     missing = [count for count in counts if count not in compared]
     if missing:
         found = compare(product, missing)  # less than `missing` if memory does not suffice
+        compared |= found.keys()
         equal |= {count for count, is_equal in found.items() if is_equal}
-        proof_cache.save(product, compared | found.keys(), equal)
-    return equal & set(counts)
+        proof_cache.save(product, compared, equal)
+    return compared & set(counts), equal & set(counts)
 
 
 def _compile(layer: Any, product: SlabProduct | None) -> None:
