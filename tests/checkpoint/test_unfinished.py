@@ -230,7 +230,7 @@ def test_settings_in_a_header_are_checked_like_those_in_config_json(
 ) -> None:
     folder = comfy(tmp_path / "comfy", {CONFIG_KEY: metadata})
     with pytest.raises(
-        DFloatError, match=rf"^flux-DF11.safetensors: {CONFIG_KEY} in its header: .*{told}"
+        DFloatError, match=rf"^\S+/flux-DF11.safetensors: {CONFIG_KEY} in its header: .*{told}"
     ):
         open_checkpoint(folder)
 

@@ -98,7 +98,7 @@ def test_a_damaged_manifest_exits_2(
 ) -> None:
     (folder / MANIFEST_FILE).write_text(text)
     assert main(["verify", str(folder)]) == 2
-    assert capsys.readouterr().err.startswith(f"vllm-dfloat: {MANIFEST_FILE}: ")
+    assert capsys.readouterr().err.startswith(f"vllm-dfloat: {folder / MANIFEST_FILE}: ")
 
 
 def test_a_path_out_of_the_folder_is_refused_and_not_read(

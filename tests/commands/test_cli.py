@@ -1,11 +1,13 @@
 """The command line as a user types it: exit status, stdout, stderr."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from cli_commands import make_places, only_line
 from safetensors.numpy import load_file, save_file
 
 from vllm_dfloat.checkpoint.summary import Row, grouped
@@ -147,6 +149,47 @@ def test_a_unit_that_must_be_refused_is_named_and_exits_2(
     )
     assert status == 2
     assert "model.safetensors: " in capsys.readouterr().err
+
+
+def _cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def _luts_of_infinity(file: Path) -> None:
+    tensors = load_file(file)
+    luts = next(name for name in tensors if name.endswith(".luts"))
+    tensors[luts][-1, 255] = 1
+    save_file(tensors, file)
+
+
+DAMAGED = {
+    "config.json": lambda file: file.write_text(""),
+    "dfloat11_manifest.json": lambda file: file.write_text("{"),
+    "model_embed_tokens.safetensors": _luts_of_infinity,
+    "model_layers_0.safetensors": _cut,
+    "model.safetensors": _cut,
+    "model.safetensors.index.json": lambda file: file.write_text('{"weight_map": {"a": "b"}}'),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_file_is_named_with_its_folder_and_what_to_do(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Bug caught: "config.json: is not valid JSON", of two folders that have one.
+    places = make_places(tmp_path)
+    bf16, df11 = places["bf16"], places["df11"]
+    is_plain = name.startswith("model.safetensors")
+    file = (bf16 if is_plain else df11) / name
+    if name != "dfloat11_manifest.json":
+        (
+            df11 / "dfloat11_manifest.json"
+        ).unlink()  # it says that weight files are others than it lists
+    DAMAGED[name](file)
+    assert main(["verify", str(df11), "--against", str(bf16), "--quiet"]) == 2
+    line = only_line(capsys.readouterr().err)
+    assert line.startswith(f"vllm-dfloat: {file}: ")
+    assert re.search(r"(etch (it|the file|both) again|take the original BF16 file)\.$", line)
 
 
 def test_pickle_checkpoints_are_refused_unread(

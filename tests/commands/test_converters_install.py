@@ -99,7 +99,7 @@ def test_an_official_checkpoint_without_shapes_names_what_to_install_or_to_give(
     ended, _ = run_without(ONLY_WITH_VLLM, commands, tmp_path)
     assert [status for status, _, _ in ended] == [2, 0, 2, 0]
     assert ended[0][2] == (
-        f"vllm-dfloat: {official}: config.json: the format stores no shapes, so they come from the model's config, "
+        f"vllm-dfloat: {official}/config.json: the format stores no shapes, so they come from the model's config, "
         "for which torch and transformers are needed: ModuleNotFoundError: No module named 'transformers'. "
         "Install them: pip install torch transformers. "
         "With --original FOLDER, the weight files of the BF16 model tell them.\n"

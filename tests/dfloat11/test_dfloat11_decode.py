@@ -58,7 +58,7 @@ def test_luts_that_no_code_book_has_are_refused(
 ) -> None:
     stored = stored_unit("edge-good", "prime4099")
     stored["luts"][row, entry] = value
-    with pytest.raises(FormatError, match=f"^model.safetensors: u.{message}"):
+    with pytest.raises(FormatError, match=rf"^\S+/model.safetensors: u.{message}"):
         load(stored, tmp_path)
 
 
@@ -164,7 +164,7 @@ def test_data_that_reaches_an_entry_without_a_code_is_refused(tmp_path: Path) ->
     stored["encoded_exponent"][0:2] = np.array([value << 16 - length], ">u2").view(np.uint8)
     unit = load(stored, tmp_path)
     message = (
-        r"^model.safetensors: u.encoded_exponent: window 0: after 0 codes of block 0 come bits"
+        r"^\S+/model.safetensors: u.encoded_exponent: window 0: after 0 codes of block 0 come bits"
     )
     with pytest.raises(FormatError, match=message):
         decode_unit(unit)

@@ -75,11 +75,11 @@ def test_undecodable_vector_is_refused_with_file_tensor_and_numbers(
     directory = write_checkpoint(tmp_path, {name: stored_unit("edge-bad-must-refuse", name)})
     with pytest.raises(FormatError, match=re.escape(message)) as error:
         open_checkpoint(directory).validate()
-    assert str(error.value).startswith(f"model.safetensors: {name}.luts: ")
+    assert str(error.value).startswith(f"{directory}/model.safetensors: {name}.luts: ")
 
 
 def test_directory_of_undecodable_vectors_is_refused_when_opened() -> None:
-    with pytest.raises(FormatError, match=r"^model.safetensors: rows19.luts: found 19"):
+    with pytest.raises(FormatError, match=r"^\S+/model.safetensors: rows19.luts: found 19"):
         open_checkpoint(VECTORS / "edge-bad-must-refuse-df11")
 
 

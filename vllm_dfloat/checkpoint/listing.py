@@ -95,14 +95,14 @@ def _weight_map(index: Path, files: list[Path]) -> dict[str, str]:
     """Return tensor name -> file name from an index; every file is one of `files`."""
     weight_map = (read_object(index, MAX_LIST_BYTES) or {}).get("weight_map")
     if not isinstance(weight_map, dict):
-        raise FormatError(f"{index.name}: has no object `weight_map`; it is no index of weights.")
+        raise FormatError(f"{index}: has no object `weight_map`; it is no index of weights.")
     if not weight_map:
-        raise FormatError(f"{index.name}: names no tensor; an index names all. Fetch it again.")
+        raise FormatError(f"{index}: names no tensor; an index names all. Fetch it again.")
     here = {file.name for file in files}
     for name, file in weight_map.items():
         if not isinstance(file, str) or file not in here:
             raise FormatError(
-                f"{index.name}: says that {shown(name)} is in {shown(file)}, which is no *.safetensors file in "
+                f"{index}: says that {shown(name)} is in {shown(file)}, which is no *.safetensors file in "
                 f"{index.parent}. The download is incomplete, or the index damaged; fetch it again."
             )
     return weight_map

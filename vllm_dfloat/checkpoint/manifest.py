@@ -76,23 +76,24 @@ def read_manifest(folder: Path) -> Manifest | None:
     Raises:
         FormatError: it is damaged or of a version not known here.
     """
-    content = read_object(folder / MANIFEST_FILE, MAX_LIST_BYTES)
+    file = folder / MANIFEST_FILE
+    content = read_object(file, MAX_LIST_BYTES)
     if content is None:
         return None
     version, files, tensors = (content.get(key) for key in ("version", "files", "tensors"))
     if version != VERSION:
-        _refuse(f"is of version {shown(version)}, {VERSION} is expected")
+        _refuse(file, f"is of version {shown(version)}, {VERSION} is expected")
     if not isinstance(files, dict) or not isinstance(tensors, dict):
-        _refuse("has no objects `files` and `tensors`")
+        _refuse(file, "has no objects `files` and `tensors`")
     for name, entry in files.items():
-        _check_file(name, entry)
+        _check_file(file, name, entry)
     headers = content.get("headers", {})
     if not isinstance(headers, dict) or not all(map(_is_digest, headers.values())):
-        _refuse("has `headers` that are no object of SHA-256 digests")
+        _refuse(file, "has `headers` that are no object of SHA-256 digests")
     units = content.get("units", "")
     if units and not _is_digest(units):
-        _refuse(f"says that the SHA-256 of {CONFIG_KEY} is {shown(units)}")
-    shapes = {name: _shape(name, shape) for name, shape in tensors.items()}
+        _refuse(file, f"says that the SHA-256 of {CONFIG_KEY} is {shown(units)}")
+    shapes = {name: _shape(file, name, shape) for name, shape in tensors.items()}
     return Manifest(files, shapes, headers, units)
 
 
@@ -114,36 +115,39 @@ def refuse_other_units(folder: Path, manifest: Manifest, config: Mapping[str, An
         )
 
 
-def _check_file(name: str, entry: Any) -> None:
+def _check_file(manifest: Path, name: str, entry: Any) -> None:
     parts = name.split("/")
     # The first part of an absolute path is "".
     if "\0" in name or any(part in ("", ".", "..") for part in parts):
-        _refuse(f"names the file {shown(name)}, which is not below the checkpoint's folder")
+        _refuse(
+            manifest, f"names the file {shown(name)}, which is not below the checkpoint's folder"
+        )
     good = isinstance(entry, dict) and set(entry) == {"bytes", "sha256"}
     if not good or type(entry["bytes"]) is not int or entry["bytes"] < 0:
-        _refuse(f"has no size and SHA-256 for the file {shown(name)}")
+        _refuse(manifest, f"has no size and SHA-256 for the file {shown(name)}")
     if not _is_digest(entry["sha256"]):
-        _refuse(f"says that the SHA-256 of {shown(name)} is {shown(entry['sha256'])}")
+        _refuse(manifest, f"says that the SHA-256 of {shown(name)} is {shown(entry['sha256'])}")
 
 
 def _is_digest(value: Any) -> bool:
     return isinstance(value, str) and bool(_SHA256.fullmatch(value))
 
 
-def _shape(name: str, value: Any) -> tuple[int, ...]:
+def _shape(manifest: Path, name: str, value: Any) -> tuple[int, ...]:
     if not isinstance(value, list) or not all(
         type(size) is int and 0 < size < 1 << 40 for size in value
     ):
-        _refuse(f"says that {shown(name)} has the shape {shown(value)}")
+        _refuse(manifest, f"says that {shown(name)} has the shape {shown(value)}")
     if len(value) > _MAX_DIMS:
         _refuse(
-            f"says that {shown(name)} has {len(value)} dimensions, at most {_MAX_DIMS} are expected"
+            manifest,
+            f"says that {shown(name)} has {len(value)} dimensions, at most {_MAX_DIMS} are expected",
         )
     return tuple(value)
 
 
-def _refuse(what: str) -> NoReturn:
-    raise FormatError(f"{MANIFEST_FILE}: {what}. Remove it to read the checkpoint without it.")
+def _refuse(manifest: Path, what: str) -> NoReturn:
+    raise FormatError(f"{manifest}: {what}. Remove it to read the checkpoint without it.")
 
 
 def refuse_other_files(folder: Path, manifest: Manifest) -> None:

@@ -34,7 +34,7 @@ def meta_model(model: str | Path | Any, advice: str = "") -> torch.nn.Module:
     """
     if not isinstance(model, str | Path):
         return _built(model, "config", advice)
-    where = f"{model}: {CONFIG_FILE}" if Path(model).is_dir() else str(model)
+    where = str(Path(model) / CONFIG_FILE) if Path(model).is_dir() else str(model)
     with _transformers(where, advice) as transformers:
         try:
             config = transformers.AutoConfig.from_pretrained(str(model), trust_remote_code=False)

@@ -37,7 +37,7 @@ def bf16_tensors(path: Path) -> dict[str, StoredTensor]:
     for name, file in chosen.weight_map.items():
         if name not in tensors or tensors[name].file.name != file:
             raise FormatError(
-                f"{chosen.index}: says that {shown(name)} is in {file}, which does not hold it. "
+                f"{path / chosen.index}: says that {shown(name)} is in {file}, which does not hold it. "
                 "The files belong to different models, or are damaged; fetch them again."
             )
     return tensors

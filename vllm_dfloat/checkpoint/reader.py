@@ -120,13 +120,13 @@ def _unit(
     missing = [field for field in FIELDS if field not in fields]
     if missing:
         raise FormatError(
-            f"{some.file.name}: {name}: found {', '.join(sorted(fields))} without "
+            f"{some.file}: {name}: found {', '.join(sorted(fields))} without "
             f"{', '.join(missing)}; a DFloat11 unit has all six tensors."
         )
     members = patterns.members(name)
     if members is None:
         raise FormatError(
-            f"{some.file.name}: {name}: no key of pattern_dict in config.json matches this unit; "
+            f"{some.file}: {name}: no key of pattern_dict in config.json matches this unit; "
             f"found keys {[key.pattern for key, _ in patterns.entries][:20]}."
         )
     entry = UnitEntry(name, members, fields, parameters)
@@ -141,7 +141,7 @@ def _refuse_stored_twice(units: Mapping[str, UnitEntry], plain: Mapping[str, Sto
             other = holders.setdefault(name, unit)
             if other is not unit:
                 raise FormatError(
-                    f"{unit.fields['luts'].file.name}: {unit.name}: its weight {name} is also in the unit "
+                    f"{unit.fields['luts'].file}: {unit.name}: its weight {name} is also in the unit "
                     f"{other.name}; it is expected once."
                 )
             if name in plain:

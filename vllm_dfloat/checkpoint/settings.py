@@ -32,7 +32,7 @@ def read_settings(path: Path, files: Sequence[Path]) -> tuple[dict[str, Any], Pa
     """
     config = read_config(path)
     if config is not None and CONFIG_KEY in config:
-        return config, parse_config(config[CONFIG_KEY], f"{CONFIG_FILE}: {CONFIG_KEY}")
+        return config, parse_config(config[CONFIG_KEY], f"{path / CONFIG_FILE}: {CONFIG_KEY}")
     settings, where = _from_headers(files)
     if not where:
         _refuse_directory(path, config, files)
@@ -49,7 +49,7 @@ def _from_headers(files: Sequence[Path]) -> tuple[Any, str]:
     if not found:
         return None, ""
     (text, file), *others = found.items()
-    where = f"{file.name}: {CONFIG_KEY} in its header"
+    where = f"{file}: {CONFIG_KEY} in its header"
     if others:
         raise FormatError(
             f"{where}: differs from that of {others[0][1].name}; one is expected. The files belong to different "

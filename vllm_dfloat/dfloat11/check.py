@@ -32,8 +32,8 @@ def check_unit(
         for piece in StoredWeights(original).pieces():
             if not coder.equals(unit, at, piece):
                 raise FormatError(
-                    f"{entry.fields['luts'].file.name}: {original.name}: the bytes just written do not decode to the "
-                    f"original bits. {original.file.name} was written to through a memory map, of which its times say "
+                    f"{entry.fields['luts'].file}: {original.name}: the bytes just written do not decode to the "
+                    f"original bits. {original.file} was written to through a memory map, of which its times say "
                     "nothing, or the memory or the disk of this machine cannot be trusted; the file is not kept."
                 )
             at += piece.size

@@ -21,6 +21,8 @@ from vllm_dfloat.dfloat11.format import (
 )
 from vllm_dfloat.errors import FormatError
 
+_ADVICE = "The file was changed after encoding; fetch it again."
+
 
 def build_tables(luts: U8Array, where: str) -> I32Array:
     """Return decode tables int32 [R - 1, 256] for checked `luts` uint8 [R, 256].
@@ -55,7 +57,7 @@ def build_tables(luts: U8Array, where: str) -> I32Array:
     if missing:
         raise FormatError(
             f"{where}: exponent {missing[0]} has a code of {lengths[missing[0]]} bits, but no "
-            "table holds that code. The file was changed after encoding; fetch it again."
+            f"table holds that code. {_ADVICE}"
         )
     return tables
 
@@ -66,7 +68,9 @@ def check_luts(luts: U8Array, where: str) -> None:
     lengths = luts[-1]
     used = np.flatnonzero(lengths)
     if used.size == 0:
-        raise FormatError(f"{where}: the last row has no code length; at least one is expected.")
+        raise FormatError(
+            f"{where}: the last row has no code length; at least one is expected. {_ADVICE}"
+        )
     if used[-1] >= FIRST_POINTER:
         raise FormatError(
             f"{where}: exponent {used[-1]} has a code of {lengths[used[-1]]} bits; exponents from "
@@ -77,12 +81,12 @@ def check_luts(luts: U8Array, where: str) -> None:
     if lengths[longest] > MAX_CODE_BITS:
         raise FormatError(
             f"{where}: exponent {longest} has a code of {lengths[longest]} bits; "
-            f"at most {MAX_CODE_BITS} are expected."
+            f"at most {MAX_CODE_BITS} are expected. {_ADVICE}"
         )
     children = 256 - luts[:-1].astype(np.int64)
     children = children[children <= 256 - FIRST_POINTER]
     if children.size and children.max() > num_rows - 2:
         raise FormatError(
             f"{where}: an entry refers to table {children.max()}; tables 1 to {num_rows - 2} are "
-            f"expected with {num_rows} rows."
+            f"expected with {num_rows} rows. {_ADVICE}"
         )

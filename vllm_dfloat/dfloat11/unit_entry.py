@@ -23,6 +23,8 @@ from vllm_dfloat.dfloat11.unit import Unit, num_blocks, whole_positions
 from vllm_dfloat.errors import FormatError
 from vllm_dfloat.storage.stored_tensor import StoredTensor
 
+_ADVICE = "The file was changed after encoding, or is of another model than config.json; fetch both again."
+
 
 class _StoredBytes:
     """The bytes of a tensor in its file: a range is read when it is asked for."""
@@ -95,7 +97,7 @@ class UnitEntry:
         if not (splits[1:] > splits[:-1]).all():
             raise FormatError(
                 f"{tensor.where}: found {splits[1:-1].tolist()[:20]}; positions that rise "
-                f"strictly between 0 and {self.num_weights} are expected."
+                f"strictly between 0 and {self.num_weights} are expected. {_ADVICE}"
             )
         return splits
 
@@ -120,7 +122,7 @@ class UnitEntry:
         first = self.fields["encoded_exponent"]
         return Unit(
             name=self.name,
-            where=f"{first.file.name}: {self.name}",
+            where=f"{first.file}: {self.name}",
             stream=large(first),
             sign_mantissa=large(self.fields["sign_mantissa"]),
             gaps=large(self.fields["gaps"]),
@@ -137,7 +139,7 @@ class UnitEntry:
         if stored[0] != 0 or stored[-1] != numbers:
             raise FormatError(
                 f"{tensor.where}: runs from {stored[0]} to {stored[-1]}; "
-                f"0 to {numbers} is expected, the length of sign_mantissa."
+                f"0 to {numbers} is expected, the length of sign_mantissa. {_ADVICE}"
             )
         positions = whole_positions(stored, self.fields["encoded_exponent"].shape[0], numbers)
         counts = np.diff(positions)
@@ -145,7 +147,7 @@ class UnitEntry:
             worst = int(np.argmax((counts < 0) | (counts > MAX_BLOCK_WEIGHTS)))
             raise FormatError(
                 f"{tensor.where}: block {worst} has {counts[worst]} weights; "
-                f"0 to {MAX_BLOCK_WEIGHTS} are expected."
+                f"0 to {MAX_BLOCK_WEIGHTS} are expected. {_ADVICE}"
             )
         return positions
 
@@ -161,7 +163,7 @@ def check_entry(entry: UnitEntry) -> None:
         if tensor.dtype != dtype or len(tensor.shape) != dims:
             raise FormatError(
                 f"{tensor.where}: {tensor.dtype} {list(tensor.shape)}; "
-                f"{dtype} with {dims} dimension(s) is expected."
+                f"{dtype} with {dims} dimension(s) is expected. {_ADVICE}"
             )
     size = {field: entry.fields[field].shape[0] for field in FIELDS}
     stream, weights = size["encoded_exponent"], size["sign_mantissa"]
@@ -193,4 +195,6 @@ def check_entry(entry: UnitEntry) -> None:
 
 def _expect(entry: UnitEntry, field: str, found: int, good: bool, expected: str) -> None:
     if not good:
-        raise FormatError(f"{entry.fields[field].where}: found {found}; expected {expected}.")
+        raise FormatError(
+            f"{entry.fields[field].where}: found {found}; expected {expected}. {_ADVICE}"
+        )

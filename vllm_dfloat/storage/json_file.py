@@ -14,6 +14,7 @@ from vllm_dfloat.storage.lfs import refuse_pointer
 MAX_CONFIG_BYTES = 16 << 20  # of a JSON file that describes a model
 MAX_LIST_BYTES = 256 << 20  # of one that lists files or tensors
 _PIECE_BYTES = 1 << 20
+_ADVICE = "Correct it, or fetch it again."
 
 
 def regular_size(file: Path) -> int:
@@ -42,7 +43,7 @@ def read_object(file: Path, limit: int) -> dict[str, Any] | None:
     """
     content = read_json(file, limit)
     if content is not None and not isinstance(content, dict):
-        raise FormatError(f"{file.name}: holds a {type(content).__name__}, not an object.")
+        raise FormatError(f"{file}: holds a {type(content).__name__}, not an object. {_ADVICE}")
     return content
 
 
@@ -55,21 +56,21 @@ def read_json(file: Path, limit: int) -> Any:
         return None
     size = regular_size(file)
     if size > limit:
-        raise FormatError(f"{file.name}: has {size} bytes; {limit} is the limit.")
+        raise FormatError(f"{file}: has {size} bytes; {limit} is the limit. {_ADVICE}")
     refuse_pointer(file)
     try:
         with file.open("rb") as stream:
-            content = json.loads(read_text(stream, size, file.name))
+            content = json.loads(read_text(stream, size, file))
     except OSError as error:
         raise FormatError(f"{file}: cannot be read: {_reason(error)}.") from error
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"{file.name}: is not valid JSON: {error}.") from error
+        raise FormatError(f"{file}: is not valid JSON: {error}. {_ADVICE}") from error
     if content is None:
-        raise FormatError(f"{file.name}: holds a NoneType, not an object.")
+        raise FormatError(f"{file}: holds a NoneType, not an object. {_ADVICE}")
     return content
 
 
-def read_text(stream: BinaryIO, length: int, name: str) -> bytes:
+def read_text(stream: BinaryIO, length: int, file: Path) -> bytes:
     """Return the next `length` bytes of a file, or all that is left of it; they should be JSON in UTF-8.
 
     Raises:
@@ -80,7 +81,7 @@ def read_text(stream: BinaryIO, length: int, name: str) -> bytes:
     while length > 0 and (piece := stream.read(min(length, _PIECE_BYTES))):
         if b"\0" in piece:
             raise FormatError(
-                f"{name}: holds a zero byte where JSON in UTF-8 is expected. It is damaged; fetch it again."
+                f"{file}: holds a zero byte where JSON in UTF-8 is expected. It is damaged; fetch it again."
             )
         pieces.append(piece)
         length -= len(piece)

@@ -23,6 +23,7 @@ _LENGTH_BYTES = 8
 _METADATA = "__metadata__"
 MAX_NAME = 512  # characters; real names have about 100
 _MAX_DIMS = 16
+_ADVICE = "It is damaged or not safetensors; fetch the file again."
 _HALF_CHARACTERS = re.compile(
     "[\ud800-\udfff]"
 )  # surrogates, which JSON can escape and UTF-8 cannot hold
@@ -74,10 +75,10 @@ def _header_text(file: Path) -> tuple[bytes, FileIdentity]:
             length = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
             if size < _LENGTH_BYTES or length > min(size - _LENGTH_BYTES, MAX_HEADER_BYTES):
                 raise FormatError(
-                    f"{file.name}: its first 8 bytes announce a header of {length} bytes, but the "
+                    f"{file}: its first 8 bytes announce a header of {length} bytes, but the "
                     f"file has {size} bytes. It is truncated or not safetensors; fetch it again."
                 )
-            text = read_text(stream, length, file.name)
+            text = read_text(stream, length, file)
             require_same(file, identity, stream.fileno())
     except OSError as error:
         raise FormatError(f"{file}: cannot be read: {error.strerror}.") from error
@@ -92,15 +93,17 @@ def _parse(file: Path, text: bytes) -> tuple[dict[str, Any], dict[str, str]]:
             text.decode(), object_pairs_hook=_unique, parse_int=_integer, parse_constant=_refuse
         )
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"{file.name}: the header is not valid JSON: {error}.") from error
+        raise FormatError(f"{file}: the header is not valid JSON: {error}. {_ADVICE}") from error
     if not isinstance(header, dict):
-        raise FormatError(f"{file.name}: the header is a {type(header).__name__}, not an object.")
+        raise FormatError(
+            f"{file}: the header is a {type(header).__name__}, not an object. {_ADVICE}"
+        )
     metadata = header.pop(_METADATA, None)
     if metadata is None:
         return header, {}
     if not isinstance(metadata, dict) or not all(map(_is_text, (*metadata, *metadata.values()))):
         raise FormatError(
-            f"{file.name}: {_METADATA} of the header is {shown(metadata)}; text by name is expected. "
+            f"{file}: {_METADATA} of the header is {shown(metadata)}; text by name is expected. "
             "Write the file again with the safetensors library."
         )
     return header, metadata
@@ -130,29 +133,31 @@ def _is_text(value: Any) -> bool:
 def _tensor(file: Path, identity: FileIdentity, name: str, entry: Any, start: int) -> StoredTensor:
     if not 0 < len(name) <= MAX_NAME or not name.isprintable():
         raise UnsupportedError(
-            f"{file.name}: a tensor is named {shown(name)}, {len(name)} characters; "
+            f"{file}: a tensor is named {shown(name)}, {len(name)} characters; "
             f"1 to {MAX_NAME} printable ones are expected."
         )
-    where = f"{file.name}: {name}"
+    where = f"{file}: {name}"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise FormatError(f"{where}: the header entry must hold dtype, shape and data_offsets.")
+        raise FormatError(
+            f"{where}: the header entry must hold dtype, shape and data_offsets. {_ADVICE}"
+        )
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in BITS_DTYPES:
         raise UnsupportedError(
             f"{where}: dtype {shown(dtype)}; known are {', '.join(BITS_DTYPES)}."
         )
     if not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2:
-        raise FormatError(f"{where}: shape and data_offsets must be lists of sizes.")
+        raise FormatError(f"{where}: shape and data_offsets must be lists of sizes. {_ADVICE}")
     begin, end = offsets
     need = math.prod(shape) * np.dtype(BITS_DTYPES[dtype]).itemsize
     if end - begin != need:
         raise FormatError(
-            f"{where}: data_offsets span {end - begin} bytes; {dtype} {shape} takes {need}."
+            f"{where}: data_offsets span {end - begin} bytes; {dtype} {shape} takes {need}. {_ADVICE}"
         )
     # NumPy has not even an empty array of such a shape.
     if math.prod(max(1, size) for size in shape) >> 63:
         raise FormatError(
-            f"{where}: shape {shape}; sizes whose product is below 2**63 are expected."
+            f"{where}: shape {shape}; sizes whose product is below 2**63 are expected. {_ADVICE}"
         )
     return StoredTensor(file, name, dtype, tuple(shape), start + begin, need, identity)
 
@@ -178,6 +183,6 @@ def _check_layout(file: Path, tensors: list[StoredTensor], start: int, size: int
         at += tensor.num_bytes
     if at != size:
         raise FormatError(
-            f"{file.name}: the header describes {at} bytes, but the file has {size}. "
+            f"{file}: the header describes {at} bytes, but the file has {size}. "
             "It is truncated or was changed; fetch it again."
         )

@@ -49,8 +49,8 @@ class StoredTensor:
 
     @property
     def where(self) -> str:
-        """Return "file: tensor" for messages."""
-        return f"{self.file.name}: {self.name}"
+        """Return "folder/file: tensor" for messages, the folder as the user gave it."""
+        return f"{self.file}: {self.name}"
 
     def bits(self) -> Bits:
         """Return the tensor's bits, mapped privately from the file: a write never reaches it.
