@@ -13,6 +13,8 @@ from tiny_models import SHIPPED
 
 from vllm_dfloat.cli import main
 from vllm_dfloat.plan.byte_sizes import show_size
+from vllm_dfloat.plan.kv_cache import DTYPE_BYTES
+from vllm_dfloat.plan.states import STATE_DTYPES
 
 CONFIGS = Path(__file__).parents[1] / "data" / "configs"
 GIB = 1 << 30
@@ -234,6 +236,16 @@ def test_without_matplotlib_the_picture_is_refused_in_one_sentence(tmp_path: Pat
     assert "matplotlib is not installed" in result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert not (tmp_path / "plan.png").exists()
+
+
+def test_help_names_every_value_that_the_error_names(capsys: pytest.CaptureFixture[str]) -> None:
+    # Bug caught: help of three, an error of six.
+    with pytest.raises(SystemExit):
+        main(["plan", "-h"])
+    told = " ".join(capsys.readouterr().out.split())
+    for dtypes in (DTYPE_BYTES, STATE_DTYPES):
+        *others, last = dtypes
+        assert f" {', '.join(others)} or {last} (default: auto)" in told
 
 
 def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:

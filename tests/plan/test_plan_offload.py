@@ -165,3 +165,65 @@ def test_buffers_larger_than_two_layers_are_the_peak_while_loading(
     options = ["--gpu-memory", "24GiB", "--offload-group-size", "1", "--offload-prefetch-step"]
     assert main(["plan", CONFIG, *options, "99"]) == 1  # does not fit
     assert "bound: the buffers on top\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (
+            "--offload-params experts mlp",
+            "--offload-params experts mlp without --offload-group-size: it needs groups. Give --offload-group-size, "
+            "or leave --offload-params out.",
+        ),
+        ("--offload-num-in-group 2", "--offload-num-in-group 2 without --offload-group-size"),
+        ("--offload-prefetch-step 3", "--offload-prefetch-step 3 without --offload-group-size"),
+        (
+            "--offload-group-size 2 --cpu-offload-gb 1",
+            "--cpu-offload-gb 1 with --offload-group-size 2: vLLM then leaves --cpu-offload-gb aside; expected one of "
+            "them. Remove the other.",
+        ),
+    ],
+)
+def test_options_of_offload_that_would_change_nothing_are_refused(
+    options: str, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Bug caught: the plan without them, and no word of that.
+    assert main(["plan", CONFIG, "--gpu-memory", "24GiB", *options.split()]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"vllm-dfloat: {sentence}")
+
+
+@pytest.mark.parametrize(
+    ("options", "note"),
+    [
+        (
+            "--offload-group-size 100",
+            "--offload-group-size 100 puts nothing into host memory: it begins with block 100 of a group, and a stage "
+            "has 32 blocks.",
+        ),
+        (
+            "--offload-group-size 4 --offload-params experts",
+            "--offload-group-size 4 puts nothing into host memory: no weight of the blocks it takes has a segment of "
+            "--offload-params (experts).",
+        ),
+        (
+            "--enable-expert-parallel",
+            "--enable-expert-parallel changes nothing: the model has no routed experts.",
+        ),
+    ],
+)
+def test_options_that_change_nothing_for_this_model_have_a_note(
+    options: str, note: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["plan", CONFIG, "--gpu-memory", "24GiB"]
+    assert main([*command, *options.split()]) == 0
+    assert note in capsys.readouterr().out.splitlines()
+    assert main([*command, "--offload-group-size", "32", "--offload-params", "mlp"]) == 0
+    assert "nothing" not in capsys.readouterr().out
+
+
+def test_expert_parallel_ranks_of_a_mixture_have_no_note() -> None:
+    config = str(Path(CONFIG).with_name("Qwen3-30B-A3B.json"))
+    plan = make_plan(config, Settings(tp=2, expert_parallel=True))
+    assert not any("nothing" in note for note in plan.notes)

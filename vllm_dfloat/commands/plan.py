@@ -2,11 +2,14 @@
 
 import argparse
 import json
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from vllm_dfloat.commands.output import say
+from vllm_dfloat.plan.kv_cache import DTYPE_BYTES
+from vllm_dfloat.plan.states import STATE_DTYPES
 
 EXIT_FITS, EXIT_DOES_NOT_FIT = 0, 1
 EXAMPLE = (
@@ -56,10 +59,10 @@ def _add_memory(parser: argparse.ArgumentParser) -> None:
         "--max-model-len", type=int, help="tokens of the longest request that must fit"
     )
     parser.add_argument(
-        "--kv-cache-dtype", default="auto", help="auto, bfloat16, or fp8 (default: auto)"
+        "--kv-cache-dtype", default="auto", help=f"{_either(DTYPE_BYTES)} (default: auto)"
     )
     parser.add_argument(
-        "--mamba-ssm-cache-dtype", default="auto", help="of states: auto, bfloat16 or float32 (default: auto)"
+        "--mamba-ssm-cache-dtype", default="auto", help=f"of states: {_either(STATE_DTYPES)} (default: auto)"
     )  # fmt: skip
     parser.add_argument(
         "--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True,
@@ -80,6 +83,11 @@ def _add_memory(parser: argparse.ArgumentParser) -> None:
         "--kv-cache-memory", metavar="SIZE",
         help="fix the KV cache of each rank, such as 10GiB (what vLLM's --kv-cache-memory-bytes calls 10G)",
     )  # fmt: skip
+
+
+def _either(words: Iterable[str]) -> str:
+    *others, last = words
+    return f"{', '.join(others)} or {last}"
 
 
 def _add_offload(parser: argparse.ArgumentParser) -> None:

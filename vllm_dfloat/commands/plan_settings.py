@@ -53,8 +53,15 @@ def _prefetch(args: argparse.Namespace) -> Prefetch:
     """Return vLLM's options of prefetching offload.
 
     Raises:
-        UnsupportedError: vLLM refuses them.
+        UnsupportedError: vLLM refuses them, or they would change nothing.
     """
+    if not args.offload_group_size:
+        _refuse_without_groups(args)
+    elif args.cpu_offload_gb:
+        raise UnsupportedError(
+            f"--cpu-offload-gb {args.cpu_offload_gb:g} with --offload-group-size {args.offload_group_size}: vLLM then "
+            "leaves --cpu-offload-gb aside; expected one of them. Remove the other."
+        )
     prefetch = Prefetch(
         args.offload_group_size,
         args.offload_num_in_group,
@@ -63,6 +70,20 @@ def _prefetch(args: argparse.Namespace) -> Prefetch:
     )
     prefetch.check()
     return prefetch
+
+
+def _refuse_without_groups(args: argparse.Namespace) -> None:
+    given = {
+        f"--offload-params {' '.join(args.offload_params)}": bool(args.offload_params),
+        f"--offload-num-in-group {args.offload_num_in_group}": args.offload_num_in_group != 1,
+        f"--offload-prefetch-step {args.offload_prefetch_step}": args.offload_prefetch_step != 1,
+    }
+    for option, is_given in given.items():
+        if is_given:
+            raise UnsupportedError(
+                f"{option} without --offload-group-size: it needs groups. Give --offload-group-size, or leave "
+                f"{option.partition(' ')[0]} out."
+            )
 
 
 def _slab(given: str | None) -> int | None:

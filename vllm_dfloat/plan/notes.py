@@ -46,6 +46,29 @@ def notes_on_head(ranks: list[Rank], tokens: int) -> list[str]:
     ]
 
 
+def notes_on_idle_options(
+    ranks: list[Rank], weights: list[Weight], settings: Settings
+) -> list[str]:
+    """Return a remark on each option that vLLM takes and that changes nothing for this model."""
+    notes = []
+    if settings.expert_parallel and not any("experts" in weight.name for weight in weights):
+        notes.append("--enable-expert-parallel changes nothing: the model has no routed experts")
+    prefetch = settings.prefetch
+    if prefetch.group_size and not any(rank.bf16_host for rank in ranks):
+        blocks = max(len(rank.layers) for rank in ranks)
+        first = prefetch.group_size - prefetch.num_in_group + 1
+        option = f"--offload-group-size {prefetch.group_size} puts nothing into host memory"
+        if first > blocks:
+            what = f"it begins with block {first} of a group, and a stage has {blocks} blocks"
+        else:
+            segments = ", ".join(sorted(prefetch.params))
+            what = (
+                f"no weight of the blocks it takes has a segment of --offload-params ({segments})"
+            )
+        notes.append(f"{option}: {what}")
+    return notes
+
+
 def note_on_auto(
     ranks: list[Rank], weights: list[Weight], settings: Settings, config: ModelConfig
 ) -> str:

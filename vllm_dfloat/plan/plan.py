@@ -19,6 +19,7 @@ from vllm_dfloat.plan.notes import (
     note_on_auto,
     notes_on,
     notes_on_head,
+    notes_on_idle_options,
     notes_on_shortage,
     notes_on_states,
 )
@@ -106,7 +107,9 @@ def make_plan(model: str, settings: Settings, code_bits: float | None = None) ->
         outcome(ranks, cache, settings, config.context, held) for held in (bf16, unproven, proven)
     )
     notes += notes_on(config, weights, files) + notes_on_states(cache)
-    notes += notes_on_head(ranks, of_proven.tokens)
+    notes += notes_on_head(ranks, of_proven.tokens) + notes_on_idle_options(
+        ranks, weights, settings
+    )
     if settings.layout == "auto":
         notes += [
             note_on_auto(ranks, weights, settings, config),
