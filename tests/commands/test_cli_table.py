@@ -2,14 +2,14 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 from cli_commands import COMMANDS, CONFIG, make_places, only_line
-from fuzz.folder import pack
+from fuzz.folder import Stored, pack
 
 from vllm_dfloat.cli import main
 
@@ -197,3 +197,62 @@ def test_an_error_of_the_package_itself_does_not_look_like_a_difference(
     )
     assert main(["verify", str(places["df11"])]) == 2
     assert only_line(capsys.readouterr().err).startswith("vllm-dfloat: out of memory")
+
+
+def _without_folder(places: dict[str, Path], root: Path) -> list[str]:
+    return ["compress", str(places["bf16"]), "/proc/new"]
+
+
+def _compressed(places: dict[str, Path], root: Path) -> list[str]:
+    return ["compress", str(places["df11"]), str(root / "x")]
+
+
+def _plain(places: dict[str, Path], root: Path) -> list[str]:
+    return ["decompress", str(places["bf16"]), str(root / "x")]
+
+
+def _float16(places: dict[str, Path], root: Path) -> list[str]:
+    (root / "f16").mkdir()
+    weight = Stored("model.layers.0.mlp.up_proj.weight", "F16", [8, 8], bytes(128))
+    (root / "f16" / "model.safetensors").write_bytes(pack([weight]))
+    (root / "f16" / "config.json").write_text("{}")
+    return ["compress", str(root / "f16"), str(root / "x")]
+
+
+@pytest.mark.parametrize(
+    ("make", "found", "advice"),
+    [
+        (
+            _without_folder,
+            "/proc/new: cannot be made: No such file or directory; expected a place where this user may make a folder",
+            "Choose another.",
+        ),
+        (
+            _compressed,
+            "is a DFloat11 checkpoint already; expected BF16 weights",
+            "Serve it as it is, or have vllm-dfloat decompress write it back as BF16 first.",
+        ),
+        (
+            _plain,
+            "found a config.json without dfloat11_config and 1 *.safetensors file(s)",
+            "If its weights are BF16 already, use it as it is; if not, fetch the checkpoint again.",
+        ),
+        (
+            _float16,
+            "holds no BF16 weight of a linear or embedding layer, but F16; expected some",
+            "--dtype bfloat16 --quantization dfloat11.",
+        ),
+    ],
+)
+def test_a_folder_of_another_kind_is_refused_with_what_to_do(
+    make: Callable[[dict[str, Path], Path], list[str]],
+    found: str,
+    advice: str,
+    places: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(make(places, tmp_path)) == 2
+    line = only_line(capsys.readouterr().err)
+    assert found in line
+    assert line.endswith(advice)

@@ -114,5 +114,6 @@ def _refuse_directory(path: Path, config: dict[str, Any] | None, files: Sequence
         )
     raise FormatError(
         f"{path}: found {found} and {len(files)} *.safetensors file(s); "
-        f"a DFloat11 checkpoint has {CONFIG_KEY} in config.json."
+        f"a DFloat11 checkpoint has {CONFIG_KEY} in config.json. If its weights are BF16 already, use it as it is; if "
+        "not, fetch the checkpoint again."
     )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from vllm_dfloat.checkpoint.folder import CONFIG_FILE, CONFIG_KEY
 from vllm_dfloat.checkpoint.manifest import MANIFEST_FILE, Manifest, digest_of
@@ -84,11 +85,7 @@ def compress(
     began = time.monotonic()
     plan = plan_units(source.config, source.tensors)
     if not plan.units:
-        found = sorted({tensor.dtype for tensor in source.tensors.values()})
-        raise UnsupportedError(
-            f"{source.path}: holds no BF16 weight of a linear or embedding layer (its dtypes: {', '.join(found)}); "
-            "there is nothing to compress."
-        )
+        _refuse_nothing(source)
     refuse_unit_names(source.path, source.tensors)
     jobs = {job.file: job for job in plan_files(plan, source)}
     sizes = {file: _num_bytes(source, job.tensors) for file, job in jobs.items()}
@@ -109,6 +106,20 @@ def compress(
     )
     report, was_finished = convert(conversion, force)
     return Report(**report, seconds=time.monotonic() - began, was_finished=was_finished)
+
+
+def _refuse_nothing(source: Source) -> NoReturn:
+    found = sorted({tensor.dtype for tensor in source.tensors.values()})
+    advice = "Serve it as it is."
+    if any(t.dtype in ("F16", "F32") and len(t.shape) > 1 for t in source.tensors.values()):
+        advice = (
+            "Save it in BF16 first, which rounds its weights, or let vLLM do so: vllm serve "
+            f"{shlex.quote(str(source.path))} --dtype bfloat16 --quantization dfloat11."
+        )
+    raise UnsupportedError(
+        f"{source.path}: holds no BF16 weight of a linear or embedding layer, but {', '.join(found)}; expected some, "
+        f"since others are not compressed. {advice}"
+    )
 
 
 def _num_bytes(source: Source, names: Iterable[str]) -> int:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from vllm_dfloat.checkpoint.folder import CONFIG_FILE, CONFIG_KEY, is_dfloat11, read_config
 from vllm_dfloat.checkpoint.listing import model_files
@@ -73,7 +73,7 @@ def open_source(path: Path) -> Source:
         UnsupportedError: the folder holds pickles only, is compressed already, or its weights are quantized.
     """
     if path.is_dir() and is_dfloat11(path):
-        raise UnsupportedError(f"{path}: is a DFloat11 checkpoint already; expected BF16 weights.")
+        _refuse_compressed(path)
     files = SourceFiles(path, lambda folder: model_files(folder).files)
     config = read_config(path)
     refuse_quantized_config(config or {}, f"{path / CONFIG_FILE}")
@@ -86,6 +86,17 @@ def open_source(path: Path) -> Source:
     _check_config_link(path, config)
     files.check()
     return Source(path, config, tensors, files)
+
+
+def _refuse_compressed(path: Path) -> NoReturn:
+    advice = "Give the folder of the BF16 original."
+    if CONFIG_KEY in (
+        read_config(path) or {}
+    ):  # else it may be of a layout that nothing here reads
+        advice = "Serve it as it is, or have vllm-dfloat decompress write it back as BF16 first."
+    raise UnsupportedError(
+        f"{path}: is a DFloat11 checkpoint already; expected BF16 weights. {advice}"
+    )
 
 
 def _check_config_link(path: Path, config: Mapping[str, Any]) -> None:

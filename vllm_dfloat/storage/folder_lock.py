@@ -7,6 +7,7 @@ argument hold it too, since they may live a moment longer than the process that 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import time
@@ -68,7 +69,7 @@ def _lock(folder: Path) -> int:
     """Return a descriptor of the folder, locked."""
     end = time.monotonic() + PATIENCE
     while True:
-        folder.mkdir(parents=True, exist_ok=True)
+        _make(folder)
         try:
             descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         except FileNotFoundError:
@@ -91,6 +92,18 @@ def _lock(folder: Path) -> int:
                 f"{folder}: another process is at work in this folder; wait for it, or choose another."
             )
         time.sleep(_SECONDS_BETWEEN_TRIES)
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise  # the caller says what to do
+        raise FormatError(
+            f"{folder}: cannot be made: {error.strerror}; expected a place where this user may make a folder. "
+            "Choose another."
+        ) from error
 
 
 def _is_same(folder: Path, descriptor: int) -> bool:
