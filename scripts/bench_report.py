@@ -5,9 +5,9 @@ python scripts/bench_report.py FACTS    # the folder under results/ for the GPU 
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
-import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -59,4 +59,6 @@ def write(path: Path, environment: dict[str, Any], rows: Sequence[dict[str, Any]
 
 
 if __name__ == "__main__":
-    print(folder_name(json.loads(sys.argv[1])["device"]))
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("facts", type=json.loads, help="the line of bench_setup.py, JSON")
+    print(folder_name(parser.parse_args().facts["device"]))

@@ -3,11 +3,19 @@
 ncu -k regex:_decode_kernel -s 4 -c 1 python scripts/launch_decode.py
 """
 
-from bench_setup import normal, prepare
+import argparse
+import sys
+
+from bench_setup import CannotRunError, normal, prepare
 
 
-def main() -> None:
-    device = prepare("cuda")
+def main() -> int:
+    argparse.ArgumentParser(description=__doc__.partition("\n")[0]).parse_args()
+    try:
+        device = prepare("cuda")
+    except CannotRunError as error:
+        print(f"launch_decode: cannot run: {error}", file=sys.stderr)
+        return 2
     from bench.kernels.decode import buffers
 
     from vllm_dfloat.device import ops
@@ -17,7 +25,8 @@ def main() -> None:
     out = buffers(packed)
     for _ in range(8):
         ops.decode(packed.desc, rows, cols, *out)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
