@@ -10,7 +10,7 @@ from vllm_dfloat.errors import FormatError, UnsupportedError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 TIMEOUT = 10  # seconds; huggingface_hub would try for half a minute where there is no network
-ADVICE = f"Give a model's folder or its {CONFIG_FILE}."
+ADVICE = f"give a model's folder or its {CONFIG_FILE}."
 
 
 def config_file(model: str) -> Path:
@@ -63,7 +63,7 @@ def _of_hub(model: str) -> Path:
         return Path(cached)
     where = f"{model}: no such folder, and no {CONFIG_FILE} of it in {constants.HF_HUB_CACHE}"
     if constants.HF_HUB_OFFLINE:
-        raise FormatError(f"{where}; HF_HUB_OFFLINE forbids fetching it. Unset that. Or: {ADVICE}")
+        raise FormatError(f"{where}; HF_HUB_OFFLINE forbids fetching it. Unset that, or {ADVICE}")
     try:
         # Asked once, with a short time limit: hf_hub_download tries six times, with a warning each.
         url = huggingface_hub.hf_hub_url(model, CONFIG_FILE, endpoint=constants.ENDPOINT)
@@ -84,11 +84,9 @@ def _reason(error: Exception, model: str, endpoint: str) -> str:
     if isinstance(error, errors.RepositoryNotFoundError):
         return (
             f"{endpoint} knows no such model, or keeps it private (then log in with hf auth login). "
-            f"Check the name. Or: {ADVICE}"
+            f"Check the name, or {ADVICE}"
         )
     if isinstance(error, errors.EntryNotFoundError):
-        return f"the model has no {CONFIG_FILE} on {endpoint} either. {ADVICE}"
+        return f"the model has no {CONFIG_FILE} on {endpoint} either; {ADVICE}"
     said = (str(error).strip().splitlines() or [""])[0][:200]
-    return (
-        f"{endpoint} gives none ({type(error).__name__}: {said}). Check the network. Or: {ADVICE}"
-    )
+    return f"{endpoint} gives none ({type(error).__name__}: {said}). Check the network, or {ADVICE}"
