@@ -40,11 +40,14 @@ def one_line(text: str, limit: int = MAX_MESSAGE) -> str:
 
     It is cut in the middle: the end of a message says what was wrong.
     """
-    text = _cut(text, limit)
-    if not text.isprintable():
-        escaped = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-        text = _cut("".join(escaped), limit)
-    return text
+    return _cut(escaped(_cut(text, limit)), limit)
+
+
+def escaped(text: str) -> str:
+    """Return `text` with unprintable characters escaped, in full."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _cut(text: str, limit: int) -> str:

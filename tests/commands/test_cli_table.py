@@ -256,3 +256,34 @@ def test_a_folder_of_another_kind_is_refused_with_what_to_do(
     line = only_line(capsys.readouterr().err)
     assert found in line
     assert line.endswith(advice)
+
+
+def test_a_path_cannot_forge_a_line_of_any_output(
+    places: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Bug caught: the last line of a success, with the target's name as it is.
+    bf16, df11, alone = (
+        tmp_path / f"{kind}\n\x1b[1mvllm-dfloat: all is well" for kind in ("b", "d", "c")
+    )
+    alone.mkdir()
+    (alone / "config.json").write_bytes(CONFIG.read_bytes())
+    commands = [
+        ["compress", str(places["bf16"]), str(df11)],
+        ["compress", str(places["bf16"]), str(df11)],  # is finished
+        ["decompress", str(df11), str(bf16)],
+        ["inspect", str(df11)],
+        ["inspect", str(bf16)],
+        ["verify", str(df11)],
+        ["verify", str(df11), "--against", str(bf16)],
+        ["plan", str(alone), "--gpu-memory", "24GiB"],
+        ["plan", str(alone), "--gpu-memory", "24GiB", "--layout", "all"],
+        ["compress", str(df11), str(bf16)],  # an error
+    ]
+    for command in commands:
+        status = main(command)
+        out, err = capsys.readouterr()
+        assert status == (2 if command is commands[-1] else 0), err
+        said = (out or err).splitlines()
+        assert all(line.isprintable() for line in said)
+        assert not any(line.startswith("vllm-dfloat: all is well") for line in said)
+        assert any(r"\n\x1b[1mvllm-dfloat: all is well" in line for line in said)

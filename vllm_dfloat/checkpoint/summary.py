@@ -61,8 +61,8 @@ class Summary:
             }
         return {"path": self.path, "modules": rows, "totals": totals}
 
-    def as_table(self) -> str:
-        """Return a table for people, with one row for repeated tensors, and a last line that sums it up."""
+    def as_table(self) -> list[str]:
+        """Return a table as lines, with one row for repeated tensors, and a last line that sums it up."""
         heads = ["module", "kind", "count", "members", "weights", "bytes", "bits/weight", "of BF16"]
         groups = grouped(self.rows)
         body = [_cells(row, count) for row, count in groups]
@@ -87,7 +87,7 @@ class Summary:
                 f"{units.bits_per_weight:.3f} bits per weight; {self.total().num_bytes:,} bytes in all "
                 f"against {self.total().bf16_bytes:,} uncompressed"
             )
-        return "\n".join(lines)
+        return lines
 
 
 _SUMMED = ("members", "weights", "num_bytes", "bf16_bytes")

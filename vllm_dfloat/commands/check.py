@@ -59,7 +59,7 @@ def _inspect(args: argparse.Namespace) -> int:
     if args.json:
         say_json(summary.as_json())
     elif not args.quiet:
-        say(summary.as_table())
+        say(*summary.as_table())
     return EXIT_EQUAL
 
 

@@ -6,22 +6,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from vllm_dfloat.errors import escaped
+
 STDOUT = "standard output"
 
 
-def say(text: str) -> None:
-    """Print a result.
+def say(*lines: str) -> None:
+    """Print lines of a result, unprintable characters escaped as in errors: paths and names cannot forge a line.
 
     Raises:
         OSError: standard output cannot be written; the error names it.
     """
     with _named():
-        print(text)
+        for line in lines:
+            print(escaped(line))
 
 
 def say_json(content: dict[str, Any]) -> None:
-    """Print a result as one JSON object; raises as `say` does."""
-    say(json.dumps(content, indent=1))
+    """Print a result as one JSON object, which has its own escapes; raises as `say` does."""
+    with _named():
+        print(json.dumps(content, indent=1))
 
 
 def not_sought_clause(reason: str) -> str:

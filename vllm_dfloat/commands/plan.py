@@ -1,13 +1,12 @@
 """The subcommand: vllm-dfloat plan."""
 
 import argparse
-import json
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vllm_dfloat.commands.output import say
+from vllm_dfloat.commands.output import say, say_json
 from vllm_dfloat.plan.kv_cache import DTYPE_BYTES
 from vllm_dfloat.plan.states import STATE_DTYPES
 
@@ -155,12 +154,11 @@ def run(args: argparse.Namespace) -> int:
         others = [replace(settings, layout=layout) for layout in LAYOUTS[1:]]
         plans = [plan, *(make_plan(args.model, one, args.code_bits) for one in others)]
         if args.json:
-            say(json.dumps({one.settings.layout: as_json(one) for one in plans}, indent=1))
+            say_json({one.settings.layout: as_json(one) for one in plans})
         else:
-            table = "" if args.quiet else f"{side_by_side(plans)}\n"
-            say(table + summary(plan, settings.layout))
+            say(*([] if args.quiet else side_by_side(plans)), summary(plan, settings.layout))
     elif args.json:
-        say(json.dumps(as_json(plan), indent=1))
+        say_json(as_json(plan))
     else:
-        say(summary(plan) if args.quiet else as_table(plan))
+        say(*([summary(plan)] if args.quiet else as_table(plan)))
     return EXIT_FITS if plan.dfloat11.fits else EXIT_DOES_NOT_FIT

@@ -12,8 +12,8 @@ NAME, CELL = 24, 14
 DASH = "-"
 
 
-def as_table(plan: Plan) -> str:
-    """Return the plan as text: a table per pipeline stage, then what fits, then one sentence."""
+def as_table(plan: Plan) -> list[str]:
+    """Return the plan as lines: a table per pipeline stage, then what fits, then one sentence."""
     settings, config = plan.settings, plan.config
     lines = [
         f"{plan.model}: {config.architecture}, {show_count(plan.parameters)} parameters "
@@ -27,11 +27,11 @@ def as_table(plan: Plan) -> str:
     lines += ["", _row(who, "BF16", "DFloat11"), *_capacity(plan), ""]
     lines += [f"{note}." for note in (*plan.notes, f"codes: {plan.code_bits}")]
     lines += [f"other: {_other(plan)}.", "", summary(plan)]
-    return "\n".join(line.rstrip() for line in lines)
+    return [line.rstrip() for line in lines]
 
 
-def side_by_side(plans: Sequence[Plan]) -> str:
-    """Return a table of plans for the same model in different layouts, beside BF16; of the stage with most weights.
+def side_by_side(plans: Sequence[Plan]) -> list[str]:
+    """Return a table, as lines, of a model's plans in different layouts, beside BF16; of the stage with most weights.
 
     Below it, what the first plan is based on.
     """
@@ -45,7 +45,7 @@ def side_by_side(plans: Sequence[Plan]) -> str:
         sizes = show_size(rank.dfloat11_weights), f"{rank.bits_per_weight:.2f}"
         room = _room(plan.dfloat11)
         lines.append(_cells(plan.settings.layout, *sizes, show_size(rank.scratch), *room))
-    return "\n".join([*lines, "", f"codes: {plans[0].code_bits}."])
+    return [*lines, "", f"codes: {plans[0].code_bits}."]
 
 
 def _room(outcome: Outcome) -> tuple[str, str]:
