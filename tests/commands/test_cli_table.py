@@ -287,3 +287,26 @@ def test_a_path_cannot_forge_a_line_of_any_output(
         assert all(line.isprintable() for line in said)
         assert not any(line.startswith("vllm-dfloat: all is well") for line in said)
         assert any(r"\n\x1b[1mvllm-dfloat: all is well" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["compress", "", "x"],
+        ["compress", "x", ""],
+        ["decompress", "", "x"],
+        ["decompress", "x", "y", "--original", ""],
+        ["inspect", ""],
+        ["verify", ""],
+        ["verify", "x", "--against", ""],
+        ["plan", "", "--gpu-memory", "24GiB"],
+        ["plan", "x", "--gpu-memory", "24GiB", "--png", ""],
+    ],
+)
+def test_an_empty_path_is_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    # Bug caught: the current folder, where a variable of a script was not set.
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    line = only_line(capsys.readouterr().err)
+    assert "is empty; expected a path, with . for the current folder" in line

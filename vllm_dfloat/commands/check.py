@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_dfloat.commands.arguments import path
 from vllm_dfloat.commands.output import counted, not_sought_clause, say, say_json
 from vllm_dfloat.commands.progress import Bar
 
@@ -23,7 +23,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="show what is compressed, and how many bits each weight takes",
         epilog="example: vllm-dfloat inspect ./Qwen3-8B-DF11",
     )
-    inspect.add_argument("path", type=Path, help="folder of a checkpoint, DFloat11 or plain")
+    inspect.add_argument("path", type=path, help="folder of a checkpoint, DFloat11 or plain")
     inspect.add_argument("--json", action="store_true", help="print JSON instead of a table")
     inspect.add_argument("--quiet", action="store_true", help="print errors only")
     inspect.set_defaults(run=_inspect)
@@ -35,9 +35,9 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         epilog="example: vllm-dfloat verify ./Qwen3-8B-DF11 --against ./Qwen3-8B. "
         "Exit status: 0 equal, 1 different, 2 bad input.",
     )
-    verify.add_argument("path", type=Path, help="folder of a checkpoint, DFloat11 or plain")
+    verify.add_argument("path", type=path, help="folder of a checkpoint, DFloat11 or plain")
     verify.add_argument(
-        "--against", type=Path, metavar="BF16_PATH", help="folder of the BF16 original"
+        "--against", type=path, metavar="BF16_PATH", help="folder of the BF16 original"
     )
     verify.add_argument(
         "--json", action="store_true", help="print one JSON object instead of lines"

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_dfloat.commands.arguments import path, place
 from vllm_dfloat.commands.output import counted, not_sought_clause, say, say_json
 from vllm_dfloat.commands.progress import Bar
 from vllm_dfloat.errors import UnsupportedError
@@ -48,9 +49,9 @@ def _add_compress(
         epilog="example: vllm-dfloat compress ./Qwen3-8B ./Qwen3-8B-DF11",
     )
     compress.add_argument(
-        "source", help="folder of a BF16 model, or its id on the Hugging Face hub"
+        "source", type=place, help="folder of a BF16 model, or its id on the Hugging Face hub"
     )
-    compress.add_argument("target", type=Path, help="folder to write; new, empty, or begun earlier")
+    compress.add_argument("target", type=path, help="folder to write; new, empty, or begun earlier")
     compress.add_argument(
         "--device",
         type=_device,
@@ -70,11 +71,11 @@ def _add_decompress(
         help="write a DFloat11 checkpoint back as BF16 safetensors, bit for bit; goes on where it was interrupted",
         epilog="example: vllm-dfloat decompress ./Qwen3-8B-DF11 ./Qwen3-8B-again",
     )
-    decompress.add_argument("path", type=Path, help="folder of a DFloat11 checkpoint")
-    decompress.add_argument("out", type=Path, help="folder to write; new, empty, or begun earlier")
+    decompress.add_argument("path", type=path, help="folder of a DFloat11 checkpoint")
+    decompress.add_argument("out", type=path, help="folder to write; new, empty, or begun earlier")
     decompress.add_argument(
         "--original",
-        type=Path,
+        type=path,
         metavar="PATH",
         help="folder or config.json of the BF16 model: the shapes of weights, where neither a manifest nor the "
         "checkpoint's own config gives them",

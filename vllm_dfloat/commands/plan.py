@@ -3,9 +3,9 @@
 import argparse
 from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
+from vllm_dfloat.commands.arguments import path, place
 from vllm_dfloat.commands.output import say, say_json
 from vllm_dfloat.plan.kv_cache import DTYPE_BYTES
 from vllm_dfloat.plan.states import STATE_DTYPES
@@ -23,7 +23,9 @@ def add_plan(commands: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
         "plan", help="say whether a model fits, and how long a context, before anything is loaded", epilog=EXAMPLE
     )  # fmt: skip
-    parser.add_argument("model", help="folder of a model, its config.json alone, or a hub id")
+    parser.add_argument(
+        "model", type=place, help="folder of a model, its config.json alone, or a hub id"
+    )
     for add_group in (_add_gpus, _add_memory, _add_offload, _add_compression, _add_output):
         add_group(parser)
     parser.set_defaults(run=run)
@@ -133,7 +135,7 @@ def _add_compression(parser: argparse.ArgumentParser) -> None:
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--png", type=Path, metavar="FILE", help="also draw it; needs matplotlib")
+    parser.add_argument("--png", type=path, metavar="FILE", help="also draw it; needs matplotlib")
     parser.add_argument("--quiet", action="store_true", help="print the last line only")
 
 
