@@ -1,4 +1,4 @@
-"""Escapes of the fast layout for a program of one warp, which has 8 or 16 rows of weights.
+"""Escapes of the fast layout for warps that have 8 or 16 rows of one tile of weights each.
 
 Entries of a tile are loaded one turn ahead, one per thread, and threads hand them to each other; so the loop over
 escapes does not touch memory, except where a tile has more than 32. A tile has 64 rows: a vote finds the entries that
@@ -157,7 +157,7 @@ _REGISTERS_16: tl.constexpr = tl.constexpr(_registers(16))
 def _fetch(begin, end, entries_ptr, FORM: tl.constexpr):
     """Return the entry of a tile that this thread holds: not one number, but one for each thread.
 
-    begin, end: int32, from `_bounded`.
+    begin, end: int32, from `_bounded`; numbers, or tensors in which all threads of a warp have the same ones.
     """
     if FORM == _PLAIN:
         return begin
