@@ -194,7 +194,10 @@ def test_other_devices_and_other_backends_are_refused(monkeypatch: pytest.Monkey
         checks.uses_triton(torch.device("cuda"))
     monkeypatch.setenv("VLLM_DFLOAT_BACKEND", "triton")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    with pytest.raises(DeviceError, match=r"^Triton on cpu: .* set TRITON_INTERPRET=1"):
+    with pytest.raises(
+        DeviceError,
+        match=r"^Triton on cpu: .* set TRITON_INTERPRET=1 .* or choose the CPU decoder \(VLLM_DFLOAT_BACKEND=numba",
+    ):
         ops.unpack(PACKED)
 
 

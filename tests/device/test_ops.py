@@ -45,7 +45,10 @@ def test_an_unknown_backend_is_refused() -> None:
     packed = ops.pack(to_torch(gaussian(20, 500)), "w")
     with (
         mock.patch.dict(os.environ, VLLM_DFLOAT_BACKEND="magic"),
-        pytest.raises(DeviceError, match="VLLM_DFLOAT_BACKEND=magic: expected triton or numba"),
+        pytest.raises(
+            DeviceError,
+            match=r"VLLM_DFLOAT_BACKEND=magic: expected triton or numba\. Correct or unset it",
+        ),
     ):
         ops.unpack(packed)
 

@@ -40,7 +40,9 @@ def uses_triton(device: torch.device) -> bool:
     """
     backend = os.environ.get("VLLM_DFLOAT_BACKEND", "")
     if backend not in ("", "triton", "numba"):
-        raise DeviceError(f"VLLM_DFLOAT_BACKEND={backend}: expected triton or numba")
+        raise DeviceError(
+            f"VLLM_DFLOAT_BACKEND={backend}: expected triton or numba. Correct or unset it."
+        )
     is_gpu = device.type == "cuda"
     if backend == "numba" and is_gpu:
         raise DeviceError(
@@ -61,7 +63,7 @@ def require_triton(device: torch.device) -> None:
     ):
         raise DeviceError(
             f"Triton on {device}: it runs on GPUs, and on CPUs in its interpreter only; set TRITON_INTERPRET=1 "
-            "before Python starts, or use the CPU decoder."
+            "before Python starts, or choose the CPU decoder (VLLM_DFLOAT_BACKEND=numba, or unset)."
         )
 
 
