@@ -78,6 +78,21 @@ def test_attributes_that_a_model_set_on_the_parameter_are_kept(gemma: Path, tmp_
     assert (250, 128) in sharing_models.loaded_shapes
 
 
+@pytest.mark.parametrize(
+    ("ignore", "name"),
+    [
+        ("model.layers.1.mlp.down_proj", "model.layers.1.mlp.down_proj"),
+        ("re:.*[01].mlp.down_proj", "model.layers.*.mlp.down_proj (2 of 4 layers)"),
+        ("re:.*mlp.down_proj", "model.layers.*.mlp.down_proj"),
+    ],
+)
+def test_a_star_stands_for_all_blocks_or_says_for_how_many(ignore: str, name: str) -> None:
+    # Bug caught: one ignored layer was shown as that of every block.
+    options = dict(additional_config={"dfloat11": {"ignore": [ignore]}})
+    with loaded(SHIPPED, **OURS, **options) as served:
+        assert set(uncompressed(served)) == {name, VECTORS}
+
+
 def test_every_embedding_of_an_encoder_is_compressed(tmp_path: Path) -> None:
     made = transformers.BertModel(
         transformers.BertConfig(

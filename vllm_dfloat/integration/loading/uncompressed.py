@@ -1,6 +1,6 @@
 """What of a loaded model is not held compressed: names, with the numbers of blocks left out, and bytes."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -40,15 +40,39 @@ def plain_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor
 def uncompressed(model: torch.nn.Module) -> Mapping[str, int]:
     """Return name -> bytes, the largest first: plain parameters, and weights that coding would not have made smaller.
 
-    A name stands for all transformer blocks: `model.layers.*.mlp.experts.w2_weight`. Vectors have one entry together.
+    A name stands for all transformer blocks: `model.layers.*.mlp.experts.w2_weight`, for some with their
+    number. Vectors have one entry together.
     """
-    found: Counter[str] = Counter()
+    vectors = 0
+    matrices: dict[str, dict[str, int]] = defaultdict(dict)  # name with * -> names -> bytes
     for name, parameter, num_bytes in plain_parameters(model):
-        found[VECTORS if _is_vector(parameter) else _without_numbers(name)] += num_bytes
+        if _is_vector(parameter):
+            vectors += num_bytes
+        else:
+            matrices[_without_numbers(name)][name] = num_bytes
     held = [weight for layer in model.modules() for weight in weights_of(layer).values()]
     for weight in {id(weight.payload): weight for weight in held if weight.is_raw}.values():
-        found[_without_numbers(weight.name)] += weight.payload.nbytes
+        matrices[_without_numbers(weight.name)][weight.name] = weight.payload.nbytes
+    num_of = Counter(_without_numbers(name) for name, _ in model.named_parameters())
+    found = Counter(
+        {
+            _of_some(name, list(names), num_of[name]): sum(names.values())
+            for name, names in matrices.items()
+        }
+    )
+    found.update({VECTORS: vectors} if vectors else {})
     return dict(found.most_common())
+
+
+def _of_some(name: str, names: list[str], num: int) -> str:
+    """Return what stands for these of the `num` matrices that have the same name but for numbers."""
+    if len(names) >= num:
+        return name
+    return (
+        names[0].removesuffix(".weight")
+        if len(names) == 1
+        else f"{name} ({len(names)} of {num} layers)"
+    )
 
 
 def _is_vector(parameter: torch.Tensor) -> bool:
