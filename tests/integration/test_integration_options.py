@@ -62,6 +62,11 @@ def test_every_layout_that_can_be_asked_for_has_its_functions() -> None:
         ({"ignore": ["re:["]}, "here: ignore has 're:\\['"),
         ({"layout": "row"}, "here: layout: 'row'; expected one of packed, fast, dfloat11, auto"),
         ({"mode": 1}, "here: mode: 1; expected one of exact, fused"),
+        ({"layout": None}, "here: layout: null; expected one of packed"),
+        (
+            {"ignore": {"a": [True, None]}},
+            r'here: ignore is {"a": \[true, null\]}; expected a list',
+        ),
         (
             {"granularity": "model"},
             "here: granularity: 'model'; expected one of auto, layer, block",
@@ -80,6 +85,7 @@ def test_every_layout_that_can_be_asked_for_has_its_functions() -> None:
             "kv_tokens 5 with layout 'fast'; it needs layout 'auto'. Set layout to 'auto', or leave kv_tokens out.",
         ),
         ({"kv_tokens": 0, "layout": "auto"}, "here: kv_tokens: 0; expected a number of tokens"),
+        ({"kv_tokens": True, "layout": "auto"}, "here: kv_tokens: true; expected a number"),
         ({"kv_tokens": "all", "layout": "auto"}, "here: kv_tokens: 'all'; expected a number"),
         (
             {"granularity": "block", "layout": "dfloat11"},
@@ -152,6 +158,10 @@ def test_another_load_format_of_a_bf16_model_is_left_alone() -> None:
         (
             dict(additional_config={"dfloat11": {"layout": "fsat"}}),
             "layout: 'fsat'; expected one of packed",
+        ),
+        (
+            dict(additional_config={"dfloat11": None}),
+            "^--additional-config: dfloat11 is null; expected an object.",
         ),
         (dict(load_format="tensorizer"), "does not work with --load-format tensorizer"),
     ],

@@ -16,10 +16,11 @@ from vllm_dfloat.integration.seam import compat, fused_names, gemms, layer_kinds
 from vllm_dfloat.integration.seam.names import ASKED, METHOD, logger
 from vllm_dfloat.integration.seam.options import (
     AUTO,
-    IN_CONFIG,
-    ON_COMMAND_LINE,
     Options,
     misplaced,
+    of_config,
+    origin_of,
+    with_command_line,
 )
 from vllm_dfloat.integration.seam.refusal import refusal
 
@@ -69,10 +70,7 @@ class DFloat11Config(QuantizationConfig):  # type: ignore[misc]  # vLLM is untyp
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "DFloat11Config":
         """Return the config for a config.json's `quantization_config`."""
-        known = ("quant_method", CONFIG_KEY)
-        given = {name: value for name, value in config.items() if name not in known}
-        options = Options().updated(given, IN_CONFIG)
-        return cls(options, is_official=CONFIG_KEY in config)
+        return cls(of_config(config), is_official=CONFIG_KEY in config)
 
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None
@@ -155,7 +153,8 @@ class DFloat11Config(QuantizationConfig):  # type: ignore[misc]  # vLLM is untyp
             if not compat.touches(name, entry, self.packed_modules_mapping)
         }
         ignore, fused = self.options.ignore, self.packed_modules_mapping
-        if ignore and fused_names.stays_bf16(name, ignore, fused, self._where_ignore_is):
+        origin = origin_of("ignore", compat.current_config())
+        if fused_names.stays_bf16(name, ignore, fused, origin):
             return True
         if compat.is_gate(layer):
             self.log_left_alone("GateLinear (router of a mixture of experts)")
@@ -168,11 +167,6 @@ class DFloat11Config(QuantizationConfig):  # type: ignore[misc]  # vLLM is untyp
             self.log_left_alone(f"{type(layer).__name__} with {dtype} weights")
             return True
         return False
-
-    @property
-    def _where_ignore_is(self) -> str:
-        given = _on_command_line(compat.current_config())
-        return ON_COMMAND_LINE if "ignore" in given else IN_CONFIG
 
     def log_unused_ignore(self, num_stages: int) -> None:
         """After the model is built: warn of entries of `ignore` that match none of its layers on this stage."""
@@ -201,12 +195,8 @@ class DFloat11Config(QuantizationConfig):  # type: ignore[misc]  # vLLM is untyp
             UnsupportedError: an unknown option, a wrong value, values that exclude each other, or settings of vLLM's
                 that compressed weights do not work with.
         """
-        extra = config.additional_config
-        given = _on_command_line(config)
-        if not isinstance(given, Mapping):
-            raise UnsupportedError(f"{ON_COMMAND_LINE} is {given!r}; expected an object.")
-        options = self.options.updated(given, ON_COMMAND_LINE)
-        self._warn_of_misplaced(extra)
+        options = with_command_line(self.options, config)
+        self._warn_of_misplaced(config.additional_config)
         if options.mode == "fused" and gemms.is_batch_invariant():
             raise UnsupportedError(
                 "mode 'fused' with VLLM_BATCH_INVARIANT: it gives small batches other bits than large ones; expected "
@@ -250,12 +240,6 @@ class DFloat11Config(QuantizationConfig):  # type: ignore[misc]  # vLLM is untyp
                 f"--load-format {load_format}: it cannot read an official DFloat11 checkpoint; "
                 "expected auto, hf or safetensors."
             )
-
-
-def _on_command_line(config: Any) -> Any:
-    """Return the options of --additional-config, as they were given."""
-    extra = getattr(config, "additional_config", None)
-    return extra.get(METHOD, {}) if isinstance(extra, Mapping) else {}
 
 
 def _install() -> None:

@@ -1,5 +1,6 @@
 """The options that a user can give, and the checks of their values."""
 
+import json
 import re
 from collections.abc import Mapping
 from contextlib import suppress
@@ -7,6 +8,7 @@ from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from typing import Any
 
+from vllm_dfloat.checkpoint.folder import CONFIG_KEY
 from vllm_dfloat.errors import UnsupportedError
 from vllm_dfloat.integration.seam.names import METHOD
 from vllm_dfloat.plan.byte_sizes import parse_size
@@ -114,6 +116,39 @@ def _refuse_contradictions(options: Options, earlier: Mapping[str, str], where: 
         )
 
 
+def of_config(config: Mapping[str, Any]) -> Options:
+    """Return the options of a config.json's `quantization_config`.
+
+    Raises:
+        UnsupportedError: as `updated`.
+    """
+    known = ("quant_method", CONFIG_KEY)
+    given = {name: value for name, value in config.items() if name not in known}
+    return Options().updated(given, IN_CONFIG)
+
+
+def with_command_line(options: Options, config: Any) -> Options:
+    """Return the options of config.json with those of a VllmConfig's --additional-config, which win.
+
+    Raises:
+        UnsupportedError: as `updated`, or what was given is no object.
+    """
+    given = _on_command_line(config)
+    if not isinstance(given, Mapping):
+        raise UnsupportedError(f"{ON_COMMAND_LINE} is {_as_given(given)}; expected an object.")
+    return options.updated(given, ON_COMMAND_LINE)
+
+
+def origin_of(name: str, config: Any) -> str:
+    """Return where an option was given, for messages, if the command line is that of this VllmConfig."""
+    return ON_COMMAND_LINE if name in _on_command_line(config) else IN_CONFIG
+
+
+def _on_command_line(config: Any) -> Any:
+    extra = getattr(config, "additional_config", None)
+    return extra.get(METHOD, {}) if isinstance(extra, Mapping) else {}
+
+
 def misplaced(extra: Mapping[Any, Any], section: str) -> str:
     """Return a line on entries of --additional-config that were meant for `section` and are not in it, or nothing."""
     own = Options.__dataclass_fields__
@@ -133,15 +168,24 @@ def _is_like(name: str) -> bool:
     return bool(get_close_matches(name.lower(), ("dfloat11", "df11"), cutoff=0.8))
 
 
+def _as_given(value: Any) -> str:
+    """Return a value for messages: what is no text as JSON, in which options are written."""
+    return repr(value) if isinstance(value, str) else json.dumps(value, default=repr)
+
+
 def _one_of(choices: tuple[str, ...], value: Any, where: str) -> str:
     if value not in choices:
-        raise UnsupportedError(f"{where}: {value!r}; expected one of {', '.join(choices)}.")
+        raise UnsupportedError(
+            f"{where}: {_as_given(value)}; expected one of {', '.join(choices)}."
+        )
     return str(value)
 
 
 def _count(value: Any, where: str) -> int | None:
     if value is not None and (type(value) is not int or value < 1):
-        raise UnsupportedError(f"{where}: {value!r}; expected a number of tokens, at least 1.")
+        raise UnsupportedError(
+            f"{where}: {_as_given(value)}; expected a number of tokens, at least 1."
+        )
     return value
 
 
@@ -154,14 +198,14 @@ def _slab(value: Any, where: str) -> str | int:
         if isinstance(value, str) and (size := parse_size(value, where)):
             return size
     raise UnsupportedError(
-        f"{where}: {value!r}; expected one of {', '.join(SLABS)}, a positive number of bytes, or as '64MiB'."
+        f"{where}: {_as_given(value)}; expected one of {', '.join(SLABS)}, a positive number of bytes, or as '64MiB'."
     )
 
 
 def _patterns(value: Any, where: str) -> tuple[str, ...]:
     if not isinstance(value, list | tuple) or not all(isinstance(entry, str) for entry in value):
         raise UnsupportedError(
-            f"{where}: ignore is {value!r}; expected a list of layer names or 're:' patterns."
+            f"{where}: ignore is {_as_given(value)}; expected a list of layer names or 're:' patterns."
         )
     for entry in value:
         try:
