@@ -289,7 +289,9 @@ def test_a_begun_compression_of_other_weights_is_refused(tmp_path: Path) -> None
 
 def test_sources_without_anything_to_compress_are_refused(tmp_path: Path) -> None:
     model = make_model(tmp_path / "fp32", {"a.weight": torch.zeros(4, 4)})
-    assert "its dtypes: F32" in refused(model, tmp_path / "t")
+    assert "embedding layer, but F32; expected some" in refused(model, tmp_path / "t")
+    norm = make_model(tmp_path / "norm", {"a.weight": bf16(1, 4)[0]})
+    assert refused(norm, tmp_path / "t").endswith("Serve it as it is.")
     assert "DFloat11 checkpoint already" in refused(VECTORS / "llama-tiny-df11", tmp_path / "t")
     (model / "config.json").unlink()
     assert "has no config.json" in refused(model, tmp_path / "t")
