@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import Checkpoint
 from engines import engine
+from model_loads import loaded
 from vllm.platforms import current_platform
 
 from vllm_dfloat.cli import main
@@ -164,6 +165,23 @@ def test_a_wish_for_tokens_without_room_is_a_warning(
     (line,) = log_lines
     assert line.startswith(
         "dfloat11: kv_tokens 1,000,000,000,000: even with all matrices packed there is room"
+    )
+    assert "VLLM_CPU_KVCACHE_SPACE" not in line
+
+
+def test_the_warning_tells_of_a_kv_cache_of_fixed_size(
+    bf16_checkpoint: Checkpoint, log_lines: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Bug caught: "room for about N tokens", which that engine cannot have.
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    auto = {"dfloat11": {"layout": "auto", "kv_tokens": 10**12}}
+    model = bf16_checkpoint("llama")
+    with loaded(model, quantization="dfloat11", additional_config=auto):
+        pass
+    (line,) = [line for line in log_lines if "kv_tokens 1,000,000,000,000" in line]
+    assert line.endswith(
+        ". Whatever there is room for, vLLM takes the 1,073,741,824 bytes of KV cache that --kv-cache-memory-bytes "
+        "or VLLM_CPU_KVCACHE_SPACE asks for."
     )
 
 

@@ -43,8 +43,14 @@ def choose(
             f"auto: all layers are packed, since the plan is not known: {error} "
             'Or choose the layout yourself, "fast" or "packed".'
         )
+    held, limit = config.cache_config.kv_cache_memory_bytes, ""
+    if held is not None:  # on a CPU, vLLM puts the variable's GiB there
+        limit = (
+            f" Whatever there is room for, vLLM takes the {held:,} bytes of KV cache that --kv-cache-memory-bytes "
+            "or VLLM_CPU_KVCACHE_SPACE asks for."
+        )
     for warning in warnings:
-        logger.warning("dfloat11: %s.", warning)
+        logger.warning("dfloat11: %s.%s", warning, limit)
     return layers, told
 
 
