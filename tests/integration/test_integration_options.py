@@ -28,18 +28,18 @@ def test_later_options_go_on_top_of_earlier_ones() -> None:
         (
             {"layout": "auto", "kv_tokens": 5},
             {"layout": "packed"},
-            "there: kv_tokens 5 of config.json with layout 'packed'; it needs layout 'auto'. "
-            "Set layout to 'auto', or leave kv_tokens out of config.json.",
+            "there: kv_tokens 5 of quantization_config with layout 'packed'; it needs layout 'auto'. "
+            "Set layout to 'auto', or leave kv_tokens out of quantization_config.",
         ),
         (
             {"layout": "dfloat11"},
             {"mode": "fused"},
-            "there: mode 'fused' with layout 'dfloat11' of config.json; it needs layout 'packed' or 'fast' or 'auto'. "
-            "Set layout to one of these, or leave mode out.",
+            "there: mode 'fused' with layout 'dfloat11' of quantization_config; it needs layout 'packed' or 'fast' or "
+            "'auto'. Set layout to one of these, or leave mode out.",
         ),
     ],
 )
-def test_an_option_of_config_json_that_excludes_another_is_named_with_its_place(
+def test_an_earlier_option_that_excludes_another_is_named_with_its_place(
     first: dict[str, Any], then: dict[str, Any], message: str
 ) -> None:
     # Bug caught: the advice was to leave out of the command line what is not there.
@@ -106,7 +106,7 @@ def test_config_json_may_hold_options_or_an_official_config() -> None:
 
 
 def test_config_json_with_an_unknown_option_is_refused() -> None:
-    with pytest.raises(UnsupportedError, match=r"config.json: quantization_config: unknown option"):
+    with pytest.raises(UnsupportedError, match=f"^{IN_CONFIG}: unknown option"):
         DFloat11Config.from_config({"quant_method": "dfloat11", "bits": 11})
 
 

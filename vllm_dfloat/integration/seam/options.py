@@ -24,7 +24,8 @@ NEEDS = (
     ("mode", FUSED_EXACT, ("fast", AUTO)),
     ("granularity", "block", ("packed", "fast", AUTO)),
 )
-IN_CONFIG = "config.json: quantization_config"  # where options are given, for messages
+# Where options are given, for messages. vLLM does not tell which of the two the first are from.
+IN_CONFIG = "config.json or --hf-overrides: quantization_config"
 ON_COMMAND_LINE = f"--additional-config: {METHOD}"
 SLABS = ("auto", "off")  # or a number of bytes, or a size such as "64MiB"
 
@@ -81,7 +82,7 @@ class Options:
             slab=_slab(merged["slab"], f"{where}: slab"),
         )
         earlier = {  # of given options, those that are not of `given`
-            name: " of config.json"
+            name: " of quantization_config"
             for name, value in asdict(self).items()
             if name not in given and value != getattr(Options, name)
         }
