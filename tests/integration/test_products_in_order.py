@@ -22,6 +22,7 @@ from vllm.model_executor.layers import vocab_parallel_embedding as vllm_embeddin
 from vllm_dfloat.device.scratch import scratch
 from vllm_dfloat.integration.config import DFloat11Config
 from vllm_dfloat.integration.layers import (
+    cancelling,
     head_op,
     head_proof,
     heads,
@@ -60,6 +61,7 @@ def in_vllm(
     caplog.set_level("INFO", "vllm.dfloat11")
     monkeypatch.setenv("VLLM_DFLOAT_BACKEND", "triton")
     monkeypatch.setattr(gemms, "is_batch_invariant", lambda: True)
+    monkeypatch.setattr(gemms, "adds_bias_to_rounded", lambda: False)  # as the kernel in the model
     monkeypatch.setattr(linear_op, "settle_bias", lambda layer: None)  # it changes biases on a CPU
     monkeypatch.setattr(in_order, "known", {})
     monkeypatch.setattr(proof_cache, "folder", lambda: tmp_path / "proofs")
@@ -131,6 +133,20 @@ def test_proven_products_are_not_decoded_and_have_the_bits_of_vllm(
     x = activations(MOST + 1)
     assert same_bits(layer(x)[0], vllm_gemm(x, WEIGHT, bias))
     assert decoded == [1]
+
+
+def test_a_product_that_is_rounded_before_the_bias_is_added_is_not_taken_for_equal(
+    vllm_gemm: Gemm, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    # Bug caught: sums that cancel leave BF16 numbers, which rounding does not change.
+    zero = torch.zeros(1, dtype=torch.bfloat16)
+    use(monkeypatch, lambda x, w, bias: vllm_gemm(x, w, None) + (zero if bias is None else bias))
+    layer_of(WEIGHT, BIAS)
+    assert "for none of 1 shapes of matrices" in caplog.text
+    x, weight, _ = cancelling.operands(2, ROWS, COLS, None, torch.device("cpu"))
+    sums = x.float() @ weight.float().T
+    for scale in (torch.tensor(0.3), torch.tensor(0.7)):  # as of a router
+        assert not same_bits((sums * scale).bfloat16(), (sums.bfloat16() * scale).bfloat16())
 
 
 def test_a_head_in_slabs_is_multiplied_without_decoding_to_the_bits_of_vllm(

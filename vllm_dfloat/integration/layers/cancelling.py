@@ -1,8 +1,11 @@
-"""Operands on which two products differ in most results if they add in another order.
+"""Operands on which two products differ in most results if they add in another order, and in some if they round twice.
 
 Values as in a model do not show this: sums of FP32 are rounded to BF16, and a change in their last bits is seen in one
 result of thousands. Here each product of an activation and a weight comes twice, with both signs, far apart. Nothing is
 left of a sum but what was rounded on the way, and that is another number for another order.
+
+What is left has few bits and is a BF16 number, so these sums do not show where they are rounded: before or after a bias
+is added, or a router's weight multiplied. Some rows of weights are without pairs, and their sums are like others.
 """
 
 import torch
@@ -11,6 +14,7 @@ from vllm_dfloat.codec.slabs import spans
 
 ROWS_AT_ONCE = 4096  # of the weights
 BIAS_SCALE = 2.0**-18  # about what rounding leaves of the sums: a larger bias would hide it
+ROWS_A_PLAIN_ONE = 16  # a row of weights without pairs comes every so many rows
 
 
 def operands(
@@ -37,4 +41,10 @@ def operands(
     weight = torch.empty(rows, cols, dtype=torch.bfloat16, device=device)
     for first, end in spans(rows, ROWS_AT_ONCE):
         weight[first:end] = in_pairs(end - first, -1)
-    return x, weight, None if bias is None else (normal(rows) * BIAS_SCALE).to(bias)
+        plain = weight[first:end:ROWS_A_PLAIN_ONE]
+        plain.copy_(normal(*plain.shape) / cols**0.5)
+    if bias is None:
+        return x, weight, None
+    values = normal(rows)
+    values[torch.arange(rows, device=device) % ROWS_A_PLAIN_ONE > 0] *= BIAS_SCALE
+    return x, weight, values.to(bias)

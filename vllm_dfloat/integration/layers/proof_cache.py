@@ -23,7 +23,7 @@ from vllm_dfloat.errors import DFloatError
 from vllm_dfloat.integration.seam.names import logger
 from vllm_dfloat.storage.json_file import read_object
 
-FORMAT = 2
+FORMAT = 3
 MAX_BYTES = 1 << 20
 MAX_COUNT = 1 << 20
 _SAVING, _OLD = "saving-", 3600.0  # prefix of a folder that is there during a save; seconds
