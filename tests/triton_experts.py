@@ -114,6 +114,7 @@ def on_triton(**parallel: Any) -> Iterator[None]:
     from vllm.model_executor.layers.fused_moe.config import FusedMoEParallelConfig
     from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
     from vllm.model_executor.layers.fused_moe.oracle import unquantized
+    from vllm.v1.worker import workspace
 
     make = FusedMoEParallelConfig.make
     changed = lambda *a, **k: dataclasses.replace(make(*a, **k), **parallel)  # noqa: E731
@@ -127,7 +128,11 @@ def on_triton(**parallel: Any) -> Iterator[None]:
         mock.patch.object(ops, "moe_align_block_size", moe_align_block_size),
         mock.patch.object(ops, "moe_lora_align_block_size", moe_lora_align_block_size),
     ):
-        yield
+        workspace.init_workspace_manager(torch.device("cpu"))  # vLLM 0.28 has none on a CPU
+        try:
+            yield
+        finally:
+            workspace.reset_workspace_manager()
 
 
 @contextlib.contextmanager
