@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from vllm.model_executor.model_loader import reload
 
 from vllm_dfloat.errors import UnsupportedError
-from vllm_dfloat.integration.layers.method import weights_of
 from vllm_dfloat.integration.updating.update import updates_of
 
 pytestmark = pytest.mark.engine
@@ -126,16 +125,3 @@ def test_updates_by_two_threads_both_take_effect(mamba: Loaded) -> None:
     assert torch.equal(layer.quant_method.dequantize_weight(layer), expected[matrix])
     for name in (first, second):
         assert torch.equal(mamba.model.get_parameter(name), expected[name])
-
-
-def test_a_part_of_a_layer_whose_other_weights_are_damaged_is_refused_by_name() -> None:
-    # Bug caught: the sentence spoke of "this layer", of as many as the model has.
-    name = "model.layers.1.self_attn.qkv_proj"
-    with loaded(tiny_models.SHIPPED, quantization="dfloat11") as model:
-        weights_of(model.get_submodule(name))["weight"].payload[100] ^= 1
-        part = name.replace("qkv", "q") + ".weight"
-        stored = load_file(tiny_models.SHIPPED / "model.safetensors")[part]
-        with pytest.raises(
-            UnsupportedError, match=f"^{name}: only a part of it .* the rest is gone"
-        ):
-            model.load_weights([(part, stored)])
