@@ -140,6 +140,12 @@ def test_result_is_rounded_to_nearest_with_ties_to_even(shape: Shape) -> None:
     assert same_bits(multiply(held(weight), x, shape, bias), expected.contiguous())
 
 
+def test_columns_that_a_launch_would_leave_out_are_refused() -> None:
+    # Bug caught: the last columns were not multiplied, and nothing said so.
+    with pytest.raises(ValueError, match="384 columns, taken 256 at a time"):
+        multiply(held(to_torch(gaussian(64, 384))), activations(1, 384), DotShape(cols=256))
+
+
 _GUARDED = """
 import os
 import bench_setup, numpy as np, torch
@@ -160,7 +166,8 @@ lay, payload = fast_encode.encode(weight)
 shape, num_x = {
     "gemv": (GemvShape(turns=16), 3),
     "dot": (DotShape(rows=128, parts=2), 6),
-    "ahead": (DotShape(rows=16, stages=1, warps=1, width=4, in_order=True), 6),
+    "ahead": (DotShape(rows=16, stages=1, warps=1, width=4), 6),
+    "in order": (DotShape(rows=8, cols=256, stages=1, warps=2, width=4, in_order=True), 6),
 }[os.environ["KERNEL"]]
 rng = np.random.default_rng(0)
 for kind in range(4):  # sound; starts a little off; any starts; any starts and entries
@@ -188,7 +195,7 @@ print("done")
 
 # They share the code that looks at entries; where to load ahead from depends on the starts too.
 @pytest.mark.parametrize(
-    "kernel", ["dot", "ahead", pytest.param("gemv", marks=pytest.mark.on_demand)]
+    "kernel", ["dot", "ahead", "in order", pytest.param("gemv", marks=pytest.mark.on_demand)]
 )
 def test_no_access_leaves_the_tensors_whatever_the_bytes_say(kernel: str) -> None:
     done = run_python(_GUARDED, {"TRITON_INTERPRET": "1", "KERNEL": kernel})
