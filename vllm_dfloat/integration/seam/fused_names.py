@@ -54,6 +54,8 @@ def stays_bf16(name: str, ignore: Sequence[str], fused: Fused, where: str) -> bo
         return compat.is_ignored(name, ignore, fused)
     except ValueError as error:
         parent, dot, last = name.rpartition(".")
+        if last not in fused:
+            raise
         parts = fused[last]
         matching = {
             part: [one for one in ignore if compat.is_ignored(f"{parent}{dot}{part}", [one], {})]
