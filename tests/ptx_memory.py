@@ -16,7 +16,8 @@ def move(state: State, one: Instruction) -> None:
         state.write(one.operands[0], np.full(state.program.threads, value, U64), size * 8)
         return
     memory = state.memory if kinds[0] == "global" else state.shared
-    target, place = one.operands if one.base == "ld" else reversed(one.operands)
+    operands = one.operands[:2]  # a third is a hint for caches
+    target, place = operands if one.base == "ld" else reversed(operands)
     address = state.address(place)
     for i, register in enumerate(target if isinstance(target, list) else [target]):
         if one.base == "ld":
@@ -53,16 +54,24 @@ def _copy(
 
 
 def move_matrices(state: State, one: Instruction) -> None:
-    """ldmatrix, stmatrix: 8 x 8 matrices of 16 bits; a thread gives the address of a row."""
-    assert "trans" not in one.kinds, one
+    """ldmatrix, stmatrix: 8 x 8 matrices of 16 bits; a thread gives the address of a row.
+
+    A thread has two neighbours of a row, or with `trans` of a column, the first in its lower half.
+    """
     held, place = one.operands if one.base == "ldmatrix" else reversed(one.operands)
     rows = state.address(place).reshape(-1, 32)
+    of_eight, pair = state.tid % 32 // 4, state.tid % 4 * 2
     for i, register in enumerate(held):
-        row = rows[:, i * 8 + np.arange(32) // 4].ravel() + 4 * (state.tid % 4)
-        if one.base == "ldmatrix":
-            state.write(register, state.load(state.shared, row, 4), 32)
-        else:
-            state.store(state.shared, row, state.read(register), 4)
+        for half in (0, 1):
+            row, column = (
+                (pair + half, of_eight) if "trans" in one.kinds else (of_eight, pair + half)
+            )
+            address = rows[state.tid // 32, i * 8 + row] + 2 * column
+            if one.base == "ldmatrix":
+                found = state.load(state.shared, address, 2) << U64(16 * half)
+                state.write(register, found if half == 0 else state.read(register) | found, 32)
+            else:
+                state.store(state.shared, address, state.read(register) >> U64(16 * half), 2)
 
 
 def exchange(state: State, one: Instruction) -> None:
@@ -94,7 +103,12 @@ def reduce(state: State, one: Instruction) -> None:
     state.write(one.operands[0], np.repeat(values.reshape(-1, 32).max(1), 32), 32)
 
 
+def hint(state: State, one: Instruction) -> None:
+    """createpolicy: what a cache should keep."""
+
+
 INSTRUCTIONS = {
+    "createpolicy": hint,
     "ld": move,
     "st": move,
     "cp": copy,
