@@ -99,7 +99,7 @@ def _experts_kernel(
     acc = _sum_in_order(
         _no_sum(is_sound | (expert < 0), ROWS, _BLOCK_ROWS), low, high, starts_ptr, entries_ptr, base4, num_entries,
         low_bytes.to(tl.uint32), first, total, x_ptr, tl.where(exists, token // top_k, 0), cols, end,
-        _BLOCK_ROWS, 1, FORM, OPERAND,
+        _BLOCK_ROWS, 1, FORM, OPERAND, False,
     )  # fmt: skip
     row = tl.program_id(0) * _BLOCK_ROWS + tl.arange(0, _BLOCK_ROWS)[:, None]
     # Read once more: kept all the while, they would take registers.

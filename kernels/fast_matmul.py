@@ -2,12 +2,12 @@
 
     y[m, n] = sum over k of x[m, k] * w[n, k], + bias[n]
 
-There are three forms: FP32 multiply-adds for at most 4 rows of x (fast_matmul_gemv.py), tensor cores
-(fast_matmul_dot.py), and those of a warp, loaded ahead (fast_matmul_ahead.py). In each a program has some
-rows of w and all columns, or one of PARTS equal parts of the columns; with parts, a second kernel adds their sums in
-order. Every order of addition is fixed, and no sum mixes rows. So the result is deterministic, and the values of other
-rows of x do not change the bits of a row. The forms add in different orders, so a row's bits may change with the number
-of rows.
+There are four forms: FP32 multiply-adds for at most 4 rows of x (fast_matmul_gemv.py), tensor cores
+(fast_matmul_dot.py), and those of a warp, loaded ahead, for a few rows of w (fast_matmul_ahead.py) or some for each
+warp (fast_matmul_bands.py). In each a program has some rows of w and all columns, or one of PARTS equal parts of the
+columns; with parts, a second kernel adds their sums in order. Every order of addition is fixed, and no sum mixes rows.
+So the result is deterministic, and the values of other rows of x do not change the bits of a row. The forms add in
+different orders, so a row's bits may change with the number of rows.
 
 Error against the exact sum: as kernels/packed_matmul.py derives, |y - exact| <= (K + 1) 2**-23 S with
 S = sum |x w| + |bias|, and rounding y to BF16 adds 2**-8 |y|. A row takes at most K products into account, each added
@@ -25,6 +25,7 @@ from vllm_dfloat.codec import descriptor, fast_layout
 from vllm_dfloat.codec.fast_layout import TILE_COLS
 from vllm_dfloat.kernels.fast_escapes import PERMUTED, PLAIN, _round
 from vllm_dfloat.kernels.fast_matmul_ahead import _ahead_kernel
+from vllm_dfloat.kernels.fast_matmul_bands import _bands_kernel
 from vllm_dfloat.kernels.fast_matmul_dot import _dot_kernel
 from vllm_dfloat.kernels.fast_matmul_gemv import _gemv_kernel
 from vllm_dfloat.kernels.fast_planes import LOW_BYTES
@@ -47,7 +48,18 @@ def compiled_rows(num_x: int, shape: DotShape | GemvShape) -> int:
     padded = 1 << (num_x - 1).bit_length()
     if isinstance(shape, GemvShape):
         return padded
-    return max(padded, 8 if shape.width == 4 and shape.rows > 8 else 16)
+    takes_8 = shape.width == 4 and shape.rows > 8 and not shape.has_bands
+    return max(padded, 8 if takes_8 else 16)
+
+
+def max_registers(shape: DotShape, compiled: int) -> int | None:
+    """Return how many registers a thread may have on an NVIDIA GPU, that as many warps run as do without spills.
+
+    Left to itself ptxas takes up to 168 for the same instructions, and of a matrix that would fit at once a last part
+    runs alone. None: no limit, since registers would spill.
+    """
+    is_alone = shape.has_bands or (shape.stages == 1 and shape.warps == 1)
+    return 128 if is_alone and shape.rows >= 16 and compiled <= 16 else None
 
 
 def must_wait(triton_version: str, capability: tuple[int, int]) -> bool:
@@ -138,11 +150,20 @@ def matmul(
     rest = (
         x if bias is None else bias, target, salt, LOW_BYTES, rows, cols, num_x, compiled,
     )  # fmt: skip
-    if isinstance(shape, DotShape) and shape.stages == 1:
+    limit: dict[str, int | None] = {}
+    if isinstance(shape, DotShape) and form != PLAIN:
+        limit["maxnreg"] = max_registers(shape, compiled)
+    if isinstance(shape, DotShape) and shape.has_bands:
+        _bands_kernel[(triton.cdiv(rows, shape.rows), shape.parts)](
+            desc, x.view(torch.uint32), *rest,
+            shape.warps, shape.parts > 1, form, bias is not None, tl.bfloat16 if is_gpu else tl.float32,
+            num_warps=shape.warps, **limit,
+        )  # fmt: skip
+    elif isinstance(shape, DotShape) and shape.stages == 1:
         _ahead_kernel[(triton.cdiv(rows, shape.rows), shape.parts)](
             desc, x.view(torch.uint32), *rest,
             shape.rows, shape.warps, shape.parts > 1, shape.in_order, form, bias is not None,
-            tl.bfloat16 if is_gpu else tl.float32, num_warps=shape.warps,
+            tl.bfloat16 if is_gpu else tl.float32, num_warps=shape.warps, **limit,
         )  # fmt: skip
     elif isinstance(shape, DotShape):
         _dot_kernel[(triton.cdiv(rows, shape.rows), shape.parts)](

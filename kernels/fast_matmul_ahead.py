@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 
 from vllm_dfloat.codec import fast_layout
-from vllm_dfloat.kernels.fast_escapes import PERMUTED, _bounded, _round, _split_four
+from vllm_dfloat.kernels.fast_escapes import PERMUTED, _bounded, _split_four
 from vllm_dfloat.kernels.fast_lane_escapes import _fetch, _patch_by_lane
-from vllm_dfloat.kernels.fast_matmul_dot import _as, _operand, _words
+from vllm_dfloat.kernels.fast_matmul_dot import _as, _operand, _store_sums, _words
 from vllm_dfloat.kernels.fast_matmul_in_order import _sum_in_order
 from vllm_dfloat.kernels.fast_planes import _eight_weights, _open
 
@@ -28,7 +28,7 @@ _BLOCKS = tl.constexpr(fast_layout.TILE_COLS // 64)
 @triton.jit
 def _turn(low, high, step, IS_GPU: tl.constexpr):
     """Load the bytes and nibbles of turn `step`."""
-    return _words(low, step * 32, IS_GPU), _words(high, step * 16, IS_GPU)
+    return _words(low, step * 32, IS_GPU, True), _words(high, step * 16, IS_GPU, True)
 
 
 @triton.jit
@@ -158,14 +158,6 @@ def _ahead_kernel(
         )  # fmt: skip
     if BN == 8:
         acc = tl.trans(acc)
-    n = tl.arange(0, BN)[:, None]
-    out_row = first + n
+    row = first + tl.arange(0, BN)[:, None]
     m = tl.arange(0, ROWS)[None, :]
-    if HAS_PARTS:
-        out = out_ptr + (part * ROWS + m).to(tl.int64) * rows + out_row
-        tl.store(out, acc, mask=(out_row < rows) & (m < num_x))
-    else:
-        if HAS_BIAS:
-            acc += tl.load(bias_ptr + out_row, mask=out_row < rows, other=0.0).to(tl.float32)
-        out = out_ptr + m.to(tl.int64) * rows + out_row
-        tl.store(out, _round(acc), mask=(out_row < rows) & (m < num_x))
+    _store_sums(acc, out_ptr, bias_ptr, row, m, part, rows, num_x, ROWS, HAS_PARTS, HAS_BIAS)

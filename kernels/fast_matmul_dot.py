@@ -22,17 +22,18 @@ _ROW_GROUPS = tl.constexpr(fast_layout.TILE_COLS // fast_layout.GROUP)
 
 
 @triton.jit
-def _words(ptr, offset, IS_GPU: tl.constexpr):
+def _words(ptr, offset, IS_GPU: tl.constexpr, ONCE: tl.constexpr = False):
     """Load a tile of words [blocks, rows, 4 groups, words of a group] at pointers `ptr` + `offset`.
 
     The claims of contiguity are not true. They only sort the axes: Triton gives neighbouring groups to neighbouring
     threads, then neighbouring rows, so that nothing must be exchanged between threads later.
+
+    ONCE: nothing else reads these words, which shall not take the place of activations in a cache.
     """
     ptr += offset
     if IS_GPU:
-        return tl.load(tl.max_contiguous(ptr, [1, 2, 4, 8]))
-    else:
-        return tl.load(ptr)
+        ptr = tl.max_contiguous(ptr, [1, 2, 4, 8])
+    return tl.load(ptr, eviction_policy="evict_first" if ONCE else "")
 
 
 @triton.jit
@@ -92,6 +93,21 @@ def _as(x, OPERAND: tl.constexpr):
         return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     else:
         return x
+
+
+@triton.jit
+def _store_sums(
+    acc, out_ptr, bias_ptr, row, m, part, rows, num_x, ROWS: tl.constexpr, HAS_PARTS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """Store sums, FP32, of rows `row` of the matrix and rows `m` of x, which are broadcast to the shape of acc."""
+    exists = (row < rows) & (m < num_x)
+    if HAS_PARTS:
+        tl.store(out_ptr + (part * ROWS + m).to(tl.int64) * rows + row, acc, mask=exists)
+    else:
+        if HAS_BIAS:
+            acc += tl.load(bias_ptr + row, mask=row < rows, other=0.0).to(tl.float32)
+        tl.store(out_ptr + m.to(tl.int64) * rows + row, _round(acc), mask=exists)
 
 
 @triton.jit(do_not_specialize=["salt", "low_bytes", "rows", "num_x"])
@@ -183,11 +199,4 @@ def _dot_kernel(
     turn = n // (16 * WARPS) * 2 + n // 8 % 2
     out_row = first + (turn * WARPS + n // 16 % WARPS) * 8 + n % 8
     m = tl.arange(0, ROWS)[None, :]
-    if HAS_PARTS:
-        out = out_ptr + (part * ROWS + m).to(tl.int64) * rows + out_row
-        tl.store(out, acc, mask=(out_row < rows) & (m < num_x))
-    else:
-        if HAS_BIAS:
-            acc += tl.load(bias_ptr + out_row, mask=out_row < rows, other=0.0).to(tl.float32)
-        out = out_ptr + m.to(tl.int64) * rows + out_row
-        tl.store(out, _round(acc), mask=(out_row < rows) & (m < num_x))
+    _store_sums(acc, out_ptr, bias_ptr, out_row, m, part, rows, num_x, ROWS, HAS_PARTS, HAS_BIAS)

@@ -24,15 +24,21 @@ _BLOCKS = tl.constexpr(fast_layout.TILE_COLS // 64)
 
 
 @triton.jit
-def _starts(starts, tile, IS_GPU: tl.constexpr):
-    """Load the first entry of each warp's tile, and its last + 1: uint32 [WARPS, 8, 4], one per thread, as `tile`.
+def _start(starts, tile, IS_GPU: tl.constexpr):
+    """Load the first entry of each warp's tile: uint32 [WARPS, 8, 4], one per thread, as `tile`.
 
     The claims of contiguity only sort the axes, as in `_words`.
     """
-    begin, end = starts + tile, starts + (tile + 1)
+    begin = starts + tile
     if IS_GPU:
-        begin, end = tl.max_contiguous(begin, [1, 2, 4]), tl.max_contiguous(end, [1, 2, 4])
-    return tl.load(begin), tl.load(end)
+        begin = tl.max_contiguous(begin, [1, 2, 4])
+    return tl.load(begin)
+
+
+@triton.jit
+def _starts(starts, tile, IS_GPU: tl.constexpr):
+    """Load the first entry of each warp's tile, and its last + 1."""
+    return _start(starts, tile, IS_GPU), _start(starts, tile + 1, IS_GPU)
 
 
 @triton.jit
@@ -53,8 +59,8 @@ def _along(words):
 
 
 @triton.jit
-def _in_order(a, b, c, d, e, f, g, h, BN: tl.constexpr, WARPS: tl.constexpr):
-    """Return the words of each group, as `_sum_in_order` has them, as BF16 [BN, 128 * WARPS], transposed if BN is 8.
+def _weights_of_groups(a, b, c, d, e, f, g, h):
+    """Return the words of each group, [A, B, C], as BF16 [A, B, C, 16].
 
     Each thread keeps its 16 columns: what is chosen by `which` is known to the compiler. Not by tl.join, which would
     make Triton take 4 columns of a thread together, half of them for the next step.
@@ -68,7 +74,13 @@ def _in_order(a, b, c, d, e, f, g, h, BN: tl.constexpr, WARPS: tl.constexpr):
     words = tl.where(which // 2 == 5, _along(f), words)
     words = tl.where(which // 2 == 6, _along(g), words)
     words = tl.where(which // 2 == 7, _along(h), words)
-    weights = (words >> (which % 2 * 16)).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return (words >> (which % 2 * 16)).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def _in_order(a, b, c, d, e, f, g, h, BN: tl.constexpr, WARPS: tl.constexpr):
+    """Return the words of each group, as `_sum_in_order` has them, as BF16 [BN, 128 * WARPS], transposed if BN is 8."""
+    weights = _weights_of_groups(a, b, c, d, e, f, g, h)
     weights = tl.reshape(weights, [BN // 8, _BLOCKS, WARPS, 8, 4, 16])
     # Not transposed afterwards: Triton would do that through shared memory, two bytes at a time.
     if BN == 8:
@@ -81,13 +93,14 @@ def _in_order(a, b, c, d, e, f, g, h, BN: tl.constexpr, WARPS: tl.constexpr):
 @triton.jit
 def _sum_in_order(
     acc, low, high, starts_ptr, entries_ptr, base4, num_entries, low_bytes, first, rows, x_ptr, m, cols, end,
-    BN: tl.constexpr, WARPS: tl.constexpr, FORM: tl.constexpr, OPERAND: tl.constexpr,
+    BN: tl.constexpr, WARPS: tl.constexpr, FORM: tl.constexpr, OPERAND: tl.constexpr, ONCE: tl.constexpr = True,
 ):  # fmt: skip
     """Add to acc the products of BN rows of the matrix, from row `first`, with rows `m` of x.
 
     acc: FP32 [BN, ROWS], or [ROWS, BN] if BN is 8.
     low, high, starts_ptr, entries_ptr, base4, num_entries: from `_open`.
     first: a multiple of BN; int32. end: tiles side by side, or 0, a multiple of WARPS; int32.
+    ONCE: no other program reads these rows of the matrix.
     """
     prmt: tl.constexpr = FORM == _PERMUTED
     is_gpu: tl.constexpr = OPERAND != tl.float32  # noqa: SIM300  (a constexpr must be left of a dtype)
@@ -111,7 +124,7 @@ def _sum_in_order(
     x = x_ptr.to(tl.pointer_type(tl.bfloat16)) + m[:, None] * cols
     x += tl.arange(0, WARPS * _TILE_COLS)[None, :]
     if end > 0:
-        low_words, codes = _words(low, 0, is_gpu), _words(high, 0, is_gpu)
+        low_words, codes = _words(low, 0, is_gpu, ONCE), _words(high, 0, is_gpu, ONCE)
         entry, stop = _starts(starts, tile, is_gpu)
         next_entry, next_stop = _starts(starts, tl.minimum(tile + WARPS, steps - 1), is_gpu)
         entry, stop = _bounded(entry, stop, num_entries)
@@ -126,7 +139,10 @@ def _sum_in_order(
             bit = (fetched.to(tl.uint32) >> 31) & (next_stop >> 31)
             ahead = tl.minimum(step + WARPS + bit.to(tl.int32), end - WARPS)
             ahead = _of_groups(ahead, groups)[:, :, :, None]
-            low_words, codes = _words(low, ahead * 32, is_gpu), _words(high, ahead * 16, is_gpu)
+            low_words, codes = (
+                _words(low, ahead * 32, is_gpu, ONCE),
+                _words(high, ahead * 16, is_gpu, ONCE),
+            )
             a, b, c, d, e, f, g, h = _patch_by_lane(
                 a, b, c, d, e, f, g, h, in_tile, _of_groups(entry, groups), _of_groups(stop, groups),
                 _of_groups(fetched, groups), entries_ptr, BN, FORM,

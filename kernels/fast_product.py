@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from vllm_dfloat.codec import fast_layout
 
 MAX_PARTS = 8
-MAX_AHEAD_ROWS = 32  # of activations, for the kernel that has one stage
+MAX_AHEAD_ROWS = 32  # of activations, for fast_matmul_ahead.py
 # Of kernels that add in order: about as many programs as multiprocessors, and as many warps as these run at once with
 # 120 registers; no GPU has tried others.
 IN_ORDER_PROGRAMS, IN_ORDER_WARPS = 128, 2048
@@ -20,16 +20,18 @@ class DotShape:
 
     Attributes:
         rows: rows of w per program, 16, 32, 64 or 128; 16 * warps divides it.
-        cols: columns at a time, 128 or 256; 128 * warps for the kernel with one stage.
-        stages: how many times as many columns are in shared memory; 1 for fast_matmul_ahead.py, which has the next ones
-            in registers: for 16 rows, or 8 if in order, width 4, and up to MAX_AHEAD_ROWS rows of activations.
+        cols: columns at a time, 128 or 256; with one stage 128, or for up to 16 rows 128 * warps.
+        stages: how many times as many columns are in shared memory; 1 for the kernels that have the next ones in
+            registers, with width 4: fast_matmul_ahead.py for 16 rows, or 8 if in order, and up to MAX_AHEAD_ROWS rows
+            of activations; fast_matmul_bands.py for 64 or 128 rows.
         warps: 4, or 8 for 128 rows, for the tensor cores of a warp group, which Hopper has; 1 or 2 for those of a warp.
-            With one stage 1; in order 1, 2 or 4, each with 128 columns.
+            With one stage and up to 16 rows 1, or in order 1, 2 or 4, each with 128 columns; else a warp for 16 rows.
         parts: parts of the columns.
         width: neighbouring columns that a thread holds of the operands: 2 for the tensor cores of a warp group, 4 for
             those of a warp. With the wrong one the result is as good, but weights are exchanged between threads.
         in_order: each step of the tensor cores takes the next 16 columns, each at its place in the step. With one part,
             and the right width, this is the order of a plain product of Triton. Weights are exchanged between threads.
+            So it is in fast_matmul_bands.py always; then this says that columns are not cut in parts.
     """
 
     rows: int = 64
@@ -39,6 +41,14 @@ class DotShape:
     parts: int = 1
     width: int = 2
     in_order: bool = False
+
+    @property
+    def has_bands(self) -> bool:
+        """Whether fast_matmul_bands.py is launched."""
+        return self.stages == 1 and self.rows > 16
+
+
+BANDS = DotShape(stages=1, width=4)
 
 
 @dataclass(frozen=True)
@@ -135,20 +145,18 @@ class FastProduct:
     ) -> DotShape:
         """Return how to launch the kernel that adds in order, for `num_x` rows of activations.
 
-        The columns are not cut. Up to MAX_AHEAD_ROWS it loads ahead, in programs of at most `most_warps` warps. Beyond,
-        it uses the tensor cores of a warp group if the table has a shape for them. Where few programs would leave
-        multiprocessors idle, they have fewer rows.
+        The columns are not cut. If the matrix has enough rows the kernel has bands. Else up to MAX_AHEAD_ROWS it loads
+        ahead into registers, in programs of at most `most_warps` warps; beyond, into shared memory.
         """
         if not is_gpu:
             return DotShape(
                 in_order=True
             )  # no tensor cores, and so no columns that these put elsewhere
-        if num_x <= MAX_AHEAD_ROWS:
+        few, programs = num_x <= MAX_AHEAD_ROWS, -(-rows // BANDS.rows)
+        if programs >= IN_ORDER_PROGRAMS * (2 if few else 1):
+            return replace(BANDS, in_order=True)
+        if few:
             return _in_order_ahead(rows, cols, most_warps)
-        shapes = [choice.shape for choice in self.choices]
-        has_groups = any(isinstance(shape, DotShape) and shape.width == 2 for shape in shapes)
-        if has_groups and -(-rows // DotShape().rows) >= IN_ORDER_PROGRAMS:
-            return DotShape(in_order=True)
         return DotShape(rows=32, warps=2, width=4, in_order=True)
 
 

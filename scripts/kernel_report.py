@@ -45,7 +45,7 @@ def specs() -> list[CompileSpec]:
         *decode.PACKED, *decode.EXPERTS, *decode.ROWS, *decode.OFFICIAL, *encode.COUNT, *encode.PACKED,
         *encode.OFFICIAL, *matmul.GEMV, *matmul.SUM, *fast.WHOLE, *fast.GROUPS, *fast.EXPERTS, *fast.ROWS,
         *fast_matmul.GEMV, *fast_matmul.DOT, *fast_matmul.IN_ORDER, *fast_matmul.AHEAD,
-        *fast_matmul.EXPERTS, *fast_matmul.SUM,
+        *fast_matmul.BANDS, *fast_matmul.EXPERTS, *fast_matmul.SUM,
     ]  # fmt: skip
 
 

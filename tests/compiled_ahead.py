@@ -57,7 +57,7 @@ def weights() -> torch.Tensor:
 
 def products(name: str, target: str, num_x: int) -> tuple[Bits, Bits]:
     """Return the results of a compiled kernel, and the right ones."""
-    (spec,) = [spec for spec in specs.AHEAD if spec.name == name]
+    (spec,) = [spec for spec in specs.AHEAD + specs.BANDS if spec.name == name]
     rng = torch.Generator().manual_seed(num_x)
     weight = weights()
     x = torch.randint(-1, 2, (num_x, COLS), generator=rng).bfloat16()
@@ -86,7 +86,7 @@ def products(name: str, target: str, num_x: int) -> tuple[Bits, Bits]:
     out[:] = POISON
     compiled = spec.compile(target)
     program = Program(compiled.asm["ptx"])
-    blocks = -(-ROWS // spec.constexprs["BN"])
+    blocks = -(-ROWS // spec.constexprs.get("BN", 16 * spec.num_warps))
     parameters = [DESC, X, BIAS, OUT, salt % (1 << 64), LOW_BYTES, ROWS, COLS, num_x, 0, 0]
     for block in range(blocks):
         shared = compiled.metadata.shared
@@ -103,6 +103,8 @@ def main() -> int:
         ("fast_ahead_16", "sm_80", 16),
         ("fast_ahead_in_order_32_16x2", "sm_80", 32),
         ("fast_ahead_in_order_16_8x4", "sm_90", 7),
+        ("fast_bands_16", "sm_89", 9),
+        ("fast_bands_64_8", "sm_90", 50),
     ):
         found, expected = products(name, target, num_x)
         unequal[f"{name}, {target}, {num_x} rows"] = int((found != expected).sum())

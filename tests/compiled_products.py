@@ -35,11 +35,9 @@ from vllm_dfloat.kernels.fast_planes import LOW_BYTES
 
 ROWS, COLS = 96, 512
 X, WEIGHT, BIAS, OUT, DESC, PAYLOAD = (0x10000 * i for i in (1, 3, 7, 8, 9, 10))  # addresses
-DOT = "fast_in_order_64_32x2x4"  # beyond 32 rows
+DOT = "fast_in_order_64_32x2x4"  # beyond 32 rows, for matrices of few rows
 WAIT = "wgmma.wait_group.sync.aligned "
-GROUPS = (
-    "fast_in_order_64"  # on Hopper, for matrices of many rows: the tensor cores of a warp group
-)
+GROUPS = "fast_in_order_64"  # on Hopper on the tensor cores of a warp group
 
 
 class Launch(NamedTuple):
@@ -63,6 +61,10 @@ EQUAL = (
     ("sm_89", 5, "fast_ahead_in_order_16_8x4", DEFAULT),
     ("sm_90", 16, "fast_ahead_in_order_16_8x4", tuned(16, 128)),
     ("sm_90", 16, "fast_ahead_in_order_16_16x2", DEFAULT),
+    ("sm_80", 33, "fast_bands_64", DEFAULT),
+    ("sm_90", 20, "fast_bands_32", tuned(32, 128)),
+    ("sm_90", 64, "fast_bands_64", tuned(64, 128)),
+    ("sm_90", 40, "fast_bands_64_8", DEFAULT),
     ("sm_80", 33, DOT, DEFAULT),
     ("sm_90", 33, DOT, DEFAULT),
     ("sm_90", 64, GROUPS, DEFAULT),
@@ -133,7 +135,7 @@ def of_vllm(kernel: Any, target: str, num_x: int, launch: Launch, waits: str = "
 
 
 def of_ours(name: str, target: str, num_x: int, **changes: Any) -> Bits:
-    (spec,) = [spec for spec in specs.IN_ORDER + specs.AHEAD if spec.name == name]
+    (spec,) = [spec for spec in specs.IN_ORDER + specs.AHEAD + specs.BANDS if spec.name == name]
     spec = replace(spec, constexprs=spec.constexprs | changes)
     x, weight, bias = operands(num_x)
     held = encode(weight.view(torch.uint16).numpy(), must_be_small=False)
@@ -146,7 +148,7 @@ def of_ours(name: str, target: str, num_x: int, **changes: Any) -> Bits:
     filled = memory(X=x, BIAS=bias, DESC=desc, PAYLOAD=held.payload)
     sizes = [salt % (1 << 64), LOW_BYTES, ROWS, COLS, num_x]
     compiled = spec.compile(target, num_stages=spec.constexprs.get("STAGES", 1))
-    blocks = -(-ROWS // spec.constexprs["BN"])
+    blocks = -(-ROWS // spec.constexprs.get("BN", 16 * spec.num_warps))
     parameters = [DESC, X, BIAS, OUT, *sizes, 0, 0]
     shared = compiled.metadata.shared
     return run(compiled.asm["ptx"], filled, parameters, blocks, num_x, shared)

@@ -23,7 +23,7 @@ _LINE = re.compile(
     r"/\*([0-9a-f]{4,})\*/\s+(.*?);\s+/\* 0x[0-9a-f]{16} \*/\s+/\* 0x([0-9a-f]{16}) \*/", re.DOTALL
 )
 _BACK = re.compile(r"\bBRA\b.*0x([0-9a-f]+)$")
-_WIDE = ("LDG.E.64 ", "LDG.E.128 ")  # of weights
+_WIDE = re.compile(r"LDG\.E\.(EF\.)?64 "), re.compile(r"LDG\.E\.(EF\.)?128 ")  # of weights
 
 
 class Instruction(NamedTuple):
@@ -50,7 +50,7 @@ def loop_over_weights(code: list[Instruction]) -> list[Instruction]:
         if target and int(target[1], 16) < one.address:
             body = [each for each in code if int(target[1], 16) <= each.address <= one.address]
             texts = " ".join(each.text for each in body)
-            if "HMMA" in texts and all(kind in texts for kind in _WIDE):
+            if "HMMA" in texts and all(kind.search(texts) for kind in _WIDE):
                 loops.append(body)
     return min(loops, key=len)
 
@@ -61,7 +61,7 @@ def late_waits(body: list[Instruction]) -> list[str]:
     Where a tile has more than 32 escapes, further entries are loaded and waited for: that is not counted.
     """
     # Each turn loads nibbles first; activations may be loaded as widely, later.
-    first = next(i for i, one in enumerate(body) if one.text.startswith(_WIDE[0]))
+    first = next(i for i, one in enumerate(body) if _WIDE[0].match(one.text))
     counter = body[first].counter
     found = []
     for i, one in enumerate(body[first:], first):

@@ -11,11 +11,13 @@ from vllm_dfloat.kernels import (
     fast_experts_matmul,
     fast_matmul,
     fast_matmul_ahead,
+    fast_matmul_bands,
     fast_matmul_dot,
     fast_matmul_gemv,
 )
 from vllm_dfloat.kernels.configs import CONFIGS, DEFAULT
 from vllm_dfloat.kernels.fast_escapes import PATCHED, PERMUTED
+from vllm_dfloat.kernels.fast_product import BANDS as _BANDS
 from vllm_dfloat.kernels.fast_product import MAX_PARTS, DotShape, GemvShape
 
 _GEMV = GemvShape()  # in every table
@@ -97,13 +99,16 @@ DOT = [
     _dot(16, False, PATCHED, DotShape()),
     *(_dot(rows, has_parts, PERMUTED, shape) for rows, shape in _chosen() for has_parts in (False, True)),
 ]  # fmt: skip
-# What mode "fused-exact" launches for matrices of many rows and of few.
+# What mode "fused-exact" launches for matrices of few rows, for more than 32 of activations; and a candidate for more.
 IN_ORDER = [
-    _dot(64, False, PERMUTED, DEFAULT.fast_product.in_order_shape(of, 4096, 64, is_gpu=True))
-    for of in (28_672, 4096)
+    _dot(64, False, PERMUTED, shape)
+    for shape in (
+        DotShape(in_order=True),
+        DEFAULT.fast_product.in_order_shape(4096, 4096, 64, is_gpu=True),
+    )
 ]
-# The first three are in no table yet; the others are what mode "fused-exact" launches for up to 32 rows of activations,
-# the last two for matrices of an odd number of tiles side by side.
+# The first three are in no table yet; the others are what mode "fused-exact" launches for up to 32 rows of activations
+# and matrices of fewer rows, the last two for an odd number of tiles side by side.
 AHEAD = [
     CompileSpec(
         name=_name("ahead_in_order" if in_order else "ahead", rows, has_parts, PERMUTED)
@@ -120,6 +125,7 @@ AHEAD = [
         },
         aligned_args=_ALIGNED,
         num_warps=warps,
+        max_registers=fast_matmul.max_registers(DotShape(block, stages=1, warps=warps, width=4), rows),
         on_amd={"WARPS": 1},
         weights_per_program=block * warps * fast_layout.TILE_COLS,
     )
@@ -128,6 +134,29 @@ AHEAD = [
         (8, 16, 2, False, True), (16, 16, 2, False, True), (32, 16, 2, False, True),
         (16, 8, 2, False, True), (32, 8, 2, False, True), (16, 8, 4, False, True), (32, 8, 4, False, True),
         (8, 16, 1, False, True), (16, 8, 1, False, True),
+    )
+]  # fmt: skip
+# Candidates for mode "fused"; those of four warps are what mode "fused-exact" launches for matrices of many rows.
+BANDS = [
+    CompileSpec(
+        name=_name("bands", rows, has_parts, PERMUTED) + f"_{warps}" * (warps != 4),
+        fn=fast_matmul_bands._bands_kernel,
+        signature=dict(
+            desc_ptr="*i64", x_ptr="*u32", bias_ptr="*bf16", out_ptr="*fp32" if has_parts else "*u16", **_SIZES,
+            WARPS=CONSTANT, HAS_PARTS=CONSTANT, FORM=CONSTANT, HAS_BIAS=CONSTANT, OPERAND=CONSTANT,
+        ),
+        constexprs={
+            "ROWS": rows, "WARPS": warps, "HAS_PARTS": has_parts, "FORM": PERMUTED, "HAS_BIAS": True,
+            "OPERAND": tl.bfloat16,
+        },
+        aligned_args=_ALIGNED,
+        num_warps=warps,
+        max_registers=fast_matmul.max_registers(replace(_BANDS, rows=16 * warps, warps=warps), rows),
+        on_amd={"WARPS": 4},
+        weights_per_program=16 * warps * fast_layout.TILE_COLS,
+    )
+    for rows, warps, has_parts in (
+        (64, 4, False), (64, 4, True), (64, 8, False), (32, 4, False), (16, 4, False),
     )
 ]  # fmt: skip
 EXPERTS = [

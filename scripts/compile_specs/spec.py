@@ -37,6 +37,7 @@ class CompileSpec:
         constexprs: value of every argument whose type is "constexpr".
         aligned_args: arguments that the launcher guarantees to be divisible by 16.
         num_warps: as launched.
+        max_registers: most registers per thread on an NVIDIA GPU, or None.
         on_amd: constants that differ on an AMD GPU; WARPS is the number of warps there.
         weights_per_program: weights that one program handles; a typical number if it varies.
         loop_runs: how often the compiled loops run, to count executed instructions; 1 if it varies.
@@ -49,6 +50,7 @@ class CompileSpec:
     constexprs: dict[str, Any] = field(default_factory=dict)
     aligned_args: tuple[str, ...] = ()
     num_warps: int = 4
+    max_registers: int | None = None
     on_amd: dict[str, Any] = field(default_factory=dict)
     weights_per_program: int = 1
     loop_runs: int = 1
@@ -69,6 +71,7 @@ class CompileSpec:
             gpu = GPUTarget("hip", target, 64)
         else:
             gpu = GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
+            options = {"maxnreg": self.max_registers} | options
         source = ASTSource(self.fn, self.signature, constexprs, attrs)
         num_warps = constexprs.get("WARPS", self.num_warps)
         return triton.compile(source, target=gpu, options={"num_warps": num_warps, **options})

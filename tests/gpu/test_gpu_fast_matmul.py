@@ -11,7 +11,7 @@ from vllm_dfloat.device import fast_ops
 from vllm_dfloat.kernels import fast_matmul as kernels
 from vllm_dfloat.kernels.configs import config_of
 from vllm_dfloat.kernels.fast_escapes import FORMS, PLAIN
-from vllm_dfloat.kernels.fast_product import DotShape, GemvShape
+from vllm_dfloat.kernels.fast_product import BANDS, DotShape, GemvShape
 
 pytestmark = NEEDS_GPU
 COLS = 1024
@@ -65,7 +65,7 @@ def test_gpu_forms_have_the_same_bits_within_the_bound_whatever_other_rows_hold(
     assert_forms_agree(weight, x, replace(choice.shape if choice else DotShape(), parts=parts))
 
 
-@pytest.mark.parametrize("num_rows", of_size([5, 16, 32], [5]))
+@pytest.mark.parametrize("num_rows", of_size([5, 16, 32, 50], [5]))
 def test_gpu_product_that_loads_ahead_has_the_same_bits_in_every_form(num_rows: int) -> None:
     weight = hard(of_size([203], [131])[0])
     x = torch.randn(num_rows, COLS, generator=torch.Generator().manual_seed(9)).bfloat16()
@@ -75,8 +75,9 @@ def test_gpu_product_that_loads_ahead_has_the_same_bits_in_every_form(num_rows: 
         for rows, warps in ((16, 1), (16, 2), (8, 1), (8, 2), (8, 4))
         if COLS % (128 * warps) == 0
     ]
-    shapes = [ahead, *of_size(in_order, in_order[::3])]
-    for shape in of_size([*shapes, replace(ahead, parts=3)], shapes):
+    bands = [BANDS, replace(BANDS, rows=128, warps=8), replace(BANDS, parts=3)]
+    shapes = [*bands, *([ahead, replace(ahead, parts=3), *in_order] if num_rows <= 32 else [])]
+    for shape in of_size(shapes, [BANDS, ahead, *in_order[::3]]):
         assert_forms_agree(weight, x.to(DEVICE), shape)
 
 

@@ -16,5 +16,5 @@ def test_compiled_product_puts_escapes_and_raw_tiles_in_their_places() -> None:
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     unequal = json.loads(done.stdout)
-    assert len(unequal) == 4
+    assert len(unequal) == 6
     assert not any(unequal.values()), unequal

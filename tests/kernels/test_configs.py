@@ -95,12 +95,12 @@ def test_asking_for_a_cpu_initialises_no_cuda() -> None:
 @pytest.mark.parametrize(
     ("rows", "cols", "of_a_program", "warps"),
     [
-        (28_672, 4096, 16, 2),
+        (16_320, 4096, 16, 2),
         (8192, 4096, 8, 2),
         (4096, 14_336, 8, 4),
         (4096, 14 * 128, 8, 2),
         (4096, 13 * 128, 8, 1),
-        (28_672, 13 * 128, 16, 1),
+        (14_336, 13 * 128, 16, 1),
     ],
 )
 def test_the_fewer_rows_the_more_warps_add_them_in_order_and_each_gets_whole_tiles(
@@ -110,6 +110,24 @@ def test_the_fewer_rows_the_more_warps_add_them_in_order_and_each_gets_whole_til
     shape = product.in_order_shape(rows, cols, 16, is_gpu=True)
     assert (shape.rows, shape.warps, shape.cols) == (of_a_program, warps, 128 * warps)
     assert product.in_order_shape(rows, cols, 16, is_gpu=True, most_warps=1).warps == 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "num_x", "has_bands"),
+    [
+        (16_321, 1, True),
+        (28_672, 32, True),
+        (16_320, 32, False),
+        (8129, 33, True),
+        (8128, 64, False),
+    ],
+)
+def test_many_rows_of_activations_are_shared_by_bands_where_there_are_enough(
+    rows: int, num_x: int, has_bands: bool
+) -> None:
+    shape = DEFAULT.fast_product.in_order_shape(rows, 4096, num_x, is_gpu=True)
+    assert shape.has_bands == has_bands
+    assert shape.in_order
 
 
 @pytest.mark.parametrize(("cols", "warps"), [(1024, 4), (7 * 128, 1)])

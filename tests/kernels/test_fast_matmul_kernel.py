@@ -1,5 +1,7 @@
 """The product with the fast layout, in Triton's interpreter: within its error bound, each row for itself."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,7 @@ from vllm_dfloat.device import fast_fused, fast_ops
 from vllm_dfloat.errors import UnsupportedError
 from vllm_dfloat.kernels import fast_matmul as kernels
 from vllm_dfloat.kernels.configs import CONFIGS, INTERPRETED, config_for
-from vllm_dfloat.kernels.fast_product import Choice, DotShape, FastProduct, GemvShape
+from vllm_dfloat.kernels.fast_product import BANDS, Choice, DotShape, FastProduct, GemvShape
 
 Shape = DotShape | GemvShape
 # For each form: columns at a time that do not divide a matrix's, programs of several rows of tiles, and parts.
@@ -33,9 +35,11 @@ SHAPES: list[tuple[Shape, int]] = [
     (DotShape(rows=16, stages=1, warps=1, width=4, in_order=True), 20),
     (DotShape(rows=8, stages=1, warps=1, width=4, in_order=True), 3),
     (DotShape(rows=16, cols=256, stages=1, warps=2, width=4, in_order=True), 9),
+    (BANDS, 33),
+    (replace(BANDS, rows=128, warps=8, parts=2), 6),
 ]
 AHEAD = DotShape(rows=16, stages=1, warps=1, width=4)
-SHARES = [SHAPES[i] for i in (2, 3, 7, 10, 12)]
+SHARES = [SHAPES[i] for i in (2, 3, 7, 10, 12, 17)]
 
 
 def activations(num_rows: int, cols: int, seed: int = 0) -> torch.Tensor:
@@ -106,7 +110,7 @@ def test_result_of_a_row_does_not_depend_on_the_other_rows(shape: Shape, num_row
 
 
 @pytest.mark.parametrize(
-    "shape", [GemvShape(turns=16), GemvShape(turns=8, groups=64), DotShape(), AHEAD]
+    "shape", [GemvShape(turns=16), GemvShape(turns=8, groups=64), DotShape(), AHEAD, BANDS]
 )
 def test_infinite_weights_and_no_numbers_stay_in_their_rows(shape: Shape) -> None:
     # Bug caught: columns past the end of a row, multiplied by 0.
@@ -129,7 +133,9 @@ def test_rows_of_zeros_give_zeros(shape: Shape) -> None:
     assert not out[:, [3, 69]].any()
 
 
-@pytest.mark.parametrize("shape", [GemvShape(turns=16), DotShape(), DotShape(parts=2), AHEAD])
+@pytest.mark.parametrize(
+    "shape", [GemvShape(turns=16), DotShape(), DotShape(parts=2), AHEAD, BANDS]
+)
 def test_result_is_rounded_to_nearest_with_ties_to_even(shape: Shape) -> None:
     # One weight of 1 and a bias: sums that lie halfway between two BF16 numbers.
     weight = to_torch(bf16_bits(torch.ones(4, 256).numpy()))
@@ -167,6 +173,7 @@ shape, num_x = {
     "gemv": (GemvShape(turns=16), 3),
     "dot": (DotShape(rows=128, parts=2), 6),
     "ahead": (DotShape(rows=16, stages=1, warps=1, width=4), 6),
+    "bands": (DotShape(rows=128, stages=1, warps=8, width=4, parts=2), 6),
     "in order": (DotShape(rows=8, cols=256, stages=1, warps=2, width=4, in_order=True), 6),
 }[os.environ["KERNEL"]]
 rng = np.random.default_rng(0)
@@ -195,7 +202,8 @@ print("done")
 
 # They share the code that looks at entries; where to load ahead from depends on the starts too.
 @pytest.mark.parametrize(
-    "kernel", ["dot", "ahead", "in order", pytest.param("gemv", marks=pytest.mark.on_demand)]
+    "kernel",
+    ["dot", "ahead", "in order", "bands", pytest.param("gemv", marks=pytest.mark.on_demand)],
 )
 def test_no_access_leaves_the_tensors_whatever_the_bytes_say(kernel: str) -> None:
     done = run_python(_GUARDED, {"TRITON_INTERPRET": "1", "KERNEL": kernel})

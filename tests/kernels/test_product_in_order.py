@@ -3,6 +3,7 @@
 Triton's interpreter multiplies as tensor_cores.py does, where other products, or another order, are seen.
 """
 
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -17,7 +18,7 @@ from tensor_cores import interpret_with_them
 from vllm_dfloat.device import fast_ops
 from vllm_dfloat.integration.layers import cancelling
 from vllm_dfloat.kernels import fast_matmul
-from vllm_dfloat.kernels.fast_product import DotShape
+from vllm_dfloat.kernels.fast_product import BANDS, DotShape
 
 IN_ORDER = DotShape(in_order=True)
 MATRICES = helpers.hard_matrices() | fast_matrices.fast_matrices()
@@ -76,6 +77,8 @@ def test_hard_matrices_give_the_bits_of_vllm(name: str, vllm_kernel: Any) -> Non
         (DotShape(rows=128, warps=8, in_order=True), 5),
         (DotShape(rows=16, stages=1, warps=1, width=4, in_order=True), 17),
         (DotShape(rows=8, cols=256, stages=1, warps=2, width=4, in_order=True), 3),
+        (replace(BANDS, in_order=True), 33),
+        (replace(BANDS, rows=128, warps=8, in_order=True), 5),
     ],
 )
 def test_sums_that_cancel_give_the_bits_of_vllm(

@@ -167,9 +167,7 @@ def facts_in_order(device: torch.device, rows: int, cols: int) -> dict[str, Any]
     from vllm_dfloat.kernels import fast_matmul
 
     return facts_of_kernels() | {
-        "launched": repr(
-            [_in_order_shape(device, rows, cols, num_x) for num_x in (1, fast_matmul.MAX_ROWS)]
-        ),
+        "launched": repr(list(variants_in_order(device, rows, cols, fast_matmul.MAX_ROWS))),
     }
 
 
@@ -191,8 +189,8 @@ def _digest_of_kernels(*others: str) -> str:
 
     folder = Path(fast_matmul.__file__).parent
     names = (
-        "fast_matmul", "fast_matmul_dot", "fast_matmul_ahead", "fast_matmul_in_order", "fast_escapes",
-        "fast_lane_escapes", "fast_planes", "tiles", *others,
+        "fast_matmul", "fast_matmul_dot", "fast_matmul_ahead", "fast_matmul_bands", "fast_matmul_in_order",
+        "fast_escapes", "fast_lane_escapes", "fast_planes", "tiles", *others,
     )  # fmt: skip
     texts = [(folder / f"{name}.py").read_bytes() for name in names]
     return hashlib.sha256(b"".join(texts)).hexdigest()[:32]
