@@ -28,7 +28,7 @@ from vllm_dfloat.device.fast_ops import FastWeight
 from vllm_dfloat.device.packed_weight import make_descriptor
 from vllm_dfloat.kernels import fast_matmul as kernels
 from vllm_dfloat.kernels.fast_escapes import PATCHED, PERMUTED, PLAIN
-from vllm_dfloat.kernels.fast_product import Choice, DotShape, FastProduct, GemvShape
+from vllm_dfloat.kernels.fast_product import BANDS, Choice, DotShape, FastProduct, GemvShape
 
 NAMES = {PLAIN: "plain", PATCHED: "patched", PERMUTED: "prmt"}
 WARPS_2 = DotShape(rows=32, warps=2, width=4)
@@ -36,15 +36,16 @@ WARPS_1 = DotShape(rows=32, warps=1, width=4)
 AHEAD = DotShape(rows=16, stages=1, warps=1, width=4)
 IN_ORDER = DotShape(rows=16, cols=256, stages=1, warps=2, width=4, in_order=True)
 IN_ORDER_8 = replace(IN_ORDER, rows=8, cols=512, warps=4)
+BANDS_8 = replace(BANDS, rows=128, warps=8)
 _AHEAD = (AHEAD, IN_ORDER, IN_ORDER_8)
 # Rows of activations, the most important first, and what is compared for them: what a table chooses or might choose.
 TRIED: dict[int, tuple[DotShape | GemvShape, ...]] = {
-    8: (*_AHEAD, WARPS_2),
-    16: (*_AHEAD, WARPS_1),
+    8: (*_AHEAD, BANDS, WARPS_2),
+    16: (*_AHEAD, BANDS, WARPS_1),
     1: (*_AHEAD, GemvShape()),
-    64: (DotShape(), DotShape(cols=256)),
+    64: (BANDS, BANDS_8, DotShape()),
     4: (*_AHEAD, GemvShape()),
-    32: (*_AHEAD, DotShape()),
+    32: (*_AHEAD, BANDS, DotShape()),
     2: (*_AHEAD, GemvShape()),
     128: (),  # decoding, then cuBLAS
 }
@@ -74,7 +75,7 @@ def run(bench: Bench) -> None:
 
 
 def _rehearse(bench: Bench) -> None:
-    for num_x, shape in ((1, GemvShape()), (5, DotShape(parts=2)), (5, AHEAD)):
+    for num_x, shape in ((1, GemvShape()), (5, DotShape(parts=2)), (5, AHEAD), (5, BANDS)):
         if not bench.begin("fast_fused", f"tiny 64 x 256, {num_x} rows"):
             continue
         matrix, weight = _matrix(64, 256, bench.device)
@@ -131,7 +132,7 @@ def _kernels() -> list[Kernel]:
     forms = [
         Kernel(shape, form, num_x)
         for form in (PATCHED, PLAIN)
-        for shape, num_x in ((GemvShape(), 1), (DotShape(), 16), (AHEAD, 8))
+        for shape, num_x in ((GemvShape(), 1), (DotShape(), 16), (AHEAD, 8), (BANDS, 16))
     ]
     return list(dict.fromkeys([*(_key(kernel) for case in cases for kernel in case), *forms]))
 

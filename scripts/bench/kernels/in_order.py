@@ -7,6 +7,7 @@ whose order is that of vLLM's kernel for VLLM_BATCH_INVARIANT. All products canc
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from bench.kernels import order
@@ -19,7 +20,7 @@ from vllm_dfloat.device import fast_fused, fast_ops
 from vllm_dfloat.integration.layers import cancelling
 from vllm_dfloat.kernels import fast_matmul
 from vllm_dfloat.kernels.configs import HOPPER
-from vllm_dfloat.kernels.fast_product import MAX_AHEAD_ROWS, DotShape
+from vllm_dfloat.kernels.fast_product import BANDS, MAX_AHEAD_ROWS, DotShape
 
 # Linear layers of Llama 3.1 8B.
 MATRICES = {
@@ -31,8 +32,15 @@ MATRICES = {
 NUM_X = [1, 2, 4, 8, 16, 17, 32, 48, 64]
 TIMED = [1, 16, 64]
 
-# Rows of the matrix and warps of a program that loads ahead, beside what is chosen.
-OTHERS = (16, 1), (16, 2), (16, 4), (8, 1), (8, 2), (8, 4)
+# Rows of the matrix and warps of a program for up to MAX_AHEAD_ROWS of activations, beside what is chosen.
+AHEAD = (16, 1), (16, 2), (16, 4), (8, 1), (8, 2), (8, 4)
+MANY = (
+    replace(BANDS, in_order=True),
+    replace(BANDS, rows=128, warps=8, in_order=True),
+    replace(BANDS, rows=32, warps=2, in_order=True),
+    DotShape(in_order=True),
+    DotShape(rows=32, warps=2, width=4, in_order=True),
+)
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 
@@ -64,15 +72,21 @@ def _in_order(held: fast_ops.FastWeight, shape: DotShape | None = None) -> Produ
 
 
 def _others(rows: int, cols: int, num_x: int, is_gpu: bool) -> dict[str, DotShape]:
-    """Return how else the kernel that loads ahead could be launched."""
+    """Return how else the product in order could be launched."""
+    if num_x <= MAX_AHEAD_ROWS:
+        shapes = [
+            DotShape(of_a_program, 128 * warps, stages=1, warps=warps, width=4, in_order=True)
+            for of_a_program, warps in AHEAD
+        ]
+        shapes.append(MANY[0])
+    else:
+        shapes = list(MANY)
     chosen = HOPPER.in_order_shape(rows, cols, num_x, is_gpu)
-    found = {}
-    for of_a_program, warps in OTHERS if num_x <= MAX_AHEAD_ROWS else ():
-        at_once = 128 * warps
-        shape = DotShape(of_a_program, at_once, stages=1, warps=warps, width=4, in_order=True)
-        if shape != chosen and cols % at_once == 0:
-            found[f"in order, {of_a_program} rows, {warps} warps"] = shape
-    return found
+    return {
+        f"in order, {shape.rows} rows, {shape.warps} warps, {shape.stages} stages": shape
+        for shape in shapes
+        if shape != chosen and cols % shape.cols == 0
+    }
 
 
 def _compare(bench: Bench, name: str, rows: int, cols: int) -> None:
