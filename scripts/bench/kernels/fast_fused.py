@@ -45,7 +45,7 @@ TRIED: dict[int, tuple[DotShape | GemvShape, ...]] = {
     1: (*_AHEAD, GemvShape()),
     64: (BANDS, BANDS_8, DotShape()),
     4: (*_AHEAD, GemvShape()),
-    32: (*_AHEAD, BANDS, DotShape()),
+    32: (AHEAD, IN_ORDER_8, BANDS, DotShape()),
     2: (*_AHEAD, GemvShape()),
     128: (),  # decoding, then cuBLAS
 }
