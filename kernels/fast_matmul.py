@@ -25,7 +25,7 @@ from vllm_dfloat.codec import descriptor, fast_layout
 from vllm_dfloat.codec.fast_layout import TILE_COLS
 from vllm_dfloat.kernels.fast_escapes import PERMUTED, PLAIN, _round
 from vllm_dfloat.kernels.fast_matmul_ahead import _ahead_kernel
-from vllm_dfloat.kernels.fast_matmul_bands import _bands_kernel
+from vllm_dfloat.kernels.fast_matmul_bands import BAND, _bands_kernel
 from vllm_dfloat.kernels.fast_matmul_dot import _dot_kernel
 from vllm_dfloat.kernels.fast_matmul_gemv import _gemv_kernel
 from vllm_dfloat.kernels.fast_planes import LOW_BYTES
@@ -55,7 +55,7 @@ def compiled_rows(num_x: int, shape: DotShape | GemvShape) -> int:
 def max_registers(shape: DotShape, compiled: int) -> int | None:
     """Return how many registers a thread may have on an NVIDIA GPU, that as many warps run as do without spills.
 
-    Left to itself ptxas takes up to 168 for the same instructions, and of a matrix that would fit at once a last part
+    Left to itself ptxas takes up to 167 for the same instructions, and of a matrix that would fit at once a last part
     runs alone. None: no limit, since registers would spill.
     """
     is_alone = shape.has_bands or (shape.stages == 1 and shape.warps == 1)
@@ -133,13 +133,15 @@ def matmul(
         form: PLAIN, PATCHED or PERMUTED; None for PERMUTED on an NVIDIA GPU, else PLAIN.
 
     Raises:
-        ValueError: the columns cannot be taken as `shape` says.
+        ValueError: the columns cannot be taken as `shape` says, or its rows are not those of its bands.
     """
     num_x, rows = out.shape
     if not out.numel():
         return
     if isinstance(shape, DotShape) and cols % shape.cols:
         raise ValueError(f"{cols} columns, taken {shape.cols} at a time; expected a multiple")
+    if isinstance(shape, DotShape) and shape.has_bands and shape.rows != BAND * shape.warps:
+        raise ValueError(f"{shape.rows} rows for {shape.warps} warps; expected {BAND} for each")
     is_gpu = x.is_cuda
     if form is None:
         form = PERMUTED if is_gpu and torch.version.hip is None else PLAIN

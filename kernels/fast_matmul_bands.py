@@ -16,6 +16,7 @@ from vllm_dfloat.kernels.fast_matmul_dot import _as, _store_sums, _words
 from vllm_dfloat.kernels.fast_matmul_in_order import _of_groups, _start, _weights_of_groups
 from vllm_dfloat.kernels.fast_planes import _eight_weights, _open
 
+BAND = 16  # rows of weights of a warp
 _GROUP = tl.constexpr(fast_layout.GROUP)
 _TILE_COLS = tl.constexpr(fast_layout.TILE_COLS)
 _TILE_ROWS = tl.constexpr(fast_layout.TILE_ROWS)
@@ -23,7 +24,7 @@ _PERMUTED = tl.constexpr(PERMUTED)
 _ROW_GROUPS = tl.constexpr(fast_layout.TILE_COLS // fast_layout.GROUP)
 _BLOCK = tl.constexpr(64)
 _BLOCKS = tl.constexpr(fast_layout.TILE_COLS // 64)
-_BAND = tl.constexpr(16)
+_BAND = tl.constexpr(BAND)
 
 
 @triton.jit

@@ -152,6 +152,12 @@ def test_columns_that_a_launch_would_leave_out_are_refused() -> None:
         multiply(held(to_torch(gaussian(64, 384))), activations(1, 384), DotShape(cols=256))
 
 
+def test_rows_that_no_warp_would_have_are_refused() -> None:
+    # Bug caught: half of the rows were not written, and nothing said so.
+    with pytest.raises(ValueError, match="64 rows for 2 warps; expected 16 for each"):
+        multiply(held(to_torch(gaussian(64, 128))), activations(1, 128), replace(BANDS, warps=2))
+
+
 _GUARDED = """
 import os
 import bench_setup, numpy as np, torch

@@ -95,6 +95,7 @@ def test_sums_that_cancel_give_the_bits_of_vllm(
     [
         DotShape(),
         DotShape(parts=2, in_order=True),
+        replace(BANDS, parts=2),
         DotShape(width=4, in_order=True),
     ],
 )

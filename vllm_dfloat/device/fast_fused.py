@@ -167,7 +167,7 @@ def facts_in_order(device: torch.device, rows: int, cols: int) -> dict[str, Any]
     from vllm_dfloat.kernels import fast_matmul
 
     return facts_of_kernels() | {
-        "launched": repr(list(variants_in_order(device, rows, cols, fast_matmul.MAX_ROWS))),
+        "launched": repr(list(variants_in_order(device, rows, cols, fast_matmul.MAX_ROWS).items())),
     }
 
 
