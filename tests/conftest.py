@@ -21,10 +21,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import quick_interpreter
 
 from vllm_dfloat.commands import progress
 
 progress.tells_compiling = False  # stderr must not depend on numba's cache
+quick_interpreter.install()
 
 Checkpoint = Callable[[str], Path]
 

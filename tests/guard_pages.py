@@ -1,4 +1,4 @@
-"""Tensors followed by an inaccessible page: an access past their end kills the process.
+"""Tensors between inaccessible pages: an access past their end, or before their begin, kills the process.
 
 For code that runs in a separate process (`run_python`).
 """
@@ -16,16 +16,18 @@ import torch
 _keep: list[mmap.mmap] = []  # the memory of all tensors given out
 
 
-def guarded(array: np.ndarray) -> torch.Tensor:
-    """Return a copy of `array` that ends where a page without any access rights begins."""
+def guarded(array: np.ndarray, at_end: bool = True) -> torch.Tensor:
+    """Return a copy of `array` that ends where a page without any access rights begins, or begins where one ends."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    size = -(-array.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
-    memory = mmap.mmap(-1, size + mmap.PAGESIZE)
+    size = max(1, -(-array.nbytes // mmap.PAGESIZE)) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, size + 2 * mmap.PAGESIZE)
     _keep.append(memory)
     base = np.frombuffer(memory, np.uint8)
-    assert libc.mprotect(base.ctypes.data + size, mmap.PAGESIZE, 0) == 0
-    view = base[size - array.nbytes : size].view(array.dtype).reshape(array.shape)
+    for guard in (0, size + mmap.PAGESIZE):
+        assert libc.mprotect(base.ctypes.data + guard, mmap.PAGESIZE, 0) == 0
+    first = mmap.PAGESIZE + (size - array.nbytes if at_end else 0)
+    view = base[first : first + array.nbytes].view(array.dtype).reshape(array.shape)
     view[...] = array
     return torch.from_numpy(view)
 
@@ -35,6 +37,8 @@ def run_python(code: str, env: dict[str, str]) -> "subprocess.CompletedProcess[s
     tests = Path(__file__).parent
     folders = str(tests), str(tests.parent / "scripts"), os.environ.get("PYTHONPATH", "")
     path = os.pathsep.join(folders)
+    if env.get("TRITON_INTERPRET") == "1":
+        code = f"import quick_interpreter; quick_interpreter.install()\n{code}"
     return subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "PYTHONPATH": path, **env},

@@ -33,12 +33,15 @@ from pathlib import Path  # noqa: E402
 from unittest import mock  # noqa: E402
 
 import architectures  # noqa: E402
+import quick_interpreter  # noqa: E402
 from expert_layers import DFLOAT11, FAST, experts_of, values  # noqa: E402
 from helpers import same_bits  # noqa: E402
 from model_loads import loaded  # noqa: E402
 
 from vllm_dfloat.device.scratch import scratch  # noqa: E402
 from vllm_dfloat.integration.layers.experts import DFloat11ExpertsMethod  # noqa: E402
+
+quick_interpreter.install()
 
 NUM_EXPERTS, TOP_K, TOKENS = 32, 2, 4
 NUM_ADAPTERS, RANK = 4, 8
