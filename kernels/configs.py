@@ -50,6 +50,7 @@ class LaunchConfig:
         fast_tiles_per_program: tiles of a row of tiles per program, 128 columns each; a power of two.
         fast_weights_at_once: weights of a thread at a time, 8 or 16.
         fast_num_warps: warps per program of the fast decode kernel.
+        fast_encode_rows: rows of a tile at a time in the kernels that encode to the fast layout; divides 64.
         fast_product: which kernel multiplies by a matrix in the fast layout, see fast_product.py.
         fast_tokens_per_expert: up to so many tokens per expert, on average, experts in the fast layout are multiplied
             without decoding. Not measured: decoding moves 5.5 bytes a weight, the product 1.5 for 16 tokens.
@@ -76,6 +77,7 @@ class LaunchConfig:
     fast_tiles_per_program: int = 4
     fast_weights_at_once: int = 8
     fast_num_warps: int = 4
+    fast_encode_rows: int = 16
     fast_product: FastProduct = HOPPER
     fast_tokens_per_expert: int = 16
     measured: bool = False
@@ -93,6 +95,7 @@ INTERPRETED = LaunchConfig(
     fast_rows_at_once=64,
     fast_tiles_per_program=8,
     fast_weights_at_once=16,
+    fast_encode_rows=64,
 )
 # The same on every device: the shape of the statuses depends on the first; no other value of the second was tried.
 ROWS_TILES_PER_PROGRAM = 2  # tiles per program of the kernel that decodes chosen rows: one warp

@@ -42,7 +42,7 @@ RESOURCE = re.compile(r"(REG|STACK|SHARED|LOCAL):(\d+)")
 
 def specs() -> list[CompileSpec]:
     return [
-        *decode.PACKED, *decode.EXPERTS, *decode.ROWS, *decode.OFFICIAL, *encode.COUNT, *encode.PACKED,
+        *decode.PACKED, *decode.EXPERTS, *decode.ROWS, *decode.OFFICIAL, *encode.COUNT, *encode.PACKED, *encode.FAST,
         *encode.OFFICIAL, *matmul.GEMV, *matmul.SUM, *fast.WHOLE, *fast.GROUPS, *fast.EXPERTS, *fast.ROWS,
         *fast_matmul.GEMV, *fast_matmul.DOT, *fast_matmul.IN_ORDER, *fast_matmul.AHEAD,
         *fast_matmul.BANDS, *fast_matmul.EXPERTS, *fast_matmul.SUM,

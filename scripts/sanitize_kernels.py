@@ -30,8 +30,8 @@ def checks(device: torch.device) -> dict[str, Callable[[], None]]:
     from bench.checks import fast, official, packed
 
     new = (
-        fast.fast_experts_product, fast.fast_in_order, fast.fast_group, fast.fast_chosen, fast.fast_run,
-        official.official_run, official.official_held, packed.packed_run,
+        fast.fast_experts_product, fast.fast_in_order, fast.fast_group, fast.fast_encoder, fast.fast_chosen,
+        fast.fast_run, official.official_run, official.official_held, packed.packed_run,
     )  # fmt: skip
     known = (
         packed.packed_group, packed.packed_decode, packed.packed_experts, packed.packed_rows, packed.encoder,

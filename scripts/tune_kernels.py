@@ -47,6 +47,7 @@ NOT_TUNED = (  # of LM heads; of the encoders, which see a weight once
     "dfloat11_encode_tiles_per_program",
     "dfloat11_encode_num_warps",
     "dfloat11_split_weights",
+    "fast_encode_rows",
     "fast_product",  # see choose_products.py
     "fast_tokens_per_expert",  # as --only experts_fused shows
 )

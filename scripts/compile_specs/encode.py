@@ -2,8 +2,8 @@
 
 from compile_specs.spec import CONSTANT, CompileSpec
 
-from vllm_dfloat.codec import layout
-from vllm_dfloat.kernels import dfloat11_encode, encode_count, packed_encode
+from vllm_dfloat.codec import fast_layout, layout
+from vllm_dfloat.kernels import dfloat11_encode, encode_count, fast_encode, packed_encode
 from vllm_dfloat.kernels.configs import DEFAULT
 from vllm_dfloat.kernels.tiles import num_warps
 
@@ -21,6 +21,8 @@ _OFFICIAL_TILES = DEFAULT.dfloat11_encode_tiles_per_program
 _OFFICIAL_WEIGHTS = _OFFICIAL_TILES * layout.LANES * dfloat11_encode.LANE_WEIGHTS
 _OFFICIAL_SIZES = dict(num_weights="i32", num_lanes="i32")
 _WARPS = DEFAULT.dfloat11_encode_num_warps
+_MEASURED = dict(entries_ptr="*i32")
+_WRITTEN = dict(low_ptr="*u32", high_ptr="*u32", starts_ptr="*u32", entries_ptr="*u32")
 
 COUNT = [
     CompileSpec(
@@ -55,6 +57,25 @@ PACKED = [
         loop_runs=layout.STEPS // 2,
         **_PACKED,
     ),
+]  # fmt: skip
+FAST = [
+    CompileSpec(
+        name=name,
+        fn=fn,
+        signature=dict(
+            weights_ptr="*u16", **sections, rows="i32", cols="i32", half_base="i32", STEP=CONSTANT, COLS_FACTOR=CONSTANT
+        ),
+        constexprs={"STEP": DEFAULT.fast_encode_rows, "COLS_FACTOR": factor},
+        aligned_args=("weights_ptr", *(each for each in sections if each != "entries_ptr")),
+        weights_per_program=fast_layout.TILE_WEIGHTS,
+        loop_runs=fast_layout.TILE_ROWS // DEFAULT.fast_encode_rows,
+    )
+    for name, fn, sections, factor in (
+        ("fast_measure", fast_encode._measure_kernel, _MEASURED, 16),
+        ("fast_measure_1", fast_encode._measure_kernel, _MEASURED, 1),
+        ("fast_write", fast_encode._write_kernel, _WRITTEN, 16),
+        ("fast_write_1", fast_encode._write_kernel, _WRITTEN, 1),
+    )
 ]  # fmt: skip
 OFFICIAL = [
     CompileSpec(

@@ -41,7 +41,7 @@ def assert_follows_layout(fast: FastTensor) -> None:
 
 
 @pytest.mark.parametrize("name", MATRICES)
-def test_numba_encodes_to_the_bytes_of_the_torch_encoder_and_decodes_them(name: str) -> None:
+def test_numba_encodes_to_the_bytes_of_the_kernels_and_decodes_them(name: str) -> None:
     weight = MATRICES[name]
     fast, found = encoded(weight), fast_encode.encode(to_torch(weight))
     assert_follows_layout(fast)

@@ -29,13 +29,13 @@ FORMS = (
     "decode_dfloat11", "decode_dfloat11_resident", "decode_dfloat11_run", "decode_dfloat11_rows",
     "encode_count", "encode_measure", "encode_write", "encode_dfloat11_measure", "encode_dfloat11_write",
     "encode_dfloat11_split", "gemv_1", "sum_1", "fast_decode", "fast_decode_run", "fast_chosen", "fast_rows",
-    "fast_group", "fast_gemv_1", "fast_dot_16", "fast_ahead_8", "fast_ahead_in_order_16_8x4",
-    "fast_bands_64", "fast_experts_16", "fast_sum",
+    "fast_group", "fast_measure", "fast_write", "fast_gemv_1", "fast_dot_16", "fast_ahead_8",
+    "fast_ahead_in_order_16_8x4", "fast_bands_64", "fast_experts_16", "fast_sum",
 )  # fmt: skip
 
 # Kernels whose threads must wait for each other in every turn of a loop, with any compiler: operands, or the
 # activations alone, go to the tensor cores through shared memory; a block of the official layout ends with its last
-# window; a histogram is shared.
+# window; a histogram is shared; escapes are counted over a program.
 WAITING = (
     "fast_dot_",
     "fast_in_order_",
@@ -44,6 +44,7 @@ WAITING = (
     "fast_experts_",
     "decode_dfloat11",
     "encode_count",
+    "fast_write",
 )
 
 

@@ -163,8 +163,8 @@ import os
 import bench_setup, numpy as np, torch
 from guard_pages import guarded
 from helpers import gaussian, to_torch
+from vllm_dfloat.codec.fast_encode import encode
 from vllm_dfloat.codec.fast_layout import size
-from vllm_dfloat.device import fast_encode
 from vllm_dfloat.device.packed_weight import make_descriptor
 from vllm_dfloat.kernels import fast_matmul as kernels
 from vllm_dfloat.kernels.fast_product import DotShape, GemvShape
@@ -174,7 +174,8 @@ weight = to_torch(gaussian(130, 768))
 weight[0, :3] = weight[129, 767] = 1e-30
 spread = torch.randn(64, 128, generator=torch.Generator().manual_seed(1)) * 9
 weight[:64, 640:] = spread.exp().bfloat16()
-lay, payload = fast_encode.encode(weight)
+fast = encode(weight.view(torch.uint16).numpy())
+lay = fast.layout
 shape, num_x = {
     "gemv": (GemvShape(turns=16), 3),
     "dot": (DotShape(rows=128, parts=2), 6),
@@ -184,7 +185,7 @@ shape, num_x = {
 }[os.environ["KERNEL"]]
 rng = np.random.default_rng(0)
 for kind in range(4):  # sound; starts a little off; any starts; any starts and entries
-    held = payload.numpy().copy()
+    held = fast.payload.copy()
     starts = held[lay.starts_offset : lay.entries_offset].view(np.uint32)
     entries = held[lay.entries_offset :].view(np.uint32)
     if kind == 1:

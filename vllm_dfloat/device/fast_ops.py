@@ -82,7 +82,7 @@ def pack(weight: torch.Tensor, name: str = "", *, must_be_small: bool = True) ->
         )
     check_device(weight.device)
     if weight.is_cuda:
-        coded = fast_encode.encode(weight, must_be_small=must_be_small)
+        coded = fast_encode.encode(weight, name, must_be_small=must_be_small)
     else:
         coded = _encode_on_cpu(weight, name, must_be_small)
     if coded is None:

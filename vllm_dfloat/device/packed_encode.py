@@ -12,10 +12,10 @@ import torch
 
 from vllm_dfloat.codec.arrays import U8Array, U32Array
 from vllm_dfloat.codec.encode import filler, layout_for
-from vllm_dfloat.codec.huffman import NUM_SYMBOLS, build_lut, canonical_codes, choose_code
-from vllm_dfloat.codec.layout import ALIGNMENT, LANES, TILE_WEIGHTS, PackedLayout
+from vllm_dfloat.codec.huffman import build_lut, canonical_codes, choose_code
+from vllm_dfloat.codec.layout import LANES, TILE_WEIGHTS, PackedLayout
+from vllm_dfloat.device import exponents
 from vllm_dfloat.device.checks import needing_triton
-from vllm_dfloat.errors import DeviceError
 
 
 def encode(weight: torch.Tensor, name: str = "") -> tuple[PackedLayout, torch.Tensor]:
@@ -36,7 +36,7 @@ def encode(weight: torch.Tensor, name: str = "") -> tuple[PackedLayout, torch.Te
     with needing_triton(weight.device):
         from vllm_dfloat.kernels import packed_encode as kernels
     with torch.cuda.device(weight.device if weight.is_cuda else -1):  # -1 changes nothing
-        return _encode(kernels, weight.detach(), name)
+        return _encode(kernels, weight, name)
 
 
 def _encode(
@@ -45,16 +45,11 @@ def _encode(
     device = weight.device
     rows, cols = weight.shape
     raw = PackedLayout(rows, cols, 0)
-    flat = _aligned(weight)
-    body, tail = _tiles(flat)
+    flat = exponents.aligned(weight)
+    body, tail = exponents.tiles(flat)
     full = body.numel() // TILE_WEIGHTS
-    counts = torch.zeros(NUM_SYMBOLS, dtype=torch.int64, device=device)
-    kernels.count_exponents(body, counts)
-    kernels.count_exponents(tail, counts)
+    occurrences = exponents.occurrences(kernels, body, tail, raw.numel, name)
     num_fillers = raw.padded_numel - raw.numel
-    occurrences = counts.cpu().numpy()
-    occurrences[0] -= num_fillers
-    _check_counts(occurrences, raw.numel, name)
     code_bits, lengths = choose_code(occurrences)
     raw = replace(raw, code_bits=code_bits)
     if num_fillers:
@@ -72,32 +67,6 @@ def _encode(
     kernels.write(body, 0, table, *sections)
     kernels.write(tail, full, table, *sections)
     return layout, payload
-
-
-def _check_counts(occurrences: np.ndarray, numel: int, name: str) -> None:
-    if occurrences.sum() != numel or occurrences.min() < 0:
-        raise DeviceError(
-            f"{name or 'a weight'}: the device counted {int(occurrences.sum())} exponents; expected {numel}, one of "
-            "each weight. Its kernels cannot be relied upon: run scripts/gpu_verdict.sh."
-        )
-
-
-def _aligned(weight: torch.Tensor) -> torch.Tensor:
-    """Return the bits of a matrix as int16 [numel], copied if the kernels cannot load 16 aligned bytes at once."""
-    flat = weight.contiguous().view(-1).view(torch.int16)
-    is_aligned = flat.data_ptr() % ALIGNMENT == 0 and flat.storage_offset() % 2 == 0
-    return flat if is_aligned else flat.clone()
-
-
-def _tiles(flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the full tiles without a copy, and the partial last tile padded with zeros; empty if there is none."""
-    body = flat[: flat.numel() // TILE_WEIGHTS * TILE_WEIGHTS]
-    rest = flat[body.numel() :]
-    if not rest.numel():
-        return body, rest
-    tail = torch.zeros(TILE_WEIGHTS, dtype=flat.dtype, device=flat.device)
-    tail[: rest.numel()] = rest
-    return body, tail
 
 
 def _table(lengths: U8Array) -> U32Array:

@@ -10,10 +10,11 @@ from bench.kernels.fast_decode import check_decode, check_rows, check_run, pack
 from bench.kernels.fast_fused import Kernel, check_product, hard
 from bench.kernels.groups import FastGroup
 from bench.kernels.held_experts import by_expert
-from bench.kernels.timing import expect_same_bits
+from bench.kernels.timing import WrongBitsError, expect_same_bits
 from bench_setup import normal
 
-from vllm_dfloat.device import experts, fast_experts, fast_fused, fast_ops
+from vllm_dfloat.codec.fast_encode import encode
+from vllm_dfloat.device import experts, fast_encode, fast_experts, fast_fused, fast_ops
 from vllm_dfloat.kernels import fast_experts_matmul
 from vllm_dfloat.kernels.configs import config_of
 from vllm_dfloat.kernels.fast_escapes import PATCHED, PERMUTED, PLAIN
@@ -38,6 +39,19 @@ def fast_in_order(device: torch.device) -> None:
         }:
             kernel = Kernel(shape, PERMUTED if is_gpu else PLAIN, num_x)
             check_product(x, matrix, weight, kernel)
+
+
+def fast_encoder(device: torch.device) -> None:
+    """Check the bytes of the encoding kernels, for every factor of columns, with escapes and a raw tile."""
+    for cols in (650, 648, 640):
+        weight = _hard_edges(device)[:, :cols].contiguous()
+        found = fast_encode.encode(weight)
+        expected = encode(weight.cpu().view(torch.uint16).numpy())
+        if found is None or expected is None:
+            raise WrongBitsError(f"fast_encode: {cols} columns were not held")
+        payload = torch.from_numpy(expected.payload).to(device)
+        if found[0] != expected.layout or not torch.equal(found[1], payload):
+            raise WrongBitsError(f"fast_encode: other bytes than the CPU's, {cols} columns")
 
 
 def fast_run(device: torch.device) -> None:
