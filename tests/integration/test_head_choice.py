@@ -31,7 +31,7 @@ from vllm_dfloat.device.scratch import MAIN_SLOT, scratch
 from vllm_dfloat.errors import UnsupportedError
 from vllm_dfloat.integration.config import DFloat11Config
 from vllm_dfloat.integration.layers import head_op, heads, proof_cache, tying
-from vllm_dfloat.integration.seam import compat, row_counts
+from vllm_dfloat.integration.seam import compat, gemms, row_counts
 from vllm_dfloat.integration.seam.options import Options
 from vllm_dfloat.kernels import configs
 
@@ -83,6 +83,16 @@ def test_auto_leaves_a_head_whole_that_is_smaller_than_the_smallest_slab(
 def test_auto_takes_what_other_layers_need(monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, shape_dependent(lambda num_x: False))
     assert prepared(slab="auto").lm_head.quant_method.slab == ROWS // 8
+
+
+def test_a_head_is_not_cut_where_its_gemm_is_tuned_after_loading(
+    monkeypatch: pytest.MonkeyPatch, log_lines: list[str]
+) -> None:
+    monkeypatch.setattr(gemms, "is_tuned_later", lambda name: True)
+    monkeypatch.setattr(heads, "compare", lambda *of: pytest.fail("compared"))
+    assert not prepared().lm_head.quant_method.slab
+    assert scratch.numel(CPU, MAIN_SLOT) == ROWS * COLS
+    assert log_lines[-1].endswith("so that no slab can be proven to have its bits")
 
 
 @pytest.mark.usefixtures("small_slabs")

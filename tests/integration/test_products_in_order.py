@@ -33,6 +33,7 @@ from vllm_dfloat.integration.layers import (
     proven_products,
 )
 from vllm_dfloat.integration.layers.layouts import BY_NAME, Layout
+from vllm_dfloat.integration.layers.method import packed_of
 from vllm_dfloat.integration.seam import compat, gemms
 from vllm_dfloat.integration.seam.options import Options
 
@@ -252,15 +253,58 @@ def test_what_the_proof_did_not_see_is_decoded(
 ) -> None:
     # Bug caught: the addend of an addmm, taken for a bias; activations that are not contiguous.
     use(monkeypatch, vllm_gemm)
-    layer = layer_of(WEIGHT)
+    layer = layer_of(WEIGHT, BIAS)
     x, method = activations(2), layer.quant_method
     known = x, None, ROWS, COLS, "fast", in_order.BATCH_INVARIANT
     assert in_order.is_proven(*known)
+    assert in_order.is_proven(x, BIAS, *known[2:])
+    assert not in_order.is_proven(x, BIAS[:1], *known[2:])
+    assert not in_order.is_proven(x, BIAS[:1].expand(ROWS), *known[2:])
+    assert not in_order.is_proven(x.float(), *known[1:])
+    assert not in_order.is_proven(x[0], *known[1:])
     assert not in_order.is_proven(x.T.contiguous().T, *known[1:])
     assert not in_order.is_proven(x, torch.zeros(2, ROWS), *known[2:])
-    assert not in_order.is_proven(x, torch.zeros(ROWS), *known[2:])  # no layer has this bias
+    other = BIAS.float()  # as no layer has it
+    assert not in_order.is_proven(x, other, *known[2:])
     assert not in_order.is_proven(*known[:-1], "auto")
     assert method.in_order_rows == MOST
+
+
+def test_a_gemm_that_is_tuned_after_loading_is_not_compared(
+    vllm_gemm: Gemm, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    use(monkeypatch, vllm_gemm)
+    assert gemms.is_tuned_later("flashinfer_cutedsl")
+    assert not gemms.is_tuned_later("auto")
+    monkeypatch.setattr(gemms, "is_tuned_later", lambda name: True)
+    monkeypatch.setattr(product_proof, "compare", lambda *of: pytest.fail("compared"))
+    layer_of(WEIGHT)
+    assert "equal to vLLM's GEMM for none of 1 shapes" in caplog.text
+
+
+def test_no_proof_is_kept_where_each_process_chooses_its_gemms(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda.tunable, "is_enabled", lambda: True)
+    monkeypatch.setattr(proof_cache, "key_of", lambda product: pytest.fail("looked for"))
+    on_gpu = in_order.InOrderProduct(torch.device("cuda"), ROWS, COLS, "fast", "auto")
+    assert proof_cache.load(on_gpu) == (frozenset(), frozenset())
+    proof_cache.save(on_gpu, {1}, {1})
+
+
+@pytest.mark.parametrize("without_decoding", [(MOST, 0), (0, MOST)], ids=["fused", "in order"])
+def test_activations_of_another_dtype_are_refused_as_by_vllm(
+    without_decoding: tuple[int, int], vllm_gemm: Gemm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Bug caught: FP32 activations, taken for pairs of BF16.
+    use(monkeypatch, vllm_gemm)
+    packed = packed_of(layer_of(WEIGHT))
+    assert packed is not None
+    use(monkeypatch, torch.nn.functional.linear)
+    given = None, None, (ROWS, COLS, *without_decoding), in_order.BATCH_INVARIANT, "fast"
+    linear_op.linear(activations(2), packed.desc, *given)
+    with pytest.raises(RuntimeError, match="dtype"):
+        linear_op.linear(activations(2).float(), packed.desc, *given)
 
 
 def test_no_memory_for_a_comparison_proves_nothing(

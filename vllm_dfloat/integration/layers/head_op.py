@@ -69,7 +69,7 @@ def head(
     if found is not None and found.is_to_be_counted and not _is_capturing(x.device):
         found.is_to_be_counted = False
         whole_buffers(desc, rows, cols, layout, num_x)
-    if 0 < num_x <= fused_rows:
+    if 0 < num_x <= fused_rows and x.dtype == torch.bfloat16:  # or as vLLM's GEMM says
         return _multiply_packed(x, desc, bias, rows, cols, layout)
     if 0 < num_x <= in_order_rows and in_order.is_proven(x, bias, rows, cols, layout, gemm):
         without = InOrderProduct(x.device, rows, cols, layout, gemm, kind)
@@ -85,7 +85,7 @@ def head(
 def _is_as_proven(x: torch.Tensor) -> bool:
     """Return whether activations lie in memory as those did that were compared; a GEMM may depend on it."""
     is_aligned = x.device.type == "cpu" or x.data_ptr() % ALIGNMENT == 0
-    return x.dim() == 2 and x.is_contiguous() and is_aligned
+    return x.dtype == torch.bfloat16 and x.dim() == 2 and x.is_contiguous() and is_aligned
 
 
 def _by_slab(

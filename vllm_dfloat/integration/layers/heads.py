@@ -20,7 +20,7 @@ from vllm_dfloat.integration.layers.in_order import InOrderProduct
 from vllm_dfloat.integration.layers.layouts import BY_NAME
 from vllm_dfloat.integration.layers.method import packed_of
 from vllm_dfloat.integration.layers.tying import is_tied
-from vllm_dfloat.integration.seam import compat, layer_kinds, row_counts
+from vllm_dfloat.integration.seam import compat, gemms, layer_kinds, row_counts
 from vllm_dfloat.integration.seam.names import logger
 
 GIB = 1 << 30
@@ -93,6 +93,11 @@ def _by_slab(layer: Any, vllm_config: Any, free: int) -> tuple[SlabProduct | Non
     slab = slab_rows(rows, cols, limit)
     if slab == rows:
         return None, ""
+    if gemms.is_tuned_later(method.gemm):
+        why = (
+            f"{method.gemm} is tuned after loading, so that no slab can be proven to have its bits"
+        )
+        return None, f"LM head [{rows}, {cols}]: the scratch holds all of it; {why}"
     product = SlabProduct(
         device, rows, cols, slab, method.gemm, None if bias is None else bias.dtype
     )

@@ -61,7 +61,9 @@ known: dict[InOrderProduct, frozenset[int]] = {}  # numbers of rows of activatio
 def max_rows(product: InOrderProduct) -> int:
     """Return up to how many rows of activations may be multiplied so, if it is proven; 0 for never."""
     of = BY_NAME[product.layout].in_order
-    return 0 if of is None else of.max_rows(product.device, product.rows, product.cols)
+    if of is None or gemms.is_tuned_later(product.gemm):
+        return 0
+    return of.max_rows(product.device, product.rows, product.cols)
 
 
 def is_proven(
@@ -69,15 +71,20 @@ def is_proven(
 ) -> bool:
     """Return whether this product was proven to have the bits of vLLM's GEMM.
 
-    A GEMM may depend on how activations lie in memory, and none of those that were compared had a bias per row of x.
+    A GEMM may depend on how its operands lie in memory, and what is compared has a number of the bias for each column
+    of the result. In compiled models a bias may be whatever is added (compiling/additions.py).
     """
-    if bias is not None and bias.dim() != 1:
+    if x.dtype != torch.bfloat16 or x.dim() < 2 or not _lies_as_proven(x):
         return False
-    if not x.is_contiguous() or (x.is_cuda and x.data_ptr() % ALIGNMENT):
+    if bias is not None and not (bias.shape == (rows,) and _lies_as_proven(bias)):
         return False
     kind = None if bias is None else bias.dtype
     found = known.get(InOrderProduct(x.device, rows, cols, layout, gemm, kind))
     return found is not None and x.numel() // cols in found
+
+
+def _lies_as_proven(tensor: torch.Tensor) -> bool:
+    return tensor.is_contiguous() and not (tensor.is_cuda and tensor.data_ptr() % ALIGNMENT)
 
 
 def multiply(

@@ -115,7 +115,8 @@ def linear(
     """
     rows, cols, fused_rows, in_order_rows, *place = sizes
     slot, held = slots.slot(x.device), BY_NAME[layout]
-    if held.product is not None and 0 < x.numel() <= fused_rows * cols:
+    is_few = 0 < x.numel() <= fused_rows * cols
+    if held.product is not None and is_few and x.dtype == torch.bfloat16:  # or as vLLM's GEMM says
         memory = scratch.take(x.device, held.scratch_numel(rows, cols), slot)
         y = held.product.launch(x.reshape(-1, cols), desc, rows, cols, bias, memory)
         if tables is not None:

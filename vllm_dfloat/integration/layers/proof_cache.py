@@ -46,7 +46,9 @@ _VARIABLES = (
     "DNNL_",
     "OMP_",
     "MKL_",
+    "DISABLE_ADDMM_",
     "VLLM_CPU_",
+    "VLLM_ROCM_",
 )
 
 Proof = tuple[frozenset[int], frozenset[int]]  # numbers of rows: compared, and of these equal
@@ -120,8 +122,15 @@ def folder() -> Path:
     return Path(envs.VLLM_CACHE_ROOT) / "dfloat11" / "proofs"
 
 
+def _is_kept(device: torch.device) -> bool:
+    """Return whether the next process will choose the same GEMMs: PyTorch's TunableOp chooses by what it times."""
+    return device.type != "cuda" or not torch.cuda.tunable.is_enabled()
+
+
 def load(product: Product) -> Proof:
     """Return the proof that is kept for a product; an empty one if there is none."""
+    if not _is_kept(product.device):
+        return frozenset(), frozenset()
     key = key_of(product)
     file = file_of(key)
     try:
@@ -142,6 +151,8 @@ def load(product: Product) -> Proof:
 
 def save(product: Product, compared: Collection[int], equal: Collection[int]) -> None:
     """Keep a proof; a folder that cannot be written to only costs the next start the time."""
+    if not _is_kept(product.device):
+        return
     key = key_of(product)
     file = file_of(key)
     content = {"key": key, "compared": _ranges(compared), "equal": _ranges(equal)}

@@ -22,6 +22,14 @@ def unquantized_gemm(backend: str) -> Callable[..., torch.Tensor]:
     return dispatch_unquantized_gemm()  # type: ignore[no-any-return]
 
 
+def is_tuned_later(name: str) -> bool:
+    """Return whether the code of this GEMM, a value of --linear-backend, is chosen in vLLM's warm-up, after loading.
+
+    FlashInfer is: what was found equal before need not be what is served then.
+    """
+    return name.startswith("flashinfer")
+
+
 def is_plain_gemm(gemm: Callable[..., torch.Tensor]) -> bool:
     """Return whether this GEMM of vLLM's for BF16 weights is plain F.linear, which torch.compile sees as a matmul."""
     from vllm.model_executor.layers.utils import default_unquantized_gemm
