@@ -22,8 +22,8 @@ import triton.language as tl
 import vllm_experts
 from compile_specs import fast_matmul as specs
 from compile_specs.spec import CONSTANT, CompileSpec
-from ptx_machine import Machine
 from ptx_program import Program
+from ptx_races import Watched
 from vllm_experts import Sorted
 
 from vllm_dfloat.codec import descriptor, fast_layout
@@ -111,7 +111,7 @@ def run(compiled: Any, filled: Bits, parameters: list[int], grid: tuple[int, int
     for second in range(grid[1]):
         for first in range(grid[0]):
             shared = compiled.metadata.shared
-            Machine(program, filled, parameters, (first, second), grid, shared).run()
+            Watched(program, filled, parameters, (first, second), grid, shared).run()
     return filled[OUT : OUT + 2 * num_out * ROWS].view(np.uint16)
 
 

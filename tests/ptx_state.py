@@ -83,8 +83,10 @@ class State:
         return np.full(n, int(operand.rstrip("U"), 0) & 0xFFFF_FFFF_FFFF_FFFF, U64)
 
     def write(self, operand: Operand, value: np.ndarray, bits: int) -> None:
-        """Set a register of so many bits for the active threads."""
+        """Set a register of so many bits for the active threads; `_` is none."""
         assert isinstance(operand, str)
+        if operand == "_":
+            return
         value = np.asarray(value)
         wide = value.astype(np.int64).view(U64) if value.dtype.kind == "i" else value.astype(U64)
         if bits < 64:
