@@ -132,7 +132,8 @@ def test_run_that_was_to_prove_something_about_a_gpu_fails_if_it_ran_no_test_on_
     # Bug caught: every test skipped, but exit status 0 and a good verdict.
     shutil.copy(ROOT / "tests/conftest.py", tmp_path)
     (tmp_path / "test_one.py").write_text(ONE_TEST.format(body=body))
-    env = {**os.environ, "VLLM_DFLOAT_REQUIRE_GPU": "1"}
+    found = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])  # what conftest.py imports
+    env = {**os.environ, "VLLM_DFLOAT_REQUIRE_GPU": "1", "PYTHONPATH": found}
     options = ["-c", os.devnull, "--rootdir", str(tmp_path), "-p", "no:cacheprovider"]
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-m", "gpu", *options, str(tmp_path)],
