@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +151,7 @@ def test_few_products_are_compared_per_case_so_that_a_visit_reaches_all_of_them(
     assert {1, 4, 8, 16, 64} <= set(fast_fused.TRIED)
     assert list(fast_fused.TRIED)[:2] == [8, 16]
     compiled = fast_fused._kernels()
-    assert len(compiled) <= 40
+    assert len(compiled) <= 42
     for num_x, shapes in fast_fused.TRIED.items():
         for rows, cols in (*fast_fused.LLAMA_8B.values(), *fast_fused.QWEN3_32B.values()):
             tried = fast_fused.tried(rows, cols, num_x)
@@ -167,6 +168,62 @@ def test_cases_for_which_no_time_is_left_are_named_and_not_measured(
     rows = [line for line in capsys.readouterr().out.splitlines() if "not measured" in line]
     assert len(rows) >= len(bench_kernels.SECTIONS)
     assert all("out of time" in row for row in rows)
+
+def test_forms_are_compared_before_anything_is_timed_and_slow_ones_do_not_delay_the_cases(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Bug caught: PTX and Triton alone compared last, when the time of a visit is over.
+    from bench.kernels import fast_fused
+    from bench.kernels.timing import Bench
+
+    forms = fast_fused._forms()
+    assert {fast_fused.NAMES[kernel.form] for kernel in forms} == {"plain", "patched"}
+    twins = [kernel._replace(form=fast_fused.PERMUTED) for kernel in forms]
+    compiled: dict[Any, Future[None]] = {kernel: Future() for kernel in fast_fused._kernels()}
+    assert set(list(compiled)[: len({*forms, *twins})]) == {*forms, *twins}
+    slow = forms[3]
+    for kernel, future in compiled.items():
+        if kernel != slow:
+            future.set_result(None)
+    events: list[Any] = []
+    replaced = {
+        "_compare_form": lambda bench, kernel, *rest: events.append(kernel),
+        "_check": lambda *arguments: True,
+        "_sets": lambda *arguments: ([], []),
+        "_measure": lambda *arguments: events.append("timed"),
+    }
+    for name, function in replaced.items():
+        monkeypatch.setattr(fast_fused, name, function)
+    monkeypatch.setattr(fast_fused, "FORMS_PATIENCE", 0.1)
+    fast_fused._run(Bench(torch.device("cpu"), 1, time.monotonic() + 600), compiled)
+    first = events.index("timed")
+    assert events[:first] == [kernel for kernel in forms if kernel != slow]
+    assert set(events[first:-1]) == {"timed"}
+    assert events[-1] == slow
+
+
+@pytest.mark.parametrize("is_equal", [True, False])
+def test_a_form_with_other_bits_is_told_and_ends_the_measurement_with_status_1(
+    is_equal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bench.kernels import fast_fused
+    from bench.kernels.timing import Bench
+
+    kernel = fast_fused.Kernel(fast_fused.GemvShape(), fast_fused.PLAIN, 1)
+    product = fast_fused._product
+
+    def plain(x: torch.Tensor, matrix: Any, asked: Any) -> torch.Tensor:
+        out = product(x, matrix, asked._replace(form=fast_fused.PLAIN))
+        return out if is_equal or asked == kernel else -out
+
+    monkeypatch.setattr(fast_fused, "_product", plain)
+    monkeypatch.setattr(fast_fused, "_check", lambda *arguments: True)
+    bench = Bench(torch.device("cpu"), 1, time.monotonic() + 100)
+    fast_fused._compare_form(bench, kernel, {}, {})
+    (row,) = bench.rows
+    assert row["found"] == f"{'equal' if is_equal else 'other'} bits beside prmt"
+    assert len(bench.wrong) == ("wrong_bits" in row) == (not is_equal)
+
 
 
 @pytest.mark.parametrize("script", ["bench_kernels", "tune_kernels", "sanitize_kernels"])
