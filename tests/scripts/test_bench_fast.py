@@ -71,6 +71,36 @@ def test_a_wrong_weight_in_a_later_run_marks_the_times(
     assert sentence.startswith("256 x 208, 2 runs of 128 rows, fast layout, row 128: 1 of ")
 
 
+@pytest.mark.parametrize("name", ["fast_held", "fast_run", "fast_chosen", "fast_group"])
+def test_plain_form_of_a_decoder_is_checked_beside_the_one_with_prmt(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Bug caught: only the form that a GPU takes by itself is checked there.
+    from bench.checks import fast
+    from bench.kernels.timing import WrongBitsError
+
+    from vllm_dfloat.kernels import fast_decode, fast_experts, fast_group, fast_rows
+
+    def is_spoiled(kernel: Any) -> Any:
+        def decode(*arguments: Any, prmt: bool | None = None) -> None:
+            kernel(*arguments, prmt=prmt)
+            if prmt is not None:
+                tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
+                (out,) = [tensor for tensor in tensors if tensor.dtype == torch.bfloat16]
+                out.view(torch.int16).add_(1)
+
+        return decode
+
+    monkeypatch.setattr(fast, "_has_prmt", lambda device: True)
+    getattr(fast, name)(torch.device("cpu"))
+    places = {"fast_held": (fast_rows, "decode_rows"), "fast_run": (fast_decode, "decode_run")}
+    places |= {"fast_chosen": (fast_experts, "decode_chosen")}
+    module, kernel = places.get(name, (fast_group, "decode_group"))
+    monkeypatch.setattr(module, kernel, is_spoiled(getattr(module, kernel)))
+    with pytest.raises(WrongBitsError, match=", plain"):
+        getattr(fast, name)(torch.device("cpu"))
+
+
 def test_tuning_tries_a_parameter_of_the_fast_layout_on_all_that_it_is_used_for(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

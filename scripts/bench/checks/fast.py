@@ -1,8 +1,11 @@
-"""Small checks of the kernels of the fast layout."""
+"""Small checks of the kernels of the fast layout: on a GPU decoders in the plain form too, without PRMT."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 from bench.checks.sizes import some_rows
@@ -15,9 +18,30 @@ from bench_setup import normal
 
 from vllm_dfloat.codec.fast_encode import encode
 from vllm_dfloat.device import experts, fast_encode, fast_experts, fast_fused, fast_ops
-from vllm_dfloat.kernels import fast_experts_matmul
+from vllm_dfloat.kernels import fast_decode, fast_experts_matmul, fast_rows
+from vllm_dfloat.kernels import fast_experts as chosen_kernels
 from vllm_dfloat.kernels.configs import config_of
 from vllm_dfloat.kernels.fast_escapes import PATCHED, PERMUTED, PLAIN
+
+Decode = Callable[..., Any]
+
+
+def _forms(name: str, as_used: Decode, kernel: Decode, device: torch.device) -> dict[str, Decode]:
+    """Return what decodes, by names for messages: as an engine does, on an NVIDIA GPU with PRMT, and there plainly."""
+    plainly = {f"{name}, plain": partial(kernel, prmt=False)} if _has_prmt(device) else {}
+    return {name: as_used} | plainly
+
+
+def _has_prmt(device: torch.device) -> bool:
+    return device.type == "cuda"  # the interpreter has the plain form alone
+
+
+def _rows_of_kernel(
+    desc: torch.Tensor, ids: torch.Tensor, rows: int, cols: int, prmt: bool
+) -> torch.Tensor:
+    out = torch.full((len(ids), cols), torch.nan, dtype=torch.bfloat16, device=desc.device)
+    fast_rows.decode_rows(desc, ids, rows, cols, out, prmt=prmt)
+    return out
 
 
 def _hard_edges(device: torch.device) -> torch.Tensor:
@@ -58,10 +82,13 @@ def fast_run(device: torch.device) -> None:
     """Check runs of rows, with escapes, a raw tile and rows that end within a group of 16; and of whole tiles."""
     weight = _hard_edges(device)
     fast = pack(weight)
-    for first, count in ((0, 64), (64, 128), (128, 72)):
-        check_run(fast, weight, first, count, f"fast_decode_run of {count} rows")
     whole = normal(192, 512, device, seed=4)
-    check_run(pack(whole), whole, 64, 128, "fast_decode_run of whole tiles")
+    fast_whole = pack(whole)
+    used = fast_ops.launch_decode_run
+    for what, decode in _forms("fast_decode_run", used, fast_decode.decode_run, device).items():
+        for first, count in ((0, 64), (64, 128), (128, 72)):
+            check_run(fast, weight, first, count, f"{what} of {count} rows", decode)
+        check_run(fast_whole, whole, 64, 128, f"{what} of whole tiles", decode)
 
 
 def fast_chosen(device: torch.device) -> None:
@@ -69,19 +96,21 @@ def fast_chosen(device: torch.device) -> None:
     weight = normal(3 * 90, 650, device, seed=5)
     weight[192:256, 128:256] = -0.0
     weight[200, ::7] = 0.0
-    for shape in ((3, 90, 650), (3, 64, 512)):
-        num_experts, rows, cols = shape
-        part = weight[: num_experts * rows, :cols].contiguous()
-        fast = pack(part)
-        out = torch.full((part.numel(),), torch.nan, dtype=torch.bfloat16, device=device)
-        tiles = fast_ops.num_tiles(num_experts * rows, cols)
-        status = torch.full((tiles,), -1, dtype=torch.int32, device=device)
-        chosen = torch.empty(num_experts, dtype=torch.int32, device=device)
-        experts.mark_chosen(torch.tensor([[2, -1, 5], [2, 2, 2]], device=device), None, chosen)
-        fast_experts.launch_decode_chosen(fast.desc, *shape, chosen, out, status)
-        expect_same_bits(out.view(shape)[2], part.view(shape)[2], f"fast_chosen of {shape}")
-        if not out.view(shape)[0].isnan().all() or set(status.tolist()) != {0, -1}:
-            raise RuntimeError(f"fast_chosen of {shape}: experts without tokens were written")
+    used = fast_experts.launch_decode_chosen
+    for what, decode in _forms("fast_chosen", used, chosen_kernels.decode_chosen, device).items():
+        for shape in ((3, 90, 650), (3, 64, 512)):
+            num_experts, rows, cols = shape
+            part = weight[: num_experts * rows, :cols].contiguous()
+            fast = pack(part)
+            out = torch.full((part.numel(),), torch.nan, dtype=torch.bfloat16, device=device)
+            tiles = fast_ops.num_tiles(num_experts * rows, cols)
+            status = torch.full((tiles,), -1, dtype=torch.int32, device=device)
+            chosen = torch.empty(num_experts, dtype=torch.int32, device=device)
+            experts.mark_chosen(torch.tensor([[2, -1, 5], [2, 2, 2]], device=device), None, chosen)
+            decode(fast.desc, *shape, chosen, out, status)
+            expect_same_bits(out.view(shape)[2], part.view(shape)[2], f"{what} of {shape}")
+            if not out.view(shape)[0].isnan().all() or set(status.tolist()) != {0, -1}:
+                raise RuntimeError(f"{what} of {shape}: experts without tokens were written")
 
 
 def fast_group(device: torch.device) -> None:
@@ -90,9 +119,11 @@ def fast_group(device: torch.device) -> None:
     weights = [normal(*shape, device, seed=i) for i, shape in enumerate(shapes)]
     weights[0][64:128, 640:] = -0.0
     weights[2][5, ::7] = 0.0
-    FastGroup(weights).check("fast_group")
     whole = [normal(64, cols, device, seed=cols) for cols in (512, 1024)]
-    FastGroup(whole).check("fast_group of whole blocks")
+    for what, members in (("fast_group", weights), ("fast_group of whole blocks", whole)):
+        group = FastGroup(members)
+        for form, work in _forms(what, group.at_once, group.with_prmt, device).items():
+            group.check(form, work)
 
 
 def fast_experts_product(device: torch.device) -> None:
@@ -131,6 +162,9 @@ def fast_experts_product(device: torch.device) -> None:
 def fast_held(device: torch.device) -> None:
     """Check the fast layout with escapes, a raw tile, and rows that end within a group of 16."""
     weight = _hard_edges(device)
-    fast = pack(weight)
-    check_decode(fast, weight, "fast_decode")
-    check_rows(fast, weight, some_rows(weight), "fast_rows")
+    fast, ids = pack(weight), some_rows(weight)
+    used = fast_ops.decode
+    for what, decode in _forms("fast_decode", used, fast_decode.decode, device).items():
+        check_decode(fast, weight, what, decode)
+    for what, decode in _forms("fast_rows", fast_ops.decode_rows, _rows_of_kernel, device).items():
+        check_rows(fast, weight, ids, what, decode)

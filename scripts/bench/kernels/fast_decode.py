@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from bench.kernels.decode import NUM_IDS, SIZES, TABLE, copy_call
 from bench.kernels.timing import (
@@ -41,22 +43,32 @@ def buffers(fast: fast_ops.FastWeight) -> tuple[torch.Tensor, torch.Tensor]:
     return poisoned(fast.rows * fast.cols, device), status
 
 
-def check_decode(fast: fast_ops.FastWeight, weight: torch.Tensor, what: str) -> None:
+def check_decode(
+    fast: fast_ops.FastWeight,
+    weight: torch.Tensor,
+    what: str,
+    decode: Callable[..., None] = fast_ops.decode,
+) -> None:
     """Raise WrongBitsError unless a buffer of NaN is filled with the bits of `weight`."""
     out, status = buffers(fast)
-    fast_ops.decode(fast.desc, fast.rows, fast.cols, out, status)
+    decode(fast.desc, fast.rows, fast.cols, out, status)
     expect_no_status(status, what)
     expect_same_bits(out, weight, what)
 
 
 def check_run(
-    fast: fast_ops.FastWeight, weight: torch.Tensor, first: int, count: int, what: str
+    fast: fast_ops.FastWeight,
+    weight: torch.Tensor,
+    first: int,
+    count: int,
+    what: str,
+    decode_run: Callable[..., None] = fast_ops.launch_decode_run,
 ) -> None:
     """Raise WrongBitsError unless a buffer of NaN is filled with `count` rows of `weight` from row `first` on."""
     device, tiles = fast.desc.device, fast_ops.num_tiles(count, fast.cols)
     out = poisoned(count * fast.cols, device)
     status = torch.full((tiles,), -1, dtype=torch.int32, device=device)
-    fast_ops.launch_decode_run(fast.desc, fast.rows, fast.cols, first, count, out, status)
+    decode_run(fast.desc, fast.rows, fast.cols, first, count, out, status)
     expect_no_status(status, what)
     expect_same_bits(out, weight[first : first + count], what)
 
@@ -81,11 +93,15 @@ def _decode(bench: Bench, rows: int, cols: int) -> None:
 
 
 def check_rows(
-    fast: fast_ops.FastWeight, weight: torch.Tensor, ids: torch.Tensor, what: str
+    fast: fast_ops.FastWeight,
+    weight: torch.Tensor,
+    ids: torch.Tensor,
+    what: str,
+    decode_rows: Callable[..., torch.Tensor] = fast_ops.decode_rows,
 ) -> None:
     """Raise WrongBitsError unless rows `ids` are those of `weight`."""
     with nan_memory():
-        found = fast_ops.decode_rows(fast.desc, ids, fast.rows, fast.cols)
+        found = decode_rows(fast.desc, ids, fast.rows, fast.cols)
     expect_same_bits(found, weight[ids], what)
 
 

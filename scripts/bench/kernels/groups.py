@@ -60,6 +60,13 @@ class FastGroup:
     def at_once(self) -> None:
         fast_groups.decode_group(self._table, self._shapes, self._out, self._status)
 
+    def with_prmt(self, prmt: bool) -> None:
+        """Do what `at_once` does in one form of the kernel; the plain one has no PRMT."""
+        from vllm_dfloat.kernels.fast_group import decode_group
+
+        sizes = self._starts[-1], self._shapes
+        decode_group(self._table, *sizes, self._out, self._status, prmt=prmt)
+
     def check(self, what: str, work: Work | None = None) -> None:
         """Raise WrongBitsError unless `work`, by default `at_once`, fills memory of NaN with the weights."""
         self._out.view(torch.int16).fill_(-1)  # a NaN
