@@ -43,6 +43,7 @@ SECTIONS = {  # the most important come first: time may run out
 SHARES = {
     "decode": 2,
     "fast_fused": 4,
+    "experts_fused": 2,
 }  # of the time that is left, others 1; what one does not use, later ones may
 ROUNDS = 21
 
@@ -57,6 +58,12 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="begin no case after so long, and none of a section after its share",
     )
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument(
+        "--sizes",
+        choices=("first", "rest", "all"),
+        default="all",
+        help="of decode, fast and encode: the three most important sizes, or the others, and rows",
+    )
     parser.add_argument("--output", type=Path, help="the JSON file; by default under results/")
     return parser.parse_args(argv)
 
@@ -108,7 +115,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if path is not None:
             bench_report.write(path, facts, bench.rows)
 
-    bench = Bench(device, ROUNDS if is_gpu else 1, begun + args.seconds, report)
+    rounds, deadline = ROUNDS if is_gpu else 1, begun + args.seconds
+    bench = Bench(device, rounds, deadline, report, args.sizes)
     failures = measure(bench, args.only)
     if path is not None:
         more = {"failures": failures, "wrong_bits": bench.wrong}

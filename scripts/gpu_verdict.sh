@@ -7,12 +7,13 @@
 # Needs an NVIDIA GPU, PyTorch, Triton, numba and pytest; no network, no vLLM, nothing installed. For the product with
 # experts alone vLLM is used: the installed one, or one in FOLDER (FOLDER/env.sh is sourced if it exists). Sections:
 # environment; the bits of every kernel on small sizes; products of the fast layout next to cuBLAS, in order beside its
-# bits too, and runs of rows; experts; the tests marked `gpu`; times of decode, encode and packed products, next to a
-# device copy and cuBLAS; the order in which vLLM's batch-invariant GEMM adds; times of groups, rows and the official
-# layout; the bits of LM heads in slabs; memcheck; more than 2^31 weights; hardware counters; racecheck; tuning. So what
-# no GPU has run yet comes first.
-# Each section has its own time limit, and none begins after --limit (345 s) in total. Every row is
-# printed and written as soon as it is known. After wrong bits or failed tests, times are marked and the status is 1.
+# bits too; experts; decode and encode of both layouts at three sizes, next to a device copy; the order in which
+# cuBLASLt adds; the tests marked `gpu`. With the time that is left: runs of rows, groups, the official layout, rows,
+# packed products, other sizes; the bits of LM heads in slabs; memcheck; more than 2^31 weights; hardware counters;
+# racecheck; tuning. So what no GPU has run yet comes first.
+# Each section has its own time limit, and none begins after --limit (345 s) in total. All up to the tests are reached
+# in 330 s, whatever those before them take. Every row is printed and written as soon as it is known. After wrong bits
+# or failed tests, times are marked and the status is 1.
 #
 # Eight files are written to DIR, by default scripts/results/<gpu>/verdict-<date>, for a rehearsal a temporary one:
 # verdict.log, JSON, and logs.tar.gz, which is whole after every section, also if a signal ends this script.
@@ -23,6 +24,18 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 PYTHON=${PYTHON:-python3}
 device=cuda out='' limit=345 site=''
+
+# Seconds of the sections that every visit reaches, the most important first: 330 in all, so that the last of them
+# begins in time even if those before it take all of theirs. What a section leaves the next one may use. In brackets
+# what an H200 took for fewer kernels.
+START=10     # until the first section (9)
+BITS=75      # each of 16 processes compiles the kernels of two checks (40)
+PRODUCTS=105 # in order; then fused, 42 kernels that 15 processes compile meanwhile
+EXPERTS=60   # not decoded first, then decoded, of two layers (38), with 20 s for an import of vLLM
+DECODE=25    # a start, then 3 sizes each of decoding and encoding, packed and fast, by kernels that BITS has compiled
+ORDER=25     # a start, then 108 comparisons
+TESTS=30     # at the least; all of them take 90 s
+KILL_AFTER=6 # of a section's seconds, for its processes to say what they have found when its time is over
 
 usage() {
   echo "usage: scripts/gpu_verdict.sh [--device cuda|cpu] [--out DIR] [--limit SECONDS] [--commit HASH] [--site FOLDER]" >&2
@@ -53,6 +66,9 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 TRITON_INTE
 problems=()
 notes=()
 starter=() # put before the command of run_times
+slow=1
+[[ $device == cuda ]] || slow=4 # the interpreter is
+planned=$START # when the sections so far will have ended
 child='' # the running section's process
 
 verdict() { # STATUS SENTENCE
@@ -66,23 +82,31 @@ problem() {
   echo "problem: $1"
 }
 
-# Run a section within its own limit and the remaining total; sets $status: 124 or 137 if it ran out of time.
+# Set $most, what a section may take: its own seconds and what those before it have left of theirs.
+own() { # SECONDS
+  planned=$((planned + $1))
+  most=$((planned - SECONDS > $1 ? planned - SECONDS : $1))
+}
+
+# Run a section within its own limit and the remaining total; sets $status: 124 or 137 if it ran out of time. When
+# MOST_SECONDS are over, nothing of it runs any more.
 section() { # NAME MOST_SECONDS LOG COMMAND...
-  local name=$1 most=$2 begun=$SECONDS left=$((limit - SECONDS))
+  local name=$1 most=$((slow * $2)) begun=$SECONDS left=$((limit - SECONDS))
   log=$3
   shift 3
   touch "$log"
   log_start=$(stat -c %s "$log")
   status=0
   ((most <= left)) || most=$left
-  if ((most < 8)); then
+  if ((most < 8 + KILL_AFTER)); then
     notes+=("no time was left for $name")
     status=124
     return
   fi
   echo "== $name (at $SECONDS s, at most $most s)"
   # In the background, so that a signal to this script is handled at once; there a shell ignores SIGINT.
-  timeout --signal="${stop_signal:-TERM}" --kill-after=8 "$most" env --default-signal=INT "$@" >>"$log" 2>&1 &
+  timeout --signal="${stop_signal:-TERM}" --kill-after="$KILL_AFTER" $((most - KILL_AFTER)) \
+    env --default-signal=INT "$@" >>"$log" 2>&1 &
   child=$!
   wait "$child" || status=$?
   child=''
@@ -125,22 +149,21 @@ small_checks() {
 }
 export -f small_checks
 
-run_bits() {
-  local wrong most=110
-  [[ $device == cuda ]] || most=$((4 * most)) # the interpreter is slow
-  section bits "$most" "$logs/bits.log" bash -c small_checks
+run_bits() { # MOST_SECONDS
+  local wrong
+  section bits "$1" "$logs/bits.log" bash -c small_checks
   printed | grep -E '^(right bits|WRONG):' | sort -r | cut -c1-170 || true
   wrong=$(grep -c '^WRONG:' "$logs/bits.log" || true)
   ((wrong == 0)) || problem "$wrong small checks of kernels failed; see bits.log"
   grep -q '^right bits:' "$logs/bits.log" || problem "no kernel's bits were found right; see bits.log"
 }
 
-run_times() { # NAME MOST_SECONDS FILE SECTION...
-  local name=$1 most=$2 file=$3 grace=20
-  shift 3
-  [[ $device == cuda ]] || most=$((4 * most)) # the interpreter is slow
+# No case begins in the last GRACE seconds, so that the last one may end.
+run_times() { # NAME MOST_SECONDS GRACE FILE ARGUMENT...
+  local name=$1 most=$2 grace=$3 file=$4
+  shift 4
   checked_section "$name" "$most" "$logs/times.log" "${starter[@]}" "$PYTHON" scripts/bench_kernels.py --device "$device" \
-    --seconds $((most - grace)) --only "$@" --output "$out/$file"
+    --seconds $((slow * most - grace)) --output "$out/$file" "$@"
   printed | grep -vE '^(Traceback|  )' | cut -c1-170 || true
 }
 
@@ -218,20 +241,28 @@ echo "$facts"
 nvidia-smi --query-gpu=clocks.sm,clocks.mem,temperature.gpu,memory.total --format=csv 2>/dev/null || true
 echo "$(nproc) cores, $(free -g | sed -n 's/^Mem: *\([0-9]*\).*/\1/p') GiB"
 export PYTHON device
-run_bits
-run_times "products of the fast layout, runs of rows" 125 in_order.json in_order fast_fused runs
+own "$BITS"
+run_bits "$most"
+own "$PRODUCTS"
+run_times "products of the fast layout" "$most" 20 in_order.json --only in_order fast_fused
 starter=(bash -c '[[ ! -f $1/env.sh ]] || . "$1/env.sh"; PYTHONPATH=$PYTHONPATH:$1; shift; exec "$@"' site "$site")
 [[ -n $site ]] || starter=()
-run_times "times of experts" 75 experts.json experts_fused experts
+own "$EXPERTS"
+run_times "times of experts" "$most" 16 experts.json --only experts_fused experts
 starter=()
+own "$DECODE"
+run_times "times of decode and encode" "$most" 10 times1.json --sizes first --only decode fast encode
+own "$ORDER"
+checked_section order "$most" "$logs/times.log" "$PYTHON" scripts/probe_order.py --device "$device" --output "$out/order.json"
+printed | tail -n 20 | cut -c1-170 || true
 workers=()
 if [[ $device == cuda ]] && "$PYTHON" -c 'import xdist' 2>/dev/null; then workers=(-n 8); fi
-run_tests "tests marked gpu" 90 "not two_billion" "${workers[@]}"
-run_times "times of decode, encode, packed products" 60 times1.json decode fast encode fused
-checked_section order 25 "$logs/times.log" "$PYTHON" scripts/probe_order.py --device "$device" --output "$out/order.json"
-printed | tail -n 20 | cut -c1-170 || true
-run_times "times of blocks, rows, layouts" 45 times2.json block decode_rows layouts
-run_times "LM heads in slabs" 50 slabs.json slabs
+own "$TESTS"
+run_tests "tests marked gpu" "$most" "not two_billion" "${workers[@]}"
+# From here on with the time that is left of --limit.
+run_times "times of runs, blocks, layouts, rows, other sizes" 90 20 times2.json --sizes rest \
+  --only runs block layouts decode_rows fused decode fast encode
+run_times "LM heads in slabs" 50 20 slabs.json --only slabs
 [[ $device == cpu ]] || on_gpu_only
 
 for note in "${notes[@]}"; do

@@ -144,6 +144,16 @@ def test_a_section_takes_its_share_of_the_time_and_leaves_the_rest_to_later_ones
     assert left["fast_fused"] == pytest.approx(700, abs=1)
 
 
+def test_three_sizes_are_measured_first_and_the_others_by_another_call() -> None:
+    from bench.kernels.timing import Bench
+
+    found = []
+    for sizes in ("first", "rest", "all"):
+        bench = Bench(torch.device("cpu"), 1, 0, sizes=sizes)
+        found.append(list(bench.of_sizes([], [5, 4, 3, 2, 1])))
+    assert found == [[5, 4, 3], [2, 1], [5, 4, 3, 2, 1]]
+
+
 def test_few_products_are_compared_per_case_so_that_a_visit_reaches_all_of_them() -> None:
     # Bug caught: 150 kernels to compile, and 4 of 28 cases reached.
     from bench.kernels import fast_fused
@@ -158,16 +168,6 @@ def test_few_products_are_compared_per_case_so_that_a_visit_reaches_all_of_them(
             assert bool(shapes) <= len(tried) <= 6
             assert {fast_fused._key(kernel) for kernel in tried} <= set(compiled)
 
-
-def test_cases_for_which_no_time_is_left_are_named_and_not_measured(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    import bench_kernels
-
-    assert bench_kernels.main(["--device", "cpu", "--seconds", "0"]) == 0
-    rows = [line for line in capsys.readouterr().out.splitlines() if "not measured" in line]
-    assert len(rows) >= len(bench_kernels.SECTIONS)
-    assert all("out of time" in row for row in rows)
 
 def test_forms_are_compared_before_anything_is_timed_and_slow_ones_do_not_delay_the_cases(
     monkeypatch: pytest.MonkeyPatch,
@@ -224,6 +224,16 @@ def test_a_form_with_other_bits_is_told_and_ends_the_measurement_with_status_1(
     assert row["found"] == f"{'equal' if is_equal else 'other'} bits beside prmt"
     assert len(bench.wrong) == ("wrong_bits" in row) == (not is_equal)
 
+
+def test_cases_for_which_no_time_is_left_are_named_and_not_measured(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import bench_kernels
+
+    assert bench_kernels.main(["--device", "cpu", "--seconds", "0"]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if "not measured" in line]
+    assert len(rows) >= len(bench_kernels.SECTIONS)
+    assert all("out of time" in row for row in rows)
 
 
 @pytest.mark.parametrize("script", ["bench_kernels", "tune_kernels", "sanitize_kernels"])

@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import tarfile
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -57,9 +59,11 @@ def test_rehearsal_goes_through_its_parts_and_leaves_results_only_where_it_was_t
     lines = result.stdout.splitlines()
     assert lines[-1] == "verdict: the rehearsal went well; nothing was measured."
     begun = [line.split(" (at")[0].removeprefix("== ") for line in lines if " (at" in line]
-    assert begun[:4] == [
-        "bits", "products of the fast layout, runs of rows", "times of experts", "tests marked gpu"
-    ]  # fmt: skip
+    assert begun == [
+        *REACHED,
+        "times of runs, blocks, layouts, rows, other sizes",
+        "LM heads in slabs",
+    ]
     compared = next(i for i, line in enumerate(lines) if line.startswith("right bits: encoder"))
     timed = next(i for i, line in enumerate(lines) if line.startswith("section "))
     tested = next(i for i, line in enumerate(lines) if " passed" in line)
@@ -82,6 +86,51 @@ def test_rehearsal_goes_through_its_parts_and_leaves_results_only_where_it_was_t
     ]  # fmt: skip
     assert logs_of(tmp_path) == {"bits.log", "tests.log", "times.log"}
     assert sorted(RESULTS.rglob("*")) == before
+
+
+REACHED = [
+    "bits", "products of the fast layout", "times of experts", "times of decode and encode", "order",
+    "tests marked gpu",
+]  # fmt: skip
+UNTIL_THE_FIRST = 10  # seconds that a visit takes to find out about its machine; 9 on an H200
+PYTHON = """#!/bin/bash
+case $* in
+  *bench_setup.py*) echo '{}' ;;
+  *xdist*) exit 1 ;;
+esac
+"""
+# Uses up its time at once, and writes down how much that is.
+TIMEOUT = """#!/bin/bash
+kill=${2#--kill-after=}
+echo $((kill + $3)) >>"$(dirname "$0")/most"
+exit 124
+"""
+
+
+def test_all_that_a_visit_is_for_is_reached_even_if_each_section_takes_all_of_its_time(
+    tmp_path: Path,
+) -> None:
+    # Bug caught: times of decode and the order of cuBLASLt after sections that may use up the whole visit.
+    for name, text in (("python", PYTHON), ("timeout", TIMEOUT)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    env = {
+        **os.environ,
+        "PYTHON": str(tmp_path / "python"),
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+    }
+    command = [ROOT / "scripts/gpu_verdict.sh", "--limit", "330", "--out", str(tmp_path / "out")]
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    begun = re.findall(r"^== (.*) \(at (\d+) s, at most (\d+) s\)$", result.stdout, re.MULTILINE)
+    assert [name for name, _, _ in begun][: len(REACHED)] == REACHED, result.stdout
+    most = [int(seconds) for _, _, seconds in begun]
+    assert [int(seconds) for seconds in (tmp_path / "most").read_text().split()] == most
+    # None has taken any time, so each may take what all before it have left, and ends when they would have.
+    ends = [int(at) + seconds for (_, at, _), seconds in zip(begun, most, strict=True)]
+    own = [b - a for a, b in pairwise([UNTIL_THE_FIRST, *ends[: len(REACHED)]])]
+    assert ends[len(REACHED) - 1] <= 330
+    assert min(own) >= 25
+    assert own[0] + own[1] >= 180
 
 
 def test_time_that_is_up_ends_the_parts_and_names_those_that_did_not_run(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ MOST_PINNED_BYTES = 1 << 29
 
 
 def run(bench: Bench) -> None:
-    for rows, cols in bench.pick(SIZES, [(8, 700)]):
+    for rows, cols in bench.of_sizes(SIZES, [(8, 700)]):
         if bench.begin("decode", f"{rows} x {cols}"):
             _decode(bench, rows, cols)
 
@@ -41,7 +41,7 @@ def run_rows(bench: Bench) -> None:
 
 
 def run_encode(bench: Bench) -> None:
-    for rows, cols in bench.pick(ENCODED, [(8, 700)]):
+    for rows, cols in bench.of_sizes(ENCODED, [(8, 700)]):
         if bench.begin("encode", f"{rows} x {cols}"):
             _encode(bench, rows, cols)
 

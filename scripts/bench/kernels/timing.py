@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -20,6 +20,7 @@ Call = Callable[[int], Any]  # the argument is the number of the set of inputs
 T = TypeVar("T")
 
 MAX_SETS = 48  # a turn must fit into the queue of launches
+FIRST_SIZES = 3  # of matrices, that a short visit measures
 FLOOR = "copy of the bytes read and written"
 FASTEST_CLOCK = 2.2e9  # Hz; with it, a delay in cycles lasts at least the seconds asked for
 
@@ -37,6 +38,7 @@ class Bench:
         rounds: turns of each contender.
         deadline: `time.monotonic()` after which no further case begins.
         on_row: called with each row as soon as it is known.
+        sizes: of the sizes of matrices "first" (three), "rest" or "all".
         rows: one per contender and case.
         wrong: one sentence for every failed comparison of bits.
     """
@@ -45,6 +47,7 @@ class Bench:
     rounds: int
     deadline: float
     on_row: Callable[[dict[str, Any]], None] = lambda row: None
+    sizes: str = "all"
     rows: list[dict[str, Any]] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
     _marks: list[str] = field(default_factory=list)  # errors of the current case
@@ -56,6 +59,11 @@ class Bench:
     def pick(self, gpu: T, cpu: T) -> T:
         """Return `gpu` on a GPU, else `cpu`, a small value for a rehearsal."""
         return gpu if self.is_gpu else cpu
+
+    def of_sizes(self, gpu: Sequence[T], cpu: Sequence[T]) -> Sequence[T]:
+        """Return those of `gpu` or `cpu`, as `pick` does, that `sizes` asks for."""
+        parts = {"first": slice(FIRST_SIZES), "rest": slice(FIRST_SIZES, None), "all": slice(None)}
+        return self.pick(gpu, cpu)[parts[self.sizes]]
 
     def num_sets(self, bytes_per_call: int) -> int:
         """Return how many sets of inputs exceed twice the L2 cache, if a call reads and writes `bytes_per_call`."""
