@@ -105,12 +105,12 @@ if [[ $device == cpu ]]; then
   choices=(--fork --decode-first --eager --batches 1,2 --context 16 --prefill 64 --hold 128 --steps 4 --point-seconds 2 --max-seqs 4 --variants bf16,exact,fast_exact,auto,fast_fused_exact)
 else
   shape=${shape:-llama-3.1-8b} attention=(FLASH_ATTN TRITON_ATTN) graphs=$GRAPHS folder=$work/weights
-  room=$(df -BG --output=avail /dev/shm 2>/dev/null | tail -n 1 | tr -dc 0-9)
+  room=$(df -BG --output=avail /dev/shm 2>/dev/null | tail -n 1 | tr -dc 0-9) || true
   if ((${room:-0} >= 24)); then # 16 GB of weights, and room for the engines
     folder=/dev/shm/vllm-dfloat-$$
     trap 'rm -rf "$work" "$folder"' EXIT
   fi
-  total=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2>/dev/null | head -n 1 | tr -dc 0-9)
+  total=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2>/dev/null | head -n 1 | tr -dc 0-9) || true
   share=$(awk -v mine="$MEMORY_MIB" -v total="${total:-81559}" 'BEGIN { s = mine / total; printf "%.3f", s < 0.9 ? s : 0.9 }')
   choices=(--fork --decode-first --batches 1,4,16,64,256 --prefill 8192 --hold 2048 --steps 60 --point-seconds 4 --max-seqs 256
     --gpu-memory "$share" --variants bf16,exact,fast_exact,fast_fused,fused)
