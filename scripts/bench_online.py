@@ -41,7 +41,8 @@ def parser() -> argparse.ArgumentParser:
     add("--shape", choices=SHAPES, default="llama-3.1-8b", help="random weights of this shape")
     add("--folder", type=Path, help="where random weights lie, or are written to once")
     add("--model", type=Path, help="a BF16 checkpoint to serve instead")
-    add("--variants", default="bf16,exact,fast_exact,fast_fused", help=f"of {', '.join(VARIANTS)}")
+    default = "bf16,exact,fast_exact,fast_fused,auto"
+    add("--variants", default=default, help=f"of {', '.join(VARIANTS)}")
     add("--rates", default="1,4,inf", help="requests a second; inf: all at once")
     add(
         "--seconds",

@@ -72,3 +72,39 @@ def test_arguments_that_it_does_not_know_are_refused(arguments: tuple[str, ...])
     result = run(*arguments)
     assert result.returncode == 2
     assert result.stderr.startswith("usage: ")
+
+
+PYTHON = """#!/bin/bash
+here=$(dirname "$0")
+case $* in
+  *bench_setup.py*) echo '{}' ;;
+  *spec.submodule_search_locations*) echo "$here" ;;
+  *bench_serve.py* | *bench_online.py*)
+    printf '%s\\n' "$@" >"$here/arguments"
+    while (($#)); do [[ $1 != --logs ]] || [[ $2 == *.gz ]] || mkdir -p "$2"; shift; done
+    ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variants"),
+    [
+        ([], "bf16,exact,fast_exact,fast_fused,auto"),
+        (["--protocol"], "bf16,exact,fast_exact,fast_fused,auto"),
+        (["--invariant"], "bf16,fast_fused_exact,fast_exact"),
+        (["--protocol", "--invariant"], "bf16,exact,fast_exact,fast_fused_exact,auto"),
+        (["--variants", "bf16,exact,fused"], "bf16,exact,fused"),
+    ],
+)
+def test_a_gpu_serves_both_layouts_exact_and_fused_and_auto_unless_others_are_asked_for(
+    arguments: list[str], variants: str, tmp_path: Path
+) -> None:
+    (tmp_path / "python").write_text(PYTHON)
+    (tmp_path / "python").chmod(0o755)
+    options = ["--out", str(tmp_path / "out"), *arguments]
+    result = run(*options, PYTHON=str(tmp_path / "python"))
+    assert result.returncode == 0, result.stdout + result.stderr
+    given = (tmp_path / "arguments").read_text().splitlines()
+    last = len(given) - 1 - given[::-1].index("--variants")  # the one that counts
+    assert given[last + 1] == variants
