@@ -1,8 +1,9 @@
-"""Compare the bits of vLLM's batch-invariant GEMM on Hopper with products that add in a known order.
+"""Compare the bits of cuBLASLt without split-K, as vLLM sets it up on Hopper, with products in a known order.
 
     python scripts/probe_order.py [--device cpu] [--output FILE]
 
-Under VLLM_BATCH_INVARIANT vLLM uses cuBLASLt on sm_90 and sm_100, without split-K; this script makes the same settings.
+Under VLLM_BATCH_INVARIANT vLLM multiplies linear layers and LM heads by its own Triton kernel, on sm_90 and sm_100 too
+(docs/exactness.md); for other products it sets cuBLASLt there, without split-K. This script makes the same settings.
 The product beside it has one FP32 accumulator and takes columns in order, as many at a time as the tensor cores do. The
 fused product with the fast layout takes them in another order inside each 64; here the columns of both operands are
 put in the order in which it multiplies 16 neighbours at a time (`fused`), and left as they are (`fused, own order`).

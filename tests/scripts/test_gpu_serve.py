@@ -19,7 +19,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
 
 
-@pytest.mark.on_demand  # two minutes: before a GPU is used, and in the nightly run
+@pytest.mark.on_demand  # two minutes: with --full, before a GPU is used
 def test_rehearsal_serves_every_variant_and_leaves_four_files(tmp_path: Path) -> None:
     arguments = [
         "--device",

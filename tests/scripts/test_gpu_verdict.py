@@ -47,7 +47,7 @@ def test_a_run_that_is_told_to_end_leaves_its_results_and_logs_in_few_files(tmp_
     assert sorted(path.name for path in tmp_path.iterdir()) == ["logs.tar.gz", "verdict.log"]
 
 
-@pytest.mark.on_demand  # minutes: before a GPU is used, and in the nightly run
+@pytest.mark.on_demand  # minutes: with --full, before a GPU is used
 def test_rehearsal_goes_through_its_parts_and_leaves_results_only_where_it_was_told(
     tmp_path: Path,
 ) -> None:
