@@ -50,25 +50,39 @@ def test_planned_size_is_that_of_the_encoder(layout: str, bits: np.ndarray) -> N
 
 def test_layouts_stand_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
     command = ["plan", str(CONFIGS / "Llama-3.1-8B.json"), "--gpu-memory", "24GiB", "--layout"]
-    single = {}
-    for layout in LAYOUTS:
-        assert main([*command, layout, "--json"]) == 0
+    single, shown = {}, (*LAYOUTS, "auto")
+    tokens = ["--kv-tokens", "75000"]
+    for layout in shown:
+        assert main([*command, layout, "--json", *(tokens if layout == "auto" else [])]) == 0
         single[layout] = json.loads(capsys.readouterr().out)
         assert single[layout]["layout"] == layout
-    assert main([*command, "all", "--json"]) == 0
+    assert main([*command, "all", "--json", *tokens]) == 0
     assert json.loads(capsys.readouterr().out) == single
-    assert main([*command, "all"]) == 0
+    assert main([*command, "all", *tokens]) == 0
     table, below = capsys.readouterr().out.split("\n\n")
     assert below.startswith("codes: 2.7 bits per exponent, assumed")
+    assert f"\n{single['auto']['notes'][-1]}.\n" in below
     assert "Llama-3.1-8B.json, layout packed: the model fits in both; " in below
     head, bf16, *rows = table.splitlines()
     assert head.split() == ["layout", "weights", "bits", "scratch", "for", "KV", "KV", "tokens"]
     assert bf16.split()[0] == "BF16"
-    assert [row.split()[0] for row in rows] == list(LAYOUTS)
-    for layout, row in zip(LAYOUTS, rows, strict=True):
+    assert [row.split()[0] for row in rows] == list(shown)
+    for layout, row in zip(shown, rows, strict=True):
         assert row.split()[-1] == f"{single[layout]['dfloat11']['kv_tokens']:,}"
     bits = [single[layout]["stages"][0]["bits_per_weight"] for layout in LAYOUTS]
     assert bits == pytest.approx([10.81, 12.01, 10.92], abs=0.01)
+    assert 75_000 <= single["auto"]["dfloat11"]["kv_tokens"] < 75_100
+
+
+def test_without_a_number_auto_stands_beside_the_others_with_room_for_one_request(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = ["plan", str(CONFIGS / "Llama-3.1-8B.json"), "--gpu-memory", "24GiB"]
+    for length, told in ((["--max-model-len", "72000"], "72,000"), ([], "131,072")):
+        assert main([*command, "--layout", "all", *length]) == 0
+        *_, choice, _ = capsys.readouterr().out.splitlines()
+        assert choice.startswith("auto: ")
+        assert f"{told} tokens of KV cache" in choice
 
 
 @pytest.mark.parametrize("layout", ["dfloat11", "all"])
@@ -171,13 +185,17 @@ def test_tokens_for_which_packed_matrices_leave_no_room_either_are_told() -> Non
     [
         (
             ["--layout", "packed"],
-            "--kv-tokens 100 with --layout packed: it needs --layout auto. Give",
+            "--kv-tokens 100 with --layout packed: it needs --layout auto or all. Give",
         ),
-        (["--layout", "all"], "--kv-tokens 100 with --layout all: it needs --layout auto."),
-        (
-            ["--layout", "auto", "--kv-cache-memory", "1GiB"],
-            "--kv-tokens 100 with --kv-cache-memory 1GiB: each says how large the KV cache is;",
+        ([], "--kv-tokens 100 with --layout packed: it needs --layout auto or all. Give"),
+        *(
+            (
+                ["--layout", layout, "--kv-cache-memory", "1GiB"],
+                "--kv-tokens 100 with --kv-cache-memory 1GiB: each says how large the KV cache is;",
+            )
+            for layout in ("auto", "all")
         ),
+        (["--layout", "all", "--granularity", "block"], "--granularity block with --layout all:"),
     ],
 )
 def test_tokens_that_nothing_is_chosen_by_are_refused(

@@ -120,10 +120,11 @@ def _add_compression(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--layout", choices=("packed", "fast", "dfloat11", "auto", "all"), default="packed",
-        help="how compressed weights are held, as the option of that name; all: the first three, beside BF16",
+        help="how compressed weights are held, as the option of that name; all: each of these, beside BF16",
     )  # fmt: skip
     parser.add_argument(
-        "--kv-tokens", type=int, help="that --layout auto leaves room for (default: one request of --max-model-len)"
+        "--kv-tokens", type=int,
+        help="that layout auto leaves room for, with --layout auto or all (default: one request of --max-model-len)",
     )  # fmt: skip
     parser.add_argument(
         "--slab", metavar="SIZE", help="of the LM head, as the option `slab`: auto (default), off, bytes, 64MiB"
@@ -142,7 +143,7 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Plan, print, draw; return the exit status."""
     from vllm_dfloat.commands.plan_settings import settings_of
-    from vllm_dfloat.plan.layout_sizes import LAYOUTS
+    from vllm_dfloat.plan.layout_sizes import AUTO, LAYOUTS
     from vllm_dfloat.plan.plan import make_plan
     from vllm_dfloat.plan.report import as_json, as_table, side_by_side, summary
 
@@ -153,7 +154,7 @@ def run(args: argparse.Namespace) -> int:
 
         draw(plan, args.png)
     if args.layout == "all":
-        others = [replace(settings, layout=layout) for layout in LAYOUTS[1:]]
+        others = [replace(settings, layout=layout) for layout in (*LAYOUTS[1:], AUTO)]
         plans = [plan, *(make_plan(args.model, one, args.code_bits) for one in others)]
         if args.json:
             say_json({one.settings.layout: as_json(one) for one in plans})

@@ -143,10 +143,10 @@ def _check(args: argparse.Namespace) -> None:
         raise UnsupportedError(
             f"--cpu-offload-gb {args.cpu_offload_gb:g}: expected GiB per GPU, at least 0 and below {MAX_OFFLOAD:,}."
         )
-    if args.kv_tokens and args.layout != "auto":
+    if args.kv_tokens and args.layout not in (layout_sizes.AUTO, "all"):
         raise UnsupportedError(
-            f"--kv-tokens {args.kv_tokens} with --layout {args.layout}: it needs --layout auto. "
-            "Give --layout auto, or leave --kv-tokens out."
+            f"--kv-tokens {args.kv_tokens} with --layout {args.layout}: it needs --layout auto or all. "
+            "Give one of these, or leave --kv-tokens out."
         )
     if args.kv_tokens and args.kv_cache_memory:
         raise UnsupportedError(

@@ -18,6 +18,7 @@ from vllm_dfloat.plan.packed_size import DESC_BYTES, Packed, packed_size
 from vllm_dfloat.plan.weights import Weight
 
 LAYOUTS = ("packed", "fast", "dfloat11")
+AUTO = "auto"  # fast for some layers, packed for the others
 # Of trained matrices 0.02 to 0.04 % of the weights lie outside the best 16 exponents.
 ASSUMED_ESCAPES = 0.0003
 TABLES = 3  # assumed: of the official layout, per matrix; 1 KiB each

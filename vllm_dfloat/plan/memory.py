@@ -17,7 +17,7 @@ from vllm_dfloat.plan.byte_sizes import GIB
 from vllm_dfloat.plan.caches import pages_of_rank
 from vllm_dfloat.plan.config import ModelConfig
 from vllm_dfloat.plan.kv_cache import KVCache, group_layers
-from vllm_dfloat.plan.layout_sizes import Codes, size_of
+from vllm_dfloat.plan.layout_sizes import AUTO, Codes, size_of
 from vllm_dfloat.plan.offload import BlockWeight, on_host
 from vllm_dfloat.plan.rotary import rotary_bytes
 from vllm_dfloat.plan.scratch import Layers, Scratch
@@ -124,7 +124,7 @@ def ranks_of(
     for stage, layers in enumerate(split_layers(config.num_layers, settings.pp)):
         held = [w for w in weights if w.is_on_stage(stage, layers, settings.pp)]
         rank = _rank(config, held, settings, codes, stage, layers, slots)
-        if settings.layout == "auto":
+        if settings.layout == AUTO:
             fast = _fast(config, held, settings, codes, rank)
             rank = _rank(config, held, settings, codes, stage, layers, slots, fast)
         ranks.append(rank)
@@ -192,7 +192,7 @@ def _overheads(
 
 
 def _layout(settings: Settings, weight: Weight, fast: frozenset[str]) -> str:
-    if settings.layout != "auto":
+    if settings.layout != AUTO:
         return settings.layout
     return "fast" if layer_of(weight) in fast else "packed"
 

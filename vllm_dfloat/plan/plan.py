@@ -12,7 +12,7 @@ from vllm_dfloat.plan.config import ModelConfig, read_model_config
 from vllm_dfloat.plan.guessed import weights_of_files
 from vllm_dfloat.plan.hub import config_file, is_of_hub
 from vllm_dfloat.plan.kv_cache import KVCache
-from vllm_dfloat.plan.layout_sizes import ASSUMED_ESCAPES, Codes
+from vllm_dfloat.plan.layout_sizes import ASSUMED_ESCAPES, AUTO, Codes
 from vllm_dfloat.plan.measured import MeasuredBits
 from vllm_dfloat.plan.memory import Rank, kv_cache_of, ranks_of
 from vllm_dfloat.plan.notes import (
@@ -51,6 +51,7 @@ class Plan:
         kv_cache: its shape on a rank.
         code_bits: where the bits of the codes come from, in words.
         notes: remarks for the reader.
+        choice: those of them that say what layout "auto" chose.
     """
 
     model: str
@@ -65,6 +66,7 @@ class Plan:
     proven: Outcome
     code_bits: str
     notes: tuple[str, ...]
+    choice: tuple[str, ...] = ()
 
     def kv_bytes_per_token(self, rank: Rank) -> float:
         """Return the bytes of a token on a rank; layers with a window count in full."""
@@ -94,7 +96,7 @@ def make_plan(model: str, settings: Settings, code_bits: float | None = None) ->
     weights, told = _weights(config, files)
     notes += told
     codes, code_bits_told = _code_bits(files, code_bits)
-    if settings.layout in ("fast", "auto"):
+    if settings.layout in ("fast", AUTO):
         code_bits_told += f"; {_escapes(files)} of weights escaped"
     ranks = ranks_of(config, weights, settings, codes)
     cache = kv_cache_of(config, settings)
@@ -110,15 +112,16 @@ def make_plan(model: str, settings: Settings, code_bits: float | None = None) ->
     notes += notes_on_head(ranks, of_proven.tokens) + notes_on_idle_options(
         ranks, weights, settings
     )
-    if settings.layout == "auto":
-        notes += [
+    choice: list[str] = []
+    if settings.layout == AUTO:
+        choice = [
             note_on_auto(ranks, weights, settings, config),
             *notes_on_shortage(ranks, settings, config),
         ]
     return Plan(
         model, config, settings, sum(weight.numel for weight in weights),
         sum(weight.numel for weight in weights if weight.is_compressed),
-        ranks, cache, of_bf16, of_dfloat11, of_proven, code_bits_told, tuple(notes),
+        ranks, cache, of_bf16, of_dfloat11, of_proven, code_bits_told, (*notes, *choice), tuple(choice),
     )  # fmt: skip
 
 

@@ -33,7 +33,7 @@ def as_table(plan: Plan) -> list[str]:
 def side_by_side(plans: Sequence[Plan]) -> list[str]:
     """Return a table, as lines, of a model's plans in different layouts, beside BF16; of the stage with most weights.
 
-    Below it, what the first plan is based on.
+    Below it, what the first plan is based on, and what "auto" chose.
     """
     first = max(plans[0].ranks, key=lambda rank: rank.bf16_weights)
     lines = [
@@ -45,7 +45,8 @@ def side_by_side(plans: Sequence[Plan]) -> list[str]:
         sizes = show_size(rank.dfloat11_weights), f"{rank.bits_per_weight:.2f}"
         room = _room(plan.dfloat11)
         lines.append(_cells(plan.settings.layout, *sizes, show_size(rank.scratch), *room))
-    return [*lines, "", f"codes: {plans[0].code_bits}."]
+    choice = [f"{sentence}." for plan in plans for sentence in plan.choice]
+    return [*lines, "", f"codes: {plans[0].code_bits}.", *choice]
 
 
 def _room(outcome: Outcome) -> tuple[str, str]:
