@@ -129,6 +129,20 @@ def test_a_head_in_another_dtype_is_counted_as_bf16(gpu_of: Callable[[int], None
     assert "128 of 128 matrices fast" in choose(config, Options(layout="auto"))[1]
 
 
+def test_the_mode_of_the_engine_counts(gpu_of: Callable[[int], None], tmp_path: Path) -> None:
+    # Bug caught: down_proj, which is decoded in every mode, took the memory of matrices that are multiplied.
+    gpu_of(24)
+    sizes = json.loads((CONFIGS / "Llama-3.1-8B.json").read_text())
+    (tmp_path / "uneven.json").write_text(json.dumps({**sizes, "intermediate_size": 14400}))
+    config = of_config("Llama-3.1-8B", 8192)
+    config.model_config.model = str(tmp_path / "uneven.json")
+    wish = Options(layout="auto", kv_tokens=72_000)
+    for mode in ("fused", "fused-exact"):
+        layers, _ = choose(config, replace(wish, mode=mode))
+        assert "lm_head" in layers
+    assert "lm_head" not in choose(config, wish)[0]
+
+
 def test_experts_that_engines_share_are_counted_once(gpu_of: Callable[[int], None]) -> None:
     # Bug caught: --data-parallel-size was not counted, and what the plan for it holds fast was packed.
     gpu_of(48)

@@ -8,6 +8,7 @@ from typing import Any
 from vllm_dfloat.commands.arguments import path, place
 from vllm_dfloat.commands.output import say, say_json
 from vllm_dfloat.plan.kv_cache import DTYPE_BYTES
+from vllm_dfloat.plan.settings import MODES
 from vllm_dfloat.plan.states import STATE_DTYPES
 
 EXIT_FITS, EXIT_DOES_NOT_FIT = 0, 1
@@ -125,6 +126,10 @@ def _add_compression(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kv-tokens", type=int,
         help="that layout auto leaves room for, with --layout auto or all (default: one request of --max-model-len)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--mode", choices=MODES, default=MODES[0],
+        help=f"of serving, by which layout auto goes, with --layout auto or all (default: {MODES[0]})",
     )  # fmt: skip
     parser.add_argument(
         "--slab", metavar="SIZE", help="of the LM head, as the option `slab`: auto (default), off, bytes, 64MiB"

@@ -6,7 +6,7 @@ from vllm_dfloat.errors import UnsupportedError
 from vllm_dfloat.plan import layout_sizes
 from vllm_dfloat.plan.byte_sizes import GIB, parse_size
 from vllm_dfloat.plan.offload import Prefetch
-from vllm_dfloat.plan.settings import Settings
+from vllm_dfloat.plan.settings import MODES, Settings
 
 MAX_OFFLOAD = 1 << 20  # GiB
 
@@ -42,6 +42,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
         expert_parallel=args.enable_expert_parallel,
         granularity=args.granularity,
         kv_tokens=args.kv_tokens,
+        mode=args.mode,
         layout=layout_sizes.LAYOUTS[0] if args.layout == "all" else args.layout,
         slab=_slab(args.slab),
     )  # fmt: skip
@@ -143,11 +144,7 @@ def _check(args: argparse.Namespace) -> None:
         raise UnsupportedError(
             f"--cpu-offload-gb {args.cpu_offload_gb:g}: expected GiB per GPU, at least 0 and below {MAX_OFFLOAD:,}."
         )
-    if args.kv_tokens and args.layout not in (layout_sizes.AUTO, "all"):
-        raise UnsupportedError(
-            f"--kv-tokens {args.kv_tokens} with --layout {args.layout}: it needs --layout auto or all. "
-            "Give one of these, or leave --kv-tokens out."
-        )
+    _check_of_auto(args)
     if args.kv_tokens and args.kv_cache_memory:
         raise UnsupportedError(
             f"--kv-tokens {args.kv_tokens} with --kv-cache-memory {args.kv_cache_memory}: each says how large the KV "
@@ -155,3 +152,17 @@ def _check(args: argparse.Namespace) -> None:
         )
     if args.code_bits is not None and not 1 <= args.code_bits <= 8:
         raise UnsupportedError(f"--code-bits {args.code_bits:g}: expected 1 to 8.")
+
+
+def _check_of_auto(args: argparse.Namespace) -> None:
+    """Refuse what only layout auto goes by, with another layout."""
+    given = {
+        f"--kv-tokens {args.kv_tokens}": bool(args.kv_tokens),
+        f"--mode {args.mode}": args.mode != MODES[0],
+    }
+    for option, is_given in given.items():
+        if is_given and args.layout not in (layout_sizes.AUTO, "all"):
+            raise UnsupportedError(
+                f"{option} with --layout {args.layout}: it changes what layout auto chooses, and nothing else; "
+                f"expected --layout auto or all. Give one of these, or leave {option.partition(' ')[0]} out."
+            )

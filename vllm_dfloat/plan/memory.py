@@ -10,6 +10,7 @@ from vllm_dfloat.plan.auto import (
     bytes_for,
     choose,
     layer_of,
+    layers_of,
     multiplied,
     turn_of,
 )
@@ -210,14 +211,13 @@ def _fast(
     taken = packed.dfloat11_on_gpu + packed.scratch
     taken += packed.unproven_overhead  # the head may be needed whole
     limit = settings.requested if settings.kv_cache_memory is None else settings.gpu_memory
-    more: dict[tuple[str, int], int] = {}
+    tensors = []
     for weight in multiplied(held):
         shape = weight.shape_of_rank(settings.tp, settings.expert_parallel, settings.dp)
         sizes = [size_of(name, weight, *shape, codes).num_bytes for name in ("fast", "packed")]
-        layer = layer_of(weight), turn_of(weight)
-        more[layer] = more.get(layer, 0) + max(0, sizes[0] - sizes[1])
-    candidates = [Candidate(*layer, beyond) for layer, beyond in more.items()]
-    return choose(candidates, limit - taken - wanted)
+        turn = turn_of(weight, shape, settings.decodes_all)
+        tensors.append(Candidate(layer_of(weight), turn, max(0, sizes[0] - sizes[1])))
+    return choose(layers_of(tensors), limit - taken - wanted)
 
 
 def activation_bytes(config: ModelConfig, settings: Settings) -> int:

@@ -5,6 +5,11 @@ from dataclasses import dataclass
 from vllm_dfloat.plan.byte_sizes import GIB
 from vllm_dfloat.plan.offload import NO_PREFETCH, Prefetch
 
+MODES = (
+    "exact",
+    "fused",
+    "fused-exact",
+)  # the first decodes all; the others multiply few rows without
 LARGE_GPU = 70 * GIB  # from here on vLLM takes larger batches by default
 
 
@@ -27,6 +32,7 @@ class Settings:
         mamba_ssm_cache_dtype: of states; "auto" for what vLLM takes on a GPU.
         layout: how compressed weights are held, of layout_sizes.py, or "auto" (auto.py).
         kv_tokens: that "auto" leaves room for, if one request of --max-model-len takes no more; None for that request.
+        mode: of MODES; "auto" goes by it.
         granularity: "layer" or "block", what is decoded in one launch.
         slab: bytes of a slab of the LM head; None for what vLLM takes on a GPU, 0 to hold the whole head.
         slots: scratch buffers in use at the same time; None for as many as the model needs on a GPU.
@@ -52,6 +58,7 @@ class Settings:
     mamba_ssm_cache_dtype: str = "auto"
     layout: str = "packed"
     kv_tokens: int | None = None
+    mode: str = MODES[0]
     granularity: str = "layer"
     slab: int | None = None
     slots: int | None = None
@@ -61,6 +68,10 @@ class Settings:
         """How the GPUs share the model, in words."""
         engines = f" x DP {self.dp}" if self.dp > 1 else ""
         return f"TP {self.tp} x PP {self.pp}{engines}"
+
+    @property
+    def decodes_all(self) -> bool:
+        return self.mode == MODES[0]
 
     @property
     def requested(self) -> int:

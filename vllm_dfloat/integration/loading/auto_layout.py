@@ -87,6 +87,7 @@ def _settings(config: Any, options: Options) -> Settings:
         expert_parallel=parallel.enable_expert_parallel,
         layout="auto",
         kv_tokens=options.kv_tokens,
+        mode=options.mode,
         granularity="block" if options.granularity == "block" else "layer",
         slab=options.slab
         if isinstance(options.slab, int)
