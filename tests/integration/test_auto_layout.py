@@ -1,6 +1,8 @@
 """Layout "auto": what vLLM's settings and the options make of the plan, and what is said where there is none."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -44,6 +46,7 @@ def test_with_a_plan_some_layers_are_fast(bf16_checkpoint: Checkpoint) -> None:
     assert layers
 
 
+SCRIPT = Path(__file__).parents[1] / "choosing_ranks.py"
 CONFIGS = Path(__file__).parents[1] / "data" / "configs"
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 
@@ -141,6 +144,25 @@ def test_the_mode_of_the_engine_counts(gpu_of: Callable[[int], None], tmp_path: 
         layers, _ = choose(config, replace(wish, mode=mode))
         assert "lm_head" in layers
     assert "lm_head" not in choose(config, wish)[0]
+
+
+def test_ranks_with_different_memory_and_files_choose_alike(
+    bf16_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    # Bug caught: each rank chose by the memory of its node's first GPU, and by its own files.
+    command = [sys.executable, str(SCRIPT), str(bf16_checkpoint("llama")), str(tmp_path)]
+    subprocess.run(command, check=True, timeout=300)
+    first, second = (json.loads((tmp_path / str(rank)).read_text()) for rank in range(2))
+    alone = second.pop("alone")
+    assert first.pop("alone") != alone  # which has less memory
+    assert first == second
+    assert first["together"] == alone
+    assert 0 < len(alone[0]) < 129
+    assert set(first["loaded"].values()) == {"packed"}
+    layers, line = first["without the first's files"]
+    assert not layers
+    assert line.startswith("auto: all layers are packed, since the plan is not known: missing")
+    assert first["without the second's files"] == alone
 
 
 def test_experts_that_engines_share_are_counted_once(gpu_of: Callable[[int], None]) -> None:

@@ -227,7 +227,7 @@ class DFloat11Config(QuantizationConfig):  # type: ignore[misc]  # vLLM is untyp
         if self.options.layout == AUTO:
             from vllm_dfloat.integration.loading import auto_layout
 
-            layers, line = auto_layout.choose(config, self.options, self.packed_modules_mapping)
+            layers, line = auto_layout.choose_for(self, config)
             self._fast_layers = fused_names.with_those_of_vllm(layers, self._mapper)
             self._log_once(line)
         self._started = True
