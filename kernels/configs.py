@@ -28,8 +28,13 @@ class LaunchConfig:
         dfloat11_num_warps: warps of a program that decodes a block of the official layout; with 4, look-ups of 4
             windows overlap in a thread, and nothing spills.
         fused_gemv_tiles_per_program: tiles per program of the fused kernel, two per warp.
-        fused_max_rows: largest number of input rows for which the fused kernel is used; at most 4;
-            beyond it, decode then GEMM. On an H100 the fused kernel takes 0.4 to 0.9 of its time.
+        fused_max_rows: largest number of rows of activations for which the packed kernel multiplies without decoding,
+            for a matrix of any shape; at most 4. Measured on an H100 for four shapes of Llama 3.1 8B, when decoding was
+            slower than now: the kernel took 0.4 to 0.7 of the time of decoding and cuBLAS. By arithmetic with today's
+            decoding it takes 0.5 to 0.9, so 2 rows win for all four.
+        fused_max_rows_if_large: the same for matrices of at least `fused_large_rows` rows; counts if it is more.
+        fused_large_rows: measured likewise for 4 rows of activations: 0.6 of that time for 28672 x 4096, 0.7 for
+            6144 x 4096, 0.9 and 1.06 for 4096 x 4096 and x 14336; by arithmetic 0.8, 0.9, 1.04 and 1.37 today.
         group_decode_max_numel: largest group, in weights, that one launch decodes; 0: a launch per layer.
         slab_bytes: bytes of a slab of an LM head, if no other matrix needs as much scratch. On an H100 the GEMM over
             slabs of 64 MiB gave the bits of the whole head of Llama 3.1 8B, for values as in a model; over 32 MiB it
@@ -61,7 +66,9 @@ class LaunchConfig:
     chosen_programs: int = 16_384
     dfloat11_num_warps: int = 4
     fused_gemv_tiles_per_program: int = 8
-    fused_max_rows: int = 4
+    fused_max_rows: int = 2
+    fused_max_rows_if_large: int = 4
+    fused_large_rows: int = 6144
     group_decode_max_numel: int = 0
     slab_bytes: int = 64 << 20
     slab_proof_work: int = 4 * 10**15
@@ -82,6 +89,11 @@ class LaunchConfig:
     fast_tokens_per_expert: int = 16
     measured: bool = False
 
+    def max_fused_rows(self, rows: int) -> int:
+        """Return up to how many rows of activations a packed matrix of `rows` rows is multiplied without decoding."""
+        is_large = rows >= self.fused_large_rows
+        return max(self.fused_max_rows, self.fused_max_rows_if_large if is_large else 0)
+
 
 DEFAULT = LaunchConfig()
 # Triton's interpreter runs one program at a time, as NumPy calls: a few large programs are fastest.
@@ -90,6 +102,7 @@ INTERPRETED = LaunchConfig(
     chosen_programs=4,
     slab_proof_work=3 * 10**10,
     fused_gemv_tiles_per_program=64,
+    fused_max_rows=4,  # tests have small matrices
     dfloat11_encode_tiles_per_program=128,
     fast_rows_per_program=64,
     fast_rows_at_once=64,

@@ -37,6 +37,7 @@ CANDIDATES: dict[str, tuple[int, ...]] = {  # Triton takes powers of two
     "fused_gemv_tiles_per_program": (1, 2, 4, 8),
 }
 DERIVED = ("fused_max_rows", "group_decode_max_numel")
+WITH_FUSED_MAX_ROWS = ("fused_max_rows_if_large", "fused_large_rows")  # found with it
 NOT_TUNED = (  # of LM heads; of the encoders, which see a weight once
     "slab_bytes",
     "slab_proof_work",
@@ -117,7 +118,7 @@ def tune(bench: Bench, names: Sequence[str]) -> Any:
             config = best_of(bench, field, tune_cases.cases_for(bench, field), config)
     with configs.override(config):
         if "fused_max_rows" in names and bench.begin("fused_max_rows", "all"):
-            config = replace(config, fused_max_rows=tune_cases.fused_max_rows(bench))
+            config = replace(config, **tune_cases.fused_max_rows(bench))
         if "group_decode_max_numel" in names and bench.begin("group_decode_max_numel", "all"):
             config = replace(config, group_decode_max_numel=tune_cases.group_max_numel(bench))
     return replace(config, measured=True)

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from vllm_dfloat.kernels import configs
+from vllm_dfloat.device import fused
+from vllm_dfloat.kernels import configs, packed_matmul
 from vllm_dfloat.kernels.configs import (
     CONFIGS,
     DEFAULT,
@@ -65,6 +66,18 @@ def test_an_amd_gpu_is_not_taken_for_an_nvidia_gpu_of_the_same_number(
     assert configs._config_of.__wrapped__(torch.device("cuda")) is DEFAULT
     monkeypatch.setattr(torch.version, "hip", None)
     assert configs._config_of.__wrapped__(torch.device("cuda")) is table[9, 0]
+
+
+@pytest.mark.parametrize("name", ["NVIDIA H100 80GB HBM3", "NVIDIA H200", "a GPU of tomorrow"])
+@pytest.mark.parametrize(("rows", "most"), [(28_672, 4), (6144, 4), (6143, 2), (4096, 2)])
+def test_packed_matrices_of_few_rows_are_decoded_sooner(
+    name: str, rows: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Bug caught: 4 rows of activations for 4096 x 14336, for which decoding first was faster on an H100.
+    monkeypatch.setenv("VLLM_DFLOAT_BACKEND", "triton")
+    with override(config_for(name, (9, 0))):
+        assert fused.max_rows(torch.device("cpu"), rows, 4096) == most
+        assert fused.max_rows(torch.device("cpu"), rows, 4100) == 0  # no multiple of 8
 
 
 def test_a_device_that_is_not_cuda_gets_what_suits_the_interpreter() -> None:
@@ -150,7 +163,8 @@ def test_every_entry_can_be_launched(config: LaunchConfig) -> None:
         assert value & (value - 1) == 0, name
     assert max(getattr(config, name) for name in WARPS) <= 32
     assert config.decode_tiles_per_program <= 64
-    assert 0 <= config.fused_max_rows <= 32  # what the fused kernel takes
+    assert 0 <= config.fused_max_rows <= packed_matmul.MAX_ROWS
+    assert 0 <= config.fused_max_rows_if_large <= packed_matmul.MAX_ROWS
     assert config.group_decode_max_numel >= 0
     values = {f.name: getattr(config, f.name) for f in fields(config) if f.name != "fast_product"}
     assert all(type(value) in (int, bool) for value in values.values())

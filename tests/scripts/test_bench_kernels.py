@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -293,7 +294,37 @@ def test_every_launch_parameter_is_tuned_or_derived_or_named_as_not_tuned() -> N
     import tune_kernels
 
     named = [*tune_kernels.CANDIDATES, *tune_kernels.DERIVED, *tune_kernels.NOT_TUNED]
+    named += tune_kernels.WITH_FUSED_MAX_ROWS
     assert sorted([*named, "measured"]) == sorted(vars(INTERPRETED))  # no launcher reads that one
+
+
+@pytest.mark.parametrize(
+    ("won", "expected"),
+    [
+        ({(28_672, 4096): 4, (4096, 4096): 2, (4096, 14_336): 1, (6144, 4096): 4}, (1, 4, 6144)),
+        ({(28_672, 4096): 4, (4096, 4096): 4, (6144, 4096): 2}, (2, 4, 28_672)),
+        ({(28_672, 4096): 1, (4096, 4096): 2}, (1, 1, 4096)),
+        ({(3, 2048): 0}, (0, 0, 3)),
+    ],
+)
+def test_fused_products_are_chosen_by_shape_and_never_where_they_lost(
+    won: dict[tuple[int, int], int], expected: tuple[int, int, int]
+) -> None:
+    from bench.kernels import tune_cases
+
+    fields = tune_cases.rows_by_shape(won)
+    assert tuple(fields.values()) == expected
+    config = replace(INTERPRETED, **fields)
+    assert all(config.max_fused_rows(rows) <= most for (rows, _), most in won.items())
+
+
+def test_tuning_of_fused_products_prints_what_it_chose_for_both_kinds_of_shapes(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import tune_kernels
+
+    assert tune_kernels.main(["--device", "cpu", "--only", "fused_max_rows"]) == 0
+    assert "fused_large_rows=3" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_shares_of_the_small_checks_cover_all_of_them_once() -> None:

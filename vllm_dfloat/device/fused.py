@@ -26,7 +26,7 @@ def max_rows(device: torch.device, rows: int, cols: int) -> int:
     from vllm_dfloat.kernels import configs
     from vllm_dfloat.kernels import packed_matmul as matmul
 
-    most = min(matmul.MAX_ROWS, configs.config_of(device).fused_max_rows)
+    most = min(matmul.MAX_ROWS, configs.config_of(device).max_fused_rows(rows))
     return most if matmul.is_supported(cols) else 0
 
 

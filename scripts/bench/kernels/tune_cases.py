@@ -127,18 +127,37 @@ def _fused(bench: Bench, num_x: int) -> Case:
     )
 
 
-def fused_max_rows(bench: Bench) -> int:
-    """Return the largest number of rows for which the fused products of all layers beat decode and GEMM; 0 if never."""
-    largest = 0
+def fused_max_rows(bench: Bench) -> dict[str, int]:
+    """Return for how many rows of activations the fused product beats decode and GEMM: fields of a LaunchConfig."""
+    counts = fused.compiled_for(bench.pick(MAX_ROWS, 1))
     shapes = bench.pick(list(LLAMA_8B.values()), [(3, layout.TILE_WEIGHTS)])
-    for num_x in fused.compiled_for(bench.pick(MAX_ROWS, 1)):
-        totals = {"decode, then GEMM": 0.0, "fused": 0.0}
-        for rows, cols in shapes:
-            first = len(bench.rows)
-            _compare(bench, rows, cols, num_x)
-            for row in bench.rows[first:]:
-                totals[row["name"]] += row["us"]
-        if totals["fused"] >= totals["decode, then GEMM"]:
+    return rows_by_shape({shape: _rows_won(bench, *shape, counts) for shape in shapes})
+
+
+def rows_by_shape(won: dict[tuple[int, int], int]) -> dict[str, int]:
+    """Return what suits all shapes of matrices, given up to how many rows of activations the fused product wins.
+
+    All matrices get what the worst one wins; those with as many rows as a matrix from which on all win as much as the
+    largest one does get that.
+    """
+    sizes = sorted({rows for rows, _ in won})
+    least = {rows: min(most for (of, _), most in won.items() if of >= rows) for rows in sizes}
+    if_large = least[sizes[-1]]
+    return {
+        "fused_max_rows": least[sizes[0]],
+        "fused_max_rows_if_large": if_large,
+        "fused_large_rows": min(rows for rows in sizes if least[rows] == if_large),
+    }
+
+
+def _rows_won(bench: Bench, rows: int, cols: int, counts: list[int]) -> int:
+    """Return the largest number of rows of activations up to which the fused product is faster; 0 if never."""
+    largest = 0
+    for num_x in counts:
+        first = len(bench.rows)
+        _compare(bench, rows, cols, num_x)
+        us = {row["name"]: row["us"] for row in bench.rows[first:]}
+        if us["fused"] >= us["decode, then GEMM"]:
             break
         largest = num_x
     return largest

@@ -206,8 +206,8 @@ def log_summary(model: torch.nn.Module) -> None:
     logger.info("dfloat11: %s", summary)
     if summary.is_fused:
         logger.info(
-            "dfloat11: fused for up to %d rows of activations in %d of %d layers%s%s",
-            max(summary.fused_rows, default=0),
+            "dfloat11: fused for up to %s rows of activations in %d of %d layers%s%s",
+            " or ".join(map(str, sorted(set(summary.fused_rows)))) or "0",
             len(summary.fused_rows),
             summary.num_layers,
             f", experts for up to {max(summary.fused_tokens)} tokens"
