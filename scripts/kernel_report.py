@@ -9,6 +9,9 @@ on both sides of a branch; the sum is multiplied by the threads of a program and
 is given for each loop alone, in code order: the loop over packed weights, then the one over weights held as BF16. In
 the official layout loops run as often as the data requires, so each is counted once: the number is the code size.
 
+Of products with the fast layout, and of its decoders, it also gives what runs where tiles have no escapes and are not
+raw: a turn of the loop that multiplies, or a program that decodes (compile_specs/paths.py).
+
 For AMD GPUs (gfx942, gfx950), whose waves have 64 threads, it reports vector registers per thread, bytes spilled to
 memory, scalar registers spilled to vector registers, shared memory, and counts of the whole code.
 """
@@ -29,7 +32,7 @@ from typing import Any
 os.environ.pop("TRITON_INTERPRET", None)  # interpreted functions cannot be compiled
 
 import triton
-from compile_specs import decode, encode, fast, fast_matmul, matmul
+from compile_specs import decode, encode, fast, fast_matmul, matmul, paths
 from compile_specs.spec import AMD, TARGETS, CompileSpec
 
 TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -43,8 +46,8 @@ RESOURCE = re.compile(r"(REG|STACK|SHARED|LOCAL):(\d+)")
 def specs() -> list[CompileSpec]:
     return [
         *decode.PACKED, *decode.EXPERTS, *decode.ROWS, *decode.OFFICIAL, *encode.COUNT, *encode.PACKED, *encode.FAST,
-        *encode.OFFICIAL, *matmul.GEMV, *matmul.SUM, *fast.WHOLE, *fast.GROUPS, *fast.EXPERTS, *fast.ROWS,
-        *fast_matmul.GEMV, *fast_matmul.DOT, *fast_matmul.IN_ORDER, *fast_matmul.AHEAD,
+        *encode.OFFICIAL, *matmul.GEMV, *matmul.SUM, *fast.WHOLE, *fast.LEAN, *fast.GROUPS, *fast.EXPERTS,
+        *fast.ROWS, *fast_matmul.GEMV, *fast_matmul.DOT, *fast_matmul.IN_ORDER, *fast_matmul.AHEAD,
         *fast_matmul.BANDS, *fast_matmul.EXPERTS, *fast_matmul.SUM,
     ]  # fmt: skip
 
@@ -118,9 +121,11 @@ def measure(spec: CompileSpec, target: str) -> dict[str, Any]:
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(compiled.asm["cubin"])
         resources = dict(RESOURCE.findall(dump("--dump-resource-usage", cubin)))
-        code = instructions(dump("-sass", cubin))
+        sass = dump("-sass", cubin)
+    code = instructions(sass)
     kinds = Counter(name.split(".")[0] for _, name, _ in code)
     ranges = loops_of(code)
+    rare = without_escapes(spec, sass, ranges) if spec.has_rare_paths else {}
     if not spec.counts_outer_loops:
         ranges = [one for one in ranges if not any(contains(one, other) for other in ranges)]
     loops = [{address for address, _, _ in code if a <= address <= b} for a, b in ranges]
@@ -143,10 +148,26 @@ def measure(spec: CompileSpec, target: str) -> dict[str, Any]:
         "instructions": kinds.total(),
         "instructions_per_weight": round(runs * per_weight, 2),
         "of_each_loop": [round(len(loop) * spec.loop_runs * per_weight, 2) for loop in loops],
+        **rare,
         "widest_store_bits": max(
             int(name.split(".")[2]) if re.match(r"STG\.E\.\d+", name) else 32 for _, name, _ in code
         ),
     }
+
+
+def without_escapes(
+    spec: CompileSpec, sass: str, loops: list[tuple[int, int]]
+) -> dict[str, float | None]:
+    """Return the instructions per weight where tiles have no escapes and are not raw; None: not found."""
+    outer = [one for one in loops if not any(contains(other, one) for other in loops)]
+    found = paths.turn(sass, outer)
+    if found is None:
+        threads, bytes_at_once = 32 * spec.num_warps, 16
+        found = paths.program(
+            sass, loops, spec.weights_per_program * 2 // (threads * bytes_at_once)
+        )
+    per_weight = 32 * spec.num_warps / spec.weights_per_program
+    return {"without_escapes": None if found is None else round(found * per_weight, 2)}
 
 
 def measure_by_index(index: int, target: str) -> dict[str, Any]:

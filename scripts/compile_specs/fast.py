@@ -1,8 +1,10 @@
 """The kernels that decode the fast layout."""
 
+from dataclasses import replace
+
 from compile_specs.spec import CONSTANT, CompileSpec
 
-from vllm_dfloat.codec.fast_layout import TILE_COLS
+from vllm_dfloat.codec.fast_layout import GROUP, TILE_COLS, TILE_ROWS
 from vllm_dfloat.kernels import fast_decode, fast_experts, fast_group, fast_rows
 from vllm_dfloat.kernels.configs import DEFAULT, FAST_ROWS_NUM_WARPS, FAST_ROWS_TILES_PER_PROGRAM
 
@@ -27,6 +29,7 @@ WHOLE = [
         aligned_args=("desc_ptr", "out_ptr", "status_ptr"),
         num_warps=DEFAULT.fast_num_warps,
         weights_per_program=_ROWS * _TILES * TILE_COLS,
+        has_rare_paths=whole,
     )
     for fn, run, name, factor, whole, prmt in (
         (fast_decode._fast_decode_kernel, {}, "fast_decode", 16, True, True),
@@ -39,6 +42,16 @@ WHOLE = [
         (fast_decode._fast_decode_run_kernel, _RUN, "fast_decode_run_1", 1, False, True),
     )
 ]  # fmt: skip
+# Fewer instructions than what is launched, and slower on an H100: for the report.
+LEAN = [
+    replace(
+        spec,
+        name=spec.name.replace("fast_decode", "fast_decode_64x16"),
+        constexprs=spec.constexprs | dict(ROWS=TILE_ROWS, AT_ONCE=GROUP),
+        weights_per_program=TILE_ROWS * _TILES * TILE_COLS,
+    )
+    for spec in WHOLE[:2]
+]
 EXPERTS = [
     CompileSpec(
         name=name,
@@ -54,6 +67,7 @@ EXPERTS = [
         num_warps=DEFAULT.fast_num_warps,
         weights_per_program=_ROWS * _TILES * TILE_COLS,
         counts_outer_loops=False,  # a turn of a program
+        has_rare_paths=whole,
     )
     for name, experts, whole in (
         ("fast_chosen", 128, True), ("fast_chosen_512", 512, True), ("fast_chosen_partial", 128, False)

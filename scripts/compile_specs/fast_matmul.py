@@ -16,7 +16,7 @@ from vllm_dfloat.kernels import (
     fast_matmul_gemv,
 )
 from vllm_dfloat.kernels.configs import CONFIGS, DEFAULT
-from vllm_dfloat.kernels.fast_escapes import PATCHED, PERMUTED
+from vllm_dfloat.kernels.fast_escapes import PATCHED, PERMUTED, PLAIN
 from vllm_dfloat.kernels.fast_product import BANDS as _BANDS
 from vllm_dfloat.kernels.fast_product import MAX_PARTS, DotShape, GemvShape
 
@@ -33,7 +33,8 @@ _ALIGNED = ("desc_ptr", "x_ptr", "bias_ptr", "out_ptr", "cols")
 
 
 def _name(form: str, rows: int, has_parts: bool, kind: int) -> str:
-    return f"fast_{form}_{rows}" + "_parts" * has_parts + "_patched" * (kind == PATCHED)
+    kinds = {PLAIN: "_plain", PATCHED: "_patched", PERMUTED: ""}
+    return f"fast_{form}_{rows}" + "_parts" * has_parts + kinds[kind]
 
 
 GEMV = [
@@ -52,6 +53,7 @@ GEMV = [
         aligned_args=_ALIGNED,
         num_warps=_GEMV.warps,
         weights_per_program=_GEMV.turns * _GEMV.warps * _GEMV.groups * fast_layout.GROUP,
+        has_rare_paths=True,
     )
     for rows, has_parts, form in (
         (1, False, PERMUTED), (1, False, PATCHED), (1, True, PERMUTED), (2, False, PERMUTED), (4, False, PERMUTED),
@@ -79,6 +81,7 @@ def _dot(rows: int, has_parts: bool, form: int, shape: DotShape) -> CompileSpec:
         aligned_args=_ALIGNED,
         num_warps=shape.warps,
         weights_per_program=shape.rows * shape.cols,
+        has_rare_paths=True,
     )  # fmt: skip
 
 
@@ -96,7 +99,7 @@ def _chosen() -> dict[tuple[int, DotShape], None]:
 
 
 DOT = [
-    _dot(16, False, PATCHED, DotShape()),
+    *(_dot(16, False, form, DotShape()) for form in (PLAIN, PATCHED)),
     *(_dot(rows, has_parts, PERMUTED, shape) for rows, shape in _chosen() for has_parts in (False, True)),
 ]  # fmt: skip
 # What mode "fused-exact" launches for matrices of few rows, for more than 32 of activations; and a candidate for more.
@@ -128,6 +131,7 @@ AHEAD = [
         max_registers=fast_matmul.max_registers(DotShape(block, stages=1, warps=warps, width=4), rows),
         on_amd={"WARPS": 1},
         weights_per_program=block * warps * fast_layout.TILE_COLS,
+        has_rare_paths=True,
     )
     for rows, block, warps, has_parts, in_order in (
         (8, 16, 1, False, False), (8, 16, 1, True, False), (16, 16, 1, False, False),
@@ -154,6 +158,7 @@ BANDS = [
         max_registers=fast_matmul.max_registers(replace(_BANDS, rows=16 * warps, warps=warps), rows),
         on_amd={"WARPS": 4},
         weights_per_program=16 * warps * fast_layout.TILE_COLS,
+        has_rare_paths=True,
     )
     for rows, warps, has_parts in (
         (64, 4, False), (64, 4, True), (64, 8, False), (32, 4, False), (16, 4, False),
@@ -176,6 +181,7 @@ EXPERTS = [
         aligned_args=(*_ALIGNED, "weight_ptr", "ids_ptr", "padded_ptr", "expert_ptr"),
         num_warps=1,
         weights_per_program=fast_experts_matmul.BLOCK_ROWS * fast_layout.TILE_COLS,
+        has_rare_paths=True,
     )
     for rows, is_sorted in ((8, True), (16, True), (8, False))
 ]  # fmt: skip

@@ -42,6 +42,7 @@ class CompileSpec:
         weights_per_program: weights that one program handles; a typical number if it varies.
         loop_runs: how often the compiled loops run, to count executed instructions; 1 if it varies.
         counts_outer_loops: whether that holds for a loop with others in it too; else it is counted as run once.
+        has_rare_paths: whether what runs where tiles have no escapes and are not raw is counted by itself too.
     """
 
     name: str
@@ -55,6 +56,7 @@ class CompileSpec:
     weights_per_program: int = 1
     loop_runs: int = 1
     counts_outer_loops: bool = True
+    has_rare_paths: bool = False
 
     def compile(self, target: str, **options: Any) -> Any:
         """Return Triton's compiled kernel for one of TARGETS; needs no GPU."""
