@@ -49,6 +49,27 @@ def test_an_earlier_option_that_excludes_another_is_named_with_its_place(
     assert str(caught.value) == message
 
 
+@pytest.mark.parametrize(
+    ("in_config", "on_command_line"),
+    [
+        ({"kv_tokens": 5}, {"layout": "auto"}),
+        ({"mode": "fused-exact"}, {"layout": "fast"}),
+        ({"mode": "fused", "layout": "dfloat11"}, {"mode": "exact"}),
+    ],
+)
+def test_options_of_both_places_are_judged_together(
+    in_config: dict[str, Any], on_command_line: dict[str, Any]
+) -> None:
+    # Bug caught: config.json's were refused by themselves, though the command line gave what they need.
+    config = DFloat11Config.from_config({"quant_method": "dfloat11", **in_config})
+    run = VllmConfig(additional_config={"dfloat11": on_command_line})
+    expected = {**in_config, **on_command_line}
+    found = config.checked_options(run)
+    assert {name: getattr(found, name) for name in expected} == expected
+    with pytest.raises(UnsupportedError, match=f"^{IN_CONFIG}: .* needs layout"):
+        config.checked_options(VllmConfig())
+
+
 def test_every_layout_that_can_be_asked_for_has_its_functions() -> None:
     assert tuple(layouts.BY_NAME) == LAYOUTS
 
@@ -206,16 +227,16 @@ def test_a_part_of_a_fused_layer_cannot_stay_bf16_alone(
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "told", "inside"),
     [
-        ({"layout": "fast", "other": 1}, "layout"),
-        ({"DFloat11": {"layout": "fast"}, "floats": 1}, "DFloat11"),
-        ({"dfloat": {"layout": "fast"}}, "dfloat"),
-        ({"df11": {"layout": "fast"}, "dfloat11": {}}, "df11"),
+        ({"layout": "fast", "other": 1}, "layout", '"layout": ...'),
+        ({"DFloat11": {"layout": "fast"}, "floats": 1}, "DFloat11", "..."),
+        ({"dfloat": {"layout": "fast"}}, "dfloat", "..."),
+        ({"df11": {"layout": "fast"}, "dfloat11": {}}, "df11", "..."),
     ],
 )
 def test_an_option_outside_of_the_plugins_name_is_told_once(
-    given: dict[str, Any], told: str, log_lines: list[str]
+    given: dict[str, Any], told: str, inside: str, log_lines: list[str]
 ) -> None:
     # Bugs caught: these were served packed, without a word.
     config = DFloat11Config()
@@ -224,8 +245,8 @@ def test_an_option_outside_of_the_plugins_name_is_told_once(
         assert config.checked_options(run).layout == "packed"
     (line,) = log_lines
     assert line == (
-        f"dfloat11: --additional-config: {told!r} beside 'dfloat11' has no effect; give "
-        '{"dfloat11": {...}} with it'
+        f"dfloat11: --additional-config: {told!r} has no effect there; give "
+        f'{{"dfloat11": {{{inside}}}}}'
     )
 
 

@@ -172,3 +172,10 @@ def test_a_mode_that_nothing_is_chosen_by_is_refused(capsys: pytest.CaptureFixtu
         "--mode fused with --layout fast: it changes what layout auto chooses, and nothing" in line
     )
     assert line.endswith("Give one of these, or leave --mode out.\n")
+
+
+def test_a_model_that_leaves_no_room_at_all_is_not_helped_by_fewer_tokens() -> None:
+    plan = auto(10, gpu_memory=11 << 30, max_model_len=None)
+    assert plan.choice[-1] == (
+        "kv_tokens 10: even with all matrices packed there is no room for KV cache. Use more or larger GPUs"
+    )

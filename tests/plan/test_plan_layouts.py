@@ -118,3 +118,18 @@ def test_a_slab_of_nothing_is_refused_as_the_option_is(capsys: pytest.CaptureFix
     model = str(CONFIGS / "Llama-3.1-8B.json")
     assert main(["plan", model, "--gpu-memory", "24GiB", "--slab", "0"]) == 2
     assert "--slab 0: expected auto, off, a positive number" in capsys.readouterr().err
+
+
+def test_options_for_serving_that_a_plan_does_not_take_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Bug caught: the packed layout was planned for a folder that is served fast, without a word.
+    entries = json.loads((CONFIGS / "Llama-3.1-8B.json").read_text())
+    given = {"quant_method": "dfloat11", "layout": "fast", "ignore": ["lm_head"]}
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(entries | {"quantization_config": given}))
+    assert main(["plan", str(file), "--gpu-memory", "24GiB"]) == 0
+    assert (
+        "quantization_config of config.json sets ignore, layout for serving, which a plan does not take over; give "
+        "--layout here; layers of ignore are counted as compressed."
+    ) in capsys.readouterr().out

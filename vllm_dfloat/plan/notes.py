@@ -1,5 +1,8 @@
 """Remarks that a reader of a plan needs beside its numbers."""
 
+from collections.abc import Mapping
+
+from vllm_dfloat.checkpoint.folder import CONFIG_KEY
 from vllm_dfloat.codec.fast_layout import MAX_BITS_PER_WEIGHT
 from vllm_dfloat.plan.auto import layer_of
 from vllm_dfloat.plan.byte_sizes import show_size
@@ -32,6 +35,21 @@ def notes_on(config: ModelConfig, weights: list[Weight], files: Files | None) ->
             "layers with a window keep only its tokens: KV tokens are counted as vLLM does"
         )
     return notes
+
+
+def notes_on_given_options(config: ModelConfig) -> list[str]:
+    """Return a remark on options for serving in config.json, which an engine takes and a plan does not."""
+    given = config.whole.entries.get("quantization_config")
+    named = sorted({*given} - {"quant_method", CONFIG_KEY}) if isinstance(given, Mapping) else []
+    if not named:
+        return []
+    flags = [f"--{name.replace('_', '-')}" for name in named if name != "ignore"]
+    asked = f"; give {' '.join(flags)} here" if flags else ""
+    ignored = "; layers of ignore are counted as compressed" if "ignore" in named else ""
+    return [
+        f"quantization_config of config.json sets {', '.join(named)} for serving, which a plan does not take over"
+        f"{asked}{ignored}"
+    ]
 
 
 def notes_on_head(ranks: list[Rank], tokens: int) -> list[str]:
@@ -98,6 +116,11 @@ def notes_on_shortage(ranks: list[Rank], settings: Settings, config: ModelConfig
     found = outcome(ranks, cache, settings, config.context, unproven).tokens
     if found >= wanted or any(rank.fast for rank in ranks):
         return []
+    if not found:
+        return [
+            f"kv_tokens {wanted:,}: even with all matrices packed there is no room for KV cache. "
+            "Use more or larger GPUs"
+        ]
     return [
         f"kv_tokens {wanted:,}: even with all matrices packed there is room for about {found:,} tokens of KV cache. "
         "Lower kv_tokens, or use more or larger GPUs"

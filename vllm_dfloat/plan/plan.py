@@ -18,6 +18,7 @@ from vllm_dfloat.plan.memory import Rank, kv_cache_of, ranks_of
 from vllm_dfloat.plan.notes import (
     note_on_auto,
     notes_on,
+    notes_on_given_options,
     notes_on_head,
     notes_on_idle_options,
     notes_on_shortage,
@@ -108,7 +109,8 @@ def make_plan(model: str, settings: Settings, code_bits: float | None = None) ->
     of_bf16, of_dfloat11, of_proven = (
         outcome(ranks, cache, settings, config.context, held) for held in (bf16, unproven, proven)
     )
-    notes += notes_on(config, weights, files) + notes_on_states(cache)
+    notes += notes_on_given_options(config) + notes_on(config, weights, files)
+    notes += notes_on_states(cache)
     notes += notes_on_head(ranks, of_proven.tokens) + notes_on_idle_options(
         ranks, weights, settings
     )

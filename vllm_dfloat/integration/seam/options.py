@@ -66,21 +66,7 @@ class Options:
         Raises:
             UnsupportedError: an unknown option, a wrong value, or values that exclude each other.
         """
-        merged = asdict(self)
-        for name, value in given.items():
-            if name not in merged:
-                raise UnsupportedError(
-                    f"{where}: unknown option {name!r}; expected {', '.join(merged)}. Correct or remove it."
-                )
-            merged[name] = value
-        options = Options(
-            ignore=_patterns(merged["ignore"], where),
-            layout=_one_of((*LAYOUTS, AUTO), merged["layout"], f"{where}: layout"),
-            mode=_one_of(MODES, merged["mode"], f"{where}: mode"),
-            granularity=_one_of(GRANULARITIES, merged["granularity"], f"{where}: granularity"),
-            kv_tokens=_count(merged["kv_tokens"], f"{where}: kv_tokens"),
-            slab=_slab(merged["slab"], f"{where}: slab"),
-        )
+        options = self.replaced(given, where)
         earlier = {  # of given options, those that are not of `given`
             name: " of quantization_config"
             for name, value in asdict(self).items()
@@ -88,6 +74,24 @@ class Options:
         }
         _refuse_contradictions(options, earlier, where)
         return options
+
+    def replaced(self, given: Mapping[str, Any], where: str) -> "Options":
+        """Do what `updated` does, but let values exclude each other: others that are still to come may change them."""
+        merged = asdict(self)
+        for name, value in given.items():
+            if name not in merged:
+                raise UnsupportedError(
+                    f"{where}: unknown option {name!r}; expected {', '.join(merged)}. Correct or remove it."
+                )
+            merged[name] = value
+        return Options(
+            ignore=_patterns(merged["ignore"], where),
+            layout=_one_of((*LAYOUTS, AUTO), merged["layout"], f"{where}: layout"),
+            mode=_one_of(MODES, merged["mode"], f"{where}: mode"),
+            granularity=_one_of(GRANULARITIES, merged["granularity"], f"{where}: granularity"),
+            kv_tokens=_count(merged["kv_tokens"], f"{where}: kv_tokens"),
+            slab=_slab(merged["slab"], f"{where}: slab"),
+        )
 
 
 def _refuse_contradictions(options: Options, earlier: Mapping[str, str], where: str) -> None:
@@ -118,14 +122,14 @@ def _refuse_contradictions(options: Options, earlier: Mapping[str, str], where: 
 
 
 def of_config(config: Mapping[str, Any]) -> Options:
-    """Return the options of a config.json's `quantization_config`.
+    """Return the options of a config.json's `quantization_config`, on top of which those of the command line come.
 
     Raises:
-        UnsupportedError: as `updated`.
+        UnsupportedError: as `Options.replaced`.
     """
     known = ("quant_method", CONFIG_KEY)
     given = {name: value for name, value in config.items() if name not in known}
-    return Options().updated(given, IN_CONFIG)
+    return Options().replaced(given, IN_CONFIG)
 
 
 def with_command_line(options: Options, config: Any) -> Options:
@@ -137,6 +141,8 @@ def with_command_line(options: Options, config: Any) -> Options:
     given = _on_command_line(config)
     if not isinstance(given, Mapping):
         raise UnsupportedError(f"{ON_COMMAND_LINE} is {_as_given(given)}; expected an object.")
+    if not given:
+        _refuse_contradictions(options, {}, IN_CONFIG)
     return options.updated(given, ON_COMMAND_LINE)
 
 
@@ -158,9 +164,10 @@ def misplaced(extra: Mapping[Any, Any], section: str) -> str:
     )
     if not names:
         return ""
+    inside = ", ".join(f'"{name}": ...' for name in names if name in own) or "..."
     return (
-        f"--additional-config: {', '.join(map(repr, names))} beside {section!r} has no effect; give "
-        f'{{"{section}": {{...}}}} with it'
+        f"--additional-config: {', '.join(map(repr, names))} has no effect there; give "
+        f'{{"{section}": {{{inside}}}}}'
     )
 
 
