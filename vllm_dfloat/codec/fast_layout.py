@@ -1,4 +1,4 @@
-"""The fast layout: a BF16 weight matrix in about 12.03 bits per weight, decoded with a few instructions.
+"""The fast layout: a BF16 weight matrix in about 12.01 bits per weight, decoded with a few instructions.
 
 The low byte of a weight (the lowest exponent bit and the mantissa) is stored as it is. Of the high byte the sign stays,
 and the upper 7 exponent bits become 3: their distance from those of `base`. So 16 exponents, from `base` on, can be
