@@ -50,6 +50,14 @@ def peak(name: str, digits: int) -> str:
 
 
 CODEC = [raw(f"epyc/codec-{run}.json") for run in (1, 2)]
+QUIET = [raw(f"epyc/codec-{run}.json") for run in (3, 4)]
+FAST = [run["fast"] for run in QUIET]
+
+
+def speeds(runs: list[dict[str, Any]], what: str) -> str:
+    return " and ".join(f"{run[f'{what}_mb_per_s']:,}" for run in runs)
+
+
 COMPRESS, LAYER = raw("epyc/compress.json"), raw("epyc/compress-405b-layer.json")["compress"]
 ENCODE = [f"encode_{step}" for step in ("count", "measure", "write")]
 
@@ -60,6 +68,10 @@ ENCODE = [f"encode_{step}" for step in ("count", "measure", "write")]
         ("bits per weight", f"{CODEC[0]['bits_per_weight']:.3f}"),
         ("encode, two runs", " and ".join(str(run["encode_mb_per_s"]) for run in CODEC)),
         ("decode, same runs", " and ".join(str(run["decode_mb_per_s"]) for run in CODEC)),
+        ("packed: encode", speeds(QUIET, "encode")),
+        ("packed: decode", speeds(QUIET, "decode")),
+        ("fast layout: encode", speeds(FAST, "encode")),
+        ("fast layout: decode", speeds(FAST, "decode")),
         ("`compress`, end to end", f"{COMPRESS['compress']['mb_per_cpu_s']:.0f} MB/s"),
         ("`compress`, end to end", f"{COMPRESS['compress']['peak_mib']} MiB"),
         ("`decompress`, likewise", f"{COMPRESS['decompress']['mb_per_cpu_s']:.0f} MB/s"),
@@ -82,6 +94,12 @@ ENCODE = [f"encode_{step}" for step in ("count", "measure", "write")]
 )  # fmt: skip
 def test_a_number_is_that_of_its_raw_result(what: str, expected: str) -> None:
     assert expected in row(what)
+
+
+def test_the_document_of_the_fast_layout_has_the_same_speeds() -> None:
+    text = (ROOT / "docs" / "fast-layout.md").read_text()
+    for what in ("encode", "decode"):
+        assert speeds(FAST, what) in text
 
 
 def test_every_raw_result_that_is_named_exists() -> None:
