@@ -11,14 +11,7 @@ import triton.language as tl
 
 from vllm_dfloat.codec import fast_layout
 from vllm_dfloat.kernels.configs import config_of
-from vllm_dfloat.kernels.fast_planes import (
-    HALF,
-    TILE_COLS,
-    TILE_ROWS,
-    _four_words,
-    _interleave,
-    cols_factor,
-)
+from vllm_dfloat.kernels.fast_planes import HALF, TILE_COLS, TILE_ROWS, _four_words, _interleave
 
 _RAW_ENTRIES = tl.constexpr(fast_layout.RAW_ENTRIES)
 _MAX_ESCAPES = tl.constexpr(fast_layout.MAX_ESCAPES)
@@ -113,7 +106,8 @@ def _measure_kernel(
 ):
     """Count the entries of a tile: its escapes, or those of a raw tile. Grid (num_tiles,).
 
-    STEP: rows at a time, divides 64. COLS_FACTOR: as in fast_decode.py; from 8 on `weights_ptr` is aligned to 16 bytes.
+    STEP: rows at a time, divides 64. COLS_FACTOR: 8 if it divides `cols` (then `weights_ptr` is aligned to 16 bytes),
+    else 1.
     """
     tile = tl.program_id(0)
     tile_cols = (cols + TILE_COLS - 1) // TILE_COLS
@@ -193,6 +187,11 @@ def _write_kernel(
             begin += tl.sum(here).to(tl.int64)
 
 
+def _cols_factor(cols: int) -> int:
+    """Return COLS_FACTOR for rows of `cols` weights: 8 if it divides it, else 1."""
+    return 8 if cols % 8 == 0 else 1
+
+
 def measure(bits: torch.Tensor, half_base: int, entries: torch.Tensor) -> None:
     """Count the entries of each tile.
 
@@ -204,7 +203,7 @@ def measure(bits: torch.Tensor, half_base: int, entries: torch.Tensor) -> None:
     rows, cols = bits.shape
     step = config_of(bits.device).fast_encode_rows
     _measure_kernel[(entries.numel(),)](
-        bits.view(torch.uint16), entries, rows, cols, half_base, step, cols_factor(cols)
+        bits.view(torch.uint16), entries, rows, cols, half_base, step, _cols_factor(cols)
     )
 
 
@@ -227,5 +226,5 @@ def write(
     rows, cols = bits.shape
     step = config_of(bits.device).fast_encode_rows
     _write_kernel[(starts.numel() - 1,)](
-        bits.view(torch.uint16), low, high, starts, entries, rows, cols, half_base, step, cols_factor(cols)
+        bits.view(torch.uint16), low, high, starts, entries, rows, cols, half_base, step, _cols_factor(cols)
     )  # fmt: skip

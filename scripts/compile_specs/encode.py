@@ -71,9 +71,9 @@ FAST = [
         loop_runs=fast_layout.TILE_ROWS // DEFAULT.fast_encode_rows,
     )
     for name, fn, sections, factor in (
-        ("fast_measure", fast_encode._measure_kernel, _MEASURED, 16),
+        ("fast_measure", fast_encode._measure_kernel, _MEASURED, 8),
         ("fast_measure_1", fast_encode._measure_kernel, _MEASURED, 1),
-        ("fast_write", fast_encode._write_kernel, _WRITTEN, 16),
+        ("fast_write", fast_encode._write_kernel, _WRITTEN, 8),
         ("fast_write_1", fast_encode._write_kernel, _WRITTEN, 1),
     )
 ]  # fmt: skip

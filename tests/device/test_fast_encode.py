@@ -1,5 +1,7 @@
 """The encoder of the fast layout, in Triton's interpreter, against the oracle."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from helpers import Bits, gaussian, to_torch
 from vllm_dfloat.codec import fast_reference
 from vllm_dfloat.codec.fast_layout import MAX_ESCAPES, RAW_ENTRIES, FastTensor
 from vllm_dfloat.device import fast_encode
+from vllm_dfloat.errors import DeviceError
 
 MATRICES = fast_matrices()
 
@@ -68,6 +71,26 @@ def test_a_matrix_that_is_not_aligned_is_copied_first() -> None:
     assert found is not None
     expected = encoded(weight.clone().view(torch.uint16).numpy())
     assert torch.equal(found[1], torch.from_numpy(expected.payload))
+
+
+def test_a_device_that_encodes_wrongly_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_dfloat.kernels import fast_encode as kernels
+
+    cpu, write = torch.device("cpu"), kernels.write
+    fast_encode.check_encoder(cpu)
+    # Of low bytes and nibbles the first word of the last row, of 144 weights; of starts and entries the last.
+    for section, word in enumerate((-36, -18, -1, -1)):
+
+        def spoilt(*given: Any, at: int = 2 + section, word: int = word) -> None:
+            write(*given)
+            given[at].view(torch.int32)[word] ^= 1
+
+        monkeypatch.setattr(kernels, "write", spoilt)
+        fast_encode.check_encoder.cache_clear()
+        with pytest.raises(
+            DeviceError, match=r"^cpu: encodes a test pattern wrongly into the fast"
+        ):
+            fast_encode.check_encoder(cpu)
 
 
 _GUARDED = """

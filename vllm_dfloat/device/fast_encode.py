@@ -4,13 +4,26 @@ The host waits for 256 counts, and for the number of entries. The payload is all
 Temporary arrays take 12 bytes per tile of 16 KiB of BF16.
 """
 
+import functools
 from types import ModuleType
 
+import numpy as np
 import torch
 
-from vllm_dfloat.codec.fast_layout import MAX_ENTRIES, FastLayout, half_base_of
+from vllm_dfloat.codec import fast_reference
+from vllm_dfloat.codec.arrays import U16Array
+from vllm_dfloat.codec.fast_layout import (
+    MAX_ENTRIES,
+    TILE_COLS,
+    TILE_ROWS,
+    TILE_WEIGHTS,
+    FastLayout,
+    FastTensor,
+    half_base_of,
+)
 from vllm_dfloat.device import exponents
 from vllm_dfloat.device.checks import needing_triton
+from vllm_dfloat.errors import DeviceError
 
 
 def encode(
@@ -65,3 +78,31 @@ def _encode(
     sections = (section.view(torch.uint32) for section in (low, high, starts, entries))
     kernels.write(bits, half_base, *sections)
     return layout, payload
+
+
+def _pattern(cols: int) -> U16Array:
+    """Return a small matrix with a raw tile, escapes and partial tiles."""
+    bits = np.full((TILE_ROWS + 6, cols), 0x3C12, np.uint16)
+    spread = np.arange(TILE_WEIGHTS, dtype=np.uint16) * np.uint16(7)
+    bits[:TILE_ROWS, :TILE_COLS] = spread.reshape(TILE_ROWS, TILE_COLS)
+    bits[1, TILE_COLS + 2], bits[TILE_ROWS + 1, 3], bits[-1, -1] = 0, 0xFF80, 1
+    return bits
+
+
+@functools.cache
+def check_encoder(device: torch.device) -> None:
+    """Encode two small matrices and decode them on the host, once for a device: it may compile the kernels wrongly.
+
+    Raises:
+        DeviceError: a bit differs.
+    """
+    for cols in (TILE_COLS + 8, TILE_COLS + 5):  # of both forms of the kernels
+        bits = _pattern(cols)
+        weight = torch.from_numpy(bits.view(np.int16)).to(device).view(torch.bfloat16)
+        found = encode(weight, "a test pattern", must_be_small=False)
+        held = None if found is None else FastTensor(found[0], found[1].cpu().numpy())
+        if held is None or not np.array_equal(fast_reference.decode(held), bits):
+            raise DeviceError(
+                f"{device}: encodes a test pattern wrongly into the fast layout. Its driver, Triton or memory cannot "
+                "be trusted; use layout packed, or run scripts/gpu_verdict.sh."
+            )

@@ -73,7 +73,7 @@ def pack(weight: torch.Tensor, name: str = "", *, must_be_small: bool = True) ->
 
     Raises:
         UnsupportedError: not a BF16 matrix.
-        DeviceError: the device cannot decode.
+        DeviceError: the device cannot decode, or encodes wrongly.
     """
     if weight.dtype != torch.bfloat16 or weight.dim() != 2:
         raise UnsupportedError(
@@ -82,6 +82,7 @@ def pack(weight: torch.Tensor, name: str = "", *, must_be_small: bool = True) ->
         )
     check_device(weight.device)
     if weight.is_cuda:
+        fast_encode.check_encoder(weight.device)
         coded = fast_encode.encode(weight, name, must_be_small=must_be_small)
     else:
         coded = _encode_on_cpu(weight, name, must_be_small)
