@@ -16,9 +16,9 @@ def normal(rng: np.random.Generator) -> FloatArray:
     return rng.standard_normal((ROWS, COLS)) * 0.02
 
 
-def outlier_columns(rng: np.random.Generator) -> FloatArray:
+def outlier_columns(rng: np.random.Generator, times: int = 20) -> FloatArray:
     weight = normal(rng)
-    weight[:, rng.permutation(COLS)[:40]] *= 20
+    weight[:, rng.permutation(COLS)[:40]] *= times
     return weight
 
 
@@ -68,3 +68,10 @@ def test_zeros_cost_what_the_document_says(
 ) -> None:
     # Bug caught: a base that zeros pull away from the other weights.
     assert bits_per_weight(make) == pytest.approx(expected, abs=0.001)
+
+
+@pytest.mark.parametrize(("times", "expected"), [(20, 12.043), (100, 12.141)])
+def test_columns_of_outliers_cost_what_the_document_says(times: int, expected: float) -> None:
+    assert bits_per_weight(lambda rng: outlier_columns(rng, times)) == pytest.approx(
+        expected, abs=0.001
+    )
