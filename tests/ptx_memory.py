@@ -19,7 +19,12 @@ def move(state: State, one: Instruction) -> None:
     operands = one.operands[:2]  # a third is a hint for caches
     target, place = operands if one.base == "ld" else reversed(operands)
     address = state.address(place)
-    for i, register in enumerate(target if isinstance(target, list) else [target]):
+    registers = target if isinstance(target, list) else [target]
+    if memory is state.shared:
+        bytes_each = size * len(registers)
+        threads = min(32, 128 // bytes_each)
+        state.meet(*(each.reshape(-1, threads) for each in (address, state.active)), bytes_each)
+    for i, register in enumerate(registers):
         if one.base == "ld":
             state.write(register, state.load(memory, address + i * size, size), size * 8)
         else:
@@ -61,6 +66,8 @@ def move_matrices(state: State, one: Instruction) -> None:
     held, place = one.operands if one.base == "ldmatrix" else reversed(one.operands)
     rows = state.address(place).reshape(-1, 32)
     of_eight, pair = state.tid % 32 // 4, state.tid % 4 * 2
+    active = state.active.reshape(-1, 32)
+    state.meet(*(each[:, : 8 * len(held)].reshape(-1, 8) for each in (rows, active)), 16)
     for i, register in enumerate(held):
         for half in (0, 1):
             row, column = (

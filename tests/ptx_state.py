@@ -64,6 +64,9 @@ class State:
         self.copies, self.steps = Begun(is_late), Begun(is_late)
         self.together = together
 
+    def meet(self, address: np.ndarray, active: np.ndarray, size: int) -> None:
+        """Note accesses to `size` bytes of shared memory each; [times, threads that may do so at the same time]."""
+
     def multiply(self, a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
         """Return c + a @ b as the tensor cores add."""
         return product(a, b, c, self.together)
