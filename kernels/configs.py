@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import torch
 
-from vllm_dfloat.kernels.fast_product import Choice, DotShape, FastProduct, GemvShape
+from vllm_dfloat.kernels.fast_product import TALL_BANDS, Choice, DotShape, FastProduct, GemvShape
 
 HOPPER = FastProduct()
 
@@ -109,6 +109,7 @@ INTERPRETED = LaunchConfig(
     fast_tiles_per_program=8,
     fast_weights_at_once=16,
     fast_encode_rows=64,
+    fast_product=FastProduct((*HOPPER.choices, Choice(256, TALL_BANDS, programs=16))),
 )
 # The same on every device: the shape of the statuses depends on the first; no other value of the second was tried.
 ROWS_TILES_PER_PROGRAM = 2  # tiles per program of the kernel that decodes chosen rows: one warp

@@ -1,4 +1,4 @@
-"""Escapes of the fast layout for warps that have 8 or 16 rows of one tile of weights each.
+"""Escapes of the fast layout for warps that have 8 or 16 rows of one tile of weights each, or 32 rows of half of one.
 
 Entries of a tile are loaded one turn ahead, one per thread, and threads hand them to each other; so the loop over
 escapes does not touch memory, except where a tile has more than 32. A tile has 64 rows: a vote finds the entries that
@@ -18,8 +18,8 @@ from vllm_dfloat.kernels.fast_escapes import PLAIN, _patch
 _PLAIN = tl.constexpr(PLAIN)
 _TILE_GROUPS = fast_layout.TILE_WEIGHTS // fast_layout.GROUP
 
-# Operands: a word, the first entry of a tile, its last + 1, the address of all entries. No number of a group is as
-# large as that of an entry of ones, which a thread without an entry gets.
+# Operands: a word, the first entry of a tile, its last + 1, the address of all entries. A thread without an entry gets
+# ones, a number that no group has.
 _FETCH = """{
     .reg .pred %in;
     .reg .u32 %n, %lane, %at;
@@ -40,7 +40,8 @@ _PATCH = """{
     .reg .u32 %n, %lane, %entry, %rows, %which, %one, %key, %order, %wanted, %zero, %left<PACK>;
     .reg .u64 %from, %to;
     COPY_WORDS
-    shr.u32 %rows, GROUP, SHIFT;
+    and.b32 %rows, GROUP, MASK;
+    shl.b32 %rows, %rows, 20;
     CHECK
     sub.u32 %n, END, BEGIN;
     setp.eq.u32 %stop, %n, 0;
@@ -53,7 +54,7 @@ _PATCH = """{
     mov.u32 %entry, FETCHED;
 BATCH:
     .pragma "nounroll";
-    shr.u32 %key, %entry, ENTRY_SHIFT;
+    and.b32 %key, %entry, ENTRY_MASK;
     setp.lt.u32 %in, %lane, %n;
     setp.eq.and.u32 %in, %key, %rows, %in;
     vote.sync.ballot.b32 %wanted, %in, 0xffffffff;
@@ -90,15 +91,17 @@ DONE:
 }"""
 
 
-def _groups_of_thread(rows: int) -> int:
+def _groups_of_thread(rows: int, cols: int) -> int:
     """Return how many groups of a tile each thread of a warp has, which are looked at together."""
-    return rows * fast_layout.TILE_COLS // fast_layout.GROUP // 32
+    return rows * cols // fast_layout.GROUP // 32
 
 
-def _text(rows: int) -> str:
-    """Return `_PATCH` for a warp with so many rows of weights."""
-    pack = _groups_of_thread(rows)
-    shift = (rows * fast_layout.TILE_COLS // fast_layout.GROUP).bit_length() - 1
+def _text(rows: int, cols: int) -> str:
+    """Return `_PATCH` for a warp with so many rows and columns of weights."""
+    pack = _groups_of_thread(rows, cols)
+    of_row = fast_layout.TILE_COLS // fast_layout.GROUP
+    # The bits of a group's number that all groups of the warp have in common.
+    mask = _TILE_GROUPS - rows * of_row + of_row - cols // fast_layout.GROUP
 
     def line(*parts: str) -> str:
         return " ".join(parts) + "\n    "
@@ -108,7 +111,8 @@ def _text(rows: int) -> str:
     copy = "".join(line(f"mov.b32 ${i}, ${8 * pack + i};") for i in range(8 * pack))
     check = "".join(
         line(f"setp.ne.u32 %stop, BEGIN, ${17 * pack + i}; @%stop trap;")
-        + line(f"shr.u32 %key, {groups[i]}, SHIFT; setp.ne.u32 %stop, %key, %rows; @%stop trap;")
+        + line(f"and.b32 %key, {groups[i]}, MASK; shl.b32 %key, %key, 20;")
+        + line("setp.ne.u32 %stop, %key, %rows; @%stop trap;")
         for i in each[1:]
     )
     insert = "".join(
@@ -131,8 +135,8 @@ def _text(rows: int) -> str:
             )
     values = {
         "COPY_WORDS": copy, "CHECK": check, "INSERT": insert, "LOAD": load, "RAW_ENTRIES": fast_layout.RAW_ENTRIES,
-        "MAX_ESCAPES": fast_layout.MAX_ESCAPES, "PACK": pack, "GROUP": groups[0], "ENTRY_SHIFT": 20 + shift,
-        "SHIFT": shift, "BEGIN": f"${17 * pack}", "END": f"${18 * pack}", "FETCHED": f"${19 * pack}",
+        "MAX_ESCAPES": fast_layout.MAX_ESCAPES, "PACK": pack, "GROUP": groups[0], "ENTRY_MASK": mask << 20,
+        "MASK": mask, "BEGIN": f"${17 * pack}", "END": f"${18 * pack}", "FETCHED": f"${19 * pack}",
         "ADDRESS": f"${20 * pack}",
     }  # fmt: skip
     text = _PATCH
@@ -141,16 +145,17 @@ def _text(rows: int) -> str:
     return text
 
 
-def _registers(rows: int) -> str:
-    pack = _groups_of_thread(rows)
+def _registers(rows: int, cols: int) -> str:
+    pack = _groups_of_thread(rows, cols)
     return ",".join(["=&r"] * 8 * pack + ["r"] * 12 * pack + ["l"] * pack)
 
 
 _FETCH_TEXT: tl.constexpr = tl.constexpr(_FETCH)
-_PATCH_8: tl.constexpr = tl.constexpr(_text(8))
-_PATCH_16: tl.constexpr = tl.constexpr(_text(16))
-_REGISTERS_8: tl.constexpr = tl.constexpr(_registers(8))
-_REGISTERS_16: tl.constexpr = tl.constexpr(_registers(16))
+_PATCH_8: tl.constexpr = tl.constexpr(_text(8, 128))
+_PATCH_16: tl.constexpr = tl.constexpr(_text(16, 128))
+_PATCH_32: tl.constexpr = tl.constexpr(_text(32, 64))
+_REGISTERS_8: tl.constexpr = tl.constexpr(_registers(8, 128))
+_REGISTERS_16: tl.constexpr = tl.constexpr(_registers(16, 128))
 
 
 @triton.jit
@@ -174,18 +179,18 @@ def _patch_by_lane(
     """Return the 8 words [A, B, C] of each group with the escapes of its tile in place.
 
     Args:
-        group: int32 [A, B, C], the group's number in its tile; those of a warp are 8 * ROWS neighbours, the first a
-            multiple of so many, or the kernel is stopped.
+        group: int32 [A, B, C], the group's number in its tile; those of a warp are of ROWS neighbouring rows, the first
+            a multiple of so many, and with 32 rows of the first or last 64 columns, or the kernel is stopped.
         begin, end: int32, from `_bounded`: entries of the tile.
         fetched: the thread's entry, from `_fetch`.
-        ROWS: rows of weights of the warp, 8 or 16.
+        ROWS: rows of weights of the warp, 8, 16 or 32.
     """
     if FORM == _PLAIN:
         return _patch(a, b, c, d, e, f, g, h, group, begin, end, entries_ptr, FORM, 1)
     else:
         # Not pure: so it stays before the loads that follow; see above.
         return tl.inline_asm_elementwise(
-            _PATCH_8 if ROWS == 8 else _PATCH_16,
+            _PATCH_8 if ROWS == 8 else _PATCH_16 if ROWS == 16 else _PATCH_32,
             _REGISTERS_8 if ROWS == 8 else _REGISTERS_16,
             [a, b, c, d, e, f, g, h, group, begin, end, fetched, entries_ptr.to(tl.uint64)],
             (
@@ -199,5 +204,5 @@ def _patch_by_lane(
                 tl.uint32,
             ),
             False,
-            ROWS // 4,
+            2 if ROWS == 8 else 4,
         )

@@ -1,13 +1,13 @@
-"""Multiply up to 64 rows of activations by a matrix in the fast layout; decoded weights stay in registers.
+"""Multiply up to 256 rows of activations by a matrix in the fast layout; decoded weights stay in registers.
 
     y[m, n] = sum over k of x[m, k] * w[n, k], + bias[n]
 
 There are four forms: FP32 multiply-adds for at most 4 rows of x (fast_matmul_gemv.py), tensor cores
 (fast_matmul_dot.py), and those of a warp, loaded ahead, for a few rows of w (fast_matmul_ahead.py) or some for each
-warp (fast_matmul_bands.py). In each a program has some rows of w and all columns, or one of PARTS equal parts of the
-columns; with parts, a second kernel adds their sums in order. Every order of addition is fixed, and no sum mixes rows.
-So the result is deterministic, and the values of other rows of x do not change the bits of a row. The forms add in
-different orders, so a row's bits may change with the number of rows.
+warp (fast_matmul_bands.py). Only the last takes more than 64 rows of x. In each a program has some rows of w and all
+columns, or one of PARTS equal parts of the columns; with parts, a second kernel adds their sums in order. Every order
+of addition is fixed, and no sum mixes rows. So the result is deterministic, and the values of other rows of x do not
+change the bits of a row. The forms add in different orders, so a row's bits may change with the number of rows.
 
 Error against the exact sum: as kernels/packed_matmul.py derives, |y - exact| <= (K + 1) 2**-23 S with
 S = sum |x w| + |bias|, and rounding y to BF16 adds 2**-8 |y|. A row takes at most K products into account, each added
@@ -25,15 +25,23 @@ from vllm_dfloat.codec import descriptor, fast_layout
 from vllm_dfloat.codec.fast_layout import TILE_COLS
 from vllm_dfloat.kernels.fast_escapes import PERMUTED, PLAIN, _round
 from vllm_dfloat.kernels.fast_matmul_ahead import _ahead_kernel
-from vllm_dfloat.kernels.fast_matmul_bands import BAND, _bands_kernel
+from vllm_dfloat.kernels.fast_matmul_bands import _bands_kernel
 from vllm_dfloat.kernels.fast_matmul_dot import _dot_kernel
 from vllm_dfloat.kernels.fast_matmul_gemv import _gemv_kernel
 from vllm_dfloat.kernels.fast_planes import LOW_BYTES
-from vllm_dfloat.kernels.fast_product import DotShape, GemvShape
+from vllm_dfloat.kernels.fast_product import (
+    LOW_BAND,
+    MAX_AT_ONCE,
+    MAX_DOT_ROWS,
+    MAX_LOW_ROWS,
+    TALL_BAND,
+    DotShape,
+    GemvShape,
+)
 
 TRITON_VERSION: str = triton.__version__
 MAX_GEMV_ROWS = 4
-MAX_ROWS = 64
+MAX_ROWS = 256
 MAX_COLS = 2**31 // MAX_ROWS
 SUM_ROWS = 256  # rows of w per program of the kernel that adds the sums of parts
 
@@ -43,13 +51,23 @@ def is_supported(cols: int) -> bool:
     return 0 < cols < MAX_COLS and cols % TILE_COLS == 0
 
 
+def max_rows(shape: DotShape | GemvShape) -> int:
+    """Return the largest number of rows of x that a kernel takes."""
+    if isinstance(shape, GemvShape):
+        return MAX_GEMV_ROWS
+    if not shape.has_bands:
+        return MAX_DOT_ROWS
+    return MAX_LOW_ROWS if shape.band == LOW_BAND else MAX_ROWS
+
+
 def compiled_rows(num_x: int, shape: DotShape | GemvShape) -> int:
     """Return for how many rows of x the kernel that multiplies `num_x` rows is compiled."""
-    padded = 1 << (num_x - 1).bit_length()
+    padded = min(1 << (num_x - 1).bit_length(), MAX_AT_ONCE)
     if isinstance(shape, GemvShape):
         return padded
-    takes_8 = shape.width == 4 and shape.rows > 8 and not shape.has_bands
-    return max(padded, 8 if takes_8 else 16)
+    if shape.has_bands:
+        return MAX_LOW_ROWS if shape.band == LOW_BAND else max(padded, 2 * MAX_LOW_ROWS)
+    return max(padded, 8 if shape.width == 4 and shape.rows > 8 else 16)
 
 
 def max_registers(shape: DotShape, compiled: int) -> int | None:
@@ -81,7 +99,9 @@ def _must_wait(device: torch.device) -> bool:
 
 def num_partials(rows: int, num_x: int, shape: DotShape | GemvShape) -> int:
     """Return how many FP32 numbers of scratch memory `matmul` needs."""
-    return 0 if shape.parts == 1 else shape.parts * compiled_rows(num_x, shape) * rows
+    compiled = compiled_rows(num_x, shape)
+    padded = triton.cdiv(num_x, compiled) * compiled
+    return 0 if shape.parts == 1 else shape.parts * padded * rows
 
 
 @triton.jit(do_not_specialize=["rows", "padded"])
@@ -122,7 +142,7 @@ def matmul(
     """Write x @ w.T + bias to `out`; allocates nothing and does not wait for the device.
 
     Args:
-        x: BF16 [num_x, cols], contiguous, 1 to 64 rows (4 for a GemvShape), aligned to 16 bytes.
+        x: BF16 [num_x, cols], contiguous, 1 to 256 rows with bands, else 64 (4 for a GemvShape), aligned to 16 bytes.
         desc: int64 [4] on the device, made by this process, of w; the payload is read only if its seal is right, else
             the result is NaN.
         cols: columns of w; `is_supported(cols)`.
@@ -133,19 +153,25 @@ def matmul(
         form: PLAIN, PATCHED or PERMUTED; None for PERMUTED on an NVIDIA GPU, else PLAIN.
 
     Raises:
-        ValueError: the columns cannot be taken as `shape` says, or its rows are not those of its bands.
+        ValueError: the columns cannot be taken as `shape` says, its rows are not those of its bands, or it does not
+            take so many rows of x.
     """
     num_x, rows = out.shape
     if not out.numel():
         return
     if isinstance(shape, DotShape) and cols % shape.cols:
         raise ValueError(f"{cols} columns, taken {shape.cols} at a time; expected a multiple")
-    if isinstance(shape, DotShape) and shape.has_bands and shape.rows != BAND * shape.warps:
-        raise ValueError(f"{shape.rows} rows for {shape.warps} warps; expected {BAND} for each")
+    bands = shape if isinstance(shape, DotShape) and shape.has_bands else None
+    if bands and bands.rows not in (LOW_BAND * bands.warps, TALL_BAND * bands.warps):
+        expected = f"expected {LOW_BAND} or {TALL_BAND} for each"
+        raise ValueError(f"{bands.rows} rows for {bands.warps} warps; {expected}")
+    if num_x > max_rows(shape):
+        raise ValueError(f"{num_x} rows of activations; {shape} takes {max_rows(shape)}")
     is_gpu = x.is_cuda
     if form is None:
         form = PERMUTED if is_gpu and torch.version.hip is None else PLAIN
     compiled = compiled_rows(num_x, shape)
+    blocks = triton.cdiv(num_x, compiled)  # 1 without bands
     bits = out.view(torch.uint16)
     target = bits if shape.parts == 1 else partials
     salt = descriptor.salt(desc.data_ptr(), fast_layout.size(rows, cols))
@@ -155,11 +181,11 @@ def matmul(
     limit: dict[str, int | None] = {}
     if isinstance(shape, DotShape) and form != PLAIN:
         limit["maxnreg"] = max_registers(shape, compiled)
-    if isinstance(shape, DotShape) and shape.has_bands:
-        _bands_kernel[(triton.cdiv(rows, shape.rows), shape.parts)](
+    if bands:
+        _bands_kernel[(triton.cdiv(rows, bands.rows) * blocks, bands.parts)](
             desc, x.view(torch.uint32), *rest,
-            shape.warps, shape.parts > 1, form, bias is not None, tl.bfloat16 if is_gpu else tl.float32,
-            num_warps=shape.warps, **limit,
+            bands.warps, bands.parts > 1, form, bias is not None, tl.bfloat16 if is_gpu else tl.float32,
+            num_warps=bands.warps, **limit,
         )  # fmt: skip
     elif isinstance(shape, DotShape) and shape.stages == 1:
         _ahead_kernel[(triton.cdiv(rows, shape.rows), shape.parts)](
@@ -182,5 +208,5 @@ def matmul(
         )  # fmt: skip
     if shape.parts > 1:
         _sum_kernel[(triton.cdiv(rows, SUM_ROWS), num_x)](
-            partials, rest[0], bits, rows, compiled, shape.parts, SUM_ROWS, bias is not None
-        )
+            partials, rest[0], bits, rows, blocks * compiled, shape.parts, SUM_ROWS, bias is not None
+        )  # fmt: skip

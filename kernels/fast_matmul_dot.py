@@ -97,13 +97,15 @@ def _as(x, OPERAND: tl.constexpr):
 
 @triton.jit
 def _store_sums(
-    acc, out_ptr, bias_ptr, row, m, part, rows, num_x, ROWS: tl.constexpr, HAS_PARTS: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    acc, out_ptr, bias_ptr, row, m, part, rows, num_x, padded, HAS_PARTS: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Store sums, FP32, of rows `row` of the matrix and rows `m` of x, which are broadcast to the shape of acc."""
+    """Store sums, FP32, of rows `row` of the matrix and rows `m` of x, which are broadcast to the shape of acc.
+
+    padded: rows of x for which a part has sums.
+    """
     exists = (row < rows) & (m < num_x)
     if HAS_PARTS:
-        tl.store(out_ptr + (part * ROWS + m).to(tl.int64) * rows + row, acc, mask=exists)
+        tl.store(out_ptr + (part * padded + m).to(tl.int64) * rows + row, acc, mask=exists)
     else:
         if HAS_BIAS:
             acc += tl.load(bias_ptr + row, mask=row < rows, other=0.0).to(tl.float32)

@@ -9,9 +9,13 @@ from vllm_dfloat.codec import fast_layout
 
 MAX_PARTS = 8
 MAX_AHEAD_ROWS = 32  # of activations, for fast_matmul_ahead.py
-# Of kernels that add in order: about as many programs as multiprocessors, and as many warps as these run at once with
-# 120 registers; no GPU has tried others.
-IN_ORDER_PROGRAMS, IN_ORDER_WARPS = 128, 2048
+MAX_DOT_ROWS = 64  # likewise, for any kernel but fast_matmul_bands.py
+MAX_AT_ONCE = 64  # likewise, of a program of fast_matmul_bands.py: for more there are more programs
+# Rows of weights of a warp in fast_matmul_bands.py: few for up to MAX_LOW_ROWS rows of activations, more for others.
+LOW_BAND, TALL_BAND, MAX_LOW_ROWS = 16, 32, 16
+# Of kernels that add in order: rows of weights that give 128 multiprocessors a program of TALL_BANDS, or two of
+# LOW_BANDS, and as many warps as these run at once with 126 registers; no GPU has tried others.
+IN_ORDER_ROWS, IN_ORDER_WARPS = 128 * 128, 2048
 
 
 @dataclass(frozen=True)
@@ -23,9 +27,9 @@ class DotShape:
         cols: columns at a time, 128 or 256; with one stage 128, or for up to 16 rows 128 * warps.
         stages: how many times as many columns are in shared memory; 1 for the kernels that have the next ones in
             registers, with width 4: fast_matmul_ahead.py for 16 rows, or 8 if in order, and up to MAX_AHEAD_ROWS rows
-            of activations; fast_matmul_bands.py for 64 or 128 rows.
+            of activations; fast_matmul_bands.py for LOW_BAND or TALL_BAND rows per warp.
         warps: 4, or 8 for 128 rows, for the tensor cores of a warp group, which Hopper has; 1 or 2 for those of a warp.
-            With one stage and up to 16 rows 1, or in order 1, 2 or 4, each with 128 columns; else a warp for 16 rows.
+            With one stage and up to 16 rows 1, or in order 1, 2 or 4, each with 128 columns; else one for each band.
         parts: parts of the columns.
         width: neighbouring columns that a thread holds of the operands: 2 for the tensor cores of a warp group, 4 for
             those of a warp. With the wrong one the result is as good, but weights are exchanged between threads.
@@ -47,8 +51,14 @@ class DotShape:
         """Whether fast_matmul_bands.py is launched."""
         return self.stages == 1 and self.rows > 16
 
+    @property
+    def band(self) -> int:
+        """Rows of w per warp of fast_matmul_bands.py."""
+        return self.rows // self.warps
 
-BANDS = DotShape(stages=1, width=4)
+
+LOW_BANDS = DotShape(stages=1, width=4)
+TALL_BANDS = DotShape(rows=128, stages=1, width=4)
 
 
 @dataclass(frozen=True)
@@ -75,7 +85,7 @@ class Choice:
     """A line of the table.
 
     Attributes:
-        up_to: rows of activations; a GemvShape takes 4 at most.
+        up_to: rows of activations; a GemvShape takes 4 at most, LOW_BANDS 16, TALL_BANDS 256, others 64.
         shape: how the kernel is launched; its number of parts is replaced.
         programs: with fewer programs the columns are cut in 2, 4 or 8 parts, 2 at most for a GemvShape. Few programs
             leave multiprocessors idle; parts cost a second kernel, which adds their sums.
@@ -133,41 +143,47 @@ class FastProduct:
             if cols % shape.cols:
                 warps = 1 if shape.stages == 1 else shape.warps
                 shape = replace(shape, cols=fast_layout.TILE_COLS, warps=warps)
-            most = 1 if shape.in_order else MAX_PARTS
+            # A part's sums for a row, padded, take as much memory as BF16 weights of twice as many columns.
+            room = cols // (2 << (num_x - 1).bit_length())
+            most = 1 if shape.in_order else min(MAX_PARTS, room)
             steps, per_program = cols // shape.cols, shape.rows
-        programs, parts = -(-rows // per_program), 1
+        programs, parts = -(-rows // per_program) * -(-num_x // MAX_AT_ONCE), 1
         while 2 * parts <= min(most, steps) and programs * parts < choice.programs:
             parts *= 2
         return replace(shape, parts=parts)
 
-    def in_order_shape(
-        self, rows: int, cols: int, num_x: int, is_gpu: bool, most_warps: int = 4
-    ) -> DotShape:
-        """Return how to launch the kernel that adds in order, for `num_x` rows of activations.
+    def max_rows_in_order(self, rows: int) -> int:
+        """Return up to how many rows of activations a matrix of `rows` rows is multiplied so in order."""
+        most = self.max_rows(rows)
+        return most if _fill_device(TALL_BANDS, rows) else min(most, MAX_AHEAD_ROWS)
 
-        The columns are not cut. If the matrix has enough rows the kernel has bands. Else up to MAX_AHEAD_ROWS it loads
-        ahead into registers, in programs of at most `most_warps` warps; beyond, into shared memory.
+    def in_order_shape(
+        self, rows: int, cols: int, num_x: int, is_gpu: bool, most_warps: int = 2
+    ) -> DotShape:
+        """Return how to launch the kernel that adds in order, for up to `max_rows_in_order(rows)` rows of activations.
+
+        The columns are not cut. If the matrix has enough rows the kernel has bands; else it loads ahead into registers,
+        in programs of at most `most_warps` warps.
         """
-        if not is_gpu:
+        if not is_gpu and num_x <= MAX_DOT_ROWS:
             return DotShape(
                 in_order=True
             )  # no tensor cores, and so no columns that these put elsewhere
-        few, programs = num_x <= MAX_AHEAD_ROWS, -(-rows // BANDS.rows)
-        if programs >= IN_ORDER_PROGRAMS * (2 if few else 1):
-            return replace(BANDS, in_order=True)
-        if few:
-            return _in_order_ahead(rows, cols, most_warps)
-        return DotShape(rows=32, warps=2, width=4, in_order=True)
+        bands = LOW_BANDS if num_x <= MAX_LOW_ROWS else TALL_BANDS
+        if num_x > MAX_AHEAD_ROWS or _fill_device(bands, rows):
+            return replace(bands, in_order=True)
+        return _in_order_ahead(rows, cols, most_warps)
+
+
+def _fill_device(bands: DotShape, rows: int) -> bool:
+    """Return whether a matrix of `rows` rows has enough of these bands for all multiprocessors, uncut."""
+    return -(-rows // bands.rows) * bands.rows >= IN_ORDER_ROWS
 
 
 def _in_order_ahead(rows: int, cols: int, most_warps: int) -> DotShape:
     """Return how to launch the kernel that adds in order and loads ahead: the fewer rows, the more warps for each."""
-    of_a_program, warps = 16, 2
-    for few in (2, 4):
-        if -(-rows // 8) * few <= IN_ORDER_WARPS:
-            of_a_program, warps = 8, few
-    warps = min(warps, most_warps)
-    while cols % (warps * fast_layout.TILE_COLS):
-        warps //= 2
+    of_a_program = 8 if -(-rows // 8) * 2 <= IN_ORDER_WARPS else 16
+    is_odd = cols % (2 * fast_layout.TILE_COLS) != 0
+    warps = 1 if is_odd else min(2, most_warps)
     at_once = warps * fast_layout.TILE_COLS
     return DotShape(of_a_program, at_once, stages=1, warps=warps, width=4, in_order=True)

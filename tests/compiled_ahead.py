@@ -4,7 +4,8 @@
 
 For a process of its own, since TRITON_INTERPRET makes functions that cannot be compiled. Every sum of these operands is
 an FP32 number whatever the order, so each result has one right answer. Prints, as JSON, for each case how many of the
-results differ, and of some barriers which could be left out unseen.
+results differ, how often threads access shared memory and meet in its banks, and of some barriers which could be left
+out unseen.
 """
 
 import json
@@ -20,8 +21,8 @@ sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "script
 import numpy as np
 import torch
 from compile_specs import fast_matmul as specs
+from ptx_banks import Banked
 from ptx_program import Program
-from ptx_races import Watched
 
 from vllm_dfloat.codec import descriptor, fast_layout
 from vllm_dfloat.codec.descriptor import KIND_FAST
@@ -29,7 +30,7 @@ from vllm_dfloat.codec.fast_encode import encode
 from vllm_dfloat.kernels.fast_planes import LOW_BYTES
 
 ROWS, COLS = 90, 1024  # two turns of 4 warps
-X, BIAS, OUT, DESC, PAYLOAD = (0x10000 * i for i in (1, 3, 4, 6, 7))  # addresses
+X, BIAS, OUT, DESC, PAYLOAD = (0x10000 * i for i in (1, 6, 7, 9, 10))  # addresses
 POISON = 0x7FC1
 BARRIER = re.compile(r"\bbar\.sync\s+0;")
 
@@ -58,8 +59,10 @@ def weights() -> torch.Tensor:
     return weight.bfloat16()
 
 
-def products(name: str, target: str, num_x: int, removed: int = -1) -> tuple[Bits, Bits]:
-    """Return the results of a compiled kernel, and the right ones.
+def products(
+    name: str, target: str, num_x: int, removed: int = -1
+) -> tuple[Bits, Bits, np.ndarray]:
+    """Return a kernel's results, the right ones, and accesses and conflicts in shared memory per 2,048 weights.
 
     Args:
         removed: which of its barriers, in the order of the code, to leave out.
@@ -97,38 +100,48 @@ def products(name: str, target: str, num_x: int, removed: int = -1) -> tuple[Bit
     if removed >= 0:
         ptx = ptx[: barriers[removed].start()] + ptx[barriers[removed].end() :]
     program = Program(ptx)
-    blocks = -(-ROWS // spec.constexprs.get("BN", 16 * spec.num_warps))
+    at_once, bands = spec.constexprs["ROWS"], specs.bands(spec.constexprs["ROWS"], spec.num_warps)
+    rows = spec.constexprs.get("BN", bands.rows)  # of a program
+    blocks = -(-ROWS // rows) * -(-num_x // at_once)
     parameters = [DESC, X, BIAS, OUT, salt % (1 << 64), LOW_BYTES, ROWS, COLS, num_x, 0, 0]
-    for block in range(blocks):
-        shared = compiled.metadata.shared
-        Watched(program, memory, parameters, (block, 0), (blocks, 1), shared).run()
+    machines = [
+        Banked(program, memory, parameters, (block, 0), (blocks, 1), compiled.metadata.shared)
+        for block in range(blocks)
+    ]
+    for machine in machines:
+        machine.run()
+    counts = [(machine.accesses, machine.conflicts) for machine in machines]
+    shared_memory = np.sum(counts, 0) / (blocks * rows * COLS) * 2048
     exact = x.double() @ weight.double().T + bias.double()
     assert (exact.float().double() == exact).all()
-    return out.copy(), exact.float().bfloat16().view(torch.uint16).numpy().ravel()
+    return out.copy(), exact.float().bfloat16().view(torch.uint16).numpy().ravel(), shared_memory
 
 
 def main() -> int:
-    unequal = {}
+    unequal, shared_memory = {}, {}
     for name, target, num_x in (
         ("fast_ahead_8", "sm_90", 5),
         ("fast_ahead_16", "sm_80", 16),
         ("fast_ahead_in_order_32_16x2", "sm_80", 32),
-        ("fast_ahead_in_order_16_8x4", "sm_90", 7),
+        ("fast_ahead_in_order_16_8x2", "sm_90", 7),
         ("fast_bands_16", "sm_89", 9),
-        ("fast_bands_64_8", "sm_90", 50),
+        ("fast_bands_32", "sm_80", 32),
+        ("fast_bands_64", "sm_90", 70),
     ):
-        found, expected = products(name, target, num_x)
-        unequal[f"{name}, {target}, {num_x} rows"] = int((found != expected).sum())
+        case = f"{name}, {target}, {num_x} rows"
+        found, expected, counts = products(name, target, num_x)
+        shared_memory[case] = counts.tolist()
+        unequal[case] = int((found != expected).sum())
     missed = []
     for name, removed in (
-        ("fast_ahead_in_order_16_8x4", 0),
-        ("fast_bands_64_8", 0),
-        ("fast_bands_64_8", 1),
+        ("fast_ahead_in_order_16_8x2", 0),
+        ("fast_bands_64", 0),
+        ("fast_bands_64", 1),
     ):
         with suppress(AssertionError):
             products(name, "sm_90", 7 if "ahead" in name else 50, removed)
             missed.append(f"{name} without its barrier {removed}")
-    json.dump({"unequal": unequal, "missed": missed}, sys.stdout)
+    json.dump({"unequal": unequal, "shared memory": shared_memory, "missed": missed}, sys.stdout)
     return 0
 
 

@@ -35,8 +35,7 @@ from vllm_dfloat.integration.layers import cancelling
 from vllm_dfloat.kernels.fast_planes import LOW_BYTES
 
 ROWS, COLS = 96, 512
-X, WEIGHT, BIAS, OUT, DESC, PAYLOAD = (0x10000 * i for i in (1, 3, 7, 8, 9, 10))  # addresses
-DOT = "fast_in_order_64_32x2x4"  # beyond 32 rows, for matrices of few rows
+X, WEIGHT, BIAS, OUT, DESC, PAYLOAD = (0x10000 * i for i in (1, 4, 7, 8, 9, 10))  # addresses
 WAIT = "wgmma.wait_group.sync.aligned "
 GROUPS = "fast_in_order_64"  # on Hopper on the tensor cores of a warp group
 
@@ -59,15 +58,14 @@ DEFAULT = Launch(vllm_matmul.BLOCKS, vllm_matmul.NUM_WARPS, vllm_matmul.NUM_STAG
 EQUAL = (
     ("sm_80", 3, "fast_ahead_in_order_8_16x2", DEFAULT),
     ("sm_80", 16, "fast_ahead_in_order_16_8x2", DEFAULT),
-    ("sm_89", 5, "fast_ahead_in_order_16_8x4", DEFAULT),
-    ("sm_90", 16, "fast_ahead_in_order_16_8x4", tuned(16, 128)),
+    ("sm_89", 5, "fast_bands_16", DEFAULT),
+    ("sm_90", 16, "fast_ahead_in_order_16_8x2", tuned(16, 128)),
     ("sm_90", 16, "fast_ahead_in_order_16_16x2", DEFAULT),
+    ("sm_90", 9, "fast_bands_16", tuned(16, 128)),
     ("sm_80", 33, "fast_bands_64", DEFAULT),
     ("sm_90", 20, "fast_bands_32", tuned(32, 128)),
     ("sm_90", 64, "fast_bands_64", tuned(64, 128)),
-    ("sm_90", 40, "fast_bands_64_8", DEFAULT),
-    ("sm_80", 33, DOT, DEFAULT),
-    ("sm_90", 33, DOT, DEFAULT),
+    ("sm_90", 70, "fast_bands_64", tuned(64, 128)),
     ("sm_90", 64, GROUPS, DEFAULT),
     ("sm_90", 64, GROUPS, tuned(64, 64)),
     ("sm_90", 64, GROUPS, tuned(32, 128)),
@@ -150,7 +148,8 @@ def of_ours(name: str, target: str, num_x: int, **changes: Any) -> Bits:
     filled = memory(X=x, BIAS=bias, DESC=desc, PAYLOAD=held.payload)
     sizes = [salt % (1 << 64), LOW_BYTES, ROWS, COLS, num_x]
     compiled = spec.compile(target, num_stages=spec.constexprs.get("STAGES", 1))
-    blocks = -(-ROWS // spec.constexprs.get("BN", 16 * spec.num_warps))
+    at_once, bands = spec.constexprs["ROWS"], specs.bands(spec.constexprs["ROWS"], spec.num_warps)
+    blocks = -(-ROWS // spec.constexprs.get("BN", bands.rows)) * -(-num_x // at_once)
     parameters = [DESC, X, BIAS, OUT, *sizes, 0, 0]
     shared = compiled.metadata.shared
     return run(compiled.asm["ptx"], filled, parameters, blocks, num_x, shared)
@@ -184,7 +183,7 @@ def main() -> int:
             of_ours("fast_ahead_16", "sm_80", 16),
             few,
         ),
-        ("columns of two steps mixed", of_ours(DOT, "sm_80", 16, ROWS=16, WIDTH=2), few),
+        ("columns of two steps mixed", of_ours(GROUPS, "sm_80", 16, ROWS=16), few),
         (
             "a warp group's 16 columns of every 64",
             of_ours(GROUPS, "sm_90", 64, IN_ORDER=False),

@@ -17,8 +17,14 @@ from vllm_dfloat.kernels import (
 )
 from vllm_dfloat.kernels.configs import CONFIGS, DEFAULT
 from vllm_dfloat.kernels.fast_escapes import PATCHED, PERMUTED, PLAIN
-from vllm_dfloat.kernels.fast_product import BANDS as _BANDS
-from vllm_dfloat.kernels.fast_product import MAX_PARTS, DotShape, GemvShape
+from vllm_dfloat.kernels.fast_product import (
+    LOW_BANDS,
+    MAX_LOW_ROWS,
+    MAX_PARTS,
+    TALL_BANDS,
+    DotShape,
+    GemvShape,
+)
 
 _GEMV = GemvShape()  # in every table
 _SIZES = dict(
@@ -86,13 +92,13 @@ def _dot(rows: int, has_parts: bool, form: int, shape: DotShape) -> CompileSpec:
 
 
 def _chosen() -> dict[tuple[int, DotShape], None]:
-    """Return what any table chooses: for how many rows of activations a kernel is compiled, and how it is launched."""
+    """Return what any table chooses of dot: for how many rows of activations it is compiled, and how it is launched."""
     found = {}
     for product in [DEFAULT.fast_product, *(config.fast_product for config in CONFIGS.values())]:
         for num_x in (8, 16, 32, 64):
             for rows in (4096, 28_672):
                 choice = product.choice(rows, num_x)
-                if choice is not None:
+                if choice is not None and choice.shape.stages > 1:  # others are in AHEAD and BANDS
                     assert isinstance(choice.shape, DotShape)
                     found[fast_matmul.compiled_rows(num_x, choice.shape), choice.shape] = None
     return found
@@ -102,13 +108,9 @@ DOT = [
     *(_dot(16, False, form, DotShape()) for form in (PLAIN, PATCHED)),
     *(_dot(rows, has_parts, PERMUTED, shape) for rows, shape in _chosen() for has_parts in (False, True)),
 ]  # fmt: skip
-# What mode "fused-exact" launches for matrices of few rows, for more than 32 of activations; and a candidate for more.
+# A candidate for mode "fused-exact" and more than 32 rows of activations.
 IN_ORDER = [
-    _dot(64, False, PERMUTED, shape)
-    for shape in (
-        DotShape(in_order=True),
-        DEFAULT.fast_product.in_order_shape(4096, 4096, 64, is_gpu=True),
-    )
+    _dot(64, False, PERMUTED, DotShape(in_order=True)),
 ]
 # The first three are in no table yet; the others are what mode "fused-exact" launches for up to 32 rows of activations
 # and matrices of fewer rows, the last two for an odd number of tiles side by side.
@@ -136,10 +138,18 @@ AHEAD = [
     for rows, block, warps, has_parts, in_order in (
         (8, 16, 1, False, False), (8, 16, 1, True, False), (16, 16, 1, False, False),
         (8, 16, 2, False, True), (16, 16, 2, False, True), (32, 16, 2, False, True),
-        (16, 8, 2, False, True), (32, 8, 2, False, True), (16, 8, 4, False, True), (32, 8, 4, False, True),
+        (16, 8, 2, False, True), (32, 8, 2, False, True),
         (8, 16, 1, False, True), (16, 8, 1, False, True),
     )
 ]  # fmt: skip
+
+
+def bands(rows: int, warps: int) -> DotShape:
+    """Return how the kernel with bands is launched for so many rows of activations."""
+    shape = LOW_BANDS if rows <= MAX_LOW_ROWS else TALL_BANDS
+    return replace(shape, rows=shape.band * warps, warps=warps)
+
+
 # Candidates for mode "fused"; those of four warps are what mode "fused-exact" launches for matrices of many rows.
 BANDS = [
     CompileSpec(
@@ -155,13 +165,13 @@ BANDS = [
         },
         aligned_args=_ALIGNED,
         num_warps=warps,
-        max_registers=fast_matmul.max_registers(replace(_BANDS, rows=16 * warps, warps=warps), rows),
+        max_registers=fast_matmul.max_registers(bands(rows, warps), rows),
         on_amd={"WARPS": 4},
-        weights_per_program=16 * warps * fast_layout.TILE_COLS,
+        weights_per_program=2048 * warps,
         has_rare_paths=True,
     )
     for rows, warps, has_parts in (
-        (64, 4, False), (64, 4, True), (64, 8, False), (32, 4, False), (16, 4, False),
+        (16, 4, False), (16, 4, True), (32, 4, False), (32, 4, True), (64, 4, False), (64, 4, True), (64, 2, False),
     )
 ]  # fmt: skip
 EXPERTS = [

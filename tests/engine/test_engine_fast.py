@@ -156,7 +156,7 @@ def test_fused_engine_answers_nearly_as_bf16_vllm_and_always_the_same(
         assert multiplied.count(5) >= 4  # every linear layer
         assert multiplied.count(1) >= 4
         assert ask(llm, prompts, num_tokens=2) == first
-    assert "dfloat11: fused for up to 64 rows of activations in 6 of 6 layers" in log_lines
+    assert "dfloat11: fused for up to 256 rows of activations in 6 of 6 layers" in log_lines
     # Logits of this model are of size 1, and BF16 has 8 bits; a wrong weight gives differences of size 1.
     assert largest_difference(first, expected) < 0.1
 

@@ -11,7 +11,7 @@ from vllm_dfloat.device import fast_ops
 from vllm_dfloat.kernels import fast_matmul as kernels
 from vllm_dfloat.kernels.configs import config_of
 from vllm_dfloat.kernels.fast_escapes import FORMS, PLAIN
-from vllm_dfloat.kernels.fast_product import BANDS, DotShape, GemvShape
+from vllm_dfloat.kernels.fast_product import LOW_BANDS, TALL_BANDS, DotShape, GemvShape
 
 pytestmark = NEEDS_GPU
 COLS = 1024
@@ -72,12 +72,22 @@ def test_gpu_product_that_loads_ahead_has_the_same_bits_in_every_form(num_rows: 
     ahead = DotShape(rows=16, stages=1, warps=1, width=4)
     in_order = [
         replace(ahead, in_order=True, rows=rows, warps=warps, cols=128 * warps)
-        for rows, warps in ((16, 1), (16, 2), (8, 1), (8, 2), (8, 4))
+        for rows, warps in ((16, 1), (16, 2), (8, 1), (8, 2))
         if COLS % (128 * warps) == 0
     ]
-    bands = [BANDS, replace(BANDS, rows=128, warps=8), replace(BANDS, parts=3)]
-    shapes = [*bands, *([ahead, replace(ahead, parts=3), *in_order] if num_rows <= 32 else [])]
-    for shape in of_size(shapes, [BANDS, ahead, *in_order[::3]]):
+    tall = [TALL_BANDS, replace(TALL_BANDS, parts=3), replace(TALL_BANDS, rows=64, warps=2)]
+    low = [LOW_BANDS, replace(LOW_BANDS, parts=3)]
+    shapes = [*tall, *(low if num_rows <= 16 else [])]
+    shapes += [ahead, replace(ahead, parts=3), *in_order] if num_rows <= 32 else []
+    for shape in of_size(shapes, [TALL_BANDS, LOW_BANDS, ahead, *in_order[::3]]):
+        assert_forms_agree(weight, x.to(DEVICE), shape)
+
+
+@pytest.mark.parametrize("num_rows", of_size([65, 128, 130, 256], [130]))
+def test_gpu_product_of_many_rows_has_the_same_bits_in_every_form(num_rows: int) -> None:
+    weight = hard(of_size([203], [131])[0])
+    x = torch.randn(num_rows, COLS, generator=torch.Generator().manual_seed(9)).bfloat16()
+    for shape in of_size([TALL_BANDS, replace(TALL_BANDS, parts=3)], [TALL_BANDS]):
         assert_forms_agree(weight, x.to(DEVICE), shape)
 
 

@@ -30,7 +30,7 @@ FORMS = (
     "encode_count", "encode_measure", "encode_write", "encode_dfloat11_measure", "encode_dfloat11_write",
     "encode_dfloat11_split", "gemv_1", "sum_1", "fast_decode", "fast_decode_run", "fast_chosen", "fast_rows",
     "fast_group", "fast_measure", "fast_write", "fast_gemv_1", "fast_dot_16", "fast_ahead_8",
-    "fast_ahead_in_order_16_8x4", "fast_bands_64", "fast_experts_16", "fast_sum",
+    "fast_ahead_in_order_16_8x2", "fast_bands_64", "fast_experts_16", "fast_sum",
 )  # fmt: skip
 
 # Kernels whose threads must wait for each other in every turn of a loop, with any compiler: operands, or the
@@ -52,9 +52,9 @@ WAITING = (
 AHEAD = (
     "fast_ahead_8", "fast_ahead_16", "fast_ahead_in_order_8_16x1", "fast_ahead_in_order_8_16x2",
     "fast_ahead_in_order_16_16x2", "fast_ahead_in_order_32_16x2", "fast_ahead_in_order_16_8x1",
-    "fast_ahead_in_order_16_8x2", "fast_ahead_in_order_32_8x2", "fast_ahead_in_order_16_8x4",
-    "fast_ahead_in_order_32_8x4", "fast_bands_16", "fast_bands_32", "fast_bands_64", "fast_bands_64_parts",
-    "fast_bands_64_8", "fast_experts_8", "fast_experts_16", "fast_experts_8_unsorted",
+    "fast_ahead_in_order_16_8x2", "fast_ahead_in_order_32_8x2", "fast_bands_16", "fast_bands_16_parts", "fast_bands_32",
+    "fast_bands_32_parts", "fast_bands_64", "fast_bands_64_parts", "fast_bands_64_2", "fast_experts_8",
+    "fast_experts_16", "fast_experts_8_unsorted",
 )  # fmt: skip
 
 

@@ -37,7 +37,7 @@ def test_compiled_product_in_order_takes_the_steps_that_vllm_takes(
 ) -> None:
     # Bug caught: Triton takes 32 columns for two steps where a thread has 4 neighbours of an operand.
     cases = {name: count for name, count in result["unequal"].items() if name.startswith("sm_")}
-    assert len(cases) == 15
+    assert len(cases) == 14
     assert not any(cases.values()), cases
 
 

@@ -21,7 +21,7 @@ from vllm_dfloat.kernels.configs import (
     config_of,
     override,
 )
-from vllm_dfloat.kernels.fast_product import Choice, DotShape, FastProduct
+from vllm_dfloat.kernels.fast_product import LOW_BANDS, TALL_BANDS, Choice, DotShape, FastProduct
 
 ROOT = Path(__file__).parents[2]
 WARPS = (
@@ -110,7 +110,7 @@ def test_asking_for_a_cpu_initialises_no_cuda() -> None:
     [
         (16_320, 4096, 16, 2),
         (8192, 4096, 8, 2),
-        (4096, 14_336, 8, 4),
+        (4096, 14_336, 8, 2),
         (4096, 14 * 128, 8, 2),
         (4096, 13 * 128, 8, 1),
         (14_336, 13 * 128, 16, 1),
@@ -126,21 +126,32 @@ def test_the_fewer_rows_the_more_warps_add_them_in_order_and_each_gets_whole_til
 
 
 @pytest.mark.parametrize(
-    ("rows", "num_x", "has_bands"),
+    ("rows", "num_x", "bands"),
     [
-        (16_321, 1, True),
-        (28_672, 32, True),
-        (16_320, 32, False),
-        (8129, 33, True),
-        (8128, 64, False),
+        (16_321, 1, LOW_BANDS),
+        (28_672, 16, LOW_BANDS),
+        (16_320, 16, None),
+        (16_257, 17, TALL_BANDS),
+        (16_256, 32, None),
+        (16_257, 64, TALL_BANDS),
+        (16_384, 256, TALL_BANDS),
     ],
 )
 def test_many_rows_of_activations_are_shared_by_bands_where_there_are_enough(
-    rows: int, num_x: int, has_bands: bool
+    rows: int, num_x: int, bands: DotShape | None
 ) -> None:
     shape = DEFAULT.fast_product.in_order_shape(rows, 4096, num_x, is_gpu=True)
-    assert shape.has_bands == has_bands
     assert shape.in_order
+    assert shape.has_bands == (bands is not None)
+    assert bands is None or shape == replace(bands, in_order=True)
+
+
+def test_more_rows_than_32_are_multiplied_in_order_only_where_bands_fill_the_device() -> None:
+    product = FastProduct((Choice(256, TALL_BANDS, programs=96),))
+    assert product.max_rows_in_order(16_257) == 256
+    assert product.max_rows_in_order(16_256) == 32
+    assert DEFAULT.fast_product.max_rows_in_order(16_257) == DEFAULT.fast_product.max_rows(16_257)
+    assert FastProduct((Choice(8, TALL_BANDS, programs=96),)).max_rows_in_order(64) == 8
 
 
 @pytest.mark.parametrize(("cols", "warps"), [(1024, 4), (7 * 128, 1)])

@@ -14,7 +14,14 @@ from vllm_dfloat.device import fast_fused, fast_ops
 from vllm_dfloat.errors import UnsupportedError
 from vllm_dfloat.kernels import fast_matmul as kernels
 from vllm_dfloat.kernels.configs import CONFIGS, INTERPRETED, config_for
-from vllm_dfloat.kernels.fast_product import BANDS, Choice, DotShape, FastProduct, GemvShape
+from vllm_dfloat.kernels.fast_product import (
+    LOW_BANDS,
+    TALL_BANDS,
+    Choice,
+    DotShape,
+    FastProduct,
+    GemvShape,
+)
 
 Shape = DotShape | GemvShape
 # For each form: columns at a time that do not divide a matrix's, programs of several rows of tiles, and parts.
@@ -35,11 +42,14 @@ SHAPES: list[tuple[Shape, int]] = [
     (DotShape(rows=16, stages=1, warps=1, width=4, in_order=True), 20),
     (DotShape(rows=8, stages=1, warps=1, width=4, in_order=True), 3),
     (DotShape(rows=16, cols=256, stages=1, warps=2, width=4, in_order=True), 9),
-    (BANDS, 33),
-    (replace(BANDS, rows=128, warps=8, parts=2), 6),
+    (LOW_BANDS, 13),
+    (replace(LOW_BANDS, rows=128, warps=8, parts=2), 6),
+    (TALL_BANDS, 33),
+    (replace(TALL_BANDS, parts=3), 70),  # two programs for the same rows of the matrix
+    (TALL_BANDS, 130),
 ]
 AHEAD = DotShape(rows=16, stages=1, warps=1, width=4)
-SHARES = [SHAPES[i] for i in (2, 3, 7, 10, 12, 17)]
+SHARES = [SHAPES[i] for i in (2, 3, 7, 10, 12, 17, 19)]
 
 
 def activations(num_rows: int, cols: int, seed: int = 0) -> torch.Tensor:
@@ -110,7 +120,7 @@ def test_result_of_a_row_does_not_depend_on_the_other_rows(shape: Shape, num_row
 
 
 @pytest.mark.parametrize(
-    "shape", [GemvShape(turns=16), GemvShape(turns=8, groups=64), DotShape(), AHEAD, BANDS]
+    "shape", [GemvShape(turns=16), GemvShape(turns=8, groups=64), DotShape(), AHEAD, LOW_BANDS]
 )
 def test_infinite_weights_and_no_numbers_stay_in_their_rows(shape: Shape) -> None:
     # Bug caught: columns past the end of a row, multiplied by 0.
@@ -134,7 +144,7 @@ def test_rows_of_zeros_give_zeros(shape: Shape) -> None:
 
 
 @pytest.mark.parametrize(
-    "shape", [GemvShape(turns=16), DotShape(), DotShape(parts=2), AHEAD, BANDS]
+    "shape", [GemvShape(turns=16), DotShape(), DotShape(parts=2), AHEAD, LOW_BANDS]
 )
 def test_result_is_rounded_to_nearest_with_ties_to_even(shape: Shape) -> None:
     # One weight of 1 and a bias: sums that lie halfway between two BF16 numbers.
@@ -152,10 +162,20 @@ def test_columns_that_a_launch_would_leave_out_are_refused() -> None:
         multiply(held(to_torch(gaussian(64, 384))), activations(1, 384), DotShape(cols=256))
 
 
+def test_rows_of_activations_that_a_kernel_does_not_take_are_refused() -> None:
+    # Bug caught: the first 64 or 128 rows multiplied, and the others left as they were.
+    matrix = held(to_torch(gaussian(64, 128)))
+    for shape, most in ((GemvShape(), 4), (DotShape(), 64), (LOW_BANDS, 16), (TALL_BANDS, 256)):
+        assert kernels.max_rows(shape) == most
+        with pytest.raises(ValueError, match=f"{most + 1} rows of activations; .* takes {most}$"):
+            multiply(matrix, activations(most + 1, 128), shape)
+
+
 def test_rows_that_no_warp_would_have_are_refused() -> None:
     # Bug caught: half of the rows were not written, and nothing said so.
-    with pytest.raises(ValueError, match="64 rows for 2 warps; expected 16 for each"):
-        multiply(held(to_torch(gaussian(64, 128))), activations(1, 128), replace(BANDS, warps=2))
+    shape = replace(LOW_BANDS, rows=48, warps=2)
+    with pytest.raises(ValueError, match="48 rows for 2 warps; expected 16 or 32 for each"):
+        multiply(held(to_torch(gaussian(64, 128))), activations(1, 128), shape)
 
 
 _GUARDED = """
@@ -180,7 +200,8 @@ shape, num_x = {
     "gemv": (GemvShape(turns=16), 3),
     "dot": (DotShape(rows=128, parts=2), 6),
     "ahead": (DotShape(rows=16, stages=1, warps=1, width=4), 6),
-    "bands": (DotShape(rows=128, stages=1, warps=8, width=4, parts=2), 6),
+    "low bands": (DotShape(rows=128, stages=1, warps=8, width=4, parts=2), 6),
+    "tall bands": (DotShape(rows=64, stages=1, warps=2, width=4, parts=2), 66),
     "in order": (DotShape(rows=8, cols=256, stages=1, warps=2, width=4, in_order=True), 6),
 }[os.environ["KERNEL"]]
 rng = np.random.default_rng(0)
@@ -210,7 +231,14 @@ print("done")
 # They share the code that looks at entries; where to load ahead from depends on the starts too.
 @pytest.mark.parametrize(
     "kernel",
-    ["dot", "ahead", "in order", "bands", pytest.param("gemv", marks=pytest.mark.on_demand)],
+    [
+        "dot",
+        "ahead",
+        "in order",
+        "low bands",
+        "tall bands",
+        pytest.param("gemv", marks=pytest.mark.on_demand),
+    ],
 )
 def test_no_access_leaves_the_tensors_whatever_the_bytes_say(kernel: str) -> None:
     done = run_python(_GUARDED, {"TRITON_INTERPRET": "1", "KERNEL": kernel})
@@ -241,7 +269,12 @@ def test_columns_are_cut_in_the_parts_that_were_best_on_an_h100(
 
 @pytest.mark.parametrize(
     ("shape", "num_rows"),
-    [(GemvShape(parts=2), 4), (DotShape(parts=8), 5), (DotShape(parts=8), 64)],
+    [
+        (GemvShape(parts=2), 4),
+        (DotShape(parts=8), 5),
+        (DotShape(parts=8), 64),
+        (replace(TALL_BANDS, parts=8), 129),
+    ],
 )
 def test_more_parts_than_columns_at_a_time_still_add_up(shape: Shape, num_rows: int) -> None:
     # Bug caught: parts without columns, whose sums are not written.
@@ -249,7 +282,9 @@ def test_more_parts_than_columns_at_a_time_still_add_up(shape: Shape, num_rows: 
     assert_within_bound(multiply(held(weight), x, shape), weight, x)
 
 
-TABLES = dict.fromkeys((FastProduct(), *(c.fast_product for c in CONFIGS.values())))
+TABLES = dict.fromkeys(
+    (FastProduct(), INTERPRETED.fast_product, *(c.fast_product for c in CONFIGS.values()))
+)
 
 
 @pytest.mark.parametrize("product", TABLES)
@@ -268,16 +303,18 @@ def test_every_table_launches_any_matrix_within_the_scratch_of_its_layer(
 def test_what_a_table_chooses_can_be_compiled(product: FastProduct) -> None:
     for choice in product.choices:
         shape = choice.shape
-        assert choice.up_to <= (4 if isinstance(shape, GemvShape) else kernels.MAX_ROWS)
+        assert choice.up_to <= kernels.max_rows(shape)
         assert shape.parts == 1
         if isinstance(shape, GemvShape):
             assert 64 % (shape.turns * shape.warps) == 0
             assert shape.groups % 32 == 0
         else:
             assert shape.rows % (16 * shape.warps) == 0
-            assert shape.width == (2 if shape.warps >= 4 and product not in OF_WARPS else 4)
+            of_group = shape.warps >= 4 and product not in OF_WARPS and not shape.has_bands
+            assert shape.width == (2 if of_group else 4)
             assert shape.cols in (128, 256)
-            assert 2 <= shape.stages <= 6 or (shape.warps == 1 and choice.up_to <= 32)
+            is_alone = shape.has_bands or (shape.warps == 1 and choice.up_to <= 32)
+            assert 2 <= shape.stages <= 6 or is_alone
 
 
 OF_WARPS = {
@@ -309,7 +346,7 @@ def test_an_h200_decodes_for_as_many_rows_as_that_is_no_slower() -> None:
     assert INTERPRETED.fast_product.max_rows(1) == kernels.MAX_ROWS
 
 
-@pytest.mark.parametrize("num_rows", [1, 3, 17])
+@pytest.mark.parametrize("num_rows", [1, 3, 17, 130])
 def test_bridge_multiplies_within_the_scratch_of_a_layer(num_rows: int) -> None:
     # Rows of NaN in the scratch: sums that are not written would show.
     weight, x = hard(131, 768), activations(num_rows, 768)
@@ -337,9 +374,9 @@ def test_changed_descriptor_is_not_followed_and_gives_nan(num_rows: int, word: i
 def test_every_number_of_rows_has_its_kernel_among_those_compiled_at_start() -> None:
     device, rows, cols = torch.device("cpu"), 200, 768
     assert fast_fused.max_rows(device, rows, cols) == 0  # numba decodes here
-    config = FastProduct()
-    compiled = fast_fused.variants(device, rows, cols, 64)
-    for num_x in range(1, 65):
+    config = INTERPRETED.fast_product
+    compiled = fast_fused.variants(device, rows, cols, 256)
+    for num_x in range(1, 257):
         shape = config.launch_shape(rows, cols, num_x)
         assert (shape, kernels.compiled_rows(num_x, shape)) in compiled
 
@@ -347,7 +384,7 @@ def test_every_number_of_rows_has_its_kernel_among_those_compiled_at_start() -> 
 def test_bridge_refuses_what_the_kernels_do_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
     fast = held(to_torch(gaussian(64, 256)))
     for x, columns, message in (
-        (activations(65, 256), 256, "multiply 1 to 64 rows"),
+        (activations(257, 256), 256, "multiply 1 to 256 rows"),
         (activations(1, 256).float(), 256, "torch.float32"),
         (activations(1, 192), 192, r"weight \[64, 192\]; .* multiples of 128 columns"),
     ):
@@ -355,8 +392,25 @@ def test_bridge_refuses_what_the_kernels_do_not_take(monkeypatch: pytest.MonkeyP
             fast_fused.matmul(x, fast.desc, 64, columns)
     monkeypatch.setenv("VLLM_DFLOAT_BACKEND", "triton")
     device = torch.device("cpu")
-    assert fast_fused.max_rows(device, 64, 256) == 64
-    assert fast_fused.max_rows(device, 64, 192) == 0
+    assert fast_fused.max_rows(device, 64, 256) == 256
+    assert fast_fused.max_rows_in_order(device, 64, 256) == 32
+    assert (
+        fast_fused.max_rows(device, 64, 192) == fast_fused.max_rows_in_order(device, 64, 192) == 0
+    )
+
+
+def test_sums_of_parts_of_many_rows_fit_in_the_room_of_the_weights() -> None:
+    table = FastProduct((Choice(256, TALL_BANDS, programs=10_000),))
+    parts = [table.launch_shape(128, 4096, num_x).parts for num_x in (64, 128, 129, 256)]
+    assert parts == [8, 8, 8, 8]
+    parts = [table.launch_shape(128, 1024, num_x).parts for num_x in (64, 128, 129, 256)]
+    assert parts == [8, 4, 2, 2]
+    assert table.launch_shape(128, 256, 256).parts == 1
+
+
+def test_more_programs_for_more_rows_of_activations_count_as_such() -> None:
+    table = FastProduct((Choice(256, TALL_BANDS, programs=100),))
+    assert [table.launch_shape(4096, 8192, num_x).parts for num_x in (64, 65, 256)] == [4, 2, 1]
 
 
 def test_columns_that_are_no_whole_tiles_are_not_supported() -> None:

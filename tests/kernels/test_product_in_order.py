@@ -18,7 +18,7 @@ from tensor_cores import interpret_with_them
 from vllm_dfloat.device import fast_ops
 from vllm_dfloat.integration.layers import cancelling
 from vllm_dfloat.kernels import fast_matmul
-from vllm_dfloat.kernels.fast_product import BANDS, DotShape
+from vllm_dfloat.kernels.fast_product import LOW_BANDS, TALL_BANDS, DotShape
 
 IN_ORDER = DotShape(in_order=True)
 MATRICES = helpers.hard_matrices() | fast_matrices.fast_matrices()
@@ -77,8 +77,9 @@ def test_hard_matrices_give_the_bits_of_vllm(name: str, vllm_kernel: Any) -> Non
         (DotShape(rows=128, warps=8, in_order=True), 5),
         (DotShape(rows=16, stages=1, warps=1, width=4, in_order=True), 17),
         (DotShape(rows=8, cols=256, stages=1, warps=2, width=4, in_order=True), 3),
-        (replace(BANDS, in_order=True), 33),
-        (replace(BANDS, rows=128, warps=8, in_order=True), 5),
+        (replace(LOW_BANDS, in_order=True), 13),
+        (replace(TALL_BANDS, rows=64, warps=2, in_order=True), 5),
+        (replace(TALL_BANDS, in_order=True), 70),
     ],
 )
 def test_sums_that_cancel_give_the_bits_of_vllm(
@@ -95,7 +96,7 @@ def test_sums_that_cancel_give_the_bits_of_vllm(
     [
         DotShape(),
         DotShape(parts=2, in_order=True),
-        replace(BANDS, parts=2),
+        replace(LOW_BANDS, parts=2),
         DotShape(width=4, in_order=True),
     ],
 )

@@ -264,10 +264,10 @@ def test_tuning_prints_an_entry_that_can_be_pasted_and_leaves_no_parameter_behin
     import tune_kernels
 
     assert tune_kernels.main(["--device", "cpu", "--only", "dfloat11_num_warps"]) == 0
-    from vllm_dfloat.kernels.configs import LaunchConfig
+    from vllm_dfloat.kernels import configs
 
     lines = capsys.readouterr().out.splitlines()
-    table = eval("{" + lines[-1] + "}", {"LaunchConfig": LaunchConfig})
+    table = eval("{" + lines[-1] + "}", dict(vars(configs)))
     (config,) = table.values()
     assert config.measured
     assert config.dfloat11_num_warps in tune_kernels.CANDIDATES["dfloat11_num_warps"]

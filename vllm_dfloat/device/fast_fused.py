@@ -1,4 +1,4 @@
-"""The bridge to the product with the fast layout: multiply up to 64 rows of activations without decoding to memory.
+"""The bridge to the product with the fast layout: multiply up to 256 rows of activations without decoding to memory.
 
 The functions are those of the packed layout in fused.py. Only Triton does this; on a CPU it runs in Triton's
 interpreter, for tests. The bits may differ from those of a GEMM, which adds in another order; kernels/fast_matmul.py
@@ -38,6 +38,15 @@ def max_rows(device: torch.device, rows: int, cols: int) -> int:
 
     most = min(kernels.MAX_ROWS, config_of(device).fast_product.max_rows(rows))
     return most if kernels.is_supported(cols) else 0
+
+
+def max_rows_in_order(device: torch.device, rows: int, cols: int) -> int:
+    """Return the largest number of rows of activations that `launch_in_order` takes; 0 for never, as `max_rows`."""
+    if not max_rows(device, rows, cols):
+        return 0
+    from vllm_dfloat.kernels.configs import config_of
+
+    return config_of(device).fast_product.max_rows_in_order(rows)
 
 
 def variants(device: torch.device, rows: int, cols: int, most: int) -> dict[Hashable, int]:
@@ -82,7 +91,7 @@ def matmul(
     aligned to 16 bytes; another `x` is copied.
 
     Args:
-        x: BF16 [num_x, cols], 1 to 64 rows, on the device of `desc`.
+        x: BF16 [num_x, cols], on the device of `desc`; 1 row or more, up to what kernels/configs.py has for the device.
         desc: int64 [4], from a FastWeight. If it was changed, the result is NaN.
         rows, cols: its shape.
         bias: BF16 or FP32 [rows], or None.
@@ -93,14 +102,15 @@ def matmul(
         UnsupportedError: a dtype, shape or device that the kernels do not take.
     """
     from vllm_dfloat.kernels import fast_matmul as kernels
+    from vllm_dfloat.kernels.configs import config_of
 
     require_triton(x.device)
     check_desc("fast_fused", desc)
-    check_rows(x, desc, cols, kernels.MAX_ROWS)
+    check_rows(x, desc, cols, config_of(x.device).fast_product.max_rows(rows))
     check_bias(bias, x, rows)
     if not kernels.is_supported(cols):
         raise UnsupportedError(
-            f"weight [{rows}, {cols}]; the kernels take multiples of 128 columns, below 2**25. Decode the weight and "
+            f"weight [{rows}, {cols}]; the kernels take multiples of 128 columns, below 2**23. Decode the weight and "
             "use a GEMM."
         )
     numel = fast_ops.scratch_numel(rows, cols)
@@ -164,10 +174,9 @@ def variants_in_order(device: torch.device, rows: int, cols: int, most: int) -> 
 
 def facts_in_order(device: torch.device, rows: int, cols: int) -> dict[str, Any]:
     """Return, as JSON, what the bits of `launch_in_order` depend on beside shape, device and libraries."""
-    from vllm_dfloat.kernels import fast_matmul
-
+    most = max_rows_in_order(device, rows, cols)
     return facts_of_kernels() | {
-        "launched": repr(list(variants_in_order(device, rows, cols, fast_matmul.MAX_ROWS).items())),
+        "launched": repr(list(variants_in_order(device, rows, cols, most).items())),
     }
 
 
@@ -190,7 +199,7 @@ def _digest_of_kernels(*others: str) -> str:
     folder = Path(fast_matmul.__file__).parent
     names = (
         "fast_matmul", "fast_matmul_dot", "fast_matmul_ahead", "fast_matmul_bands", "fast_matmul_in_order",
-        "fast_escapes", "fast_lane_escapes", "fast_planes", "tiles", *others,
+        "fast_escapes", "fast_lane_escapes", "fast_planes", "fast_product", "tiles", *others,
     )  # fmt: skip
     texts = [(folder / f"{name}.py").read_bytes() for name in names]
     return hashlib.sha256(b"".join(texts)).hexdigest()[:32]
@@ -200,5 +209,5 @@ def _in_order_shape(device: torch.device, rows: int, cols: int, num_x: int) -> "
     from vllm_dfloat.kernels.configs import config_of
 
     product = config_of(device).fast_product
-    most_warps = 1 if torch.version.hip else 4  # with more, registers spill on AMD GPUs
+    most_warps = 1 if torch.version.hip else 2  # with more, registers spill on AMD GPUs
     return product.in_order_shape(rows, cols, num_x, device.type == "cuda", most_warps)

@@ -55,7 +55,7 @@ def fast_in_order(device: torch.device) -> None:
     """Check the product in order: within its bound, and the same every time. For its order: bench.kernels.in_order."""
     weight, is_gpu = hard(device), device.type == "cuda"
     matrix, product = pack(weight), config_of(device).fast_product
-    for num_x in (1, 17, 40) if is_gpu else (1,):
+    for num_x in (1, 17, 40, 130) if is_gpu else (1,):
         x = normal(num_x, matrix.cols, device, seed=num_x) * 50
         for shape in {
             product.in_order_shape(rows, matrix.cols, num_x, is_gpu)

@@ -20,7 +20,13 @@ from vllm_dfloat.device import fast_fused, fast_ops
 from vllm_dfloat.integration.layers import cancelling
 from vllm_dfloat.kernels import fast_matmul
 from vllm_dfloat.kernels.configs import HOPPER
-from vllm_dfloat.kernels.fast_product import BANDS, MAX_AHEAD_ROWS, DotShape
+from vllm_dfloat.kernels.fast_product import (
+    LOW_BANDS,
+    MAX_AHEAD_ROWS,
+    MAX_LOW_ROWS,
+    TALL_BANDS,
+    DotShape,
+)
 
 # Linear layers of Llama 3.1 8B.
 MATRICES = {
@@ -30,16 +36,14 @@ MATRICES = {
     "down": (4096, 14_336),
 }
 NUM_X = [1, 2, 4, 8, 16, 17, 32, 48, 64]
-TIMED = [1, 16, 64]
+TIMED = [1, 16, 64]  # of these as many as are multiplied so
 
 # Rows of the matrix and warps of a program for up to MAX_AHEAD_ROWS of activations, beside what is chosen.
-AHEAD = (16, 1), (16, 2), (16, 4), (8, 1), (8, 2), (8, 4)
+AHEAD = (16, 1), (16, 2), (8, 1), (8, 2)
 MANY = (
-    replace(BANDS, in_order=True),
-    replace(BANDS, rows=128, warps=8, in_order=True),
-    replace(BANDS, rows=32, warps=2, in_order=True),
+    replace(TALL_BANDS, in_order=True),
+    replace(TALL_BANDS, rows=64, warps=2, in_order=True),
     DotShape(in_order=True),
-    DotShape(rows=32, warps=2, width=4, in_order=True),
 )
 
 Product = Callable[[torch.Tensor], torch.Tensor]
@@ -51,7 +55,9 @@ def run(bench: Bench) -> None:
             _compare(bench, name, rows, cols)
     for name, (rows, cols) in bench.pick(MATRICES, {"tiny": (64, 128)}).items():
         for num_x in bench.pick(TIMED, [1]):
-            if bench.begin("in_order", f"{name} {rows} x {cols}, {num_x} rows"):
+            if num_x <= HOPPER.max_rows_in_order(rows) and bench.begin(
+                "in_order", f"{name} {rows} x {cols}, {num_x} rows"
+            ):
                 _time(bench, name, rows, cols, num_x)
 
 
@@ -78,7 +84,7 @@ def _others(rows: int, cols: int, num_x: int, is_gpu: bool) -> dict[str, DotShap
             DotShape(of_a_program, 128 * warps, stages=1, warps=warps, width=4, in_order=True)
             for of_a_program, warps in AHEAD
         ]
-        shapes.append(MANY[0])
+        shapes.append(replace(LOW_BANDS if num_x <= MAX_LOW_ROWS else TALL_BANDS, in_order=True))
     else:
         shapes = list(MANY)
     chosen = HOPPER.in_order_shape(rows, cols, num_x, is_gpu)
@@ -90,7 +96,8 @@ def _others(rows: int, cols: int, num_x: int, is_gpu: bool) -> dict[str, DotShap
 
 
 def _compare(bench: Bench, name: str, rows: int, cols: int) -> None:
-    counts = bench.pick(NUM_X, [1, 3])
+    most = HOPPER.max_rows_in_order(rows)
+    counts = [num_x for num_x in bench.pick(NUM_X, [1, 3]) if num_x <= most]
     x, weight, _ = cancelling.operands(max(counts), rows, cols, None, bench.device)
     ours = _in_order(fast_ops.pack_again(weight, "w"))
     others: dict[str, Product] = {

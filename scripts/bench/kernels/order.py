@@ -109,9 +109,8 @@ def compare(
                 "in order": in_order(weight, x),
                 "row 0 of one row": functional.linear(x[:1], weight),
             }
-            if (
-                kind == "gaussian" and count <= kernels.MAX_ROWS
-            ):  # rows of zeros take more than 14 bits
+            # Rows of zeros take more than 14 bits.
+            if kind == "gaussian" and count <= kernels.max_rows(DotShape()):
                 mixed = weight[:, order].contiguous(), x[:, order].contiguous()
                 found |= {"fused": fused(*mixed), "fused, own order": fused(weight, x)}
             differing = {name: unequal(blas[: len(out)], out) for name, out in found.items()}

@@ -168,7 +168,7 @@ BY_NAME: Mapping[str, Layout] = {
             fast_fused.max_rows, fast_fused.launch_matmul, fast_fused.variants, fast_fused.partials
         ),
         in_order=Product(
-            fast_fused.max_rows,
+            fast_fused.max_rows_in_order,
             fast_fused.launch_in_order,
             fast_fused.variants_in_order,
             lambda device, rows, cols, num_x: 0,
