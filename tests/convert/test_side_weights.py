@@ -12,11 +12,12 @@ import torch
 from safetensors.torch import save_file
 from small_models import bf16, make_model
 
+from vllm_dfloat.checkpoint.hub import NOT_FETCHED
 from vllm_dfloat.checkpoint.manifest import MANIFEST_FILE, file_entry, read_manifest
 from vllm_dfloat.checkpoint.side_files import side_files
 from vllm_dfloat.cli import main
 from vllm_dfloat.convert import compress
-from vllm_dfloat.convert.source import NOT_FETCHED, open_source
+from vllm_dfloat.convert.source import open_source
 from vllm_dfloat.errors import FormatError
 
 Capture = pytest.CaptureFixture[str]

@@ -1,61 +1,26 @@
 """Models by hub id: from the cache, from a server that imitates the hub, and the errors without either."""
 
-import http.server
 import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hub_server import COMMIT, hub_server
 from tiny_models import SHIPPED
 
 CONFIGS = Path(__file__).parents[1] / "data" / "configs"
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-CONFIG = (CONFIGS / "Llama-3.1-8B.json").read_bytes()
-
-
-class Hub(http.server.BaseHTTPRequestHandler):
-    """Serves org/model with its config.json, org/gated, which needs permission, and org/empty, which has no config."""
-
-    asked: list[str]
-
-    def do_HEAD(self) -> None:
-        self.asked.append(self.path)
-        if self.path == "/org/model/resolve/main/config.json":
-            self.send_response(200)
-            self.send_header("X-Repo-Commit", COMMIT)
-            self.send_header("ETag", '"1234"')
-            self.send_header("Content-Length", str(len(CONFIG)))
-        else:
-            gated, empty = ("/org/gated/" in self.path), ("/org/empty/" in self.path)
-            self.send_response(403 if gated else 404)
-            code = "GatedRepo" if gated else "EntryNotFound" if empty else "RepoNotFound"
-            self.send_header("X-Error-Code", code)
-            self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def do_GET(self) -> None:
-        self.do_HEAD()
-        if "/org/model/" in self.path:
-            self.wfile.write(CONFIG)
-
-    def log_message(self, *_: object) -> None:
-        pass
 
 
 @pytest.fixture
-def hub() -> Iterator[tuple[str, list[str]]]:
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, list[str]]]:
     """Yield the address of a hub, and the list of paths requested from it."""
-    asked: list[str] = []
-    handler = type("OneHub", (Hub,), {"asked": asked})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", asked
-    server.shutdown()
-    server.server_close()
+    model = tmp_path_factory.mktemp("model")
+    (model / "config.json").write_bytes((CONFIGS / "Llama-3.1-8B.json").read_bytes())
+    with hub_server({"org/model": model}) as served:
+        yield served
 
 
 def plan(model: str, cache: Path, **environment: str) -> subprocess.CompletedProcess[str]:

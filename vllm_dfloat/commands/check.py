@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_dfloat.commands.arguments import path
+from vllm_dfloat.commands.arguments import place
 from vllm_dfloat.commands.output import counted, not_sought_clause, say, say_json
 from vllm_dfloat.commands.progress import Bar
 
@@ -23,7 +24,9 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="show what is compressed, and how many bits each weight takes",
         epilog="example: vllm-dfloat inspect ./Qwen3-8B-DF11",
     )
-    inspect.add_argument("path", type=path, help="folder of a checkpoint, DFloat11 or plain")
+    inspect.add_argument(
+        "path", type=place, help="folder of a checkpoint, DFloat11 or plain, or its hub id"
+    )
     inspect.add_argument("--json", action="store_true", help="print JSON instead of a table")
     inspect.add_argument("--quiet", action="store_true", help="print errors only")
     inspect.set_defaults(run=_inspect)
@@ -35,9 +38,14 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         epilog="example: vllm-dfloat verify ./Qwen3-8B-DF11 --against ./Qwen3-8B. "
         "Exit status: 0 equal, 1 different, 2 bad input.",
     )
-    verify.add_argument("path", type=path, help="folder of a checkpoint, DFloat11 or plain")
     verify.add_argument(
-        "--against", type=path, metavar="BF16_PATH", help="folder of the BF16 original"
+        "path", type=place, help="folder of a checkpoint, DFloat11 or plain, or its hub id"
+    )
+    verify.add_argument(
+        "--against",
+        type=place,
+        metavar="BF16_PATH",
+        help="folder of the BF16 original, or its hub id",
     )
     verify.add_argument(
         "--json", action="store_true", help="print one JSON object instead of lines"
@@ -51,11 +59,9 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from vllm_dfloat.checkpoint.locate import check_checkpoint
     from vllm_dfloat.checkpoint.summary import summarize
 
-    check_checkpoint(args.path)
-    summary = summarize(args.path)
+    summary = summarize(_folder(args.path, args.quiet or args.json))
     if args.json:
         say_json(summary.as_json())
     elif not args.quiet:
@@ -64,17 +70,15 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from vllm_dfloat.checkpoint.locate import check_checkpoint
     from vllm_dfloat.checkpoint.verify import check, compare
 
-    check_checkpoint(args.path)
-    if args.against:
-        check_checkpoint(args.against)
+    folder = _folder(args.path, args.quiet)
+    original = _folder(args.against, args.quiet) if args.against else None
     with Bar(args.quiet) as bar:
-        if args.against:
-            result = compare(args.path, args.against, bar.start, bar.advance)
+        if original:
+            result = compare(folder, original, bar.start, bar.advance)
         else:
-            result = check(args.path, bar.start, bar.advance)
+            result = check(folder, bar.start, bar.advance)
     if args.json:
         say_json(_as_json(args, result))
     else:
@@ -87,10 +91,20 @@ def _verify(args: argparse.Namespace) -> int:
     return EXIT_EQUAL if result.is_equal else EXIT_DIFFERENT
 
 
+def _folder(given: str, quiet: bool) -> Path:
+    """Return the folder of a checkpoint, which is fetched if its hub id was given."""
+    from vllm_dfloat.checkpoint.hub import local_folder
+    from vllm_dfloat.checkpoint.locate import check_checkpoint
+
+    folder = local_folder(given, quiet)
+    check_checkpoint(folder)
+    return folder
+
+
 def _as_json(args: argparse.Namespace, result: Comparison) -> dict[str, Any]:
     return {
-        "path": str(args.path),
-        "against": str(args.against) if args.against else None,
+        "path": args.path,
+        "against": args.against,
         "equal": result.is_equal,
         "tensors": result.tensors,
         "num_bytes": result.num_bytes,

@@ -48,9 +48,7 @@ def _add_compress(
         help="write a BF16 model as a DFloat11 checkpoint; goes on where it was interrupted",
         epilog="example: vllm-dfloat compress ./Qwen3-8B ./Qwen3-8B-DF11",
     )
-    compress.add_argument(
-        "source", type=place, help="folder of a BF16 model, or its id on the Hugging Face hub"
-    )
+    compress.add_argument("source", type=place, help="folder of a BF16 model, or its hub id")
     compress.add_argument("target", type=path, help="folder to write; new, empty, or begun earlier")
     compress.add_argument(
         "--device",
@@ -71,7 +69,9 @@ def _add_decompress(
         help="write a DFloat11 checkpoint back as BF16 safetensors, bit for bit; goes on where it was interrupted",
         epilog="example: vllm-dfloat decompress ./Qwen3-8B-DF11 ./Qwen3-8B-again",
     )
-    decompress.add_argument("path", type=path, help="folder of a DFloat11 checkpoint")
+    decompress.add_argument(
+        "path", type=place, help="folder of a DFloat11 checkpoint, or its hub id"
+    )
     decompress.add_argument("out", type=path, help="folder to write; new, empty, or begun earlier")
     decompress.add_argument(
         "--original",
@@ -99,13 +99,14 @@ def _device(text: str) -> str:
 
 
 def _compress(args: argparse.Namespace) -> int:
+    from vllm_dfloat.checkpoint.hub import local_folder
     from vllm_dfloat.checkpoint.locate import check_bf16
     from vllm_dfloat.convert.compress import compress
     from vllm_dfloat.convert.left import left_lines, left_out_lines
-    from vllm_dfloat.convert.source import local_folder, open_source
+    from vllm_dfloat.convert.source import open_source
 
     coder = _coder(args.device, args.workers)
-    folder = local_folder(args.source)
+    folder = local_folder(args.source, args.quiet)
     check_bf16(folder)
     with Bar(args.quiet) as bar:
         source = open_source(folder)
@@ -170,16 +171,18 @@ def _compressed_line(target: Path, report: Report) -> str:
 
 
 def _decompress(args: argparse.Namespace) -> int:
+    from vllm_dfloat.checkpoint.hub import local_folder
     from vllm_dfloat.checkpoint.locate import check_dfloat11
     from vllm_dfloat.convert.decompress import decompress
     from vllm_dfloat.convert.left import left_out_lines
     from vllm_dfloat.convert.listed_files import others_line
 
-    check_dfloat11(args.path)
+    folder = local_folder(args.path, args.quiet)
+    check_dfloat11(folder)
     began = time.monotonic()
     with Bar(args.quiet) as bar:
         restored = decompress(
-            args.path,
+            folder,
             args.out,
             args.force,
             args.workers,
@@ -201,7 +204,7 @@ def _decompress(args: argparse.Namespace) -> int:
 
 def _restored_json(args: argparse.Namespace, restored: Restored, seconds: float) -> dict[str, Any]:
     return {
-        "path": str(args.path),
+        "path": args.path,
         "out": str(args.out),
         "tensors": restored.tensors,
         "num_bytes": restored.num_bytes,

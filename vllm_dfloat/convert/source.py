@@ -1,11 +1,10 @@
-"""The BF16 model to be compressed: a folder, or a model of the Hugging Face hub."""
+"""The BF16 model to be compressed."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +18,6 @@ from vllm_dfloat.checkpoint.side_files import leads_outside
 from vllm_dfloat.convert.source_files import SourceFiles
 from vllm_dfloat.errors import FormatError, UnsupportedError
 from vllm_dfloat.storage.stored_tensor import StoredTensor, files_of
-
-# Copies of the model's weights. Other files of these formats may be layers of the model: see side_weights.py.
-NOT_FETCHED = [
-    "pytorch_model*.bin", "consolidated*.pth", "original/*", "*.gguf", "*.h5", "*.msgpack", "*.ckpt", "*.onnx",
-    "*.onnx_data", "optimizer.pt",
-]  # fmt: skip
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -123,28 +115,3 @@ def config_text(config: Mapping[str, Any], pattern_dict: Mapping[str, list[str]]
             "version": "0.5.0",
         }
     return json.dumps(changed, indent=2, sort_keys=is_sorted) + "\n"
-
-
-def local_folder(source: str) -> Path:
-    """Return the folder of a model: `source` itself, or a snapshot of the hub's model with that id.
-
-    Raises:
-        FormatError: neither a folder nor a model that can be fetched.
-    """
-    path = Path(source)
-    if path.exists() or not _HUB_ID.fullmatch(source):
-        return path
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise FormatError(
-            f"{source}: no such folder; to fetch a model of that id: pip install huggingface_hub."
-        ) from None
-    try:
-        return Path(snapshot_download(source, ignore_patterns=NOT_FETCHED))
-    except Exception as error:  # whatever the network and the library raise
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise FormatError(
-            f"{source}: no such folder, and the model of that id cannot be fetched: {reason} "
-            "Give a folder, or try again with a network."
-        ) from error

@@ -1,14 +1,13 @@
 """Find a model's config.json: in a folder, as a file, or by an id of the Hugging Face hub."""
 
-import re
 from pathlib import Path
 
 from vllm_dfloat.checkpoint.folder import CONFIG_FILE, is_dfloat11
+from vllm_dfloat.checkpoint.hub import is_of_hub, why_refused
 from vllm_dfloat.checkpoint.locate import check_config
 from vllm_dfloat.checkpoint.reader import open_checkpoint
 from vllm_dfloat.errors import FormatError, UnsupportedError
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 TIMEOUT = 10  # seconds; huggingface_hub would try for half a minute where there is no network
 ADVICE = f"give a model's folder or its {CONFIG_FILE}."
 
@@ -35,17 +34,12 @@ def config_file(model: str) -> Path:
                 f"{model}: no {CONFIG_FILE} in it; expected a model's folder, its {CONFIG_FILE}, or a hub id."
             )
         return path / CONFIG_FILE
-    if not _HUB_ID.fullmatch(model):
+    if not is_of_hub(model):
         raise FormatError(
             f"{model}: no such file or folder; expected a model's folder, its {CONFIG_FILE}, or a hub id, "
             "such as meta-llama/Llama-3.1-405B."
         )
     return _of_hub(model)
-
-
-def is_of_hub(model: str) -> bool:
-    """Return whether `model` is taken for a hub id: it looks like one, and there is no such file."""
-    return _HUB_ID.fullmatch(model) is not None and not Path(model).exists()
 
 
 def _of_hub(model: str) -> Path:
@@ -76,17 +70,6 @@ def _of_hub(model: str) -> Path:
 def _reason(error: Exception, model: str, endpoint: str) -> str:
     from huggingface_hub import errors
 
-    if isinstance(error, errors.GatedRepoError):
-        return (
-            f"its licence must be accepted first: open {endpoint}/{model}, log in with hf auth login, and run this "
-            "again."
-        )
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return (
-            f"{endpoint} knows no such model, or keeps it private (then log in with hf auth login). "
-            f"Check the name, or {ADVICE}"
-        )
     if isinstance(error, errors.EntryNotFoundError):
         return f"the model has no {CONFIG_FILE} on {endpoint} either; {ADVICE}"
-    said = (str(error).strip().splitlines() or [""])[0][:200]
-    return f"{endpoint} gives none ({type(error).__name__}: {said}). Check the network, or {ADVICE}"
+    return why_refused(error, model, endpoint, ADVICE)

@@ -5,12 +5,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vllm_dfloat.checkpoint.folder import CONFIG_FILE
+from vllm_dfloat.checkpoint.hub import is_of_hub
 from vllm_dfloat.errors import FormatError, UnsupportedError
 from vllm_dfloat.plan.architectures import is_known, known_weights
 from vllm_dfloat.plan.auto import layer_of
 from vllm_dfloat.plan.config import ModelConfig, read_model_config
 from vllm_dfloat.plan.guessed import weights_of_files
-from vllm_dfloat.plan.hub import config_file, is_of_hub
+from vllm_dfloat.plan.hub import config_file
 from vllm_dfloat.plan.kv_cache import KVCache
 from vllm_dfloat.plan.layout_sizes import ASSUMED_ESCAPES, AUTO, Codes
 from vllm_dfloat.plan.measured import MeasuredBits
