@@ -23,7 +23,7 @@ from vllm_dfloat.kernels.fast_planes import (
     _store_nan,
     cols_factor,
 )
-from vllm_dfloat.kernels.tiles import STATUS_DESCRIPTOR
+from vllm_dfloat.kernels.tiles import STATUS_DESCRIPTOR, is_compiled
 
 
 @triton.jit
@@ -215,4 +215,4 @@ def num_programs(count: int, cols: int, constants: dict[str, Any]) -> int:
 
 def has_prmt() -> bool:
     """Return whether kernels are compiled for an NVIDIA GPU, and not interpreted."""
-    return torch.version.hip is None and isinstance(_fast_decode_kernel, triton.runtime.JITFunction)
+    return torch.version.hip is None and is_compiled()

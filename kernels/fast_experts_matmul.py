@@ -18,6 +18,7 @@ from vllm_dfloat.kernels.fast_matmul_ahead import _no_sum
 from vllm_dfloat.kernels.fast_matmul_in_order import _sum_in_order
 from vllm_dfloat.kernels.fast_planes import LOW_BYTES, _open
 from vllm_dfloat.kernels.routed import Routed
+from vllm_dfloat.kernels.tiles import is_compiled
 
 BLOCK_ROWS = 16  # rows of an expert per program; those of a tile are a multiple
 MAX_TOKENS = 16  # of a program; a block of more takes several
@@ -141,7 +142,7 @@ def multiply(
     num_out, rows = out.shape
     if not out.numel():
         return
-    is_gpu = x.is_cuda
+    is_gpu = is_compiled()
     if form is None:
         form = PERMUTED if is_gpu and torch.version.hip is None else PLAIN
     experts, weights, ids, padded = (

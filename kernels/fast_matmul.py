@@ -38,6 +38,7 @@ from vllm_dfloat.kernels.fast_product import (
     DotShape,
     GemvShape,
 )
+from vllm_dfloat.kernels.tiles import is_compiled
 
 TRITON_VERSION: str = triton.__version__
 MAX_GEMV_ROWS = 4
@@ -167,7 +168,7 @@ def matmul(
         raise ValueError(f"{bands.rows} rows for {bands.warps} warps; {expected}")
     if num_x > max_rows(shape):
         raise ValueError(f"{num_x} rows of activations; {shape} takes {max_rows(shape)}")
-    is_gpu = x.is_cuda
+    is_gpu = is_compiled()
     if form is None:
         form = PERMUTED if is_gpu and torch.version.hip is None else PLAIN
     compiled = compiled_rows(num_x, shape)

@@ -158,14 +158,14 @@ class FastProduct:
         return most if _fill_device(TALL_BANDS, rows) else min(most, MAX_AHEAD_ROWS)
 
     def in_order_shape(
-        self, rows: int, cols: int, num_x: int, is_gpu: bool, most_warps: int = 2
+        self, rows: int, cols: int, num_x: int, is_compiled: bool, most_warps: int = 2
     ) -> DotShape:
         """Return how to launch the kernel that adds in order, for up to `max_rows_in_order(rows)` rows of activations.
 
         The columns are not cut. If the matrix has enough rows the kernel has bands; else it loads ahead into registers,
         in programs of at most `most_warps` warps.
         """
-        if not is_gpu and num_x <= MAX_DOT_ROWS:
+        if not is_compiled and num_x <= MAX_DOT_ROWS:
             return DotShape(
                 in_order=True
             )  # no tensor cores, and so no columns that these put elsewhere

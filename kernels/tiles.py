@@ -49,6 +49,11 @@ def num_warps(tiles: int) -> int:
     return max(1, tiles * layout.LANES // 32)
 
 
+def is_compiled() -> bool:
+    """Return whether Triton compiles the kernels for a GPU, and does not interpret them."""
+    return isinstance(_section, triton.runtime.JITFunction)
+
+
 @triton.jit
 def _section(payload, offset, dtype: tl.constexpr):
     """Return a pointer to a section of the payload; payload and sections start on multiples of 16 bytes.

@@ -120,9 +120,9 @@ def test_the_fewer_rows_the_more_warps_add_them_in_order_and_each_gets_whole_til
     rows: int, cols: int, of_a_program: int, warps: int
 ) -> None:
     product = DEFAULT.fast_product
-    shape = product.in_order_shape(rows, cols, 16, is_gpu=True)
+    shape = product.in_order_shape(rows, cols, 16, is_compiled=True)
     assert (shape.rows, shape.warps, shape.cols) == (of_a_program, warps, 128 * warps)
-    assert product.in_order_shape(rows, cols, 16, is_gpu=True, most_warps=1).warps == 1
+    assert product.in_order_shape(rows, cols, 16, is_compiled=True, most_warps=1).warps == 1
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_the_fewer_rows_the_more_warps_add_them_in_order_and_each_gets_whole_til
 def test_many_rows_of_activations_are_shared_by_bands_where_there_are_enough(
     rows: int, num_x: int, bands: DotShape | None
 ) -> None:
-    shape = DEFAULT.fast_product.in_order_shape(rows, 4096, num_x, is_gpu=True)
+    shape = DEFAULT.fast_product.in_order_shape(rows, 4096, num_x, is_compiled=True)
     assert shape.in_order
     assert shape.has_bands == (bands is not None)
     assert bands is None or shape == replace(bands, in_order=True)

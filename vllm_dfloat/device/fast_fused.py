@@ -207,7 +207,8 @@ def _digest_of_kernels(*others: str) -> str:
 
 def _in_order_shape(device: torch.device, rows: int, cols: int, num_x: int) -> "DotShape":
     from vllm_dfloat.kernels.configs import config_of
+    from vllm_dfloat.kernels.tiles import is_compiled
 
     product = config_of(device).fast_product
     most_warps = 1 if torch.version.hip else 2  # with more, registers spill on AMD GPUs
-    return product.in_order_shape(rows, cols, num_x, device.type == "cuda", most_warps)
+    return product.in_order_shape(rows, cols, num_x, is_compiled(), most_warps)
