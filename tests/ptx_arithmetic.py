@@ -40,10 +40,10 @@ def compute(state: State, one: Instruction) -> None:
     """Run an instruction whose first operand is the result and whose others are read."""
     bits = _bits(one)
     values = [state.read(operand) for operand in one.operands[1:]]
-    if one.base == "selp":
+    if one.base in _OF_WORDS:
+        state.write(one.operands[0], _OF_WORDS[one.base](*values), 32)
+    elif one.base == "selp":
         state.write(one.operands[0], np.where(values[2] != 0, values[0], values[1]), bits)
-    elif one.base == "prmt":
-        state.write(one.operands[0], _permuted(*values), 32)
     elif one.base == "shf":
         state.write(one.operands[0], _funnel(one.kinds[0], *values), 32)
     elif one.base == "bfe":
@@ -51,21 +51,39 @@ def compute(state: State, one: Instruction) -> None:
     elif one.base == "neg":
         assert one.kinds[-1][0] == "s", one
         state.write(one.operands[0], -_signed(values[0], bits), bits)
-    elif one.base == "brev":
-        each = (values[0][:, None] >> np.arange(32, dtype=U64)) & U64(1)
-        state.write(one.operands[0], (each << np.arange(31, -1, -1, dtype=U64)).sum(1), 32)
+    elif one.base == "not":
+        state.write(one.operands[0], values[0] ^ U64((1 << bits) - 1), bits)
     elif one.base == "bfind":
         assert one.kinds[0] == "shiftamt", one
         found = np.where(state.active, values[0], U64(1))  # other warps may be elsewhere
         assert found.all()
         state.write(one.operands[0], 31 - np.log2(found).astype(np.int64), 32)
     elif _is_float(one):
-        assert one.base in ("add", "mul"), one
-        assert one.kinds[-1] == "f32", one
-        a, b = map(_f32, values)
-        state.write(one.operands[0], (a + b if one.base == "add" else a * b).view(np.uint32), 32)
+        _floats(state, one, values)
+    elif one.kinds[-1].endswith("x2"):
+        _pairs(state, one, values)
     else:
         _integers(state, one, values, bits)
+
+
+def _floats(state: State, one: Instruction, values: list[np.ndarray]) -> None:
+    assert one.base in ("add", "mul", "fma"), one
+    assert one.kinds[-1] == "f32", one
+    a, b, *c = map(_f32, values)
+    if one.base == "fma":  # rounded once
+        wide = a.astype(np.longdouble) * b + c[0]
+        result = wide.astype(np.float32)
+    else:
+        result = a + b if one.base == "add" else a * b
+    state.write(one.operands[0], result.view(np.uint32), 32)
+
+
+def _pairs(state: State, one: Instruction, values: list[np.ndarray]) -> None:
+    """Add two numbers of 16 bits in each word."""
+    assert one.base == "add", one
+    a, b = values
+    low, high = ((a >> U64(16 * i)) + (b >> U64(16 * i)) & U64(0xFFFF) for i in range(2))
+    state.write(one.operands[0], low | high << U64(16), 32)
 
 
 def move(state: State, one: Instruction) -> None:
@@ -186,11 +204,21 @@ def _funnel(direction: str, low: np.ndarray, high: np.ndarray, amount: np.ndarra
     return both << amount >> U64(32) if direction == "l" else both >> amount
 
 
+def _bit(word: np.ndarray) -> np.ndarray:
+    """Return the bits of a word, the lowest first."""
+    return (word[:, None] >> np.arange(32, dtype=U64)) & U64(1)
+
+
+_OF_WORDS: dict[str, Callable[..., np.ndarray]] = {
+    "prmt": _permuted,
+    "brev": lambda word: (_bit(word) << np.arange(31, -1, -1, dtype=U64)).sum(1),
+    "popc": lambda word: _bit(word).sum(1),
+}
 INSTRUCTIONS = dict.fromkeys(
-    [*_BINARY, "mul", "mad", "shl", "shr", "selp", "prmt", "shf", "bfe", "brev", "neg", "bfind"],
+    [*_BINARY, *_OF_WORDS, "mul", "mad", "fma", "shl", "shr", "selp", "shf", "bfe", "neg", "not", "bfind"],
     compute,
 ) | {
     "mov": move,
     "setp": compare,
     "cvt": convert,
-}
+}  # fmt: skip

@@ -20,8 +20,9 @@ def move(state: State, one: Instruction) -> None:
     target, place = operands if one.base == "ld" else reversed(operands)
     address = state.address(place)
     registers = target if isinstance(target, list) else [target]
+    bytes_each = size * len(registers)
+    assert not (address[state.active] % bytes_each).any(), "an address that no GPU reads or writes"
     if memory is state.shared:
-        bytes_each = size * len(registers)
         threads = min(32, 128 // bytes_each)
         state.meet(*(each.reshape(-1, threads) for each in (address, state.active)), bytes_each)
     for i, register in enumerate(registers):
@@ -86,6 +87,9 @@ def exchange(state: State, one: Instruction) -> None:
     lane = state.read(one.operands[2]).astype(np.int64)
     if one.kinds[1] == "bfly":
         lane ^= state.tid % 32
+    elif one.kinds[1] == "up":  # the first threads keep theirs
+        assert one.operands[3] == "0", one
+        lane = np.where(state.tid % 32 < lane, 0, -lane) + state.tid % 32
     else:
         assert one.kinds[1] == "idx", one
     lane = np.where(state.active, lane, 0)  # other warps may be elsewhere
@@ -103,11 +107,26 @@ def vote(state: State, one: Instruction) -> None:
 
 
 def reduce(state: State, one: Instruction) -> None:
-    """Give each thread of a warp the largest of its threads' values."""
-    assert one.kinds == ["sync", "max", "s32"], one
-    assert state.active.all(), "a reduction without all threads"
-    values = state.read(one.operands[1]).astype(np.uint32).view(np.int32)
-    state.write(one.operands[0], np.repeat(values.reshape(-1, 32).max(1), 32), 32)
+    """Give each thread of a warp the largest of its threads' values, or their sum."""
+    _, operation, kind = one.kinds
+    dtype = {"s32": np.int32, "u32": np.uint32}[kind]
+    active = state.active.reshape(-1, 32)
+    assert (active.all(1) | ~active.any(1)).all(), "a reduction without all threads of a warp"
+    values = state.read(one.operands[1]).astype(np.uint32).view(dtype).reshape(-1, 32)
+    combine = {"max": np.maximum, "add": np.add}[operation]
+    found = combine.reduce(values, axis=1, dtype=dtype)
+    state.write(one.operands[0], np.repeat(found, 32), 32)
+
+
+def change(state: State, one: Instruction) -> None:
+    """atom, red: add to a word in memory, or set bits of it, and get what was there before."""
+    combine = {"add": np.add, "or": np.bitwise_or}
+    (kind,) = set(one.kinds) & set(combine)
+    target, place, value = one.operands if one.base == "atom" else ["_", *one.operands]
+    memory = state.shared if "shared" in one.kinds else state.memory
+    size = int(one.kinds[-1][1:]) // 8
+    given = state.address(place), state.read(value)
+    state.write(target, state.change(memory, *given, size, combine[kind]), size * 8)
 
 
 def hint(state: State, one: Instruction) -> None:
@@ -124,4 +143,6 @@ INSTRUCTIONS = {
     "shfl": exchange,
     "vote": vote,
     "redux": reduce,
+    "atom": change,
+    "red": change,
 }

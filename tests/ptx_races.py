@@ -1,7 +1,8 @@
 """A machine for PTX (ptx_machine.py) that stops where warps do not wait for each other.
 
 Its threads go on in step, so it would give right results without barriers too. Here no byte of shared memory may be
-written by one warp and read or written by another, or read and then written, without a barrier of the block between.
+written by one warp and read or written by another, or read and then written, without a barrier of the block between;
+but several may change it with atomic instructions.
 """
 
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import numpy as np
 from ptx_machine import Machine
 from ptx_program import Instruction
+
+_CHANGED = -2  # in place of a warp: several may have, with atomic instructions
 
 
 class Watched(Machine):
@@ -35,12 +38,19 @@ class Watched(Machine):
         if memory is self.shared:
             at, warp = self._accessed(address, size)
             self._expect_none(at, warp)
-            others = self._readers[at] & ~np.left_shift(1, warp)
-            assert not (others * (self._read[at] == self._barriers)).any(), (
-                "written while others read"
-            )
+            self._expect_no_reader(at, warp)
             self._written[at], self._writer[at] = self._barriers, warp
         super().store(memory, address, value, size)
+
+    def change(
+        self, memory: np.ndarray, address: np.ndarray, value: np.ndarray, size: int, combine: np.ufunc
+    ) -> np.ndarray:  # fmt: skip
+        if memory is self.shared:
+            at, warp = self._accessed(address, size)
+            self._expect_none(at, np.where(self._writer[at] == _CHANGED, _CHANGED, warp))
+            self._expect_no_reader(at, warp)
+            self._written[at], self._writer[at] = self._barriers, _CHANGED
+        return super().change(memory, address, value, size, combine)
 
     def _accessed(self, address: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the bytes that active threads access, and the warp of each."""
@@ -52,6 +62,10 @@ class Watched(Machine):
         assert not (is_recent & (self._writer[at] != warp)).any(), (
             "written by another warp meanwhile"
         )
+
+    def _expect_no_reader(self, at: np.ndarray, warp: np.ndarray) -> None:
+        others = self._readers[at] & ~np.left_shift(1, warp)
+        assert not (others * (self._read[at] == self._barriers)).any(), "written while others read"
 
     def _barrier(self, one: Instruction) -> None:
         super()._barrier(one)

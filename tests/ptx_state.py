@@ -107,6 +107,26 @@ class State:
 
     def load(self, memory: np.ndarray, address: np.ndarray, size: int) -> np.ndarray:
         """Return `size` bytes at each active thread's address, as numbers."""
+        return self.fetch(memory, address, size)
+
+    def store(self, memory: np.ndarray, address: np.ndarray, value: np.ndarray, size: int) -> None:
+        """Write `size` bytes at each active thread's address."""
+        self.put(memory, address, value, size)
+
+    def change(
+        self, memory: np.ndarray, address: np.ndarray, value: np.ndarray, size: int, combine: np.ufunc
+    ) -> np.ndarray:  # fmt: skip
+        """Combine what is at each active thread's address, one after the other; return what each found there."""
+        active, found = self.active, np.zeros(self.program.threads, U64)
+        for thread in np.flatnonzero(active):
+            self.active = self.tid == thread
+            found[thread] = self.fetch(memory, address, size)[thread]
+            self.put(memory, address, combine(found, value), size)
+        self.active = active
+        return found
+
+    def fetch(self, memory: np.ndarray, address: np.ndarray, size: int) -> np.ndarray:
+        """Do what `load` does, whoever else accesses the same bytes."""
         safe = np.where(self.active, address, 0)
         assert safe.min() >= 0
         assert safe.max() + size <= len(memory)
@@ -114,8 +134,8 @@ class State:
         found = memory[safe[:, None] + np.arange(size)]
         return np.ascontiguousarray(found).view(f"<u{size}")[:, 0].astype(U64)
 
-    def store(self, memory: np.ndarray, address: np.ndarray, value: np.ndarray, size: int) -> None:
-        """Write `size` bytes at each active thread's address."""
+    def put(self, memory: np.ndarray, address: np.ndarray, value: np.ndarray, size: int) -> None:
+        """Do what `store` does, likewise."""
         where = address[self.active]
         if len(where):
             assert where.min() >= 0

@@ -9,9 +9,11 @@ from helpers import Bits, gaussian, poisoned, same_bits, to_torch, unlike
 from vllm_dfloat.codec.fast_layout import TILE_ROWS
 from vllm_dfloat.device import fast_experts, fast_ops
 from vllm_dfloat.errors import FormatError
+from vllm_dfloat.kernels import configs
 from vllm_dfloat.kernels import fast_experts as kernels
 
 CPU = torch.device("cpu")
+ROWS_OF_BLOCK = {"numba": TILE_ROWS, "triton": configs.config_of(CPU).fast_rows_per_program}
 Shape = tuple[int, int, int]
 
 
@@ -58,27 +60,34 @@ def decode(
     return out[:-8].view(-1, cols), status
 
 
-def touched_rows(shape: Shape, chosen: torch.Tensor) -> torch.Tensor:
-    """Return which rows lie in a tile with a row of a chosen expert; in tests a block has the rows of a tile."""
+def touched_rows(shape: Shape, chosen: torch.Tensor, backend: str) -> torch.Tensor:
+    """Return which rows lie in a block with a row of a chosen expert."""
     num_experts, rows, _ = shape
     is_chosen = chosen.bool().repeat_interleave(rows)
-    tiles = torch.arange(num_experts * rows) // TILE_ROWS
-    return torch.isin(tiles, tiles[is_chosen].unique())
+    blocks = torch.arange(num_experts * rows) // ROWS_OF_BLOCK[backend]
+    return torch.isin(blocks, blocks[is_chosen].unique())
+
+
+def touched_tiles(touched: torch.Tensor) -> torch.Tensor:
+    """Return which rows of tiles have a row that `touched_rows` gives."""
+    return torch.stack([rows.any() for rows in touched.split(TILE_ROWS)])
 
 
 @pytest.mark.parametrize("name", TENSORS)
-def test_chosen_experts_have_their_bits_and_all_other_tiles_stay_poison(name: str) -> None:
+def test_chosen_experts_have_their_bits_and_all_other_blocks_stay_poison(
+    name: str, backend: str
+) -> None:
     shape, bits = TENSORS[name]
     held, poison = fast_ops.pack_again(to_torch(bits), "w13"), unlike(bits)
     across = -(-shape[2] // 128)
     for which in CHOICES:
         chosen = flags(shape[0], which)
         out, status = decode(held, shape, chosen, poison)
-        touched = touched_rows(shape, chosen)
+        touched = touched_rows(shape, chosen, backend)
         assert same_bits(out[touched], to_torch(bits)[touched])
         rest = out[~touched]
         assert same_bits(rest, poisoned(tuple(rest.shape), poison, CPU))
-        by_tile = touched[::TILE_ROWS].repeat_interleave(across)
+        by_tile = touched_tiles(touched).repeat_interleave(across)
         assert torch.equal(status, torch.where(by_tile, 0, 77).int())
 
 
@@ -89,7 +98,7 @@ def test_programs_share_the_blocks_of_chosen_experts(programs: int) -> None:
     out = poisoned(bits.shape, unlike(bits), CPU)
     status = torch.full((fast_ops.num_tiles(*bits.shape),), 77, dtype=torch.int32)
     kernels.decode_chosen(held.desc, *shape, chosen, out.view(-1), status, programs)
-    touched = touched_rows(shape, chosen)
+    touched = touched_rows(shape, chosen, "triton")
     assert same_bits(out[touched], to_torch(bits)[touched])
     rest = out[~touched]
     assert same_bits(rest, poisoned(tuple(rest.shape), unlike(bits), CPU))
@@ -104,11 +113,13 @@ def test_a_changed_descriptor_is_never_followed(backend: str) -> None:
             with pytest.raises(FormatError, match=r"layers\.3\.mlp\.experts\.w13: descriptor"):
                 decode(held, shape, flags(6, [2]), 0x1234)
             continue
-        out, status = decode(held, shape, flags(6, [2]), 0x1234)
+        chosen = flags(6, [2])
+        out, status = decode(held, shape, chosen, 0x1234)
+        touched = touched_rows(shape, chosen, backend)
         assert status.tolist() == [77, 4, 77]
-        assert out[64:128].isnan().all()
-        rest = torch.cat([out[:64], out[128:]])
-        assert same_bits(rest, poisoned((128, 128), 0x1234, CPU))
+        assert out[touched].isnan().all()
+        rest = out[~touched]
+        assert same_bits(rest, poisoned(tuple(rest.shape), 0x1234, CPU))
 
 
 def test_starts_that_contradict_each_other_are_reported_by_the_tiles_of_chosen_experts_only() -> (

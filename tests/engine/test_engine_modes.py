@@ -7,6 +7,7 @@ from typing import Any, cast
 import pytest
 import tiny_models
 import torch
+from compiled_target import TARGET
 from conftest import Checkpoint
 from engines import Answers, answers, ask, bf16_answers, engine
 
@@ -128,7 +129,8 @@ def test_fused_engine_answers_nearly_as_bf16_vllm_and_always_the_same(
     few = dict(max_num_batched_tokens=4, max_num_seqs=1)
     # Only gate_up has so many rows, 1408.
     by_shape = dict(fused_max_rows=2, fused_large_rows=1408)
-    large = replace(configs.INTERPRETED, fused_gemv_tiles_per_program=512, **by_shape)
+    tiles = {} if TARGET else {"fused_gemv_tiles_per_program": 512}
+    large = replace(configs.INTERPRETED, **tiles, **by_shape)
     with configs.override(large), engine(narrow_model, **options(mode="fused"), **few) as llm:
         multiplied.clear()
         first = ask(llm, prompts, num_tokens=2)

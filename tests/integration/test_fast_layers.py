@@ -16,6 +16,7 @@ from vllm_dfloat.integration.config import DFloat11Config
 from vllm_dfloat.integration.layers import layouts
 from vllm_dfloat.integration.layers.method import packed_of
 from vllm_dfloat.integration.seam.options import Options
+from vllm_dfloat.kernels.configs import config_of
 
 ROWS, COLS = 192, 256
 
@@ -90,7 +91,8 @@ def test_fused_product_of_a_layer_is_within_the_derived_bound(
     weight = to_torch(gaussian(ROWS, COLS))
     layer = layer_of(weight, bias=num_x == 3, mode="fused")
     layer.quant_method.process_weights_after_loading(layer)  # as vLLM does after the last layer
-    assert layer.quant_method.fused_rows == 256
+    table = config_of(torch.device("cpu")).fast_product
+    assert layer.quant_method.fused_rows == table.max_rows(ROWS)
     x = torch.randn(num_x, COLS, generator=torch.Generator().manual_seed(num_x)).bfloat16()
     y, _ = layer(x)
     bias = to_torch(gaussian(1, ROWS))[0] if num_x == 3 else None

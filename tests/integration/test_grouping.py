@@ -130,13 +130,14 @@ def test_products_without_decoding_do_not_let_a_block_keep_old_weights(
     monkeypatch.setenv("VLLM_DFLOAT_BACKEND", "triton")
     model = block_of(("fast",) * 4, granularity="block", mode="fused")
     first = next(iter(model.layers[0].children()))
-    assert first.quant_method.fused_rows == 256
+    many = min(80, first.quant_method.fused_rows)
+    assert many >= 64
     others = list(model.layers[0].children())[1:]
     for layer in others:
         layer.quant_method.fused_rows = 0
     one_pass(model, 3)
     launches.clear()
-    one_pass(model, 80)
+    one_pass(model, many)
     assert launches == ["fast"]
     launches.clear()
     one_pass(model, 3)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import vllm_experts
+from compiled_target import interpreted_only
 from tensor_cores import interpret_with_them
 from vllm_experts import BLOCKS, Sorted
 
@@ -153,6 +154,7 @@ def test_hard_matrices_give_the_bits_of_vllm(name: str, vllm_kernel: Any) -> Non
     assert helpers.same_bits(found.nan_to_num(), expected.nan_to_num())
 
 
+@interpreted_only
 def test_another_order_would_be_seen(
     vllm_kernel: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

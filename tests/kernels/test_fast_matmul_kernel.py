@@ -22,6 +22,7 @@ from vllm_dfloat.kernels.fast_product import (
 )
 
 Shape = DotShape | GemvShape
+MOST = INTERPRETED.fast_product.max_rows(64)  # rows of activations that are multiplied
 # For each form: columns at a time that do not divide a matrix's, programs of several rows of tiles, and parts.
 SHAPES: list[tuple[Shape, int]] = [
     (GemvShape(turns=8), 1),
@@ -259,7 +260,7 @@ def test_more_parts_than_columns_at_a_time_still_add_up(shape: Shape, num_rows: 
     assert_within_bound(multiply(held(weight), x, shape), weight, x)
 
 
-@pytest.mark.parametrize("num_rows", [1, 3, 17, 130])
+@pytest.mark.parametrize("num_rows", [1, 3, 17, min(130, MOST)])
 def test_bridge_multiplies_within_the_scratch_of_a_layer(num_rows: int) -> None:
     # Rows of NaN in the scratch: sums that are not written would show.
     weight, x = hard(131, 768), activations(num_rows, 768)
@@ -287,17 +288,16 @@ def test_changed_descriptor_is_not_followed_and_gives_nan(num_rows: int, word: i
 def test_every_number_of_rows_has_its_kernel_among_those_compiled_at_start() -> None:
     device, rows, cols = torch.device("cpu"), 200, 768
     assert fast_fused.max_rows(device, rows, cols) == 0  # numba decodes here
-    config = INTERPRETED.fast_product
-    compiled = fast_fused.variants(device, rows, cols, 256)
-    for num_x in range(1, 257):
-        shape = config.launch_shape(rows, cols, num_x)
+    compiled = fast_fused.variants(device, rows, cols, MOST)
+    for num_x in range(1, MOST + 1):
+        shape = INTERPRETED.fast_product.launch_shape(rows, cols, num_x)
         assert (shape, kernels.compiled_rows(num_x, shape)) in compiled
 
 
 def test_bridge_refuses_what_the_kernels_do_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
     fast = held(to_torch(gaussian(64, 256)))
     for x, columns, message in (
-        (activations(257, 256), 256, "multiply 1 to 256 rows"),
+        (activations(MOST + 1, 256), 256, f"multiply 1 to {MOST} rows"),
         (activations(1, 256).float(), 256, "torch.float32"),
         (activations(1, 192), 192, r"weight \[64, 192\]; .* multiples of 128 columns"),
     ):
@@ -305,7 +305,7 @@ def test_bridge_refuses_what_the_kernels_do_not_take(monkeypatch: pytest.MonkeyP
             fast_fused.matmul(x, fast.desc, 64, columns)
     monkeypatch.setenv("VLLM_DFLOAT_BACKEND", "triton")
     device = torch.device("cpu")
-    assert fast_fused.max_rows(device, 64, 256) == 256
+    assert fast_fused.max_rows(device, 64, 256) == MOST
     assert fast_fused.max_rows_in_order(device, 64, 256) == 32
     assert (
         fast_fused.max_rows(device, 64, 192) == fast_fused.max_rows_in_order(device, 64, 192) == 0

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import vllm_matmul
+from compiled_target import TARGET, interpreted_only
 from tensor_cores import interpret_with_them
 
 from vllm_dfloat.device import fast_ops
@@ -20,7 +21,9 @@ from vllm_dfloat.integration.layers import cancelling
 from vllm_dfloat.kernels import fast_matmul
 from vllm_dfloat.kernels.fast_product import LOW_BANDS, TALL_BANDS, DotShape
 
-IN_ORDER = DotShape(in_order=True)
+# The tensor cores of warp groups take their operands in another order of columns than those of a warp.
+WIDTH = 4 if TARGET and TARGET < 90 else DotShape().width
+IN_ORDER = DotShape(width=WIDTH, in_order=True)
 MATRICES = helpers.hard_matrices() | fast_matrices.fast_matrices()
 
 
@@ -72,9 +75,9 @@ def test_hard_matrices_give_the_bits_of_vllm(name: str, vllm_kernel: Any) -> Non
     ("shape", "num_x"),
     [
         (IN_ORDER, 17),
-        (DotShape(cols=256, in_order=True), 64),
-        (DotShape(rows=32, warps=2, in_order=True), 1),
-        (DotShape(rows=128, warps=8, in_order=True), 5),
+        (DotShape(cols=256, width=WIDTH, in_order=True), 64),
+        (DotShape(rows=32, warps=2, width=4, in_order=True), 1),
+        (DotShape(rows=128, warps=8, width=WIDTH, in_order=True), 5),
         (DotShape(rows=16, stages=1, warps=1, width=4, in_order=True), 17),
         (DotShape(rows=8, cols=256, stages=1, warps=2, width=4, in_order=True), 3),
         (replace(LOW_BANDS, in_order=True), 13),
@@ -91,6 +94,7 @@ def test_sums_that_cancel_give_the_bits_of_vllm(
     assert helpers.same_bits(multiply(x, weight, bias, shape), expected)
 
 
+@interpreted_only
 @pytest.mark.parametrize(
     "other",
     [
