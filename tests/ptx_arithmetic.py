@@ -7,22 +7,14 @@ import re
 from collections.abc import Callable
 
 import numpy as np
+import ptx_floats
+from ptx_floats import f32
 from ptx_program import Instruction
 from ptx_state import U64, State
 
 
 def _signed(x: np.ndarray, bits: int) -> np.ndarray:
     return x.astype(f"u{bits // 8}").view(f"i{bits // 8}").astype(np.int64)
-
-
-def _f32(x: np.ndarray) -> np.ndarray:
-    return x.astype(np.uint32).view(np.float32)
-
-
-def _to_bf16(x: np.ndarray) -> np.ndarray:
-    """Return the bits of finite FP32 numbers, rounded to nearest with ties to even."""
-    bits = x.astype(np.float32).view(np.uint32).astype(U64)
-    return (bits + U64(0x7FFF) + ((bits >> U64(16)) & U64(1))) >> U64(16)
 
 
 _BINARY: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
@@ -45,6 +37,8 @@ def compute(state: State, one: Instruction) -> None:
     elif one.base == "selp":
         state.write(one.operands[0], np.where(values[2] != 0, values[0], values[1]), bits)
     elif one.base == "shf":
+        is_less = (values[2] < 32)[state.active]
+        assert one.kinds[1] == "wrap" or is_less.all(), "a shift that is clamped"
         state.write(one.operands[0], _funnel(one.kinds[0], *values), 32)
     elif one.base == "bfe":
         state.write(one.operands[0], _extracted(one.kinds[-1][0] == "s", *values), bits)
@@ -58,24 +52,12 @@ def compute(state: State, one: Instruction) -> None:
         found = np.where(state.active, values[0], U64(1))  # other warps may be elsewhere
         assert found.all()
         state.write(one.operands[0], 31 - np.log2(found).astype(np.int64), 32)
-    elif _is_float(one):
-        _floats(state, one, values)
+    elif ptx_floats.is_float(one):
+        ptx_floats.compute(state, one, values)
     elif one.kinds[-1].endswith("x2"):
         _pairs(state, one, values)
     else:
         _integers(state, one, values, bits)
-
-
-def _floats(state: State, one: Instruction, values: list[np.ndarray]) -> None:
-    assert one.base in ("add", "mul", "fma"), one
-    assert one.kinds[-1] == "f32", one
-    a, b, *c = map(_f32, values)
-    if one.base == "fma":  # rounded once
-        wide = a.astype(np.longdouble) * b + c[0]
-        result = wide.astype(np.float32)
-    else:
-        result = a + b if one.base == "add" else a * b
-    state.write(one.operands[0], result.view(np.uint32), 32)
 
 
 def _pairs(state: State, one: Instruction, values: list[np.ndarray]) -> None:
@@ -106,22 +88,18 @@ def _bits(one: Instruction) -> int:
     return 1 if kind == "pred" else int(re.sub(r"\D", "", kind.removesuffix("x2")) or 32)
 
 
-def _is_float(one: Instruction) -> bool:
-    return one.kinds[-1] == "f32" or "bf16" in one.kinds[-1]
-
-
 def _integers(state: State, one: Instruction, values: list[np.ndarray], bits: int) -> None:
     base, kinds, target = one.base, one.kinds, one.operands[0]
     is_signed = kinds[-1][0] == "s"
     if base in ("shl", "shr"):
-        amount = np.minimum(values[1], U64(63)).astype(np.int64)
-        value = _signed(values[0], bits) if is_signed else values[0].astype(np.int64)
-        if base == "shr" and not is_signed and bits == 64:
-            state.write(target, values[0] >> amount.astype(U64), bits)
-            return
-        state.write(target, value << amount if base == "shl" else value >> amount, bits)
+        state.write(target, _shifted(base, is_signed, bits, *values), bits)
         return
     if bits == 64 and not is_signed:
+        assert base not in ("div", "rem"), one  # of int64 they are others
+        assert "hi" not in kinds, one
+        if base in ("min", "max"):
+            state.write(target, _BINARY[base](*values), bits)
+            return
         whole = [value.view(np.int64) for value in values]
     elif bits == 1:
         whole = [value.astype(np.int64) for value in values]
@@ -142,20 +120,32 @@ def _integers(state: State, one: Instruction, values: list[np.ndarray], bits: in
         state.write(target, _BINARY[base](whole[0], whole[1]), bits)
 
 
+def _shifted(
+    base: str, is_signed: bool, bits: int, value: np.ndarray, amount: np.ndarray
+) -> np.ndarray:
+    by = np.minimum(amount & U64(0xFFFF_FFFF), U64(63))
+    if base == "shr" and is_signed:
+        return _signed(value, bits) >> by.astype(np.int64)
+    found = value << by if base == "shl" else value >> by
+    return np.where(amount & U64(0xFFFF_FFFF) < bits, found, U64(0))
+
+
 def compare(state: State, one: Instruction) -> None:
     """setp, also with a further predicate that must be true."""
     kinds, bits = one.kinds, _bits(one)
     values = [state.read(operand) for operand in one.operands[1:]]
     if kinds[0] == "num":
-        state.write(one.operands[0], ~np.isnan(_f32(values[0]) + _f32(values[1])), 1)
+        state.write(one.operands[0], ~np.isnan(f32(values[0])) & ~np.isnan(f32(values[1])), 1)
         return
-    if _is_float(one):
-        a, b = map(_f32, values[:2])
+    if ptx_floats.is_float(one):
+        a, b = map(f32, values[:2])
     elif kinds[-1][0] == "s":
         a, b = (_signed(value, bits) for value in values[:2])
     else:
         a, b = ((value & U64((1 << bits) - 1)) if bits < 64 else value for value in values[:2])
     result = _COMPARE[kinds[0]](a, b)
+    if ptx_floats.is_float(one):
+        result &= ~np.isnan(a) & ~np.isnan(b)
     if len(kinds) == 3:
         assert kinds[1] == "and", one
         result = result & (values[2] != 0)
@@ -163,24 +153,21 @@ def compare(state: State, one: Instruction) -> None:
 
 
 def convert(state: State, one: Instruction) -> None:
-    """cvt: two FP32 into two BF16, one BF16 into FP32, integers of other sizes."""
+    """cvt, of integers to other sizes; see ptx_floats.py for others."""
     values = [state.read(operand) for operand in one.operands[1:]]
-    kinds = [kind for kind in one.kinds if kind != "rn"]
-    if kinds == ["bf16x2", "f32"]:
-        high, low = (_to_bf16(_f32(value)) for value in values)
-        state.write(one.operands[0], low | high << U64(16), 32)
-    elif kinds == ["f32", "bf16"]:
-        state.write(one.operands[0], values[0] << U64(16), 32)
-    else:
-        to, source = (int(kind[1:]) for kind in kinds)
-        value = _signed(values[0], source) if kinds[1][0] == "s" else values[0]
-        state.write(one.operands[0], value, to)
+    if ptx_floats.is_conversion(one):
+        ptx_floats.convert(state, one, values)
+        return
+    to, source = (int(kind[1:]) for kind in one.kinds)
+    value = _signed(values[0], source) if one.kinds[1][0] == "s" else values[0]
+    state.write(one.operands[0], value, to)
 
 
 def _extracted(
     is_signed: bool, word: np.ndarray, first: np.ndarray, number: np.ndarray
 ) -> np.ndarray:
     length = int(number[0])
+    assert (number == number[0]).all()
     value = word >> first & U64((1 << length) - 1)
     if is_signed:
         return (value.astype(np.int64) << (64 - length)) >> (64 - length)

@@ -84,6 +84,8 @@ def move_matrices(state: State, one: Instruction) -> None:
 
 def exchange(state: State, one: Instruction) -> None:
     """shfl: a register of another thread of the warp."""
+    active = state.active.reshape(-1, 32)
+    assert (active.all(1) | ~active.any(1)).all(), "an exchange without all threads of a warp"
     lane = state.read(one.operands[2]).astype(np.int64)
     if one.kinds[1] == "bfly":
         lane ^= state.tid % 32
