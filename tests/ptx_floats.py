@@ -63,11 +63,13 @@ def is_conversion(one: Instruction) -> bool:
 
 
 def convert(state: State, one: Instruction, values: list[np.ndarray]) -> None:
-    """cvt: two FP32 into two BF16, one BF16 into FP32."""
+    """cvt: FP32 into BF16, also two at a time, BF16 into FP32."""
     kinds = [kind for kind in one.kinds if kind != "rn"]
     if kinds == ["bf16x2", "f32"]:
         high, low = (to_bf16(f32(value)) for value in values)
         state.write(one.operands[0], low | high << U64(16), 32)
+    elif kinds == ["bf16", "f32"]:
+        state.write(one.operands[0], to_bf16(f32(values[0])), 16)
     else:
         assert kinds == ["f32", "bf16"], one
         state.write(one.operands[0], values[0] << U64(16), 32)

@@ -15,6 +15,11 @@ from typing import Any
 
 os.environ |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "VLLM_DFLOAT_BACKEND": "numba"}
 
+from compiled_target import TARGET
+
+if TARGET:
+    import ptx_plugin  # noqa: F401  (compiles the kernels, vLLM's too, instead of interpreting them)
+
 import torch
 from triton.backends import backends
 

@@ -15,6 +15,7 @@ from engine_pairs import ENVIRONMENT
 from engines import engine, run_bounded
 from live_tensors import bf16_copies
 from safetensors.torch import load_file
+from vllm.model_executor.models import qwen3_moe
 
 from vllm_dfloat.device import ops
 from vllm_dfloat.integration.layers.method import packed_of
@@ -98,7 +99,10 @@ def test_peak_memory_while_loading_is_the_compressed_model_and_two_layers(
 ) -> None:
     peak, largest_layer = peaks[name], peaks_of_loads.LARGEST_LAYER[name]
     print(f"{peak['growth'] / MIB:.1f} MiB at the peak, {peak['held'] / MIB:.1f} held")
-    num_routers = peaks_of_loads.LAYERS if name == "qwen3_moe" else 0
+    has_routers = name == "qwen3_moe" and hasattr(
+        qwen3_moe, "GateLinear"
+    )  # other layers before 0.32
+    num_routers = peaks_of_loads.LAYERS if has_routers else 0
     assert peak["left_uncompressed"] == num_routers
     assert peak["growth"] > 0.95 * peak["held"]  # the measurement sees the model at all
     assert peak["growth"] < peak["held"] + 2 * largest_layer + peak["scratch"]

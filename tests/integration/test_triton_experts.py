@@ -13,11 +13,11 @@ on_demand = pytest.mark.on_demand
 pytestmark = pytest.mark.engine
 
 
-def run(script: str, case: str, folder: Path) -> None:
+def run(script: str, case: str, folder: Path, **environment: str) -> None:
     paths = [str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
         [sys.executable, str(TESTS / script), case, str(folder)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **environment},
         capture_output=True, text=True, timeout=1200, check=False,
     )  # fmt: skip
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
@@ -52,3 +52,13 @@ def test_few_tokens_are_multiplied_without_decoding_to_the_bits_of_bf16_experts(
     case: str, tmp_path: Path
 ) -> None:
     run("triton_products.py", case, tmp_path)
+
+
+@on_demand
+@pytest.mark.parametrize("case", ["gated", "weighted_input", "biased"])
+@pytest.mark.parametrize("target", ["80", "90"])
+def test_as_compiled_for_gpus_they_have_the_bits_of_bf16_experts_too(
+    target: str, case: str, tmp_path: Path
+) -> None:
+    # vLLM's kernel and ours, both compiled; what is compared at load is compared so.
+    run("triton_products.py", case, tmp_path, VLLM_DFLOAT_PTX=target)
