@@ -89,7 +89,8 @@ def _experts_kernel(
     exists = _exist(token, num_out)
     if tl.max(exists.to(tl.int32), axis=0) == 0:
         return
-    expert = tl.load(expert_ptr + block_at).to(tl.int32)
+    number = tl.load(expert_ptr + block_at)  # of 64 bits, it may be one of no expert
+    expert = tl.minimum(tl.maximum(number, -1), num_experts).to(tl.int32)
     total = num_experts * rows
     is_sound, low, high, starts_ptr, entries_ptr, base4, num_entries = _open(
         desc_ptr, salt, total, cols

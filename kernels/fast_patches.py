@@ -28,12 +28,12 @@ def _tile_status(starts_ptr, tile, is_there, num_entries):
 
 @triton.jit
 def _store_escapes(
-    starts_ptr, entries_ptr, out_ptr, first_tile, first_tile_col, first_row, rows, cols, begin, end, num_entries,
+    starts_ptr, entries_ptr, out_ptr, first_tile, first_tile_col, first_row, rows, cols, most, num_entries,
     ROWS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Store the escapes of TILES tiles that lie in ROWS rows from `first_row` on, 32 of each tile at a time.
 
-    begin, end: first entry of the first tile and after the last one.
+    most: int64, at least as many as any of these tiles has.
     """
     top = first_row // TILE_ROWS * TILE_ROWS
     bottom = tl.minimum(first_row + ROWS, rows)
@@ -46,9 +46,8 @@ def _store_escapes(
     first = tl.minimum(first, num_entries)
     count = tl.minimum(last, num_entries) - first
     count = tl.where(count == RAW_ENTRIES, 0, count)
-    # No tile has more entries than all together. A tile with more than MAX_ESCAPES is raw.
-    most = tl.minimum(end - begin, MAX_ESCAPES).to(tl.int32)
-    for step in range(0, most, AT_A_TIME):
+    # A tile with more than MAX_ESCAPES is raw.
+    for step in range(0, tl.minimum(most, MAX_ESCAPES).to(tl.int32), AT_A_TIME):
         number = step + index % AT_A_TIME
         is_one = number < count
         entry = tl.load(entries_ptr + first + number, mask=is_one, other=0)
@@ -79,13 +78,18 @@ def _patch(
     starts_ptr, entries_ptr, out_ptr, first_tile, first_tile_col, first_row, rows, cols, begin, end, num_entries,
     ROWS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Store escapes and raw tiles over what the planes gave."""
+    """Store escapes and raw tiles over what the planes gave.
+
+    begin, end: first entry of the first tile and after the last one.
+    """
     tl.debug_barrier()  # they are stored by other threads than the weights that they replace
+    # No tile has more entries than all together, unless the starts are damaged.
+    most = tl.where(end < begin, RAW_ENTRIES, end - begin)
     _store_escapes(
-        starts_ptr, entries_ptr, out_ptr, first_tile, first_tile_col, first_row, rows, cols, begin, end, num_entries,
+        starts_ptr, entries_ptr, out_ptr, first_tile, first_tile_col, first_row, rows, cols, most, num_entries,
         ROWS, TILES,
     )  # fmt: skip
-    if end - begin >= RAW_ENTRIES:
+    if most >= RAW_ENTRIES:
         tile_cols = (cols + TILE_COLS - 1) // TILE_COLS
         for tile in range(0, tl.minimum(TILES, tile_cols - first_tile_col)):
             first = tl.load(starts_ptr + first_tile + tile).to(tl.int64)

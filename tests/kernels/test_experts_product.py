@@ -175,9 +175,16 @@ def test_a_changed_descriptor_gives_nan(vllm_kernel: Any) -> None:
     assert multiply(x, weight, expert_of, 16, desc=desc).isnan().all()
 
 
-def test_an_expert_that_does_not_exist_gives_nan(vllm_kernel: Any) -> None:
+@pytest.mark.parametrize(
+    ("none", "dtype"),
+    [((EXPERTS, 2**30), torch.int32), ((2**32 + 1, 2**63 - 1), torch.int64)],
+)
+def test_an_expert_that_does_not_exist_gives_nan(
+    none: tuple[int, int], dtype: torch.dtype, vllm_kernel: Any
+) -> None:
+    # Bug caught: a number cut to 32 bits before it was compared.
     x, weight, bias = operands(3)
-    expert_of = torch.tensor([1, EXPERTS, 2**30], dtype=torch.int32)
+    expert_of = torch.tensor([1, *none], dtype=dtype)
     found = multiply(x, weight, expert_of, 16, bias=bias)
     assert found[1:].isnan().all()
     assert not found[0].isnan().any()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from fast_matrices import fast_matrices, large_fast_matrices
-from helpers import Bits, poisoned, same_bits, to_torch, unlike
+from helpers import Bits, gaussian, poisoned, same_bits, to_torch, unlike
 
 from vllm_dfloat.codec import fast_encode
 from vllm_dfloat.codec.fast_layout import FastTensor, size
@@ -105,3 +105,28 @@ def test_starts_that_contradict_each_other_are_reported(start: int) -> None:
     fast.starts[1] = start
     _, status = decoded(fast, desc, 0)
     assert status.nonzero()[:, 0].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("starts", [(0, 0), (5, 0), (0x80000001, 0), (0xFFFFFFFF, 1)])
+def test_a_tile_with_any_starts_has_no_more_escapes_than_a_tile_may_have(
+    starts: tuple[int, int],
+) -> None:
+    # Bug caught: a difference below -2**31, cut to 32 bits, was a number of escapes: 67 million turns, or no end.
+    weight = gaussian(64, 128)
+    weight[3, 5] = 0
+    fast, desc = described(weight)
+    fast.starts[:] = starts
+    _, status = decoded(fast, desc, 0)
+    assert bool(status.any()) == (starts != (0, 0))
+    decode_rows(desc, torch.tensor([3]), 64, 128, torch.empty(1, 128, dtype=torch.bfloat16))
+
+
+def test_tiles_before_one_whose_entries_end_before_theirs_keep_their_escapes() -> None:
+    weight = gaussian(128, 1024)
+    weight[2, 2] = weight[66, 520] = 0
+    weight[64:, 640:768] = 0x7FC1  # raw
+    fast, desc = described(weight)
+    fast.starts[16] = 0
+    out, status = decoded(fast, desc, 0)
+    assert status.nonzero()[:, 0].tolist() == [15]
+    assert same_bits(out[:, :896], to_torch(weight)[:, :896])
