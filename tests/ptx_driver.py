@@ -18,6 +18,7 @@ _FIRST = 4096  # address; none lies before
 _END = 1 << 47
 _SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}  # KiB that a block may have
 _MAX_THREADS = 1024
+_TOGETHER = 8  # columns that the tensor cores add at a time
 
 
 class _Memory:
@@ -47,7 +48,7 @@ class _Machine(Banked):
 
 
 class Launcher:
-    """Runs the blocks of one kernel one after the other."""
+    """Runs the blocks of one kernel one after the other; what it begins is done no sooner than it waits for it."""
 
     program: Program
 
@@ -63,9 +64,9 @@ class Launcher:
             if kind != "constexpr"
         ]
         parameters += [0, 0]  # scratch memory, of which our kernels have none
-        memory = np.asarray(_Memory())
+        memory, rest = np.asarray(_Memory()), (self._shared, _TOGETHER, True)
         for block in np.ndindex(x, y):
-            _Machine(self.program, memory, parameters, block, (x, y), self._shared).run()
+            _Machine(self.program, memory, parameters, block, (x, y), *rest).run()
 
 
 def _word(kind: str, arg: Any) -> int:
