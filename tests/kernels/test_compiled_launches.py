@@ -12,17 +12,16 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parents[1]
-FILES = (
-    "device/test_decode_run.py", "device/test_experts.py", "device/test_fast_encode.py", "device/test_fast_experts.py",
-    "device/test_fast_ops.py", "device/test_ops.py", "device/test_resident_units.py", "device/test_unit_ops.py",
-    "integration/test_fast_layers.py", "integration/test_grouping.py", "integration/test_heads.py",
-    "integration/test_products_in_order.py", "kernels/test_decode_dfloat11_kernel.py", "kernels/test_decode_experts.py",
-    "kernels/test_decode_group.py", "kernels/test_encode_dfloat11_kernel.py", "kernels/test_encode_kernel.py",
-    "kernels/test_experts_product.py", "kernels/test_fast_bounds.py", "kernels/test_fast_decode.py",
-    "kernels/test_fast_group.py", "kernels/test_fast_matmul_kernel.py", "kernels/test_kernel_bounds.py",
-    "kernels/test_kernels.py", "kernels/test_matmul_kernel.py", "kernels/test_product_in_order.py",
-    "kernels/test_rows_kernels_far_in.py",
-)  # fmt: skip
+NAMES = {
+    "device": "decode_run experts fast_encode fast_experts fast_ops ops resident_units unit_ops",
+    "integration": "fast_layers grouping heads products_in_order",
+    "kernels": "decode_dfloat11_kernel decode_experts decode_group encode_dfloat11_kernel encode_kernel "
+    "experts_product fast_bounds fast_decode fast_group fast_matmul_kernel kernel_bounds kernels matmul_kernel "
+    "product_in_order rows_kernels_far_in",
+}
+FILES = [
+    f"tests/{folder}/test_{name}.py" for folder, names in NAMES.items() for name in names.split()
+]
 
 
 def run(target: int, *selected: str) -> str:
@@ -31,7 +30,7 @@ def run(target: int, *selected: str) -> str:
     paths = str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "ptx_plugin", *selected],
-        env=environment | {"PYTHONPATH": os.pathsep.join(paths)}, cwd=TESTS, capture_output=True, text=True,
+        env=environment | {"PYTHONPATH": os.pathsep.join(paths)}, cwd=TESTS.parent, capture_output=True, text=True,
         timeout=3600,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
@@ -42,10 +41,10 @@ def run(target: int, *selected: str) -> str:
 def test_kernels_give_the_right_bits_as_compiled_and_launched() -> None:
     # By file, some tests of each form of a kernel; in one process, to save time.
     some = {
-        "device/test_fast_encode.py": "37 or 100 or transposed or no_access",
-        "kernels/test_fast_group.py": "triton and (hard or eights or damage)",
-        "device/test_fast_experts.py": "triton and not whole",
-        "kernels/test_experts_product.py": "sorted or other_ranks or specials",
+        "tests/device/test_fast_encode.py": "37 or 100 or transposed or no_access",
+        "tests/kernels/test_fast_group.py": "triton and (hard or eights or damage)",
+        "tests/device/test_fast_experts.py": "triton and not whole",
+        "tests/kernels/test_experts_product.py": "sorted or other_ranks or specials",
     }
     chosen = " or ".join(f"({Path(file).stem} and ({names}))" for file, names in some.items())
     launched = run(90, *some, "-k", chosen)

@@ -22,7 +22,8 @@ from vllm_dfloat.kernels import fast_matmul
 from vllm_dfloat.kernels.fast_product import LOW_BANDS, TALL_BANDS, DotShape
 
 # The tensor cores of warp groups take their operands in another order of columns than those of a warp.
-WIDTH = 4 if TARGET and TARGET < 90 else DotShape().width
+WIDTH_OF_WARPS = 4 if TARGET else DotShape().width
+WIDTH = WIDTH_OF_WARPS if TARGET and TARGET < 90 else DotShape().width
 IN_ORDER = DotShape(width=WIDTH, in_order=True)
 MATRICES = helpers.hard_matrices() | fast_matrices.fast_matrices()
 
@@ -76,7 +77,7 @@ def test_hard_matrices_give_the_bits_of_vllm(name: str, vllm_kernel: Any) -> Non
     [
         (IN_ORDER, 17),
         (DotShape(cols=256, width=WIDTH, in_order=True), 64),
-        (DotShape(rows=32, warps=2, width=4, in_order=True), 1),
+        (DotShape(rows=32, warps=2, width=WIDTH_OF_WARPS, in_order=True), 1),
         (DotShape(rows=128, warps=8, width=WIDTH, in_order=True), 5),
         (DotShape(rows=16, stages=1, warps=1, width=4, in_order=True), 17),
         (DotShape(rows=8, cols=256, stages=1, warps=2, width=4, in_order=True), 3),
