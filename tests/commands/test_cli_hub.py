@@ -101,6 +101,17 @@ def test_without_a_network_an_absent_model_is_one_sentence(
     assert not (hub[2] / "out").exists()
 
 
+def test_a_cache_that_cannot_be_written_is_named(hub: Hub, tmp_path: Path) -> None:
+    # Bug caught: "Check the network", for a full or read-only disk.
+    (tmp_path / "file").write_bytes(b"")
+    cache = tmp_path / "file" / "cache"
+    done = run("verify", "org/df11", "--quiet", hub=hub, HF_HUB_CACHE=str(cache))
+    assert done.returncode == 2
+    line = done.stderr.splitlines()[-1]  # huggingface_hub logs what it tried
+    assert f"{cache} cannot be written (" in line
+    assert line.endswith("set HF_HUB_CACHE to another folder, or give a folder.")
+
+
 def test_a_path_that_is_no_id_is_not_sought_on_the_hub(hub: Hub) -> None:
     for given in ("./org/bf16", "nothing"):
         done = run("inspect", given, hub=hub)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from pathlib import Path
 
@@ -14,6 +15,10 @@ NOT_FETCHED = [
 ]  # fmt: skip
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _ADVICE = "give a folder."
+# Of the disk, not of the network.
+_CANNOT_WRITE = {
+    errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST,
+}  # fmt: skip
 
 
 def is_of_hub(model: str) -> bool:
@@ -54,6 +59,11 @@ def local_folder(model: str, quiet: bool = False) -> Path:
             raise FormatError(
                 f"{where}: it is not whole in {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE forbids fetching it. "
                 f"Unset that, or {_ADVICE}"
+            ) from error
+        if isinstance(error, OSError) and error.errno in _CANNOT_WRITE:
+            raise FormatError(
+                f"{where}: {constants.HF_HUB_CACHE} cannot be written ({error.strerror}). Make room or allow writing "
+                f"there, set HF_HUB_CACHE to another folder, or {_ADVICE}"
             ) from error
         raise FormatError(
             f"{where}: {why_refused(error, model, constants.ENDPOINT, _ADVICE)}"
